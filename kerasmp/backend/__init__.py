@@ -1,0 +1,22 @@
+"""The only room that imports a framework, each lazily, and the only one that touches Keras privates.
+
+Import the module of the running backend through `current()`; importing `kerasmp` alone imports none.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import keras
+
+__all__ = ["current"]
+
+
+def current() -> Any:
+    """Return the module with the framework-specific parts for the running Keras backend.
+
+    Returns:
+        `kerasmp.backend.tensorflow`, `.jax` or `.torch`.
+    """
+    return importlib.import_module(f"{__name__}.{keras.backend.backend()}")
