@@ -1,0 +1,59 @@
+"""What only JAX needs: an eager step made of the pure one, and a train step over explicit state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import keras
+from jax import numpy as jnp
+
+
+def dense_values(gradient: Any) -> Any:
+    """Return the numbers of a gradient."""
+    return gradient
+
+
+def with_values(gradient: Any, values: Any) -> Any:  # noqa: ARG001 - one signature for all backends
+    """Return `gradient` with other numbers at the same places."""
+    return values
+
+
+def train_step(
+    model: Any, parent: Callable[..., Any], state: Sequence[Any], data: Any
+) -> tuple[Any, Sequence[Any]]:
+    """Run the parent's train step and undo its traces if the optimizer skipped.
+
+    Args:
+        model: The model, whose optimizer is ours.
+        parent: The parent's pure `train_step(state, data)`.
+        state: Trainable, non-trainable, optimizer and metrics variables, as Keras passes them.
+        data: The batch.
+
+    Returns:
+        The logs and the new state.
+    """
+    _, before, _, metrics_before = state
+    logs, (trainable, after, optimizer, metrics_after) = parent(state, data)
+    position = _position(model.optimizer.consecutive_skips_variable, model.optimizer.variables)
+    skipped = optimizer[position] > 0
+    after = _choose(skipped, before, after)
+    metrics = _choose(skipped, metrics_before, metrics_after)
+    with keras.StatelessScope(
+        state_mapping=list(zip(model.metrics_variables, metrics, strict=True))
+    ):
+        logs = model.get_metrics_result()
+    return logs, (trainable, after, optimizer, metrics)
+
+
+def _position(variable: Any, variables: Sequence[Any]) -> int:
+    return next(i for i, candidate in enumerate(variables) if candidate is variable)
+
+
+def _choose(skipped: Any, before: Sequence[Any], after: Sequence[Any]) -> list[Any]:
+    # What the step passed through untouched, a frozen backbone say, needs no choice and no kernel.
+    return [
+        new if new is old else jax.tree.map(lambda o, n: jnp.where(skipped, o, n), old, new)
+        for old, new in zip(before, after, strict=True)
+    ]

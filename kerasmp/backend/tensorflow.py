@@ -1,0 +1,95 @@
+"""What only TensorFlow needs: sparse gradients, and replicas that must agree before they branch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+from keras import ops
+
+Update = Callable[[Sequence[Any], Sequence[Any]], None]
+Advance = Callable[[bool, Any], None]
+
+
+def dense_values(gradient: Any) -> Any:
+    """Return the numbers of a gradient; those of `IndexedSlices` without densifying them."""
+    return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+
+
+def with_values(gradient: Any, values: Any) -> Any:
+    """Return `gradient` with other numbers at the same places."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+    return values
+
+
+def run_step(
+    bad: Any, grads: Sequence[Any], variables: Sequence[Any], update: Update, advance: Advance
+) -> None:
+    """Update the variables if no replica holds a bad gradient, else only move the scale.
+
+    Args:
+        bad: Float vector, 1 for each gradient of this replica that is not finite.
+        grads: This replica's gradients, unreduced.
+        variables: The variables that `grads` belong to.
+        update: Called with `grads` and `variables`, in each replica, if all is finite.
+        advance: Called once with whether all was finite, and with `bad` summed over replicas.
+
+    Raises:
+        ValueError: If called in a cross-replica context, where gradients have no replica.
+    """
+    if not tf.distribute.has_strategy():
+        _branch(bad, lambda: update(grads, variables), advance)
+        return
+    if tf.distribute.in_cross_replica_context():
+        raise ValueError("apply() must be called in a replica context.")
+    context = tf.distribute.get_replica_context()
+    # Before any branch: a replica that branched on its own flag would apply what the others skip
+    # (MirroredStrategy) or wait for ever in a collective (MultiWorkerMirroredStrategy).
+    bad = context.all_reduce(tf.distribute.ReduceOp.SUM, bad)
+    if tf.__internal__.distribute.strategy_supports_no_merge_call():
+        _branch(bad, lambda: update(grads, variables), advance)
+        return
+
+    def in_cross_replica_context(
+        strategy: Any, bad: Any, grads: Sequence[Any], variables: Sequence[Any]
+    ) -> None:
+        agreed = strategy.experimental_local_results(bad)[0]
+
+        def update_each_replica() -> None:
+            strategy.extended.call_for_each_replica(update, args=(grads, variables))
+
+        _branch(agreed, update_each_replica, advance)
+
+    # A branch whose body merges, as the inner optimizer's does, must itself be cross-replica.
+    context.merge_call(in_cross_replica_context, args=(bad, grads, variables))
+
+
+def _branch(bad: Any, update: Callable[[], None], advance: Advance) -> None:
+    def applied() -> None:
+        update()
+        advance(True, bad)
+
+    tf.cond(tf.reduce_any(bad > 0), lambda: advance(False, bad), applied)
+
+
+def train_step(model: Any, parent: Callable[..., Any], data: Any) -> Any:
+    """Run the parent's train step and undo its traces if the optimizer skipped.
+
+    Reads before the step alias the variables' buffers, and the branch that puts values back runs
+    in skipped steps only.
+    """
+    guarded = [
+        v for v in (*model.non_trainable_variables, *model.metrics_variables) if v.dtype != "string"
+    ]
+    before = [tf.identity(v.value) for v in guarded]
+    parent(data)
+
+    def restore() -> None:
+        for variable, value in zip(guarded, before, strict=True):
+            variable.assign(value)
+
+    skipped = ops.convert_to_tensor(model.optimizer.consecutive_skips_variable) > 0
+    tf.cond(skipped, restore, lambda: None)
+    return model.get_metrics_result()

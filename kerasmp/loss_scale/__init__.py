@@ -1,0 +1,7 @@
+"""How the loss is scaled: frozen schedules, each a pure `init` and `update`, no framework state."""
+
+from kerasmp.loss_scale.base import LossScale, resolve
+from kerasmp.loss_scale.dynamic import DynamicLossScale
+from kerasmp.loss_scale.fixed import FixedLossScale, NoLossScale
+
+__all__ = ["DynamicLossScale", "FixedLossScale", "LossScale", "NoLossScale", "resolve"]

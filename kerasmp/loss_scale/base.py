@@ -1,0 +1,124 @@
+"""What every loss-scale schedule is: a frozen value with a pure `init` and `update`."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import numbers
+from typing import Any, Self
+
+from kerasmp.errors import ArgumentTypeError, LossScaleError, did_you_mean
+from kerasmp.loss_scale import validation
+
+State = dict[str, Any]
+
+
+class LossScale(abc.ABC):
+    """A schedule of the factor by which the loss is multiplied before the backward pass.
+
+    A schedule holds settings only. Its state is a flat dict of scalars that the caller owns:
+    `"scale"` (float32), `"step_counter"` (int, applied steps since the scale last moved or a
+    step was skipped) and whatever a subclass adds. Subclasses are frozen dataclasses.
+
+    Attributes:
+        initial_scale: The scale of the first step.
+        min_scale: No state holds a smaller scale.
+        max_scale: No state holds a larger scale.
+    """
+
+    initial_scale: float
+    min_scale: float
+    max_scale: float
+
+    def init(self) -> State:
+        """Return the state before the first step, as Python numbers.
+
+        Floats become float32 variables and ints integer variables.
+
+        Example:
+
+        >>> FixedLossScale(1024).init()
+        {'scale': 1024.0, 'step_counter': 0}
+        """
+        return {"scale": self.initial_scale, "step_counter": 0}
+
+    @abc.abstractmethod
+    def update(self, state: State, finite: Any) -> State:
+        """Return the state after a step. Pure: written in `keras.ops`, the same on all backends.
+
+        Args:
+            state: The dict of `init`, holding scalar tensors or Python numbers.
+            finite: Scalar bool, tensor or Python value: whether every gradient was finite.
+
+        Returns:
+            A new dict with the keys of `state`; scalar tensors.
+        """
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments; `from_config` is the inverse."""
+        assert dataclasses.is_dataclass(self)
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Return the schedule that `get_config` described."""
+        return cls(**config)
+
+    def check(self, value: Any) -> float:
+        """Return `value` as a float if a state may hold it as its scale.
+
+        Raises:
+            LossScaleError: If it is no number, or outside `min_scale` to `max_scale`.
+        """
+        number = validation.scale("loss_scale", value)
+        if not self.min_scale <= number <= self.max_scale:
+            raise LossScaleError(
+                f"The scale is outside the bounds of {self!r}.",
+                received=repr(value),
+                expected=f"a number from {self.min_scale:g} to {self.max_scale:g}",
+                fix="Choose a value inside, or a schedule with other bounds.",
+            )
+        return number
+
+
+def resolve(spec: Any) -> LossScale:
+    """Return the schedule that `spec` stands for.
+
+    Args:
+        spec: A `LossScale` (returned as it is), "dynamic", "fixed", a positive number (a fixed
+            scale) or None (`NoLossScale()`).
+
+    Raises:
+        LossScaleError: For a string that names no schedule, or a number that is no scale.
+        ArgumentTypeError: For any other type.
+
+    Example:
+
+    >>> resolve(1024)
+    FixedLossScale(scale=1024.0)
+    """
+    from kerasmp.loss_scale.dynamic import DynamicLossScale
+    from kerasmp.loss_scale.fixed import FixedLossScale, NoLossScale
+
+    by_name: dict[str, type[LossScale]] = {"dynamic": DynamicLossScale, "fixed": FixedLossScale}
+    if isinstance(spec, LossScale):
+        return spec
+    if spec is None:
+        return NoLossScale()
+    if isinstance(spec, str):
+        if spec in by_name:
+            return by_name[spec]()
+        raise LossScaleError(
+            "No loss-scale schedule has this name.",
+            received=repr(spec),
+            expected='"dynamic", "fixed", a positive number, a LossScale or None',
+            fix=did_you_mean(spec, by_name),
+        )
+    if isinstance(spec, numbers.Real):
+        return FixedLossScale(validation.scale("loss_scale", spec))
+    raise ArgumentTypeError(
+        "`loss_scale` has the wrong type.",
+        received=f"{spec!r} of type {type(spec).__name__}",
+        expected='"dynamic", "fixed", a positive number, a LossScale or None',
+        fix="For own settings pass kerasmp.DynamicLossScale(...).",
+    )

@@ -1,0 +1,54 @@
+"""The checks that schedule constructors share."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+
+from kerasmp.errors import LossScaleError
+
+SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
+LARGEST_SCALE = float(np.finfo(np.float32).max)
+
+
+def _real(name: str, value: Any, expected: str, fix: str) -> float:
+    if isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_):
+        return float(value)
+    raise LossScaleError(f"`{name}` cannot be used.", received=repr(value), expected=expected, fix=fix)
+
+
+def scale(name: str, value: Any) -> float:
+    """Return `value` as a float that is a normal, positive float32 number."""
+    expected = f"a number from {SMALLEST_SCALE:.3g} to {LARGEST_SCALE:.3g}"
+    fix = "Powers of two such as 2.0**15 scale without rounding."
+    number = _real(name, value, expected, fix)
+    if not SMALLEST_SCALE <= number <= LARGEST_SCALE:
+        raise LossScaleError(
+            f"`{name}` is outside the range of float32.", received=repr(value), expected=expected, fix=fix
+        )
+    return number
+
+
+def factor(name: str, value: Any, low: float, high: float, fix: str) -> float:
+    """Return `value` as a finite float strictly between `low` and `high`."""
+    expected = f"a finite number between {low:g} and {high:g}, both excluded"
+    number = _real(name, value, expected, fix)
+    if not (math.isfinite(number) and low < number < high):
+        raise LossScaleError(
+            f"`{name}` cannot be used.", received=repr(value), expected=expected, fix=fix
+        )
+    return number
+
+
+def count(name: str, value: Any, fix: str) -> int:
+    """Return `value` as an int of at least 1."""
+    expected = "an integer from 1 to 2147483647"
+    number = _real(name, value, expected, fix)
+    if not (1 <= number <= np.iinfo(np.int32).max and number.is_integer()):
+        raise LossScaleError(
+            f"`{name}` cannot be used.", received=repr(value), expected=expected, fix=fix
+        )
+    return int(number)
