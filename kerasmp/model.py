@@ -1,0 +1,184 @@
+"""Keras models whose train step leaves no trace when the optimizer skips it."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import keras
+
+from kerasmp import backend
+from kerasmp.backend.keras_private import Functional, flatten_layers
+from kerasmp.errors import LossScaleWarning
+from kerasmp.optimizer import LossScaleOptimizer
+
+
+@keras.saving.register_keras_serializable(package="kerasmp")
+class Model(keras.Model):
+    """`keras.Model` for mixed precision: a drop-in with the same three ways of use.
+
+    It differs in four points. `compile` wraps the optimizer in `LossScaleOptimizer` as soon as
+    any layer computes in float16, not only where the model's own policy is "mixed_float16". A
+    skipped step leaves everything as if it had not been: BatchNormalization statistics, seeds,
+    the averages of loss and metrics, every other non-trainable variable. float16 and bfloat16
+    outputs reach the metrics in float32. And `auto_scale_loss` is kept in saved files.
+
+    Args:
+        *args: As for `keras.Model`: `inputs, outputs` or nothing.
+        **kwargs: As for `keras.Model`: `inputs`, `outputs`, `name`, `trainable`, `dtype`.
+
+    Example:
+
+    >>> inputs = keras.Input((4,))
+    >>> outputs = keras.layers.Dense(2, dtype="mixed_float16")(inputs)
+    >>> model = Model(inputs, outputs)
+    >>> model.compile("sgd", "mse")
+    >>> type(model.optimizer).__name__
+    'LossScaleOptimizer'
+    """
+
+    _auto_scale_loss = True
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # As keras.Model does. A subclass is told apart in __init__, by what it passes on.
+        if cls is Model and _functional_arguments(args, kwargs):
+            return super().__new__(FunctionalModel, *args, **kwargs)
+        return super().__new__(cls, *args, **kwargs)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if _functional_arguments(args, kwargs) and not isinstance(
+            self, Functional | keras.Sequential
+        ):
+            # keras.Model would rewrite the bases of our class here, for all models at once.
+            object.__setattr__(self, "__class__", _functional_subclass(type(self)))
+        super().__init__(*args, **kwargs)
+
+    def compile(
+        self, optimizer: Any = "rmsprop", *args: Any, auto_scale_loss: bool = True, **kwargs: Any
+    ) -> None:
+        """Configure training, as `keras.Model.compile`, scaling the loss where float16 needs it.
+
+        Args:
+            optimizer: A Keras optimizer or its name. It is wrapped in `LossScaleOptimizer()` if a
+                layer computes in float16 and it does not scale the loss already.
+            *args: As for `keras.Model.compile`.
+            auto_scale_loss: False leaves the optimizer as it is.
+            **kwargs: As for `keras.Model.compile`.
+        """
+        self._auto_scale_loss = auto_scale_loss
+        optimizer = keras.optimizers.get(optimizer)
+        if self._must_wrap(optimizer):
+            optimizer = LossScaleOptimizer(optimizer)
+        elif isinstance(optimizer, keras.optimizers.LossScaleOptimizer) and not isinstance(
+            optimizer, LossScaleOptimizer
+        ):
+            warnings.warn(
+                "Stock Keras's LossScaleOptimizer does not tell which steps it skips, so they leave "
+                "their traces in BatchNormalization and metrics. Pass "
+                "kerasmp.LossScaleOptimizer(optimizer.inner_optimizer) instead.",
+                LossScaleWarning,
+                stacklevel=2,
+            )
+        # Wrapped already where it must be; the parent would go by the model's policy alone.
+        super().compile(optimizer, *args, auto_scale_loss=False, **kwargs)
+
+    def _must_wrap(self, optimizer: Any) -> bool:
+        return (
+            self._auto_scale_loss
+            and optimizer is not None
+            and not isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+            and any(layer.compute_dtype == "float16" for layer in flatten_layers(self))
+        )
+
+    def make_train_function(self, force: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's
+        """Return the compiled step; the optimizer is wrapped first if layers came after `compile`."""
+        if self._must_wrap(self.optimizer):
+            self.optimizer = LossScaleOptimizer(self.optimizer)
+            self.optimizer.build(self.trainable_variables)
+        return super().make_train_function(force)
+
+    def train_step(self, *args: Any) -> Any:
+        """Run one step; if it is skipped, only the optimizer's scale and counters change.
+
+        Args:
+            *args: `data`, and before it on JAX `state`, as for `keras.Model.train_step`.
+        """
+        if not isinstance(self.optimizer, LossScaleOptimizer):
+            return super().train_step(*args)
+        return backend.current().train_step(self, super().train_step, *args)
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """Update the metrics from float32 predictions; see `keras.Model.compute_metrics`."""
+        return super().compute_metrics(
+            x, y, keras.tree.map_structure(_at_least_float32, y_pred), sample_weight=sample_weight
+        )
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """Return what `compile` was called with, serialised."""
+        config = super().get_compile_config()
+        return {**config, "auto_scale_loss": self._auto_scale_loss} if config else config
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile with what `get_compile_config` returned."""
+        if type(self).compile is not Model.compile:
+            # A user's own compile takes arguments that Keras cannot know; the parent says so.
+            super().compile_from_config(config)
+            return
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built and self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
+
+
+@keras.saving.register_keras_serializable(package="kerasmp")
+class FunctionalModel(Model, Functional):
+    """What `Model(inputs, outputs)` returns; see `Model`."""
+
+
+@keras.saving.register_keras_serializable(package="kerasmp")
+class Sequential(Model, keras.Sequential):
+    """`keras.Sequential` for mixed precision; see `Model` for what differs.
+
+    Args:
+        layers: List of layers, or None to `add` them later.
+        trainable: Whether the variables are trainable, default True.
+        name: Name of the model.
+
+    Example:
+
+    >>> model = Sequential([keras.Input((4,)), keras.layers.Dense(2, dtype="mixed_float16")])
+    >>> model.compile("sgd", "mse")
+    >>> model.optimizer.loss_scale
+    32768.0
+    """
+
+    def __init__(
+        self,
+        layers: list[Any] | None = None,
+        trainable: bool = True,  # noqa: FBT001, FBT002 - Keras's signature
+        name: str | None = None,
+    ) -> None:
+        super().__init__(layers=layers, trainable=trainable, name=name)
+
+
+def _functional_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    named = {"inputs", "outputs"} & kwargs.keys()
+    return len(args) == len(("inputs", "outputs")) or len(args) + len(named) == 2 and bool(named)  # noqa: PLR2004
+
+
+@functools.cache
+def _functional_subclass(cls: type[Model]) -> type[Model]:
+    """Return `cls` with Functional among its bases, known to Keras's saving by the same name."""
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    functional: type[Model] = type(cls)(cls.__name__, (cls, FunctionalModel), names)
+    package, separator, name = keras.saving.get_registered_name(cls).partition(">")
+    if separator:
+        for registered in (functional, cls):
+            keras.saving.register_keras_serializable(package, name)(registered)
+    return functional
+
+
+def _at_least_float32(tensor: Any) -> Any:
+    if keras.backend.standardize_dtype(tensor.dtype) in {"float16", "bfloat16"}:
+        return keras.ops.cast(tensor, "float32")
+    return tensor
