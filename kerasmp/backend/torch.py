@@ -40,10 +40,21 @@ def train_step(model: Any, parent: Callable[..., Any], data: Any) -> Any:
     """Run the parent's train step and undo its traces if the optimizer skipped."""
     guarded = [*model.non_trainable_variables, *model.metrics_variables]
     before = [v.value.detach().clone() for v in guarded]
+    # Dropout without a seed draws from torch's own generators, not from a Keras variable.
+    generators = _generators()
+    states = [generator.get_state() for generator in generators]
     logs = parent(data)
     if not model.optimizer.last_step_skipped:
         return logs
     with torch.no_grad():
         for variable, value in zip(guarded, before, strict=True):
             variable.assign(value)
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
     return model.get_metrics_result()
+
+
+def _generators() -> list[Any]:
+    # The default generators of devices that are in use; asking for others would initialise them.
+    used = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    return [torch.default_generator, *used]
