@@ -1,0 +1,16 @@
+"""What runs in which dtype: the policy, the global one, and advice for this device."""
+
+from __future__ import annotations
+
+from kerasmp.policy.hardware import Recommendation, recommend_policy
+from kerasmp.policy.policy import Policy
+from kerasmp.policy.scope import global_policy, policy_scope, set_global_policy
+
+__all__ = [
+    "Policy",
+    "Recommendation",
+    "global_policy",
+    "policy_scope",
+    "recommend_policy",
+    "set_global_policy",
+]

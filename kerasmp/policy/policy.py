@@ -1,0 +1,183 @@
+"""The policy itself: one frozen value that says what runs in which dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import keras
+
+from kerasmp.errors import ArgumentTypeError
+from kerasmp.policy import rules as rules_
+from kerasmp.policy import spec as spec_
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PolicyLike: TypeAlias = "Policy | keras.DTypePolicy | str"
+RulesLike: TypeAlias = "Mapping[str | type, PolicyLike] | str | None"
+
+
+@keras.saving.register_keras_serializable(package="kerasmp")
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
+class Policy:
+    """Which dtypes a model stores, computes and answers in.
+
+    A policy is a frozen value: it compares and hashes by content, pickles, copies and serialises.
+    Everything is checked when it is made, so one that exists can be used.
+
+    Args:
+        spec: One of
+
+            - a Keras policy name: "mixed_float16", "mixed_bfloat16", "float32", "float16",
+              "bfloat16", "float64", or a quantised one such as "int8_from_float32";
+            - "variable=float32,compute=float16,output=float32" in any order, with blanks where you
+              like. Without `variable`, variables are float32 (float64 for `compute=float64`);
+              without `compute`, it is the variables' dtype; without `output`, the outputs stay in
+              whatever dtype the last layer computes in;
+            - "auto": what `recommend_policy` says for this device, asked once, now;
+            - a `keras.DTypePolicy` or `DTypePolicyMap` (a map's members become rules), or a policy.
+        rules: Exceptions, as a mapping from layer path patterns (regular expressions that must
+            match a layer's whole path, as in `keras.dtype_policies.DTypePolicyMap`) or layer
+            classes to anything that `spec` accepts, without `output` and without rules. They
+            replace the rules of `spec`; None keeps those. The name of the built-in rule set,
+            "safe", is reserved and refused until that set exists.
+
+    Raises:
+        PolicyError: If a name or dtype is unknown, Keras cannot express the pair of variable and
+            compute dtype, or a rule is invalid.
+        ArgumentTypeError: If `spec` or `rules` has the wrong type.
+
+    Example:
+    >>> policy = Policy("compute=float16, output=float32", rules={"head/.*": "float32"})
+    >>> policy.name, policy.variable_dtype, policy.output_dtype
+    ('mixed_float16', 'float32', 'float32')
+    >>> str(policy)
+    'variable=float32,compute=float16,output=float32'
+    """
+
+    _spec: spec_.Spec
+    _rules: rules_.Rules
+
+    def __init__(self, spec: PolicyLike, *, rules: RulesLike = None) -> None:
+        own, inherited = _read(spec)
+        given = inherited if rules is None else rules
+        object.__setattr__(self, "_spec", own)
+        object.__setattr__(self, "_rules", rules_.normalise(given, Policy))
+
+    @property
+    def name(self) -> str:
+        """The name under which Keras knows the variable and compute dtypes."""
+        return self._spec.name
+
+    @property
+    def variable_dtype(self) -> str:
+        """Dtype in which layers keep their variables."""
+        return self._spec.variable
+
+    @property
+    def compute_dtype(self) -> str:
+        """Dtype in which layers compute."""
+        return self._spec.compute
+
+    @property
+    def output_dtype(self) -> str | None:
+        """Dtype of the model's final outputs; None leaves them as the last layer makes them."""
+        return self._spec.output
+
+    @property
+    def rules(self) -> Mapping[str | type, Policy]:
+        """Exceptions: layer path patterns, then layer classes, each with its policy. Read-only."""
+        return MappingProxyType(dict(self._rules))
+
+    @property
+    def beyond_keras(self) -> tuple[str, ...]:
+        """What stock Keras models will not follow, in words; empty if they follow everything.
+
+        Example:
+        >>> Policy("mixed_float16", rules={keras.layers.Softmax: "float32"}).beyond_keras
+        ('the rule for the class Softmax',)
+        """
+        output = () if self.output_dtype is None else (f"output={self.output_dtype}",)
+        classes = (cls.__name__ for cls in rules_.classes(self._rules))
+        return (*output, *(f"the rule for the class {name}" for name in classes))
+
+    def to_keras(self) -> keras.DTypePolicy:
+        """Return a new Keras policy with all that Keras can express.
+
+        Returns:
+            A `keras.DTypePolicy`, or a `keras.dtype_policies.DTypePolicyMap` if there are rules
+            with layer path patterns. What is left out is in `beyond_keras`.
+
+        Example:
+        >>> Policy("mixed_bfloat16").to_keras()
+        <DTypePolicy "mixed_bfloat16">
+        """
+        default = keras.dtype_policies.get(self.name)
+        members = {
+            pattern: policy.to_keras() for pattern, policy in rules_.patterns(self._rules).items()
+        }
+        if not members:
+            return default
+        # Never without a default: the map's get_config would then erase its members' names.
+        return keras.dtype_policies.DTypePolicyMap(default, members)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return plain data from which `from_config` makes an equal policy.
+
+        Returns:
+            A dict with "spec" and, if there are rules, "rules".
+
+        Raises:
+            PolicyError: If a class in the rules is neither Keras's nor registered with Keras.
+        """
+        config: dict[str, Any] = {"spec": str(self)}
+        if self._rules:
+            config["rules"] = rules_.to_config(self._rules)
+        return config
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Policy:
+        """Make a policy from what `get_config` returned.
+
+        Args:
+            config: The plain data.
+
+        Returns:
+            An equal policy.
+
+        Raises:
+            PolicyError: If a class in the rules is not known in this process.
+        """
+        return cls(config["spec"], rules=rules_.from_config(config.get("rules", ())))
+
+    def __str__(self) -> str:
+        return str(self._spec)
+
+    def __repr__(self) -> str:
+        rules = f", rules={dict(self._rules)!r}" if self._rules else ""
+        return f"Policy({str(self)!r}{rules})"
+
+
+def _read(spec: object) -> tuple[spec_.Spec, RulesLike]:
+    """Return what a spec says, and the rules that come with it."""
+    if isinstance(spec, Policy):
+        return spec._spec, spec.rules  # noqa: SLF001 (its own class)
+    if isinstance(spec, keras.dtype_policies.DTypePolicyMap):
+        return spec_.from_keras(spec.default_policy), dict(spec.items())
+    if isinstance(spec, keras.DTypePolicy):
+        return spec_.from_keras(spec), None
+    if not isinstance(spec, str):
+        raise ArgumentTypeError(
+            "A policy cannot be made from this.",
+            received=f"{spec!r} of type {type(spec).__name__}",
+            expected="a policy name or spec as text, a Policy, or a keras.DTypePolicy",
+            fix='For example Policy("mixed_float16").',
+        )
+    if spec.strip() == spec_.AUTO:
+        # Imported late: that module makes policies.
+        from kerasmp.policy.hardware import recommend_policy
+
+        return _read(recommend_policy().policy)
+    return spec_.parse(spec), None
