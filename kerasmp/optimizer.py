@@ -144,7 +144,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def _read(self, name: str) -> Any:
         """Return the value of an own variable as a NumPy array; zeros before `build`."""
-        return ops.convert_to_numpy(getattr(self, name)) if self.built else np.zeros((), "int64")
+        return ops.convert_to_numpy(getattr(self, name).value) if self.built else np.zeros((), "int64")
 
     @property
     def loss_scale(self) -> float:
@@ -197,6 +197,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             Integer NumPy array, shape `(number of trainable variables,)`; empty before `build`.
         """
         return self._read("nonfinite_counts_variable") if self.built else np.zeros(0, "int64")
+
+    @property
+    def target_variables(self) -> list[Any]:
+        """The variables that it was built with, in the order of `nonfinite_counts`."""
+        return list(self._trainable_variables)
 
     @property
     def initial_scale(self) -> float:
@@ -426,7 +431,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def save_own_variables(self, store: Any) -> None:
         """Write the scaling state by name; the inner optimizer's is saved beside it."""
         for variable in self._variables:
-            store[variable.name] = ops.convert_to_numpy(variable)
+            store[variable.name] = ops.convert_to_numpy(variable.value)
 
     def load_own_variables(self, store: Any) -> None:
         """Read the scaling state, ours by name or stock Keras's by position.

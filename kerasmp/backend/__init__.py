@@ -1,6 +1,6 @@
-"""The only room that imports a framework, each lazily, and the only one that touches Keras privates.
+"""The only room that imports a framework, lazily, and the only one that touches Keras privates.
 
-Import the module of the running backend through `current()`; importing `kerasmp` alone imports none.
+The module of the running backend comes from `current()`; importing `kerasmp` alone imports none.
 """
 
 from __future__ import annotations

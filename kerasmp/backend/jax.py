@@ -20,6 +20,11 @@ def with_values(gradient: Any, values: Any) -> Any:  # noqa: ARG001 - one signat
     return values
 
 
+def sync(model: Any) -> None:
+    """Make the variables current: during `fit` on JAX their values travel outside them."""
+    model.jax_state_sync()
+
+
 def train_step(
     model: Any, parent: Callable[..., Any], state: Sequence[Any], data: Any
 ) -> tuple[Any, Sequence[Any]]:

@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import keras
 from keras.src.models.functional import Functional
 
-__all__ = ["Functional", "flatten_layers"]
+__all__ = ["Functional", "enclosing_callback_list", "flatten_layers"]
+
+# A subclass that calls super() adds a frame or two; more would be somebody else's call.
+_FRAMES = 8
 
 # Functional: the class of `keras.Model(inputs, outputs)` has no public name, and a model of ours
 # that is built from inputs and outputs must inherit from it.
@@ -21,3 +26,18 @@ def flatten_layers(model: Any) -> list[Any]:
     Public `layers` shows one level only, and not the parts of wrappers or of attention.
     """
     return list(model._flatten_layers())  # noqa: SLF001 - no public way to reach inner layers
+
+
+def enclosing_callback_list() -> Any | None:
+    """Return the `CallbackList` that is calling the callback from which this is called, or None.
+
+    Keras calls callbacks in the order of the user's list and gives them no reference to it, so a
+    callback whose log entries the others shall see has no public way to come first.
+    """
+    frame = inspect.currentframe()
+    for _ in range(_FRAMES):
+        frame = frame.f_back if frame else None
+        owner = frame.f_locals.get("self") if frame else None
+        if isinstance(owner, keras.callbacks.CallbackList):
+            return owner
+    return None

@@ -74,6 +74,10 @@ def _branch(bad: Any, update: Callable[[], None], advance: Advance) -> None:
     tf.cond(tf.reduce_any(bad > 0), lambda: advance(False, bad), applied)
 
 
+def sync(model: Any) -> None:  # noqa: ARG001 - one signature for all backends
+    """Make the variables current: TensorFlow's always are."""
+
+
 def train_step(model: Any, parent: Callable[..., Any], data: Any) -> Any:
     """Run the parent's train step and undo its traces if the optimizer skipped.
 

@@ -36,6 +36,10 @@ def run_step(
         advance(finite, bad)
 
 
+def sync(model: Any) -> None:  # noqa: ARG001 - one signature for all backends
+    """Make the variables current: torch's always are."""
+
+
 def train_step(model: Any, parent: Callable[..., Any], data: Any) -> Any:
     """Run the parent's train step and undo its traces if the optimizer skipped."""
     guarded = [*model.non_trainable_variables, *model.metrics_variables]

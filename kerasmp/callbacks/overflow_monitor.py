@@ -1,0 +1,191 @@
+"""The callback that makes loss scaling visible and speaks up when it goes wrong."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import keras
+
+from kerasmp import backend
+from kerasmp.backend.keras_private import enclosing_callback_list, flatten_layers
+from kerasmp.callbacks.readings import Reading, source_of
+from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning, NotCompiledError
+
+
+class OverflowMonitor(keras.callbacks.Callback):
+    """Writes what loss scaling did to the epoch's logs, and warns when steps are being lost.
+
+    History, CSVLogger, TensorBoard, EarlyStopping and the progress bar see these entries,
+    wherever the monitor stands in the list of callbacks:
+
+    - `loss_scale`: the scale at the end of the epoch (float).
+    - `skipped_steps`: steps skipped in this epoch (int).
+    - `total_skipped_steps`: steps skipped since the optimizer was made (int).
+    - `overflow_rate`: skipped steps over all steps of this epoch (float, 0 to 1).
+
+    The device is read at epoch ends and every `check_every` batches, never each step.
+
+    Args:
+        check_every: Batches between two readings, default 50.
+        streak: Steps skipped in a row that earn the first warning, default 10. A dynamic scale
+            that starts high may well skip a few steps until it has come down.
+        stalled: Steps skipped in a row after which training counts as stalled, default 50; a
+            scale at its floor with a streak counts too.
+
+    Raises:
+        LossScaleError: For an argument that is less than 1.
+        ArgumentTypeError: For an argument that is no integer.
+        NotCompiledError: When training begins on a model without an optimizer.
+
+    Works with stock Keras's LossScaleOptimizer, with less to tell: skipped steps are inferred from
+    `iterations`, and no variable can be named. Without a loss-scale optimizer it writes nothing,
+    and warns if a layer computes in float16.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from kerasmp.optimizer import LossScaleOptimizer
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model.compile(LossScaleOptimizer("sgd", loss_scale=1024), "mse")
+    >>> x = np.ones((8, 4), "float32")
+    >>> history = model.fit(x, x[:, :1], verbose=0, callbacks=[OverflowMonitor()])
+    >>> history.history["loss_scale"], history.history["skipped_steps"]
+    ([1024.0], [0])
+    """
+
+    def __init__(self, check_every: int = 50, *, streak: int = 10, stalled: int = 50) -> None:
+        super().__init__()
+        self.check_every = _at_least_one("check_every", check_every)
+        self.streak = _at_least_one("streak", streak)
+        self.stalled = _at_least_one("stalled", stalled)
+        self._source: Any = None
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002 - Keras's
+        """Find the optimizer to watch, and come first among the callbacks."""
+        optimizer = getattr(self.model, "optimizer", None)
+        if optimizer is None:
+            raise NotCompiledError(
+                "OverflowMonitor has nothing to watch.",
+                received=f'model "{self.model.name}" without an optimizer',
+                expected="a compiled model",
+                fix="Call model.compile(optimizer=kerasmp.LossScaleOptimizer(...), ...) first.",
+            )
+        self._source = source_of(optimizer)
+        self._warned: set[str] = set()
+        self._steps = 0
+        callbacks = enclosing_callback_list()
+        if callbacks is not None:
+            callbacks.callbacks = [self, *(c for c in callbacks.callbacks if c is not self)]
+        if self._source is None:
+            self._warn_if_unscaled()
+        else:
+            self._epoch_start = self._source.read(0)
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+        """Start counting this epoch's steps."""
+        self._epoch_first_step = self._steps
+        self._next_check = self.check_every
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+        """Look at the device every `check_every` batches.
+
+        At the begin of a batch and not at its end: a callback with an end hook takes Keras's
+        progress bar out of its own thread.
+        """
+        self._steps = self._epoch_first_step + batch
+        if self._source is not None and batch >= self._next_check:
+            self._next_check = batch + self.check_every
+            backend.current().sync(self.model)
+            self._warn_if_losing_steps(self._source.read(self._steps))
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+        """Write the entries into `logs`, and look once more."""
+        if self._source is None:
+            return
+        self._steps = self._steps_at_epoch_end()
+        now, start = self._source.read(self._steps), self._epoch_start
+        skipped = now.skipped - start.skipped
+        steps = skipped + now.applied - start.applied
+        if logs is not None:
+            logs["loss_scale"] = now.loss_scale
+            logs["skipped_steps"] = skipped
+            logs["total_skipped_steps"] = now.skipped
+            logs["overflow_rate"] = skipped / steps if steps else 0.0
+        self._epoch_start = now
+        self._warn_if_losing_steps(now)
+
+    def _steps_at_epoch_end(self) -> int:
+        # The last execution began at self._steps and may have been cut short by the data's end.
+        steps: int = self._steps + self.model.steps_per_execution
+        of_epoch = self.params.get("steps")
+        return steps if of_epoch is None else min(steps, self._epoch_first_step + of_epoch)
+
+    def _warn_if_losing_steps(self, now: Reading) -> None:
+        if now.in_a_row >= self.stalled or (now.in_a_row >= self.streak and now.at_floor):
+            self._warn_once("stalled", _stalled_message(now, self._source.culprits()))
+        elif now.in_a_row >= self.streak:
+            self._warn_once("streak", _streak_message(now, self._source.culprits()))
+
+    def _warn_if_unscaled(self) -> None:
+        float16 = [
+            layer.name for layer in flatten_layers(self.model) if layer.compute_dtype == "float16"
+        ]
+        if float16:
+            self._warn_once(
+                "unscaled",
+                f"{len(float16)} layers compute in float16 ({_few(float16)}) and nothing scales "
+                "the loss: gradients below 6e-8 become 0, and an overflow destroys the weights. "
+                "Compile with kerasmp.LossScaleOptimizer(optimizer), or build a kerasmp.Model.",
+            )
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, LossScaleWarning, stacklevel=2)
+
+
+def _streak_message(now: Reading, culprits: list[str]) -> str:
+    return (
+        f"The last {now.in_a_row} training steps were skipped, since gradients were inf or NaN; "
+        f"the loss scale is now {now.loss_scale:g}.{_through(culprits)} A dynamic scale that "
+        "starts too high comes down in a few steps: if so, lower its initial_scale. A fixed scale "
+        "must be lowered by hand. Otherwise look for inf or NaN in this data."
+    )
+
+
+def _stalled_message(now: Reading, culprits: list[str]) -> str:
+    where = ", and no lower one would help" if now.at_floor else ""
+    return (
+        f"Training has stalled: the last {now.in_a_row} steps were skipped and no weight has "
+        f"changed; the loss scale is {now.loss_scale:g}{where}.{_through(culprits)} Check the "
+        "inputs and labels for inf and NaN, lower the learning rate, and run the layers that "
+        'overflow in float32, with dtype="float32" or kerasmp.layers.WithDtype.'
+    )
+
+
+def _through(culprits: list[str]) -> str:
+    return f" Most often not finite: the gradients of {_few(culprits)}." if culprits else ""
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown}, ..." if len(names) > len(names[:3]) else shown
+
+
+def _at_least_one(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ArgumentTypeError(
+            f"`{name}` is no integer.",
+            received=f"{value!r} of type {type(value).__name__}",
+            expected="an integer of at least 1",
+            fix="The default is right for most models.",
+        )
+    if value < 1:
+        raise LossScaleError(
+            f"`{name}` is too small.",
+            received=repr(value),
+            expected="an integer of at least 1",
+            fix="The default is right for most models.",
+        )
+    return value

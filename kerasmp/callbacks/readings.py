@@ -1,0 +1,115 @@
+"""What can be read from the optimizers that scale a loss: ours, stock Keras's, or none."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import keras
+from keras import ops
+
+from kerasmp.optimizer import LossScaleOptimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """The counters at one moment.
+
+    Attributes:
+        loss_scale: The current scale.
+        applied: Steps applied so far.
+        skipped: Steps skipped so far.
+        in_a_row: Steps skipped in a row up to now.
+        at_floor: Whether the scale can sink no further.
+    """
+
+    loss_scale: float
+    applied: int
+    skipped: int
+    in_a_row: int
+    at_floor: bool
+
+
+class Source:
+    """Reads our LossScaleOptimizer, which counts for itself.
+
+    Args:
+        optimizer: The optimizer.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def read(self, steps: int) -> Reading:  # noqa: ARG002 - the stock source needs it
+        """Return the counters, after `steps` steps of this fit."""
+        optimizer = self.optimizer
+        scale = optimizer.loss_scale
+        return Reading(
+            loss_scale=scale,
+            applied=optimizer.applied_steps,
+            skipped=optimizer.skipped_steps,
+            in_a_row=optimizer.consecutive_skips,
+            at_floor=scale <= optimizer.schedule.min_scale,
+        )
+
+    def culprits(self) -> list[str]:
+        """Return the paths of the variables whose gradients were most often not finite."""
+        counts = self.optimizer.nonfinite_counts
+        worst = sorted(range(len(counts)), key=lambda i: -counts[i])[:3]
+        variables = self.optimizer.target_variables
+        return [getattr(variables[i], "path", variables[i].name) for i in worst if counts[i]]
+
+
+class StockSource(Source):
+    """Infers from stock Keras's LossScaleOptimizer what it does not count.
+
+    `iterations` advances in applied steps only, so what is missing was skipped. Which steps those
+    were, and through which variable, cannot be known.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer)
+        self._first = self._iterations()
+        self._seen = (0, 0)
+        self._in_a_row = 0
+
+    def _iterations(self) -> int:
+        iterations = int(ops.convert_to_numpy(ops.convert_to_tensor(self.optimizer.iterations)))
+        return iterations * (self.optimizer.inner_optimizer.gradient_accumulation_steps or 1)
+
+    def read(self, steps: int) -> Reading:
+        """Return the counters, after `steps` steps of this fit."""
+        applied = min(self._iterations() - self._first, steps)
+        seen_steps, seen_applied = self._seen
+        if applied > seen_applied:
+            self._in_a_row = 0
+        else:
+            self._in_a_row += steps - seen_steps
+        self._seen = (steps, applied)
+        optimizer = self.optimizer
+        built = optimizer.built
+        scale = (
+            float(ops.convert_to_numpy(optimizer.dynamic_scale.value))
+            if built
+            else optimizer.initial_scale
+        )
+        return Reading(
+            loss_scale=scale,
+            applied=applied,
+            skipped=steps - applied,
+            in_a_row=self._in_a_row,
+            at_floor=scale <= 1.0,  # it has no floor; below 1 nothing is scaled up any more
+        )
+
+    def culprits(self) -> list[str]:
+        """Return nothing: stock Keras keeps no counts."""
+        return []
+
+
+def source_of(optimizer: Any) -> Source | None:
+    """Return what reads `optimizer`, or None if it scales no loss."""
+    if isinstance(optimizer, LossScaleOptimizer):
+        return Source(optimizer)
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return StockSource(optimizer)
+    return None

@@ -1,0 +1,65 @@
+"""The last layer of a classifier: a low-precision matmul, then float32 to the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable(package="kerasmp")
+class DenseHead(keras.layers.Dense):
+    """`keras.layers.Dense` whose bias, activation and output are float32.
+
+    Only the matmul, which is where the time goes, runs in the policy's compute dtype. A stock
+    Dense with a softmax under "mixed_float16" returns float16 probabilities: small ones become 0,
+    the gradient of their logarithm overflows once it is scaled, and training stops. Logits gain
+    too: the loss sees the bias in full.
+
+    Args:
+        units: Size of the last axis of the output.
+        activation: Name or function, applied in float32; default none (logits).
+        **kwargs: As for `keras.layers.Dense`: `use_bias`, initializers, regularizers, constraints,
+            `dtype`, `name`.
+
+    Input shape:
+        `(batch, ..., features)`, any float dtype.
+
+    Output shape:
+        `(batch, ..., units)`, float32 (float64 under a float64 policy).
+
+    References:
+        The Keras guide on mixed precision asks for float32 outputs of the model's last activation.
+
+    Example:
+
+    >>> head = DenseHead(3, activation="softmax", dtype="mixed_float16")
+    >>> probabilities = head(keras.ops.ones((2, 4), dtype="float16"))
+    >>> keras.backend.standardize_dtype(probabilities.dtype), head.kernel.dtype
+    ('float32', 'float32')
+    """
+
+    def __init__(self, units: int, activation: Any = None, **kwargs: Any) -> None:
+        # Without autocast the bias arrives as the float32 it is; the kernel is cast by hand.
+        super().__init__(units, activation=activation, autocast=False, **kwargs)
+
+    @property
+    def output_dtype(self) -> str:
+        """float32, or float64 where the policy computes in float64."""
+        return str(keras.backend.result_type(self.compute_dtype, "float32"))
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: ARG002, FBT001 - Keras's
+        """Return `activation(inputs @ kernel + bias)`."""
+        outputs = ops.matmul(
+            ops.cast(inputs, self.compute_dtype), ops.cast(self.kernel, self.compute_dtype)
+        )
+        outputs = ops.cast(outputs, self.output_dtype)
+        if self.bias is not None:
+            outputs = ops.add(outputs, ops.cast(self.bias, self.output_dtype))
+        return outputs if self.activation is None else self.activation(outputs)
+
+    def compute_output_spec(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        """Return the symbolic output, with its true dtype."""
+        shape = self.compute_output_shape(inputs.shape)
+        return keras.KerasTensor(shape, dtype=self.output_dtype)
