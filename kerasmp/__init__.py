@@ -1,3 +1,35 @@
 """Mixed-precision training for Keras 3 in which every step is either right or explained."""
 
+from kerasmp import errors, layers, loss_scale
+from kerasmp.callbacks import OverflowMonitor
+from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale, NoLossScale
+from kerasmp.model import Model, Sequential
+from kerasmp.optimizer import LossScaleOptimizer
+from kerasmp.policy import (
+    Policy,
+    global_policy,
+    policy_scope,
+    recommend_policy,
+    set_global_policy,
+)
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "DynamicLossScale",
+    "FixedLossScale",
+    "LossScale",
+    "LossScaleOptimizer",
+    "Model",
+    "NoLossScale",
+    "OverflowMonitor",
+    "Policy",
+    "Sequential",
+    "errors",
+    "global_policy",
+    "layers",
+    "loss_scale",
+    "policy_scope",
+    "recommend_policy",
+    "set_global_policy",
+]
