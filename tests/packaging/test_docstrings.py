@@ -1,0 +1,69 @@
+"""Public names are documented with an example, and the examples hold."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import types
+
+import keras
+import pytest
+
+import kerasmp
+
+EXAMPLE = (">>> ", "```python")
+OPTIONAL = {"jinja2", "matplotlib", "rich", "sklearn", "tensorflow_datasets", "typer"}
+FRAMEWORKS = {"tensorflow", "jax", "torch"}
+
+
+def public(module):
+    """Yield (dotted name, object) for all that a module and its public submodules promise."""
+    for name in module.__all__:
+        thing = getattr(module, name)
+        if isinstance(thing, types.ModuleType):
+            yield from public(thing)
+        else:
+            yield f"{module.__name__}.{name}", thing
+
+
+def test_every_public_name_has_a_docstring_with_an_example():
+    bare = [
+        name
+        for name, thing in public(kerasmp)
+        if inspect.isroutine(thing) or inspect.isclass(thing)
+        if not (inspect.isclass(thing) and issubclass(thing, Exception))
+        if not any(mark in (thing.__doc__ or "") for mark in EXAMPLE)
+    ]
+    assert not bare
+
+
+def test_every_public_exception_says_what_it_means():
+    bare = [
+        name
+        for name, thing in public(kerasmp)
+        if inspect.isclass(thing) and issubclass(thing, Exception)
+        if not thing.__doc__
+    ]
+    assert not bare
+
+
+def modules():
+    """Return the package's modules that can be imported on the running backend."""
+    found = [module.name for module in pkgutil.walk_packages(kerasmp.__path__, "kerasmp.")]
+    others = FRAMEWORKS - {keras.backend.backend()}
+    return ["kerasmp", *(name for name in found if not others & set(name.split(".")))]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_in_docstrings_hold(name):
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        missing = (error.name or "").partition(".")[0]
+        if keras.backend.backend() == "tensorflow" or missing not in OPTIONAL:
+            raise
+        pytest.skip(f"{missing} is not installed")
+    names = {"keras": keras, "mp": kerasmp} | {x: getattr(kerasmp, x) for x in kerasmp.__all__}
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    result = doctest.testmod(module, globs=names | vars(module), optionflags=flags)
+    assert not result.failed
