@@ -18,10 +18,11 @@ FRAMEWORKS = {"tensorflow", "jax", "torch"}
 
 def public(module):
     """Yield (dotted name, object) for all that a module and its public submodules promise."""
-    for name in module.__all__:
+    names = getattr(module, "__all__", [x for x in vars(module) if not x.startswith("_")])
+    for name in names:
         thing = getattr(module, name)
         if isinstance(thing, types.ModuleType):
-            yield from public(thing)
+            yield from public(thing) if thing.__name__.startswith("kerasmp") else ()
         else:
             yield f"{module.__name__}.{name}", thing
 
