@@ -38,9 +38,11 @@ class Model(keras.Model):
     'LossScaleOptimizer'
     """
 
+    optimizer: Any
     _auto_scale_loss = True
+    _guards_steps = False
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the class says it
         # As keras.Model does. A subclass is told apart in __init__, by what it passes on.
         if cls is Model and _functional_arguments(args, kwargs):
             return super().__new__(FunctionalModel, *args, **kwargs)
@@ -57,7 +59,7 @@ class Model(keras.Model):
     def compile(
         self, optimizer: Any = "rmsprop", *args: Any, auto_scale_loss: bool = True, **kwargs: Any
     ) -> None:
-        """Configure training, as `keras.Model.compile`, scaling the loss where float16 needs it.
+        """Configure training as `keras.Model.compile`, scaling the loss where float16 needs it.
 
         Args:
             optimizer: A Keras optimizer or its name. It is wrapped in `LossScaleOptimizer()` if a
@@ -92,7 +94,7 @@ class Model(keras.Model):
         )
 
     def make_train_function(self, force: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's
-        """Return the compiled step; the optimizer is wrapped first if layers came after `compile`."""
+        """Return the compiled step; wrap the optimizer first if layers came after `compile`."""
         if self._must_wrap(self.optimizer):
             self.optimizer = LossScaleOptimizer(self.optimizer)
             self.optimizer.build(self.trainable_variables)
@@ -106,12 +108,28 @@ class Model(keras.Model):
         """
         if not isinstance(self.optimizer, LossScaleOptimizer):
             return super().train_step(*args)
+        self._guards_steps = True
         return backend.current().train_step(self, super().train_step, *args)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """Update the metrics from float32 predictions; see `keras.Model.compute_metrics`."""
         return super().compute_metrics(
             x, y, keras.tree.map_structure(_at_least_float32, y_pred), sample_weight=sample_weight
+        )
+
+    def get_metrics_result(self) -> Any:
+        """Return the metrics; all NaN where every step since the last reset was skipped.
+
+        Keras averages over no step at all to 0, which would look like a perfect loss.
+        """
+        result = super().get_metrics_result()
+        loss = next((m for m in self.metrics if m.name == "loss"), None)
+        # A user's own train step may never touch the loss metric: only ours says what 0 means.
+        if not self._guards_steps or not isinstance(loss, keras.metrics.Mean):
+            return result
+        nothing = keras.ops.equal(loss.count, 0)
+        return keras.tree.map_structure(
+            lambda value: keras.ops.where(nothing, float("nan"), value), result
         )
 
     def get_compile_config(self) -> dict[str, Any]:
@@ -163,14 +181,14 @@ class Sequential(Model, keras.Sequential):
 
 def _functional_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     named = {"inputs", "outputs"} & kwargs.keys()
-    return len(args) == len(("inputs", "outputs")) or len(args) + len(named) == 2 and bool(named)  # noqa: PLR2004
+    return len(args) == len(("inputs", "outputs")) or (len(args) + len(named) == 2 and bool(named))  # noqa: PLR2004
 
 
 @functools.cache
-def _functional_subclass(cls: type[Model]) -> type[Model]:
+def _functional_subclass(cls: Any) -> Any:
     """Return `cls` with Functional among its bases, known to Keras's saving by the same name."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    functional: type[Model] = type(cls)(cls.__name__, (cls, FunctionalModel), names)
+    functional = type(cls)(cls.__name__, (cls, FunctionalModel), names)
     package, separator, name = keras.saving.get_registered_name(cls).partition(">")
     if separator:
         for registered in (functional, cls):

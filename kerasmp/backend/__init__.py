@@ -5,6 +5,7 @@ The module of the running backend comes from `current()`; importing `kerasmp` al
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -13,6 +14,7 @@ import keras
 __all__ = ["current"]
 
 
+@functools.cache  # and so one call that AutoGraph, tracing a user's loop, leaves alone
 def current() -> Any:
     """Return the module with the framework-specific parts for the running Keras backend.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import keras
 from jax import numpy as jnp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 
 def dense_values(gradient: Any) -> Any:
@@ -48,7 +50,7 @@ def train_step(
     with keras.StatelessScope(
         state_mapping=list(zip(model.metrics_variables, metrics, strict=True))
     ):
-        logs = model.get_metrics_result()
+        logs = keras.Model.get_metrics_result(model)
     return logs, (trainable, after, optimizer, metrics)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import tensorflow as tf
 from keras import ops
 
@@ -74,7 +75,7 @@ def _branch(bad: Any, update: Callable[[], None], advance: Advance) -> None:
     tf.cond(tf.reduce_any(bad > 0), lambda: advance(False, bad), applied)
 
 
-def sync(model: Any) -> None:  # noqa: ARG001 - one signature for all backends
+def sync(model: Any) -> None:
     """Make the variables current: TensorFlow's always are."""
 
 
@@ -96,4 +97,4 @@ def train_step(model: Any, parent: Callable[..., Any], data: Any) -> Any:
 
     skipped = ops.convert_to_tensor(model.optimizer.consecutive_skips_variable) > 0
     tf.cond(skipped, restore, lambda: None)
-    return model.get_metrics_result()
+    return keras.Model.get_metrics_result(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import torch
 
 Update = Callable[[Sequence[Any], Sequence[Any]], None]
@@ -36,7 +37,7 @@ def run_step(
         advance(finite, bad)
 
 
-def sync(model: Any) -> None:  # noqa: ARG001 - one signature for all backends
+def sync(model: Any) -> None:
     """Make the variables current: torch's always are."""
 
 
@@ -55,7 +56,7 @@ def train_step(model: Any, parent: Callable[..., Any], data: Any) -> Any:
             variable.assign(value)
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
-    return model.get_metrics_result()
+    return keras.Model.get_metrics_result(model)
 
 
 def _generators() -> list[Any]:
