@@ -12,17 +12,19 @@ from kerasmp import backend
 from kerasmp.backend.keras_private import Functional, flatten_layers
 from kerasmp.errors import LossScaleWarning
 from kerasmp.optimizer import LossScaleOptimizer
+from kerasmp.policy import global_policy
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
 class Model(keras.Model):
     """`keras.Model` for mixed precision: a drop-in with the same three ways of use.
 
-    It differs in four points. `compile` wraps the optimizer in `LossScaleOptimizer` as soon as
+    It differs in five points. `compile` wraps the optimizer in `LossScaleOptimizer` as soon as
     any layer computes in float16, not only where the model's own policy is "mixed_float16". A
     skipped step leaves everything as if it had not been: BatchNormalization statistics, seeds,
     the averages of loss and metrics, every other non-trainable variable. float16 and bfloat16
-    outputs reach the metrics in float32. And `auto_scale_loss` is kept in saved files.
+    outputs reach the metrics in float32. Under a policy with `output=` the model's outputs have
+    that dtype. And `auto_scale_loss` is kept in saved files.
 
     Args:
         *args: As for `keras.Model`: `inputs, outputs` or nothing.
@@ -53,13 +55,40 @@ class Model(keras.Model):
             self, Functional | keras.Sequential
         ):
             # keras.Model would rewrite the bases of our class here, for all models at once.
-            object.__setattr__(self, "__class__", _functional_subclass(type(self)))
+            cls: Any = type(self)
+            object.__setattr__(self, "__class__", _functional_subclass(cls))
         super().__init__(*args, **kwargs)
+        self._output_dtype = global_policy().output_dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the outputs, in the `output` dtype of the policy that the model was made under."""
+        outputs = super().__call__(*args, **kwargs)
+        if self._output_dtype is None:
+            return outputs
+        return keras.tree.map_structure(functools.partial(_cast, dtype=self._output_dtype), outputs)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the parent's config, and the dtype of the outputs where a policy gave one."""
+        config: dict[str, Any] = super().get_config()
+        if self._output_dtype is not None:
+            config = {**config, "output_dtype": self._output_dtype}
+        return config
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> Any:
+        """Return the model that `get_config` described."""
+        config = dict(config)
+        output_dtype = config.pop("output_dtype", None)
+        model = super().from_config(config, custom_objects=custom_objects)
+        model._output_dtype = output_dtype  # noqa: SLF001 - not the global policy of this moment
+        return model
 
     def compile(
         self, optimizer: Any = "rmsprop", *args: Any, auto_scale_loss: bool = True, **kwargs: Any
     ) -> None:
-        """Configure training as `keras.Model.compile`, scaling the loss where float16 needs it.
+        """Configure training as `keras.Model.compile`, scaling the loss for float16.
 
         Args:
             optimizer: A Keras optimizer or its name. It is wrapped in `LossScaleOptimizer()` if a
@@ -76,8 +105,8 @@ class Model(keras.Model):
             optimizer, LossScaleOptimizer
         ):
             warnings.warn(
-                "Stock Keras's LossScaleOptimizer does not tell which steps it skips, so they leave "
-                "their traces in BatchNormalization and metrics. Pass "
+                "Stock Keras's LossScaleOptimizer does not tell which steps it skips, so they "
+                "leave their traces in BatchNormalization and metrics. Pass "
                 "kerasmp.LossScaleOptimizer(optimizer.inner_optimizer) instead.",
                 LossScaleWarning,
                 stacklevel=2,
@@ -194,6 +223,11 @@ def _functional_subclass(cls: Any) -> Any:
         for registered in (functional, cls):
             keras.saving.register_keras_serializable(package, name)(registered)
     return functional
+
+
+def _cast(tensor: Any, dtype: str) -> Any:
+    is_float = keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
+    return keras.ops.cast(tensor, dtype) if is_float else tensor
 
 
 def _at_least_float32(tensor: Any) -> Any:

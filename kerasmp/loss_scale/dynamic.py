@@ -17,7 +17,7 @@ from kerasmp.loss_scale.base import LossScale, State
 @keras.saving.register_keras_serializable(package="kerasmp")
 @dataclasses.dataclass(frozen=True)
 class DynamicLossScale(LossScale):
-    """Multiply by `growth_factor` after `growth_interval` good steps, by `backoff_factor` on overflow.
+    """Up by `growth_factor` after `growth_interval` good steps, down on overflow.
 
     The scale stays between `min_scale` and `max_scale`, whatever happens and whatever was loaded:
     it neither sinks to 0 nor climbs to infinity.

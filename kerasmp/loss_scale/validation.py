@@ -15,21 +15,29 @@ LARGEST_SCALE = float(np.finfo(np.float32).max)
 
 
 def _real(name: str, value: Any, expected: str, fix: str) -> float:
-    if isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_):
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise LossScaleError(
+            f"`{name}` cannot be used.", received=repr(value), expected=expected, fix=fix
+        )
+    try:
         return float(value)
-    raise LossScaleError(f"`{name}` cannot be used.", received=repr(value), expected=expected, fix=fix)
+    except OverflowError:  # an int beyond float64
+        return math.inf if value > 0.0 else -math.inf  # type: ignore[operator]
 
 
 def scale(name: str, value: Any) -> float:
-    """Return `value` as a float that is a normal, positive float32 number."""
+    """Return `value` as the nearest float32 number, which is positive and normal."""
     expected = f"a number from {SMALLEST_SCALE:.3g} to {LARGEST_SCALE:.3g}"
     fix = "Powers of two such as 2.0**15 scale without rounding."
     number = _real(name, value, expected, fix)
     if not SMALLEST_SCALE <= number <= LARGEST_SCALE:
         raise LossScaleError(
-            f"`{name}` is outside the range of float32.", received=repr(value), expected=expected, fix=fix
+            f"`{name}` is outside the range of float32.",
+            received=repr(value),
+            expected=expected,
+            fix=fix,
         )
-    return number
+    return float(np.float32(number))
 
 
 def factor(name: str, value: Any, low: float, high: float, fix: str) -> float:

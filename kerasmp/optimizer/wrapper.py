@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import keras
-import numpy as np
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning
-from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale, resolve
+from kerasmp.errors import LossScaleError, LossScaleWarning
+from kerasmp.optimizer import arguments
+from kerasmp.optimizer.state import ScalingState
 
-# Keras's own names for the state of a schedule; other keys keep theirs.
-_VARIABLE_NAMES = {"scale": "dynamic_scale"}
-_COUNTERS = ("applied_steps", "skipped_steps", "consecutive_skips")
-
-# Where stock Keras's files, which number variables instead of naming them, hold the same state.
-_STOCK_PLACES = {"step_counter": "2", "dynamic_scale": "3"}
-
-# What older files hold in the wrapper's config although it never had an effect there.
-_INNER_ARGUMENTS = {
-    "weight_decay": None,
-    "clipnorm": None,
-    "global_clipnorm": None,
-    "clipvalue": None,
-    "use_ema": False,
-    "ema_momentum": 0.99,
-    "ema_overwrite_frequency": None,
-    "loss_scale_factor": None,
-    "gradient_accumulation_steps": None,
-}
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
-class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
+class LossScaleOptimizer(ScalingState):
     """Wraps an optimizer: the loss is scaled, the gradients are unscaled, bad steps are skipped.
 
     Each step: gradients of the scaled loss are checked for inf and NaN, all replicas agree, and
@@ -83,7 +65,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     ([0.5, 1.0], 1)
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - three of them are Keras's names for what loss_scale says
         self,
         inner_optimizer: Any,
         *,
@@ -94,11 +76,17 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        _refuse(kwargs)
-        inner_optimizer = _inner(inner_optimizer)
-        schedule = _schedule(loss_scale, dynamic, initial_scale, dynamic_growth_steps)
+        arguments.refuse(kwargs)
+        inner_optimizer = arguments.inner(inner_optimizer)
+        schedule = arguments.schedule(
+            loss_scale,
+            dynamic=dynamic,
+            initial_scale=initial_scale,
+            growth_steps=dynamic_growth_steps,
+        )
         # Not the parent's: it would set up its own rule, whose factors are hard-coded.
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
+        backend.current()  # imported here, and not while a step is traced
         self.inner_optimizer = inner_optimizer
         self.schedule = schedule
         if inner_optimizer.loss_scale_factor is not None:
@@ -110,108 +98,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 stacklevel=2,
             )
             inner_optimizer.loss_scale_factor = None
-
-    # ---------------------------------------------------------------- state
-
-    def build(self, var_list: Sequence[Any]) -> None:
-        """Create the scaling state and build the inner optimizer; later calls do nothing.
-
-        Args:
-            var_list: The trainable variables, in the order of the gradients.
-        """
-        if self.built:
-            return
-        with keras.name_scope(self.name):
-            for key, value in self.schedule.init().items():
-                name = _VARIABLE_NAMES.get(key, key)
-                dtype = "float32" if isinstance(value, float) else "int"
-                setattr(self, name, self._scalar(name, dtype, value))
-            for name in _COUNTERS:
-                setattr(self, f"{name}_variable", self._scalar(name, "int", 0))
-            self.nonfinite_counts_variable = self.add_variable(
-                shape=(len(var_list),), dtype="int", initializer="zeros", name="nonfinite_counts"
-            )
-            if not self.inner_optimizer.built:
-                self.inner_optimizer.build(var_list)
-        keras.optimizers.Optimizer.build(self, var_list)
-
-    def _scalar(self, name: str, dtype: str, value: float) -> Any:
-        initializer = keras.initializers.Constant(value)
-        return self.add_variable(shape=(), dtype=dtype, initializer=initializer, name=name)
-
-    def _schedule_variables(self) -> dict[str, Any]:
-        return {key: getattr(self, _VARIABLE_NAMES.get(key, key)) for key in self.schedule.init()}
-
-    def _read(self, name: str) -> Any:
-        """Return the value of an own variable as a NumPy array; zeros before `build`."""
-        return ops.convert_to_numpy(getattr(self, name).value) if self.built else np.zeros((), "int64")
-
-    @property
-    def loss_scale(self) -> float:
-        """The current scale. Reading it waits for the device; within a step use `dynamic_scale`.
-
-        Settable, within the schedule's bounds; the step counter then starts again.
-        """
-        return float(self._read("dynamic_scale")) if self.built else self.schedule.initial_scale
-
-    @loss_scale.setter
-    def loss_scale(self, value: float) -> None:
-        number = self.schedule.check(value)
-        if not self.built:
-            raise LossScaleError(
-                "The optimizer has no state yet.",
-                received=f"loss_scale = {value!r}",
-                expected="a built optimizer",
-                fix="Pass loss_scale= to the constructor, or call build(trainable_variables) first.",
-            )
-        self.dynamic_scale.assign(number)
-        self.step_counter.assign(0)
-
-    scale = loss_scale
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps that were skipped because a gradient was not finite."""
-        return int(self._read("skipped_steps_variable"))
-
-    @property
-    def consecutive_skips(self) -> int:
-        """Steps skipped in a row up to now."""
-        return int(self._read("consecutive_skips_variable"))
-
-    @property
-    def applied_steps(self) -> int:
-        """Steps whose gradients reached the inner optimizer."""
-        return int(self._read("applied_steps_variable"))
-
-    @property
-    def last_step_skipped(self) -> bool:
-        """Whether the last step was skipped."""
-        return self.consecutive_skips > 0
-
-    @property
-    def nonfinite_counts(self) -> Any:
-        """For each trainable variable, in how many steps its gradient was not finite.
-
-        Returns:
-            Integer NumPy array, shape `(number of trainable variables,)`; empty before `build`.
-        """
-        return self._read("nonfinite_counts_variable") if self.built else np.zeros(0, "int64")
-
-    @property
-    def target_variables(self) -> list[Any]:
-        """The variables that it was built with, in the order of `nonfinite_counts`."""
-        return list(self._trainable_variables)
-
-    @property
-    def initial_scale(self) -> float:
-        """The schedule's first scale."""
-        return self.schedule.initial_scale
-
-    @property
-    def dynamic_growth_steps(self) -> int | None:
-        """The schedule's growth interval; None for a scale that does not grow."""
-        return getattr(self.schedule, "growth_interval", None)
 
     # ---------------------------------------------------------------- a step
 
@@ -252,7 +138,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             grads,
             variables,
             self._update,
-            lambda finite, bad: self._advance(finite, bad, grads, variables),
+            lambda finite, bad: self._advance(bad, grads, variables, finite=finite),
         )
 
     def apply_gradients(self, grads_and_vars: Any) -> Any:
@@ -352,7 +238,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         )
 
     def _advance(
-        self, finite: bool, bad: Any, grads: Sequence[Any], variables: Sequence[Any]
+        self, bad: Any, grads: Sequence[Any], variables: Sequence[Any], *, finite: bool
     ) -> None:
         """Move the schedule and the counters after a step that was applied or skipped."""
         state = self._schedule_variables()
@@ -398,10 +284,10 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
         def applied() -> None:
             self._update(grads, variables)
-            self._advance(True, bad, grads, variables)
+            self._advance(bad, grads, variables, finite=True)
 
         def skipped() -> None:
-            self._advance(False, bad, grads, variables)
+            self._advance(bad, grads, variables, finite=False)
 
         return list(ops.cond(ops.any(bad > 0), stateless(skipped), stateless(applied)))
 
@@ -427,116 +313,3 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                     config[key], custom_objects=custom_objects
                 )
         return cls(config.pop("inner_optimizer"), **config)
-
-    def save_own_variables(self, store: Any) -> None:
-        """Write the scaling state by name; the inner optimizer's is saved beside it."""
-        for variable in self._variables:
-            store[variable.name] = ops.convert_to_numpy(variable.value)
-
-    def load_own_variables(self, store: Any) -> None:
-        """Read the scaling state, ours by name or stock Keras's by position.
-
-        A scale outside the schedule's bounds is brought inside.
-        """
-        by_name = {variable.name: variable for variable in self._variables}
-        places = _STOCK_PLACES if "0" in store else {name: name for name in by_name}
-        for name, place in places.items():
-            if place in store:
-                by_name[name].assign(np.asarray(store[place]))
-        scale = self.loss_scale
-        if np.isnan(scale):
-            scale = self.schedule.initial_scale
-        self.dynamic_scale.assign(min(max(scale, self.schedule.min_scale), self.schedule.max_scale))
-
-    def set_weights(self, weights: Sequence[Any]) -> None:
-        """Set all of `variables`, the inner optimizer's too."""
-        if len(weights) != len(self.variables):
-            raise LossScaleError(
-                "`weights` does not match the optimizer's variables.",
-                received=f"{len(weights)} values",
-                expected=f"{len(self.variables)}",
-                fix="Build the optimizer first, and pass the values of optimizer.variables.",
-            )
-        for variable, value in zip(self.variables, weights, strict=True):
-            variable.assign(value)
-
-
-def _refuse(kwargs: dict[str, Any]) -> None:
-    unknown = [name for name in kwargs if name not in _INNER_ARGUMENTS]
-    if unknown:
-        raise LossScaleError(
-            f"LossScaleOptimizer does not support arguments: `{'`, `'.join(unknown)}`.",
-            fix="See the class for what it takes; an optimizer's own settings belong to "
-            "`inner_optimizer`.",
-        )
-    for name, value in kwargs.items():
-        if value != _INNER_ARGUMENTS[name]:
-            raise LossScaleError(
-                f"LossScaleOptimizer does not take `{name}`.",
-                received=f"{name}={value!r}",
-                fix=f"Set `{name}` on the `inner_optimizer`.",
-            )
-
-
-def _inner(optimizer: Any) -> Any:
-    if isinstance(optimizer, str):
-        try:
-            optimizer = keras.optimizers.get(optimizer)
-        except ValueError as error:
-            raise LossScaleError(
-                "No Keras optimizer has this name.",
-                received=repr(optimizer),
-                expected='a name such as "adam" or "sgd"',
-                fix="Or pass an optimizer object.",
-            ) from error
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        raise LossScaleError(
-            "The optimizer scales the loss already; twice would shrink every update.",
-            received=f"a {type(optimizer).__module__}.{type(optimizer).__name__}",
-            expected="a plain optimizer",
-            fix="Wrap its `inner_optimizer` instead.",
-        )
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise ArgumentTypeError(
-            "`inner_optimizer` is no optimizer.",
-            received=f"{optimizer!r} of type {type(optimizer).__name__}",
-            expected="a keras.optimizers.Optimizer or its name",
-            fix='For example LossScaleOptimizer("adam").',
-        )
-    return optimizer
-
-
-def _schedule(
-    loss_scale: Any, dynamic: bool | None, initial_scale: float | None, growth_steps: int | None
-) -> LossScale:
-    """Resolve `loss_scale` together with the arguments that Keras 2 and 3 call by other names."""
-    legacy = {
-        "dynamic": dynamic,
-        "initial_scale": initial_scale,
-        "dynamic_growth_steps": growth_steps,
-    }
-    given = {name: value for name, value in legacy.items() if value is not None}
-    if not given:
-        return resolve(loss_scale)
-    if loss_scale != "dynamic":
-        raise LossScaleError(
-            "The scale is given twice.",
-            received=f"loss_scale={loss_scale!r} and {given}",
-            expected="one of them",
-            fix="Put everything into loss_scale=kerasmp.DynamicLossScale(...).",
-        )
-    if dynamic is False or dynamic == 0:
-        if growth_steps is not None:
-            raise LossScaleError(
-                "A fixed scale does not grow.",
-                received=f"dynamic=False, dynamic_growth_steps={growth_steps!r}",
-                expected="dynamic=True, or no dynamic_growth_steps",
-                fix="Leave one of them out.",
-            )
-        return FixedLossScale() if initial_scale is None else FixedLossScale(initial_scale)
-    settings: dict[str, Any] = {}
-    if initial_scale is not None:
-        settings["initial_scale"] = initial_scale
-    if growth_steps is not None:
-        settings["growth_interval"] = growth_steps
-    return DynamicLossScale(**settings)

@@ -1,0 +1,135 @@
+"""What the constructor takes: the inner optimizer, the schedule, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from kerasmp.errors import ArgumentTypeError, LossScaleError
+from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale, resolve
+
+# What older files hold in the wrapper's config although it never had an effect there.
+_INNER_ARGUMENTS = {
+    "weight_decay": None,
+    "clipnorm": None,
+    "global_clipnorm": None,
+    "clipvalue": None,
+    "use_ema": False,
+    "ema_momentum": 0.99,
+    "ema_overwrite_frequency": None,
+    "loss_scale_factor": None,
+    "gradient_accumulation_steps": None,
+}
+
+
+def refuse(kwargs: dict[str, Any]) -> None:
+    """Raise for every argument that does not belong to the wrapper, saying where it does.
+
+    Args:
+        kwargs: What the constructor got beyond its own arguments.
+
+    Raises:
+        LossScaleError: Unless all hold the defaults that older files store.
+    """
+    unknown = [name for name in kwargs if name not in _INNER_ARGUMENTS]
+    if unknown:
+        raise LossScaleError(
+            f"LossScaleOptimizer does not support arguments: `{'`, `'.join(unknown)}`.",
+            fix="See the class for what it takes; an optimizer's own settings belong to "
+            "`inner_optimizer`.",
+        )
+    for name, value in kwargs.items():
+        if value != _INNER_ARGUMENTS[name]:
+            raise LossScaleError(
+                f"LossScaleOptimizer does not take `{name}`.",
+                received=f"{name}={value!r}",
+                fix=f"Set `{name}` on the `inner_optimizer`.",
+            )
+
+
+def inner(optimizer: Any) -> Any:
+    """Return the optimizer that the first argument stands for.
+
+    Args:
+        optimizer: A Keras optimizer or its name.
+
+    Raises:
+        LossScaleError: For an unknown name, or an optimizer that scales already.
+        ArgumentTypeError: For anything else.
+    """
+    if isinstance(optimizer, str):
+        try:
+            optimizer = keras.optimizers.get(optimizer)
+        except ValueError as error:
+            raise LossScaleError(
+                "No Keras optimizer has this name.",
+                received=repr(optimizer),
+                expected='a name such as "adam" or "sgd"',
+                fix="Or pass an optimizer object.",
+            ) from error
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise LossScaleError(
+            "The optimizer scales the loss already; twice would shrink every update.",
+            received=f"a {type(optimizer).__module__}.{type(optimizer).__name__}",
+            expected="a plain optimizer",
+            fix="Wrap its `inner_optimizer` instead.",
+        )
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ArgumentTypeError(
+            "`inner_optimizer` is no optimizer.",
+            received=f"{optimizer!r} of type {type(optimizer).__name__}",
+            expected="a keras.optimizers.Optimizer or its name",
+            fix='For example LossScaleOptimizer("adam").',
+        )
+    return optimizer
+
+
+def schedule(
+    loss_scale: Any,
+    *,
+    dynamic: bool | None,
+    initial_scale: float | None,
+    growth_steps: int | None,
+) -> LossScale:
+    """Resolve `loss_scale` together with the arguments that Keras 2 and 3 call by other names.
+
+    Args:
+        loss_scale: See `kerasmp.loss_scale.resolve`.
+        dynamic: Keras 2's switch between a fixed and a dynamic scale; None if not given.
+        initial_scale: Keras's name for the first, or fixed, scale; None if not given.
+        growth_steps: Keras's `dynamic_growth_steps`; None if not given.
+
+    Raises:
+        LossScaleError: If two arguments contradict each other, or one cannot work.
+    """
+    legacy = {
+        "dynamic": dynamic,
+        "initial_scale": initial_scale,
+        "dynamic_growth_steps": growth_steps,
+    }
+    given = {name: value for name, value in legacy.items() if value is not None}
+    if not given:
+        return resolve(loss_scale)
+    if loss_scale != "dynamic":
+        raise LossScaleError(
+            "The scale is given twice.",
+            received=f"loss_scale={loss_scale!r} and {given}",
+            expected="one of them",
+            fix="Put everything into loss_scale=kerasmp.DynamicLossScale(...).",
+        )
+    if dynamic is not None and not dynamic:
+        if growth_steps is not None:
+            raise LossScaleError(
+                "A fixed scale does not grow.",
+                received=f"dynamic=False, dynamic_growth_steps={growth_steps!r}",
+                expected="dynamic=True, or no dynamic_growth_steps",
+                fix="Leave one of them out.",
+            )
+        return FixedLossScale() if initial_scale is None else FixedLossScale(initial_scale)
+    settings: dict[str, Any] = {}
+    if initial_scale is not None:
+        settings["initial_scale"] = initial_scale
+    if growth_steps is not None:
+        settings["growth_interval"] = growth_steps
+    return DynamicLossScale(**settings)
