@@ -62,7 +62,14 @@ class Model(keras.Model):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs, in the `output` dtype of the policy that the model was made under."""
-        outputs = super().__call__(*args, **kwargs)
+        return self._in_output_dtype(super().__call__(*args, **kwargs))
+
+    def stateless_call(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Return the outputs and the new state; see `keras.Model.stateless_call`."""
+        outputs, *state = super().stateless_call(*args, **kwargs)
+        return self._in_output_dtype(outputs), *state
+
+    def _in_output_dtype(self, outputs: Any) -> Any:
         if self._output_dtype is None:
             return outputs
         return keras.tree.map_structure(functools.partial(_cast, dtype=self._output_dtype), outputs)
