@@ -7,6 +7,8 @@ import dataclasses
 import numbers
 from typing import Any, Self
 
+from keras import ops
+
 from kerasmp.errors import ArgumentTypeError, LossScaleError, did_you_mean
 from kerasmp.loss_scale import validation
 
@@ -53,6 +55,17 @@ class LossScale(abc.ABC):
         Returns:
             A new dict with the keys of `state`; scalar tensors.
         """
+
+    def bounded(self, scale: Any) -> Any:
+        """Return `scale` as a float32 scalar from `min_scale` to `max_scale`.
+
+        For `update`: whatever was loaded or assigned from outside, NaN too, ends inside.
+        """
+        scale = ops.convert_to_tensor(scale, dtype="float32")
+        # The comparison is false for NaN, which becomes the smallest scale.
+        return ops.where(
+            scale >= self.min_scale, ops.minimum(scale, self.max_scale), self.min_scale
+        )
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments; `from_config` is the inverse."""

@@ -92,9 +92,7 @@ class DynamicLossScale(LossScale):
 
     def update(self, state: State, finite: Any) -> State:
         """Return the state after a step; see the class for the rule."""
-        # A state that was loaded or set may lie outside the bounds.
-        scale = ops.convert_to_tensor(state["scale"], dtype="float32")
-        scale = ops.minimum(ops.maximum(scale, self.min_scale), self.max_scale)
+        scale = self.bounded(state["scale"])
         good_steps = ops.convert_to_tensor(state["step_counter"]) + 1
         left = ops.convert_to_tensor(state["hysteresis_left"])
         left_if_bad = ops.maximum(left - 1, ops.zeros_like(left))

@@ -12,9 +12,12 @@ from kerasmp.loss_scale import validation
 from kerasmp.loss_scale.base import LossScale, State
 
 
-def _count(state: State, finite: Any) -> State:
+def _hold(schedule: LossScale, state: State, finite: Any) -> State:
     counter = ops.convert_to_tensor(state["step_counter"])
-    return {**state, "step_counter": ops.where(finite, counter + 1, ops.zeros_like(counter))}
+    return {
+        "scale": schedule.bounded(state["scale"]),
+        "step_counter": ops.where(finite, counter + 1, ops.zeros_like(counter)),
+    }
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -63,8 +66,8 @@ class FixedLossScale(LossScale):
         return validation.LARGEST_SCALE
 
     def update(self, state: State, finite: Any) -> State:
-        """Return `state` with the same scale."""
-        return _count(state, finite)
+        """Return the same scale, brought inside the bounds where it was not."""
+        return _hold(self, state, finite)
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -90,4 +93,4 @@ class NoLossScale(LossScale):
 
     def update(self, state: State, finite: Any) -> State:
         """Return `state` with the scale 1."""
-        return _count(state, finite)
+        return _hold(self, state, finite)

@@ -1,0 +1,159 @@
+"""What every loss-scale schedule promises; a new subclass of LossScale inherits these tests."""
+
+import dataclasses
+import importlib
+import inspect
+import json
+import pickle
+import pkgutil
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+import kerasmp.loss_scale
+from kerasmp.loss_scale import LossScale
+
+for module in pkgutil.iter_modules(kerasmp.loss_scale.__path__, "kerasmp.loss_scale."):
+    importlib.import_module(module.name)
+
+
+def _subclasses(cls):
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+SCHEDULES = sorted(
+    {c for c in _subclasses(LossScale) if c.__module__.startswith("kerasmp.")},
+    key=lambda c: c.__name__,
+)
+every_schedule = pytest.mark.parametrize("cls", SCHEDULES, ids=lambda c: c.__name__)
+
+
+def _numbers(state):
+    return {key: ops.convert_to_numpy(value).item() for key, value in state.items()}
+
+
+def test_the_registry_is_found():
+    names = {cls.__name__ for cls in SCHEDULES}
+    assert names >= {"DynamicLossScale", "FixedLossScale", "NoLossScale"}
+
+
+@every_schedule
+def test_is_a_frozen_value(cls):
+    schedule = cls()
+    assert dataclasses.is_dataclass(cls)
+    assert schedule == cls()
+    assert hash(schedule) == hash(cls())
+    for name in ("initial_scale", "min_scale", "max_scale", "anything_else"):
+        with pytest.raises((dataclasses.FrozenInstanceError, AttributeError)):
+            setattr(schedule, name, 2.0)
+
+
+@every_schedule
+def test_starts_inside_its_own_bounds(cls):
+    schedule = cls()
+    assert 0 < schedule.min_scale <= schedule.initial_scale <= schedule.max_scale < np.inf
+    assert schedule.init()["scale"] == schedule.initial_scale
+    assert schedule.init()["step_counter"] == 0
+    assert schedule.init() is not schedule.init()
+
+
+@every_schedule
+def test_state_is_python_numbers_whose_type_tells_the_dtype(cls):
+    assert {type(value) for value in cls().init().values()} <= {int, float}
+
+
+@every_schedule
+@pytest.mark.parametrize("finite", [True, False])
+def test_update_is_pure_and_keeps_the_keys(cls, finite):
+    schedule = cls()
+    state = schedule.init()
+    before = dict(state)
+    after = schedule.update(state, finite)
+    assert state == before
+    assert after.keys() == before.keys()
+    assert _numbers(schedule.update(state, finite)) == _numbers(after)
+
+
+@every_schedule
+@pytest.mark.parametrize("finite", [True, False])
+def test_update_takes_tensors_and_python_numbers_alike(cls, finite):
+    schedule = cls()
+    numbers = schedule.init()
+    tensors = {key: ops.convert_to_tensor(value) for key, value in numbers.items()}
+    by_tensor = schedule.update(tensors, ops.convert_to_tensor(finite))
+    assert _numbers(by_tensor) == _numbers(schedule.update(numbers, finite))
+
+
+@every_schedule
+def test_a_good_step_counts_and_a_bad_one_starts_again(cls):
+    state = cls().update({**cls().init(), "step_counter": 5}, True)
+    assert _numbers(state)["step_counter"] == 6
+    assert _numbers(cls().update(state, False))["step_counter"] == 0
+
+
+@every_schedule
+@settings(max_examples=25, deadline=None)
+@given(
+    start=st.floats(width=32),
+    steps=st.lists(st.booleans(), min_size=1, max_size=8),
+)
+def test_any_scale_whatever_was_loaded_is_inside_the_bounds_after_one_update(cls, start, steps):
+    schedule = cls()
+    state = {**schedule.init(), "scale": start}
+    for finite in steps:
+        state = schedule.update(state, finite)
+        assert schedule.min_scale <= _numbers(state)["scale"] <= schedule.max_scale
+
+
+@every_schedule
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, 0.0, -1.0, 1e-30, 3e38])
+def test_a_forced_bad_scale_comes_inside_on_the_next_good_step(cls, bad):
+    schedule = cls()
+    state = _numbers(schedule.update({**schedule.init(), "scale": bad}, True))
+    assert schedule.min_scale <= state["scale"] <= schedule.max_scale
+
+
+@every_schedule
+@pytest.mark.parametrize(
+    "trip",
+    [
+        lambda s: type(s).from_config(json.loads(json.dumps(s.get_config()))),
+        lambda s: keras.saving.deserialize_keras_object(
+            json.loads(json.dumps(keras.saving.serialize_keras_object(s)))
+        ),
+        lambda s: pickle.loads(pickle.dumps(s)),
+        dataclasses.replace,
+    ],
+    ids=["config", "keras.saving", "pickle", "replace"],
+)
+def test_survives_the_round_trip(cls, trip):
+    assert trip(cls()) == cls()
+    assert type(trip(cls())) is cls
+
+
+@every_schedule
+def test_config_is_the_constructors_arguments(cls):
+    assert list(cls().get_config()) == list(inspect.signature(cls).parameters)
+    assert repr(cls()).startswith(cls.__name__)
+
+
+@every_schedule
+@pytest.mark.parametrize("value", [0, -1.0, np.inf, np.nan, "8", True, None])
+def test_check_refuses_what_is_no_scale(cls, value):
+    with pytest.raises(ValueError, match=r"Received: .*Expected: "):
+        cls().check(value)
+
+
+@every_schedule
+def test_check_names_the_bounds_that_it_holds(cls):
+    schedule = cls()
+    assert schedule.check(schedule.max_scale) == schedule.max_scale
+    assert schedule.check(schedule.min_scale) == schedule.min_scale
+    with pytest.raises(ValueError, match=rf"{schedule.min_scale:g} to .*Choose a value inside"):
+        schedule.check(schedule.min_scale / 2)
