@@ -130,7 +130,8 @@ def _warn(policy: Policy) -> None:
     if policy.beyond_keras:
         warnings.warn(
             f"Stock Keras models will not follow {' and '.join(policy.beyond_keras)}: Keras has "
-            "no word for it, so only kerasmp.convert and kerasmp.Model can act on it.",
+            "no word for it. kerasmp.Model and kerasmp.Sequential follow `output`; class rules are "
+            "only recorded for now.",
             PolicyWarning,
             stacklevel=3,
         )
