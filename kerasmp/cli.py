@@ -1,0 +1,136 @@
+"""The command `kerasmp`: parse, call, print."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from kerasmp.errors import KerasMPError, MissingDependencyError
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    sys.exit(
+        str(
+            MissingDependencyError(
+                "The command needs a package that is not installed.",
+                received=f"{error.name} missing",
+                fix='Install it with: pip install "kerasmp[demo]"',
+            )
+        )
+    )
+
+app = typer.Typer(
+    help="Mixed-precision training for Keras 3.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command; errors of kerasmp end it with one line and without a traceback.
+
+    Exit codes: 0, 1 for what is missing or cannot be written, 2 for wrong usage.
+    """
+    try:
+        app()
+    except KerasMPError as error:
+        from rich.console import Console
+
+        Console(stderr=True).print("Error:", str(error), style="red", markup=False, highlight=False)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+
+
+def _print_version(wanted: bool) -> None:  # noqa: FBT001 - Typer calls it
+    if wanted:
+        from kerasmp import __version__
+
+        typer.echo(f"kerasmp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def kerasmp(
+    *,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Mixed-precision training for Keras 3."""
+
+
+@app.command()
+def env() -> None:
+    """Show versions, devices and the policy that is recommended here."""
+    from rich.console import Console
+
+    from kerasmp.demo import environment
+    from kerasmp.report import environment_table
+
+    Console().print(environment_table(environment()))
+
+
+@app.command()
+def demo(  # noqa: PLR0913 - one argument for each option
+    *,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="A tfds data set that is prepared on disk: name, name/config, name:1.2.3."
+        ),
+    ] = "kerasmp_digits",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with prepared data sets. [default: tfds's own]")
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 12,
+    policies: Annotated[
+        str, typer.Option(help="Names of policies, separated by commas. [default: all]")
+    ] = "",
+    output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("kerasmp-demo"),
+    seed: Annotated[int, typer.Option(help="Decides weights and order of the images.")] = 0,
+    limit: Annotated[
+        int | None, typer.Option(help="Use at most so many training and test images.")
+    ] = None,
+) -> None:
+    """Train a small CNN under each policy and report what came of it.
+
+    Without --dataset it trains on the handwritten digits that ship inside scikit-learn. Nothing is
+    ever downloaded.
+    """
+    from rich.console import Console
+
+    from kerasmp.demo import DemoSettings, run_demo
+    from kerasmp.report import (
+        ProgressDisplay,
+        check_folder,
+        demo_table,
+        stderr_held_back,
+        write_demo,
+    )
+
+    settings = DemoSettings(
+        dataset=dataset,
+        data_dir=data_dir,
+        epochs=epochs,
+        policies=tuple(name.strip() for name in policies.split(",") if name.strip()),
+        seed=seed,
+        limit=limit,
+    )
+    folder = check_folder(output)
+    console = Console()
+    with stderr_held_back(), ProgressDisplay(console) as display:
+        result = run_demo(settings, progress=display)
+    console.print(demo_table(result))
+    report, results = write_demo(result, folder)
+    console.print(
+        f"Report: {report}\nResults: {results}", markup=False, highlight=False, soft_wrap=True
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Reports on disk: the folder is checked first, files appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kerasmp.errors import OutputError
+from kerasmp.report.html import demo_html
+from kerasmp.report.text import plain
+
+if TYPE_CHECKING:
+    from kerasmp.demo import DemoResult
+
+
+def check_folder(folder: Path) -> Path:
+    """Create a folder if need be, and make sure that it can be written; call this before the work.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The folder, with the user's home filled in.
+
+    Raises:
+        OutputError: If it cannot be created or written.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    return folder
+
+
+def write_demo(result: DemoResult, folder: Path) -> tuple[Path, Path]:
+    """Write `report.html` and `results.json`; files of the same names are replaced.
+
+    Args:
+        result: What `run_demo` returned.
+        folder: The folder.
+
+    Returns:
+        The paths of the report and of the results.
+
+    Raises:
+        OutputError: If a file cannot be written.
+    """
+    folder = check_folder(folder)
+    texts = {
+        folder / "report.html": demo_html(result),
+        folder / "results.json": json.dumps(plain(result), indent=1, allow_nan=False) + "\n",
+    }
+    for path, text in texts.items():
+        _replace(path, text)
+    report, results = texts
+    return report, results
+
+
+def _replace(path: Path, text: str) -> None:
+    # An interrupted run must not leave half a report where a whole one was.
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        "The report cannot be written.",
+        received=f"{path} ({error.strerror or error})",
+        expected="a folder that can be written",
+        fix="Pass another one with --output.",
+    )

@@ -1,0 +1,77 @@
+"""The progress of a demo: bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from kerasmp.report.text import number
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kerasmp.demo import Progress
+
+
+class ProgressDisplay:
+    """Shows `Progress` events; a context manager, and the callable that `run_demo` takes.
+
+    On a terminal each policy has a bar with the steps and the loss. Elsewhere, in a log file say,
+    each policy has one line when it starts and one when it has ended.
+
+    Args:
+        console: The Rich console to write to.
+
+    Example:
+
+        with ProgressDisplay(Console()) as display:
+            result = run_demo(progress=display)
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Start the bars, if there is a terminal to draw them on."""
+        if self._console.is_terminal:
+            from rich import progress
+
+            self._bars = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
+                progress.TextColumn("loss {task.fields[loss]}"),
+                progress.TimeElapsedColumn(),
+                console=self._console,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop the bars; they stay on the screen as they were."""
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, event: Progress) -> None:
+        """Show one event."""
+        loss = number(event.loss, ".4f")
+        if self._bars is None:
+            self._line(event, loss)
+            return
+        if event.recipe not in self._tasks:
+            self._tasks[event.recipe] = self._bars.add_task(
+                f"{event.run}/{event.runs} {event.recipe}", total=event.steps, loss=loss
+            )
+        task = self._tasks[event.recipe]
+        self._bars.update(task, completed=event.step, loss=loss)
+        if event.finished:
+            self._bars.stop_task(task)
+
+    def _line(self, event: Progress, loss: str) -> None:
+        what = f"{event.run}/{event.runs} {event.recipe}:"
+        if event.finished:
+            self._console.print(f"{what} {event.steps} steps done, loss {loss}", highlight=False)
+        elif event.recipe not in self._tasks:
+            self._tasks[event.recipe] = None
+            self._console.print(f"{what} training for {event.steps} steps", highlight=False)

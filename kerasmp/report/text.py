@@ -1,0 +1,120 @@
+"""Numbers to words, the same in the terminal and on the page."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kerasmp.demo import RunResult
+
+NONE = "-"
+COLUMNS = (
+    "policy",
+    "accuracy",
+    "loss",
+    "time a step",
+    "skipped",
+    "final scale",
+    "memory",
+)
+
+
+def number(value: float | None, pattern: str, unit: str = "") -> str:
+    """Return a number in a format, a dash for None, and a word for what is not finite.
+
+    Args:
+        value: The number.
+        pattern: A format specification, such as ".3f".
+        unit: What to put behind it.
+
+    Example:
+
+    >>> number(0.125, ".1%"), number(None, ".1%"), number(float("nan"), ".1%")
+    ('12.5%', '-', 'nan')
+    """
+    if value is None:
+        return NONE
+    return format(value, pattern) + unit if math.isfinite(value) else str(value)
+
+
+def scale(value: float | None) -> str:
+    """Return a scale, as a power of two where it is one.
+
+    Example:
+
+    >>> scale(32768.0), scale(1000.0), scale(None)
+    ('2^15', '1000', '-')
+    """
+    if value is None:
+        return NONE
+    if math.isfinite(value) and value > 0 and math.frexp(value)[0] == 0.5:  # noqa: PLR2004
+        return f"2^{math.frexp(value)[1] - 1}"
+    return f"{value:g}"
+
+
+def kibibytes(value: int) -> str:
+    """Return a number of bytes in KiB or MiB.
+
+    Example:
+
+    >>> kibibytes(2048), kibibytes(5 * 2**20)
+    ('2 KiB', '5.0 MiB')
+    """
+    kib = value / 1024
+    return f"{kib:.0f} KiB" if kib < 1024 else f"{kib / 1024:.1f} MiB"  # noqa: PLR2004
+
+
+def cells(run: RunResult) -> tuple[str, ...]:
+    """Return the row of one run, in the order of `COLUMNS`."""
+    milliseconds = None if math.isnan(run.seconds_per_step) else run.seconds_per_step * 1e3
+    return (
+        run.recipe.name,
+        number(run.test_accuracy[-1], ".1%"),
+        number(run.test_loss[-1], ".4f"),
+        number(milliseconds, ".2f", " ms"),
+        number(run.skipped_steps, "d"),
+        scale(run.final_scale),
+        kibibytes(run.activation_bytes),
+    )
+
+
+def seconds(value: float) -> str:
+    """Return a duration.
+
+    Example:
+
+    >>> seconds(3.25), seconds(75.0)
+    ('3.2 s', '1 min 15 s')
+    """
+    if value < 60:  # noqa: PLR2004 - a minute
+        return f"{value:.1f} s"
+    return f"{int(value // 60)} min {value % 60:.0f} s"
+
+
+def plain(value: object) -> object:
+    """Return a result as what JSON knows; what is not finite becomes None.
+
+    Args:
+        value: A result, or what one consists of.
+
+    Example:
+
+    >>> plain({"loss": (1.0, float("inf"))})
+    {'loss': [1.0, None]}
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            "type": type(value).__name__,
+            **{
+                field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+            },
+        }
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
