@@ -7,6 +7,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from kerasmp.errors import PolicyError
+
 
 @keras.saving.register_keras_serializable(package="kerasmp")
 class DenseHead(keras.layers.Dense):
@@ -29,6 +31,9 @@ class DenseHead(keras.layers.Dense):
     Output shape:
         `(batch, ..., units)`, float32 (float64 under a float64 policy).
 
+    Raises:
+        PolicyError: Under a quantised policy.
+
     References:
         The Keras guide on mixed precision asks for float32 outputs of the model's last activation.
 
@@ -41,13 +46,29 @@ class DenseHead(keras.layers.Dense):
     """
 
     def __init__(self, units: int, activation: Any = None, **kwargs: Any) -> None:
-        # Without autocast the bias arrives as the float32 it is; the kernel is cast by hand.
         super().__init__(units, activation=activation, autocast=False, **kwargs)
+        if self.quantization_mode is not None:
+            # Keras would call Dense's quantised code, whose output is in the compute dtype.
+            raise PolicyError(
+                "DenseHead cannot be quantised.",
+                received=f'the policy "{self.dtype_policy.name}"',
+                expected="a floating-point policy",
+                fix='Pass one, dtype="mixed_bfloat16" say, or use keras.layers.Dense.',
+            )
+
+    def add_weight(self, *args: Any, **kwargs: Any) -> Any:
+        """Add a weight that no autocast narrows; the kernel is cast by hand.
+
+        The layer's own `autocast=False` is not enough: Keras heeds it only inside of another
+        layer's call.
+        """
+        return super().add_weight(*args, **{**kwargs, "autocast": False})
 
     @property
     def output_dtype(self) -> str:
         """float32, or float64 where the policy computes in float64."""
-        return str(keras.backend.result_type(self.compute_dtype, "float32"))
+        # Not result_type(), which knows no float64 on JAX and torch.
+        return "float64" if self.compute_dtype == "float64" else "float32"
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: ARG002, FBT001 - Keras's
         """Return `activation(inputs @ kernel + bias)`."""

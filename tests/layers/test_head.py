@@ -1,0 +1,296 @@
+"""DenseHead: a low-precision matmul, float32 from there to the loss."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from kerasmp.errors import PolicyError
+from kerasmp.layers import DenseHead
+from kerasmp.optimizer import LossScaleOptimizer
+
+MIXED = {"mixed_float16": "float16", "mixed_bfloat16": "bfloat16"}
+# Policy, then the dtype of variables, of the matmul, and of the output.
+POLICIES = [
+    ("mixed_float16", "float32", "float16", "float32"),
+    ("mixed_bfloat16", "float32", "bfloat16", "float32"),
+    ("float32", "float32", "float32", "float32"),
+    ("float16", "float16", "float16", "float32"),
+    ("bfloat16", "bfloat16", "bfloat16", "float32"),
+    ("float64", "float64", "float64", "float64"),
+]
+# The whole numbers end here: one more is rounded back to it.
+LAST_WHOLE = {"float16": 2**11, "bfloat16": 2**8, "float32": 2**24}
+
+
+def dtype_of(tensor):
+    return keras.backend.standardize_dtype(tensor.dtype)
+
+
+def numpy_of(tensor):
+    return np.array(ops.convert_to_numpy(tensor))
+
+
+@pytest.fixture
+def _wide_jax():
+    """Let JAX have float64, which it narrows to float32 unless told otherwise."""
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    import jax
+
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.usefixtures("_wide_jax")
+@pytest.mark.parametrize(("policy", "variables", "compute", "output"), POLICIES)
+@pytest.mark.parametrize("activation", [None, "softmax", "sigmoid"])
+def test_dtypes_are_the_same_in_symbols_and_in_numbers(
+    policy, variables, compute, output, activation
+):
+    head = DenseHead(3, activation, dtype=policy)
+    symbolic = head(keras.Input((4,), dtype=compute))
+    actual = head(ops.ones((2, 4), dtype=compute))
+    assert {v.dtype for v in head.variables} == {variables}
+    assert head.compute_dtype == compute
+    assert dtype_of(actual) == symbolic.dtype == head.output_dtype == output
+    assert symbolic.shape == (None, 3)
+    assert actual.shape == (2, 3)
+
+
+@pytest.mark.parametrize("dtype", LAST_WHOLE)
+def test_the_matmul_rounds_to_the_compute_dtype(dtype):
+    """`last` + 1 is no number of that dtype, and the result says which dtype multiplied."""
+    last = LAST_WHOLE[dtype]
+    inputs = np.array([[last, 1.0]])
+    settings = {"kernel_initializer": "ones", "use_bias": False}
+    head = DenseHead(1, dtype="float32" if dtype == "float32" else f"mixed_{dtype}", **settings)
+    assert numpy_of(head(inputs)).item() == last
+    wider = DenseHead(1, dtype="float64" if dtype == "float32" else "float32", **settings)
+    if dtype != "float32":
+        assert numpy_of(wider(inputs)).item() == last + 1
+
+
+@pytest.mark.parametrize("policy", MIXED)
+def test_the_bias_is_added_in_float32(policy):
+    fine = 1 + 2.0**-20  # rounds to 1 in either low precision
+    settings = {"bias_initializer": keras.initializers.Constant(fine), "dtype": policy}
+    inputs = np.zeros((1, 2))
+    assert numpy_of(DenseHead(1, **settings)(inputs)).item() == fine
+    stock = ops.cast(keras.layers.Dense(1, **settings)(inputs), "float32")
+    assert numpy_of(stock).item() == 1.0
+
+
+@pytest.mark.parametrize("policy", MIXED)
+def test_the_activation_is_computed_in_float32(policy):
+    settings = {"kernel_initializer": "ones", "activation": "sigmoid", "dtype": policy}
+    inputs = np.full((1, 1), -20.0)
+    exact = 1 / (1 + np.exp(20.0))
+    np.testing.assert_allclose(numpy_of(DenseHead(1, **settings)(inputs)).item(), exact, 1e-6)
+    stock = numpy_of(ops.cast(keras.layers.Dense(1, **settings)(inputs), "float32")).item()
+    assert abs(stock - exact) > 1e-4 * exact
+
+
+@pytest.mark.parametrize("policy", MIXED)
+def test_a_whole_float32_model_is_what_it_is_measured_against(policy):
+    inputs = np.random.default_rng(0).normal(size=(8, 16)).astype("float32")
+    head = DenseHead(5, "softmax", dtype=policy)
+    outputs = numpy_of(head(inputs))
+    rounded = [
+        numpy_of(ops.cast(ops.cast(value, MIXED[policy]), "float32")).astype("float64")
+        for value in (inputs, head.kernel)
+    ]
+    logits = rounded[0] @ rounded[1]
+    expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    resolution = {"mixed_float16": 2e-3, "mixed_bfloat16": 2e-2}[policy]
+    np.testing.assert_allclose(outputs, expected, rtol=resolution)
+
+
+def test_it_takes_what_dense_takes():
+    arguments = {
+        "activation": "relu",
+        "use_bias": True,
+        "kernel_initializer": keras.initializers.Constant(0.5),
+        "bias_initializer": "ones",
+        "kernel_regularizer": keras.regularizers.L2(0.25),
+        "bias_regularizer": keras.regularizers.L1(0.5),
+        "activity_regularizer": keras.regularizers.L2(0.125),
+        "kernel_constraint": "non_neg",
+        "bias_constraint": "non_neg",
+        "name": "head",
+        "dtype": "float32",
+    }
+    inputs = np.random.default_rng(0).normal(size=(2, 3, 4)).astype("float32")
+    ours, stock = DenseHead(2, **arguments), keras.layers.Dense(2, **arguments)
+    np.testing.assert_array_equal(numpy_of(ours(inputs)), numpy_of(stock(inputs)))
+    np.testing.assert_allclose(
+        [numpy_of(loss) for loss in ours.losses],
+        [numpy_of(loss) for loss in stock.losses],
+        rtol=1e-6,
+    )
+    assert len(ours.losses) == 3
+    assert isinstance(ours, keras.layers.Dense)
+    assert ours.get_config() == stock.get_config()
+    assert DenseHead(2, trainable=False).get_config()["trainable"] is False
+    assert DenseHead(units=3, activation=ops.relu).activation is ops.relu
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "float32"])
+def test_inputs_of_rank_3_without_bias(policy):
+    head = DenseHead(2, use_bias=False, dtype=policy)
+    inputs = np.random.default_rng(0).normal(size=(2, 3, 4)).astype("float32")
+    outputs = numpy_of(head(inputs))
+    assert head.bias is None
+    assert [v.name for v in head.variables] == ["kernel"]
+    np.testing.assert_allclose(outputs, inputs @ numpy_of(head.kernel), rtol=1e-2, atol=1e-2)
+    assert head(keras.Input((3, 4))).shape == (None, 3, 2)
+
+
+def test_masks_pass():
+    embed = keras.layers.Embedding(5, 4, mask_zero=True, dtype="mixed_float16")
+    outputs = DenseHead(2, dtype="mixed_float16")(embed(np.array([[1, 2, 0]])))
+    assert numpy_of(outputs._keras_mask).tolist() == [[True, True, False]]
+
+
+def test_the_activity_regularizer_sums_in_float32():
+    """200 * 400 squares of 1 are 80000, which is inf in float16."""
+    settings = {
+        "kernel_initializer": "ones",
+        "activity_regularizer": keras.regularizers.L2(1.0),
+        "dtype": "mixed_float16",
+    }
+    inputs = np.ones((200, 1))
+    head = DenseHead(400, **settings)
+    head(inputs)
+    (loss,) = head.losses
+    assert dtype_of(loss) == "float32"
+    assert numpy_of(loss) == 400.0  # Keras divides by the batch
+    stock = keras.layers.Dense(400, **settings)
+    stock(inputs)
+    assert not np.isfinite(numpy_of(stock.losses[0]))
+
+
+@pytest.mark.parametrize("outer", ["mixed_float16", "mixed_bfloat16"])
+def test_an_enclosing_layer_does_not_narrow_the_bias(outer):
+    """The autocast of the layer around it must end at the head."""
+
+    @keras.saving.register_keras_serializable("kerasmp_tests")
+    class Outer(keras.layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            fine = keras.initializers.Constant(1 + 2.0**-20)
+            self.head = DenseHead(1, bias_initializer=fine, dtype=self.dtype_policy)
+
+        def call(self, inputs):
+            return self.head(inputs)
+
+    outputs = Outer(dtype=outer)(np.zeros((1, 2)))
+    assert dtype_of(outputs) == "float32"
+    assert numpy_of(outputs).item() == 1 + 2.0**-20
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32"])
+def test_config_and_weights_survive(policy, tmp_path):
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, DenseHead(3, "softmax", dtype=policy, name="head")(inputs))
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype("float32")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    head = loaded.get_layer("head")
+    assert type(head) is DenseHead
+    assert head.dtype_policy.name == policy
+    np.testing.assert_array_equal(numpy_of(loaded(x)), numpy_of(model(x)))
+    clone = DenseHead.from_config(head.get_config())
+    assert clone.get_config() == head.get_config()
+    assert dtype_of(clone(x)) == "float32"
+
+
+def test_lora_trains_the_added_matrices_alone():
+    head = DenseHead(3, dtype="mixed_float16")
+    model = keras.Sequential([keras.Input((4,)), head])
+    x = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
+    before = numpy_of(model(x))
+    head.enable_lora(2)
+    np.testing.assert_array_equal(numpy_of(model(x)), before)  # B starts at zero
+    assert [v.name for v in head.trainable_variables] == ["bias", "lora_kernel_a", "lora_kernel_b"]
+    assert {v.dtype for v in head.variables} == {"float32"}
+    kernel = numpy_of(head._kernel)
+    model.compile(LossScaleOptimizer(keras.optimizers.SGD(0.1), loss_scale=64), "mse")
+    model.fit(x, np.ones((8, 3)), epochs=2, verbose=0)
+    np.testing.assert_array_equal(numpy_of(head._kernel), kernel)
+    assert np.abs(numpy_of(head.lora_kernel_b)).max() > 0
+    outputs = numpy_of(model(x))
+    assert outputs.dtype == np.float32
+    assert np.abs(outputs - before).max() > 0
+
+
+@pytest.mark.parametrize("policy", ["int8_from_mixed_bfloat16", "float8_from_mixed_float16"])
+def test_a_quantised_policy_is_refused(policy):
+    """Dense's quantised code would give the compute dtype while the symbol says float32."""
+    with pytest.raises(PolicyError, match=f'cannot be quantised. Received: the policy "{policy}"'):
+        DenseHead(3, dtype=policy)
+    with pytest.raises(NotImplementedError):
+        keras.Sequential([keras.Input((4,)), DenseHead(3)]).layers[0].quantize("int8")
+
+
+# ------------------------------------------------------- probabilities, and a loss that logs them
+
+CLASSES = 1000
+
+
+def softmax_gradients(x, kernel, labels):
+    """Return d(mean cross-entropy)/d(kernel, bias), in float64."""
+    x, kernel = x.astype("float16").astype("float64"), kernel.astype("float64")
+    logits = x @ kernel.astype("float16").astype("float64")
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    p[np.arange(len(x)), labels] -= 1
+    return x.T @ p / len(x), p.mean(0)
+
+
+def sigmoid_gradients(x, kernel, targets):
+    """Return d(mean binary cross-entropy)/d(kernel, bias), in float64."""
+    x = x.astype("float16").astype("float64")
+    logits = x @ kernel.astype("float16").astype("float64")
+    error = (1 / (1 + np.exp(-logits)) - targets) / targets.size
+    return x.T @ error, error.sum(0)
+
+
+def one_step(layer, loss, x, y):
+    """Return the gradients that one step of SGD with rate 1 applied, and the optimizer."""
+    model = keras.Sequential([keras.Input((x.shape[-1],)), layer])
+    model.compile(LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=2.0**15), loss)
+    before = [numpy_of(w) for w in model.trainable_variables]
+    model.fit(x, y, batch_size=len(x), verbose=0)
+    after = [numpy_of(w) for w in model.trainable_variables]
+    return before, [b - a for b, a in zip(before, after, strict=True)], model.optimizer
+
+
+@pytest.mark.parametrize("loss", ["categorical", "sparse_categorical", "binary"])
+def test_cross_entropy_of_probabilities_trains_where_stock_dense_cannot(loss):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(64, 32)).astype("float32")
+    classes = 2 if loss == "binary" else CLASSES
+    labels = random.integers(0, classes, 64)
+    one_hot = np.eye(classes, dtype="float32")[labels]
+    if loss == "binary":
+        y, activation, reference = one_hot, "sigmoid", sigmoid_gradients
+    else:
+        y = one_hot if loss == "categorical" else labels
+        activation, reference = "softmax", softmax_gradients
+    loss = f"{loss}_crossentropy"
+    settings = {"activation": activation, "dtype": "mixed_float16"}
+    wide = {"kernel_initializer": keras.initializers.RandomNormal(stddev=0.5, seed=1)}
+    settings |= wide if activation == "sigmoid" else {}
+
+    before, gradients, optimizer = one_step(DenseHead(classes, **settings), loss, x, y)
+    assert (optimizer.applied_steps, optimizer.skipped_steps) == (1, 0)
+    wanted = reference(x, before[0], labels if activation == "softmax" else one_hot)
+    for got, want in zip(gradients, wanted, strict=True):
+        assert np.linalg.norm(got - want) / np.linalg.norm(want) < 5e-3
+
+    _, nothing, optimizer = one_step(keras.layers.Dense(classes, **settings), loss, x, y)
+    assert (optimizer.applied_steps, optimizer.skipped_steps) == (0, 1)
+    assert optimizer.nonfinite_counts.tolist() == [1, 1]
+    assert not np.any(nothing[0])
