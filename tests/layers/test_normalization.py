@@ -1,0 +1,210 @@
+"""BatchNormalization: a bad batch leaves no trace in the moving statistics."""
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+from kerasmp.layers import BatchNormalization
+from kerasmp.optimizer import LossScaleOptimizer
+
+Stock = keras.layers.BatchNormalization
+# How a step can be run: `compile` arguments.
+MODES = {
+    "tensorflow": [{"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": True}],
+    "jax": [{"run_eagerly": True}, {"jit_compile": True}],
+    "torch": [{"run_eagerly": True}],
+}[keras.backend.backend()]
+BAD = [float("inf"), float("-inf"), float("nan")]
+
+
+def numpy_of(tensor):
+    return np.array(ops.convert_to_numpy(tensor))
+
+
+def statistics(layer):
+    return {v.name: numpy_of(v) for v in layer.non_trainable_variables}
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def batch(seed=0, shape=(8, 3)):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("arguments", [{}, {"renorm": True}], ids=str)
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32"])
+def test_a_bad_value_poisons_stock_but_not_ours(value, arguments, policy):
+    bad = batch()
+    bad[2, 1] = value  # one channel of three
+    ours, stock = (cls(dtype=policy, **arguments) for cls in (BatchNormalization, Stock))
+    for layer in (ours, stock):
+        layer(batch(1), training=True)
+    before = statistics(ours)
+    assert_same(before, statistics(stock))
+    outputs = ours(bad, training=True)
+    assert_same(statistics(ours), before)
+    assert not np.all(np.isfinite(numpy_of(ops.cast(outputs, "float32"))))  # nothing is hidden
+    stock(bad, training=True)
+    assert not np.all(np.isfinite(statistics(stock)["moving_mean"]))
+    assert {v.dtype for v in ours.variables} == {"float32"}
+
+
+@pytest.mark.parametrize("arguments", [{}, {"renorm": True}, {"axis": 1}], ids=str)
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32", "float16"])
+def test_finite_batches_are_those_of_stock_bit_for_bit(arguments, policy):
+    ours, stock = (cls(dtype=policy, **arguments) for cls in (BatchNormalization, Stock))
+    for seed in range(3):
+        x = batch(seed, (4, 5, 3))
+        got, want = (layer(x, training=True) for layer in (ours, stock))
+        assert keras.backend.standardize_dtype(got.dtype) == ours.compute_dtype
+        np.testing.assert_array_equal(
+            numpy_of(ops.cast(got, "float32")), numpy_of(ops.cast(want, "float32"))
+        )
+        assert_same(statistics(ours), statistics(stock))
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.sampled_from(["good", *BAD]), max_size=5))
+def test_any_mixture_equals_its_good_batches_alone(kinds):
+    with_bad, without = BatchNormalization(), Stock()
+    for layer in (with_bad, without):
+        layer.build((None, 3))
+    for seed, kind in enumerate(kinds):
+        x = batch(seed)
+        if kind == "good":
+            without(x, training=True)
+        else:
+            x[seed, seed % 3] = kind
+        with_bad(x, training=True)
+    assert_same(statistics(with_bad), statistics(without))
+
+
+def test_masks_count_as_in_stock_and_do_not_let_a_bad_value_in():
+    mask = np.array([[True, True, False]] * 4)
+    good = batch(1, (4, 3, 2))
+    bad = good.copy()
+    bad[0, 1, 0] = float("inf")
+    ours, stock = BatchNormalization(), Stock()
+    for layer in (ours, stock):
+        layer(good, mask=mask, training=True)
+    before = statistics(ours)
+    assert_same(before, statistics(stock))
+    unmasked = Stock()
+    unmasked(good, training=True)
+    assert np.any(statistics(unmasked)["moving_mean"] != before["moving_mean"])
+    ours(bad, mask=mask, training=True)
+    assert_same(statistics(ours), before)
+    stock(bad, mask=mask, training=True)
+    assert not np.all(np.isfinite(statistics(stock)["moving_mean"]))
+
+
+def test_a_mask_of_another_rank_is_refused_as_in_stock():
+    with pytest.raises(ValueError, match="one dimension less"):
+        BatchNormalization()(batch(), mask=np.ones((8, 3), bool), training=True)
+
+
+@pytest.mark.parametrize(("trainable", "training"), [(True, False), (False, True), (True, None)])
+def test_inference_and_frozen_layers_are_stock(trainable, training):
+    ours, stock = (cls(trainable=trainable) for cls in (BatchNormalization, Stock))
+    for layer in (ours, stock):
+        layer.build((None, 3))
+        layer.moving_mean.assign([1.0, 2.0, 3.0])
+    before = statistics(ours)
+    x = batch()
+    np.testing.assert_array_equal(
+        numpy_of(ours(x, training=training)), numpy_of(stock(x, training=training))
+    )
+    ours(np.full((8, 3), np.nan, "float32"), training=training)
+    assert_same(statistics(ours), before)
+
+
+def trained(cls, batches, mode, **arguments):
+    """Return a stock model trained on `batches`, and its normalization layer."""
+    keras.utils.set_random_seed(3)
+    norm = cls(**arguments)
+    positive = keras.initializers.RandomUniform(0.5, 1.0, seed=1)
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            keras.layers.Dense(4, kernel_initializer=positive),
+            norm,
+            keras.layers.Dense(1, dtype="float32"),
+        ]
+    )
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1), loss_scale=64)
+    model.compile(optimizer, "mse", **mode)
+    x = np.concatenate(batches)
+    model.fit(x, np.ones((len(x), 1)), batch_size=8, shuffle=False, verbose=0)
+    return model, norm
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("arguments", [{}, {"renorm": True}], ids=str)
+def test_training_goes_on_as_if_the_bad_batch_had_not_been(mode, arguments):
+    keras.config.set_dtype_policy("mixed_float16")
+    good = [batch(1), batch(2)]
+    overflow = np.full((8, 3), 6e4, "float32")  # finite, until the Dense sums it in float16
+    overflow[::2] *= -1
+    bad = [good[0], overflow, good[1]]
+    alone, _ = trained(BatchNormalization, good, mode, **arguments)
+    model, norm = trained(BatchNormalization, bad, mode, **arguments)
+    assert (model.optimizer.applied_steps, model.optimizer.skipped_steps) == (2, 1)
+    for got, want in zip(model.variables, alone.variables, strict=True):
+        np.testing.assert_array_equal(numpy_of(got), numpy_of(want), err_msg=got.path)
+    assert {v.dtype for v in norm.variables} == {"float32"}
+    assert np.all(np.isfinite(model.predict(good[0], verbose=0)))
+    # The same with stock BatchNormalization: it trains, and predicts NaN.
+    model, _ = trained(Stock, bad, mode, **arguments)
+    assert np.all(np.isfinite(numpy_of(model.layers[0].kernel)))
+    assert not np.any(np.isfinite(model.predict(good[0], verbose=0)))
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "float32"])
+def test_config_and_weights_survive(policy, tmp_path):
+    arguments = {"momentum": 0.5, "epsilon": 0.01, "center": False, "dtype": policy}
+    layer = BatchNormalization(**arguments)
+    model = keras.Sequential([keras.Input((3,)), layer])
+    layer(batch(), training=True)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded.layers[0]) is BatchNormalization
+    assert loaded.layers[0].get_config() == layer.get_config()
+    assert layer.get_config() | {"name": ""} == Stock(**arguments).get_config() | {"name": ""}
+    assert_same(statistics(loaded.layers[0]), statistics(layer))
+
+
+def test_weights_of_a_stock_model_load(tmp_path):
+    stock = keras.Sequential([keras.Input((3,)), Stock()])
+    stock.layers[0](batch(), training=True)
+    stock.save_weights(tmp_path / "stock.weights.h5")
+    ours = keras.Sequential([keras.Input((3,)), BatchNormalization()])
+    ours.load_weights(tmp_path / "stock.weights.h5")
+    assert_same(statistics(ours.layers[0]), statistics(stock.layers[0]))
+
+
+@pytest.mark.backend("tensorflow")
+def test_one_bad_replica_restores_all_of_them():
+    import tensorflow as tf
+
+    cpus = tf.config.list_logical_devices("CPU")
+    strategy = tf.distribute.MirroredStrategy([device.name for device in cpus])
+    with strategy.scope():
+        layer = BatchNormalization(synchronized=True)
+        layer.build((None, 3))
+    before = statistics(layer)
+    bad = batch()
+    bad[0, 0] = np.inf
+    run = tf.function(lambda x: strategy.run(lambda: layer(x, training=True)))
+    run(batch(1))
+    after_good = statistics(layer)
+    assert np.any(after_good["moving_mean"] != before["moving_mean"])
+    run(bad)
+    assert_same(statistics(layer), after_good)
