@@ -28,7 +28,8 @@ class WithDtype(keras.layers.Wrapper):
         **kwargs: As for `keras.layers.Layer`: `name`, `trainable`.
 
     Input shape:
-        That of the layer.
+        That of the layer. All its inputs are passed on; where non-tensor arguments go along, pass
+        the tensors by position.
 
     Output shape:
         That of the layer.
@@ -51,22 +52,32 @@ class WithDtype(keras.layers.Wrapper):
     ) -> None:
         super().__init__(layer, dtype=dtype, **kwargs)
         wanted = self.variable_dtype
-        if layer.built and layer.variables and layer.variable_dtype != wanted:
+        # The variables themselves: a part may differ from the whole, and seeds are no floats.
+        present = sorted(
+            {v.dtype for v in layer.variables if keras.backend.is_float_dtype(v.dtype)}
+        )
+        if present not in ([], [wanted]):
+            held = " and ".join(present)
             raise PolicyError(
                 "The layer is built, its variables stay in the dtype they have.",
-                received=f"variables in {layer.variable_dtype}, a policy that wants {wanted}",
-                expected=f"a policy with {layer.variable_dtype} variables",
+                received=f"variables in {held}, a policy that wants {wanted}",
+                expected=f"a policy with {held} variables",
                 fix='For low-precision compute over float32 variables use a "mixed_" policy.',
             )
-        for part in flatten_layers(layer):
-            part.dtype_policy = self.dtype_policy
+        self._hand_on_policy()
         self.output_dtype = output_dtype
         self.supports_masking = layer.supports_masking
 
     def build(self, input_shape: Any = None) -> None:
-        """Build the layer, if it takes one shape; one of several inputs builds when called."""
-        if len(inspect.signature(self.layer.build).parameters) == 1:
+        """Build the layer, if one shape is enough; one of several inputs builds when called."""
+        parameters = inspect.signature(self.layer.build).parameters.values()
+        if sum(parameter.default is parameter.empty for parameter in parameters) <= 1:
             super().build(input_shape)
+            self._hand_on_policy()  # to parts that the layer makes when it is built
+
+    def _hand_on_policy(self) -> None:
+        for part in flatten_layers(self.layer):
+            part.dtype_policy = self.dtype_policy
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the layer."""
