@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import warnings
 from typing import Any
 
@@ -39,8 +40,10 @@ class OverflowMonitor(keras.callbacks.Callback):
         NotCompiledError: When training begins on a model without an optimizer.
 
     Works with stock Keras's LossScaleOptimizer, with less to tell: skipped steps are inferred from
-    `iterations`, and no variable can be named. Without a loss-scale optimizer it writes nothing,
-    and warns if a layer computes in float16.
+    `iterations`, their total counts from the start of this `fit`, and no variable can be named.
+    (Where `steps_per_execution` does not divide a number of batches that Keras does not know, the
+    missing batches of the last execution count as skipped.) Without a loss-scale optimizer it
+    writes nothing, and warns if a layer computes in float16.
 
     Example:
 
@@ -54,12 +57,17 @@ class OverflowMonitor(keras.callbacks.Callback):
     ([1024.0], [0])
     """
 
+    # Keras: its end-of-batch hook may run in a thread of its own, as the progress bar's does.
+    async_safe = True
+
     def __init__(self, check_every: int = 50, *, streak: int = 10, stalled: int = 50) -> None:
         super().__init__()
         self.check_every = _at_least_one("check_every", check_every)
         self.streak = _at_least_one("streak", streak)
         self.stalled = _at_least_one("stalled", stalled)
         self._source: Any = None
+        # The last batches that ended, in any order: Keras may have a few dozen threads tell us.
+        self._ends: collections.deque[int] = collections.deque(maxlen=256)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002 - Keras's
         """Find the optimizer to watch, and come first among the callbacks."""
@@ -75,7 +83,7 @@ class OverflowMonitor(keras.callbacks.Callback):
         self._warned: set[str] = set()
         self._steps = 0
         callbacks = enclosing_callback_list()
-        if callbacks is not None:
+        if callbacks is not None and any(c is self for c in callbacks.callbacks):
             callbacks.callbacks = [self, *(c for c in callbacks.callbacks if c is not self)]
         if self._source is None:
             self._warn_if_unscaled()
@@ -85,19 +93,23 @@ class OverflowMonitor(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
         """Start counting this epoch's steps."""
         self._epoch_first_step = self._steps
+        self._ends.clear()
         self._next_check = self.check_every
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
         """Look at the device every `check_every` batches.
 
-        At the begin of a batch and not at its end: a callback with an end hook takes Keras's
-        progress bar out of its own thread.
+        At the begin of a batch and not at its end, which may come later, in another thread.
         """
         self._steps = self._epoch_first_step + batch
         if self._source is not None and batch >= self._next_check:
             self._next_check = batch + self.check_every
             backend.current().sync(self.model)
             self._warn_if_losing_steps(self._source.read(self._steps))
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+        """Remember that the batch came; where data ends unannounced, one begins that never does."""
+        self._ends.append(batch)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
         """Write the entries into `logs`, and look once more."""
@@ -116,10 +128,10 @@ class OverflowMonitor(keras.callbacks.Callback):
         self._warn_if_losing_steps(now)
 
     def _steps_at_epoch_end(self) -> int:
-        # The last execution began at self._steps and may have been cut short by the data's end.
-        steps: int = self._steps + self.model.steps_per_execution
-        of_epoch = self.params.get("steps")
-        return steps if of_epoch is None else min(steps, self._epoch_first_step + of_epoch)
+        ended = max(self._ends, default=-1) + 1
+        # The last execution of several steps may have been cut short by the data's end.
+        known = (self.params or {}).get("steps")
+        return self._epoch_first_step + (ended if known is None else min(ended, known))
 
     def _warn_if_losing_steps(self, now: Reading) -> None:
         if now.in_a_row >= self.stalled or (now.in_a_row >= self.streak and now.at_floor):

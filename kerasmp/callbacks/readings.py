@@ -64,7 +64,7 @@ class StockSource(Source):
     """Infers from stock Keras's LossScaleOptimizer what it does not count.
 
     `iterations` advances in applied steps only, so what is missing was skipped. Which steps those
-    were, and through which variable, cannot be known.
+    were, and through which variable, cannot be known. Counting starts with each fit.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -74,8 +74,10 @@ class StockSource(Source):
         self._in_a_row = 0
 
     def _iterations(self) -> int:
-        iterations = int(ops.convert_to_numpy(ops.convert_to_tensor(self.optimizer.iterations)))
-        return iterations * (self.optimizer.inner_optimizer.gradient_accumulation_steps or 1)
+        # Not the property `iterations`: with gradient accumulation it counts updates, not steps.
+        variables = self.optimizer.inner_optimizer.variables
+        iteration = next(variable for variable in variables if variable.name == "iteration")
+        return int(ops.convert_to_numpy(iteration.value))
 
     def read(self, steps: int) -> Reading:
         """Return the counters, after `steps` steps of this fit."""
