@@ -43,6 +43,7 @@ class Model(keras.Model):
     optimizer: Any
     _auto_scale_loss = True
     _guards_steps = False
+    _looked_for_late_layers = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the class says it
         # As keras.Model does. A subclass is told apart in __init__, by what it passes on.
@@ -143,9 +144,24 @@ class Model(keras.Model):
             *args: `data`, and before it on JAX `state`, as for `keras.Model.train_step`.
         """
         if not isinstance(self.optimizer, LossScaleOptimizer):
-            return super().train_step(*args)
+            logs = super().train_step(*args)
+            self._warn_if_too_late()
+            return logs
         self._guards_steps = True
         return backend.current().train_step(self, super().train_step, *args)
+
+    def _warn_if_too_late(self) -> None:
+        """Warn once if the first step has built float16 layers, as it does on TensorFlow."""
+        if not self._looked_for_late_layers:
+            self._looked_for_late_layers = True
+            if self._must_wrap(self.optimizer):
+                warnings.warn(
+                    "Layers that compute in float16 were made during the first step, after "
+                    "compile() had chosen the optimizer, and nothing scales the loss. Build the "
+                    "model before compile(), or pass kerasmp.LossScaleOptimizer(optimizer) to it.",
+                    LossScaleWarning,
+                    stacklevel=2,
+                )
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """Update the metrics from float32 predictions; see `keras.Model.compute_metrics`."""

@@ -1,0 +1,66 @@
+"""A small float16 network with all that a bad step could poison, as each kind of model."""
+
+import keras
+import numpy as np
+
+X = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+Y = X[:, :2].copy()
+
+
+def _layers():
+    keras.utils.set_random_seed(0)
+    return [
+        keras.layers.Dense(8, activation="relu", dtype="mixed_float16"),
+        keras.layers.BatchNormalization(dtype="mixed_float16"),
+        keras.layers.Dropout(0.5),
+        keras.layers.Dense(2),
+    ]
+
+
+def _through(layers, x):
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def sequential(module):
+    """Return a Sequential of `module`, kerasmp or keras."""
+    return module.Sequential([keras.Input((4,)), *_layers()])
+
+
+def functional(module):
+    """Return `Model(inputs, outputs)`."""
+    inputs = keras.Input((4,))
+    return module.Model(inputs, _through(_layers(), inputs))
+
+
+def subclassed(module):
+    """Return a model with a `call` of its own."""
+
+    class Own(module.Model):
+        def __init__(self):
+            super().__init__()
+            self.parts = _layers()
+
+        def call(self, inputs):
+            return _through(self.parts, inputs)
+
+    return Own()
+
+
+def functional_subclass(module):
+    """Return a user's subclass that is made from inputs and outputs."""
+
+    class Named(module.Model):
+        pass
+
+    inputs = keras.Input((4,))
+    return Named(inputs=inputs, outputs=_through(_layers(), inputs))
+
+
+KINDS = {
+    "sequential": sequential,
+    "functional": functional,
+    "subclassed": subclassed,
+    "functional_subclass": functional_subclass,
+}

@@ -1,0 +1,155 @@
+"""When `compile` wraps the optimizer, and what of it survives saving."""
+
+import keras
+import numpy as np
+import pytest
+from helpers.networks import KINDS, X, Y
+
+import kerasmp as mp
+
+Stock = keras.optimizers.LossScaleOptimizer
+
+
+def network(*dtypes, module=mp):
+    layers = [keras.layers.Dense(2, dtype=dtype) for dtype in dtypes]
+    return module.Sequential([keras.Input((4,)), *layers])
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "wrapped"),
+    [
+        (["float32"], False),
+        (["mixed_bfloat16"], False),
+        (["mixed_float16"], True),
+        (["float32", "mixed_float16", "float32"], True),
+        (["float16"], True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("optimizer", ["adam", keras.optimizers.Adam], ids=["name", "object"])
+def test_the_layers_decide(dtypes, wrapped, optimizer):
+    model = network(*dtypes)
+    model.compile(optimizer if isinstance(optimizer, str) else optimizer(), "mse")
+    assert isinstance(model.optimizer, mp.LossScaleOptimizer) is wrapped
+
+
+def test_stock_keras_overlooks_a_float16_layer_under_another_policy():
+    model = network("float32", "mixed_float16", module=keras)
+    model.compile("adam", "mse")
+    assert not isinstance(model.optimizer, Stock)
+
+
+@pytest.mark.parametrize("module", [keras, mp], ids=["stock model", "our model"])
+def test_ours_is_never_wrapped_a_second_time(module):
+    with mp.policy_scope("mixed_float16"):
+        model = network(None, module=module)
+    optimizer = mp.LossScaleOptimizer("sgd", loss_scale=8.0)
+    model.compile(optimizer, "mse")
+    assert model.optimizer is optimizer
+    assert type(optimizer.inner_optimizer).__mro__[1].__name__ != "LossScaleOptimizer"
+
+
+def test_auto_scale_loss_false_leaves_the_optimizer_alone_and_survives_saving(tmp_path):
+    model = network("mixed_float16")
+    model.compile("adam", "mse", auto_scale_loss=False)
+    assert not isinstance(model.optimizer, Stock)
+    model.fit(X, Y, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert not isinstance(loaded.optimizer, Stock)
+
+
+def test_a_stock_loss_scale_optimizer_works_and_earns_a_warning():
+    model = network("mixed_float16")
+    with pytest.warns(mp.errors.LossScaleWarning, match=r"kerasmp\.LossScaleOptimizer"):
+        model.compile(Stock(keras.optimizers.SGD(0.1)), "mse")
+    assert np.isfinite(model.fit(X, Y, verbose=0).history["loss"][0])
+
+
+class Late(mp.Model):
+    """Makes its layer when it is built."""
+
+    def build(self, input_shape):
+        self.dense = keras.layers.Dense(2, dtype="mixed_float16")
+        self.dense.build(input_shape)
+        self.built = True
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+def test_layers_that_come_after_compile_are_seen_when_training_begins():
+    model = Late()
+    model.compile("adam", "mse")
+    assert not isinstance(model.optimizer, mp.LossScaleOptimizer)
+    model.build((None, 4))
+    model.fit(X, Y, batch_size=32, verbose=0)
+    assert isinstance(model.optimizer, mp.LossScaleOptimizer)
+    assert model.optimizer.applied_steps == 2
+
+
+@pytest.mark.backend("tensorflow")
+def test_layers_that_come_in_the_first_step_earn_one_warning():
+    model = Late()
+    model.compile("adam", "mse")
+    with pytest.warns(mp.errors.LossScaleWarning, match="Build the model before") as caught:
+        model.fit(X, Y, batch_size=32, epochs=2, verbose=0)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("kind", ["sequential", "functional"])
+def test_a_saved_model_comes_back_as_ours_with_its_optimizer(kind, tmp_path):
+    model = KINDS[kind](mp)
+    model.compile(mp.LossScaleOptimizer("adam", loss_scale=128.0), "mse")
+    model.fit(X, Y, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded) is type(model)
+    assert loaded.optimizer.schedule == mp.FixedLossScale(128.0)
+    assert loaded.optimizer.applied_steps == 2
+    np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+    if kind == "functional":  # Keras clones any Sequential into a stock one
+        assert type(keras.models.clone_model(loaded)) is type(model)
+
+
+def test_a_registered_subclass_made_from_inputs_and_outputs_loads_as_itself(tmp_path):
+    @keras.saving.register_keras_serializable(package="tests", name="Registered")
+    class Registered(mp.Model):
+        def answer(self):
+            return 42
+
+    inputs = keras.Input((4,))
+    model = Registered(inputs, keras.layers.Dense(2)(inputs))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert isinstance(loaded, Registered)
+    assert loaded.answer() == 42
+    np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+
+
+def test_a_compile_of_the_users_own_is_left_to_the_user(tmp_path):
+    @keras.saving.register_keras_serializable(package="tests", name="OwnCompile")
+    class OwnCompile(mp.Sequential):
+        def compile(self, rate):
+            super().compile(keras.optimizers.SGD(rate), "mse")
+
+    model = OwnCompile([keras.Input((4,)), keras.layers.Dense(2)])
+    model.compile(0.1)
+    model.save(tmp_path / "model.keras")
+    with pytest.warns(UserWarning, match="`compile\\(\\)` was not called"):
+        keras.models.load_model(tmp_path / "model.keras")
+
+
+@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
+def test_metrics_see_float32_predictions(dtype):
+    seen = []
+
+    def watch(y_true, y_pred):
+        seen.append(keras.backend.standardize_dtype(y_pred.dtype))
+        return keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1)
+
+    model = network(dtype)
+    model.compile("sgd", "mse", metrics=[watch])
+    model.fit(X, Y, verbose=0)
+    model.evaluate(X, Y, verbose=0)
+    assert set(seen) == {"float32"}
