@@ -120,7 +120,8 @@ class LossScaleOptimizer(ScalingState):
                 `build`.
 
         Raises:
-            LossScaleError: If numbers of gradients and variables differ, or variables are missing.
+            LossScaleError: If numbers of gradients and variables differ, variables are missing, or
+                every gradient is None.
         """
         grads = list(grads)
         if not grads:
@@ -161,7 +162,8 @@ class LossScaleOptimizer(ScalingState):
             trainable_variables: Values of the built variables.
 
         Raises:
-            LossScaleError: If the optimizer is not built, or numbers of values differ.
+            LossScaleError: If the optimizer is not built, numbers of values differ, or every
+                gradient is None.
         """
         if not self.built:
             raise LossScaleError(
@@ -212,6 +214,13 @@ class LossScaleOptimizer(ScalingState):
 
     def _bad(self, grads: Sequence[Any]) -> Any:
         """Return a float vector with 1 for each gradient (None left out) that is not finite."""
+        if grads and all(g is None for g in grads):
+            raise LossScaleError(
+                "No gradients provided for any variable.",
+                received=f"{len(grads)} gradients, all None",
+                expected="a gradient for at least one variable",
+                fix="Check that the loss depends on the trainable variables.",
+            )
         values = [backend.current().dense_values(g) for g in grads if g is not None]
         if self.schedule.min_scale < 1.0:
             # Dividing by less than 1 can overflow what is still finite.

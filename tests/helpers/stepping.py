@@ -1,0 +1,74 @@
+"""One optimizer step in every way that the running backend knows, on any optimizer class."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from kerasmp.optimizer import LossScaleOptimizer
+
+Stock = keras.optimizers.LossScaleOptimizer
+BACKEND = keras.backend.backend()
+
+
+def eager(optimizer, grads, variables):
+    """Call `apply` as a hand-written loop does."""
+    optimizer.apply(grads, variables)
+
+
+def stateless(optimizer, grads, variables):
+    """Call `stateless_apply` and assign what it returns."""
+    optimizer.build(variables)
+    values, state = optimizer.stateless_apply(
+        [v.value for v in optimizer.variables], grads, [v.value for v in variables]
+    )
+    for variable, value in zip([*variables, *optimizer.variables], [*values, *state], strict=True):
+        variable.assign(value)
+
+
+def _graph(jit_compile):
+    def step(optimizer, grads, variables):
+        import tensorflow as tf
+
+        optimizer.build(variables)
+        if not hasattr(optimizer, "_test_step"):
+            optimizer._test_step = tf.function(
+                lambda grads: optimizer.apply(grads, variables), jit_compile=jit_compile
+            )
+        optimizer._test_step(grads)
+
+    step.__name__ = "xla" if jit_compile else "graph"
+    return step
+
+
+graph, xla = _graph(jit_compile=False), _graph(jit_compile=True)
+
+# Stock Keras knows only the pure step on JAX.
+stock_step = stateless if BACKEND == "jax" else eager
+WAYS = {"tensorflow": [eager, graph, xla], "jax": [eager, stateless], "torch": [eager]}[BACKEND]
+
+
+def step_of(optimizer):
+    """Return the plainest step that the optimizer's class can do on this backend."""
+    return eager if isinstance(optimizer, LossScaleOptimizer) else stock_step
+
+
+def variables_of(*values):
+    """Return one float32 variable for each value."""
+    return [keras.Variable(np.asarray(v, "float32"), name=f"v{i}") for i, v in enumerate(values)]
+
+
+def tensors(*values):
+    """Return one float32 tensor for each value, None for None."""
+    return [None if v is None else ops.convert_to_tensor(np.asarray(v, "float32")) for v in values]
+
+
+def numpy(variables):
+    """Return the variables' values as NumPy arrays."""
+    return [ops.convert_to_numpy(v.value) for v in variables]
+
+
+def assert_same_bits(actual, expected):
+    """Compare arrays, or lists of them, without any tolerance; NaN equals NaN."""
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a, e, strict=True)

@@ -1,0 +1,468 @@
+"""One step of the wrapped optimizer: what it applies, what it leaves alone, what it counts."""
+
+import keras
+import numpy as np
+import pytest
+from helpers.stepping import (
+    BACKEND,
+    WAYS,
+    Stock,
+    assert_same_bits,
+    eager,
+    numpy,
+    stateless,
+    step_of,
+    stock_step,
+    tensors,
+    variables_of,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+from kerasmp.errors import LossScaleError
+from kerasmp.loss_scale import DynamicLossScale, FixedLossScale
+from kerasmp.optimizer import LossScaleOptimizer
+
+INNER = {
+    "sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
+    "adam": lambda: keras.optimizers.Adam(0.1, amsgrad=True),
+    "adamw": lambda: keras.optimizers.AdamW(0.1, weight_decay=0.01),
+    "rmsprop": lambda: keras.optimizers.RMSprop(0.1, momentum=0.5, centered=True),
+    "lion": lambda: keras.optimizers.Lion(0.1),
+    "nadam": lambda: keras.optimizers.Nadam(0.1),
+    "adagrad": lambda: keras.optimizers.Adagrad(0.1),
+    "adafactor": lambda: keras.optimizers.Adafactor(0.1),
+    "ftrl": lambda: keras.optimizers.Ftrl(0.1),
+    "ema": lambda: keras.optimizers.Adam(0.1, use_ema=True, ema_overwrite_frequency=2),
+    "clipped": lambda: keras.optimizers.Adam(0.1, global_clipnorm=0.5),
+    "accumulating": lambda: keras.optimizers.Adam(0.1, gradient_accumulation_steps=2),
+    "decayed": lambda: keras.optimizers.SGD(
+        keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5), momentum=0.9
+    ),
+}
+every_inner = pytest.mark.parametrize("make", INNER.values(), ids=INNER)
+every_way = pytest.mark.parametrize("step", WAYS, ids=lambda w: w.__name__)
+START = ([[1.0, -2.0], [3.0, 4.0]], [0.5, -0.5])
+BAD = {"inf": np.inf, "-inf": -np.inf, "nan": np.nan}
+NO_GRADIENT = "ignore:Gradients do not exist for variables:UserWarning"
+
+
+def _gradients(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return tensors(*(scale * rng.standard_normal(np.shape(value)) for value in START))
+
+
+def _overflowing(seed=0, value=np.inf):
+    good, last = numpy_of(_gradients(seed))
+    last[1] = value
+    return tensors(good, last)
+
+
+def numpy_of(values):
+    return [np.array(ops.convert_to_numpy(value)) for value in values]
+
+
+@every_inner
+@every_way
+def test_a_skipped_step_changes_no_weight_no_slot_and_no_iterations(make, step):
+    variables = variables_of(*START)
+    optimizer = LossScaleOptimizer(make())
+    step(optimizer, _gradients(0), variables)
+    touched = [*variables, *optimizer.inner_optimizer.variables]
+    before = numpy(touched)
+    iterations = int(ops.convert_to_tensor(optimizer.iterations))
+    step(optimizer, _overflowing(), variables)
+    assert_same_bits(numpy(touched), before)
+    assert int(ops.convert_to_tensor(optimizer.iterations)) == iterations
+
+
+@every_inner
+def test_equals_the_plain_optimizer_bit_for_bit_whatever_is_skipped_in_between(make):
+    scale = 2.0**12
+    ours, plain = variables_of(*START), variables_of(*START)
+    # One way for both: on JAX the pure step, whose operations XLA sees alike.
+    step = _jitted if BACKEND == "jax" else eager
+    wrapped, inner = LossScaleOptimizer(make(), loss_scale=scale), make()
+    for seed in range(4):
+        step(wrapped, _gradients(seed, scale), ours)
+        step(wrapped, _overflowing(seed), ours)
+        step(inner, _gradients(seed), plain)
+    assert_same_bits(numpy(ours), numpy(plain))
+    assert_same_bits(numpy(wrapped.inner_optimizer.variables), numpy(inner.variables))
+
+
+def _jitted(optimizer, grads, variables):
+    import jax
+
+    optimizer.build(variables)
+    if not hasattr(optimizer, "_test_step"):
+        optimizer._test_step = jax.jit(optimizer.stateless_apply)
+    values, state = optimizer._test_step(
+        [v.value for v in optimizer.variables], grads, [v.value for v in variables]
+    )
+    for variable, value in zip([*variables, *optimizer.variables], [*values, *state], strict=True):
+        variable.assign(value)
+
+
+@settings(max_examples=15, deadline=None)
+@given(steps=st.lists(st.sampled_from([None, *BAD.values()]), max_size=7))
+def test_any_sequence_counts_and_ends_where_the_good_steps_alone_end(steps):
+    scale = 2.0**10
+    ours, plain = variables_of(*START), variables_of(*START)
+    wrapped = LossScaleOptimizer(keras.optimizers.SGD(0.5), loss_scale=scale)
+    inner = keras.optimizers.SGD(0.5)
+    wrapped.build(ours)
+    in_a_row = 0
+    for seed, value in enumerate(steps):
+        if value is None:
+            wrapped.apply(_gradients(seed, scale), ours)
+            inner.apply(_gradients(seed), plain)
+            in_a_row = 0
+        else:
+            wrapped.apply(_overflowing(seed, value), ours)
+            in_a_row += 1
+        assert wrapped.consecutive_skips == in_a_row
+        assert wrapped.last_step_skipped is (in_a_row > 0)
+    skipped = sum(value is not None for value in steps)
+    assert wrapped.skipped_steps == skipped
+    assert wrapped.applied_steps == len(steps) - skipped
+    assert wrapped.nonfinite_counts.tolist() == [0, skipped]
+    assert_same_bits(numpy(ours), numpy(plain))
+
+
+@every_way
+@pytest.mark.parametrize("value", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("position", [0, 1])
+def test_one_bad_element_anywhere_skips_and_is_counted_for_its_variable(step, value, position):
+    grads = numpy_of(_gradients(0))
+    grads[position].flat[-1] = value
+    variables = variables_of(*START)
+    optimizer = LossScaleOptimizer("sgd")
+    step(optimizer, tensors(*grads), variables)
+    assert_same_bits(numpy(variables), numpy(variables_of(*START)))
+    assert optimizer.nonfinite_counts.tolist() == [int(position == 0), int(position == 1)]
+    assert optimizer.loss_scale == 2.0**14
+
+
+@every_way
+@pytest.mark.filterwarnings(NO_GRADIENT)
+def test_counts_point_past_variables_without_a_gradient(step):
+    variables = variables_of([1.0], [2.0], [3.0], [4.0])
+    optimizer = LossScaleOptimizer("sgd", loss_scale=1.0)
+    step(optimizer, tensors([1.0], None, [np.nan], None), variables)
+    assert optimizer.nonfinite_counts.tolist() == [0, 0, 1, 0]
+    step(optimizer, tensors([1.0], None, [1.0], None), variables)
+    assert optimizer.applied_steps == 1
+    assert optimizer.nonfinite_counts.tolist() == [0, 0, 1, 0]
+
+
+def test_counts_find_the_variables_of_a_call_with_some_of_them_in_another_order():
+    variables = variables_of([1.0], [2.0], [3.0])
+    optimizer = LossScaleOptimizer("sgd")
+    optimizer.build(variables)
+    optimizer.apply(tensors([np.inf], [1.0]), [variables[2], variables[0]])
+    assert optimizer.nonfinite_counts.tolist() == [0, 0, 1]
+
+
+class Recorder(keras.optimizers.SGD):
+    """SGD that remembers what kind of gradients it was handed."""
+
+    def apply(self, grads, trainable_variables=None):
+        self.seen = [(type(g).__name__, keras.backend.standardize_dtype(g.dtype)) for g in grads]
+        return super().apply(grads, trainable_variables)
+
+
+@every_way
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_inner_optimizer_gets_unscaled_float32_gradients(step, dtype):
+    optimizer = LossScaleOptimizer(Recorder(1.0), loss_scale=2.0**15)
+    variables = variables_of([0.0, 0.0])
+    # 2**-13 unscaled is 2**-28 here: float16 would lose it.
+    step(optimizer, [ops.cast(tensors([2.0**-13, 2.0**10])[0], dtype)], variables)
+    assert [d for _, d in optimizer.inner_optimizer.seen] == ["float32"]
+    assert_same_bits(numpy(variables), [np.array([-(2.0**-28), -(2.0**-5)], "float32")])
+
+
+@pytest.mark.backend("torch")
+@pytest.mark.parametrize("ours", [True, False])
+def test_float16_gradients_lose_nothing_by_unscaling_as_they_do_in_stock_keras(ours):
+    variables = variables_of([0.0])
+    optimizer = (LossScaleOptimizer if ours else Stock)(keras.optimizers.SGD(1.0))
+    step_of(optimizer)(optimizer, [ops.cast(tensors([2.0**-13])[0], "float16")], variables)
+    assert numpy(variables)[0].tolist() == [-(2.0**-28) if ours else 0.0]
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_a_float16_loss_is_scaled_in_float32(built):
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD())
+    if built:
+        optimizer.build(variables_of([1.0]))
+    scaled = optimizer.scale_loss(ops.cast(3.0, "float16"))
+    assert keras.backend.standardize_dtype(scaled.dtype) == "float32"
+    assert float(scaled) == 98304.0
+
+
+@pytest.mark.backend("tensorflow", "jax")
+def test_a_float16_loss_is_scaled_to_infinity_by_stock_keras_before_build():
+    scaled = Stock(keras.optimizers.SGD()).scale_loss(ops.cast(3.0, "float16"))
+    assert float(ops.cast(scaled, "float32")) == np.inf
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_scale_loss_before_and_after_build(built):
+    optimizer = LossScaleOptimizer("sgd", loss_scale=8.0)
+    if built:
+        optimizer.build(variables_of([1.0]))
+    assert float(optimizer.scale_loss(ops.array(0.5))) == 4.0
+    assert ops.convert_to_numpy(optimizer.scale_loss(ops.array([1.0, 2.0]))).tolist() == [8, 16]
+
+
+@every_way
+def test_variables_that_take_their_gradient_as_value_get_it_as_it_is(step):
+    variables = variables_of([1.0, 2.0], [3.0])
+    variables[1].overwrite_with_gradient = True
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=4.0)
+    step(optimizer, tensors([4.0, 8.0], [7.0]), variables)
+    assert [v.tolist() for v in numpy(variables)] == [[0.0, 0.0], [7.0]]
+    step(optimizer, tensors([4.0, np.inf], [9.0]), variables)
+    assert [v.tolist() for v in numpy(variables)] == [[0.0, 0.0], [7.0]]
+
+
+@every_way
+@pytest.mark.parametrize("schedule", [FixedLossScale(2.0**-10), "dynamic below one"])
+def test_gradients_that_only_unscaling_makes_overflow_are_skipped(step, schedule):
+    if isinstance(schedule, str):
+        schedule = DynamicLossScale(initial_scale=2.0**-10, min_scale=2.0**-20)
+    variables = variables_of([1.0])
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=schedule)
+    step(optimizer, tensors([1e37]), variables)
+    assert optimizer.skipped_steps == 1
+    assert numpy(variables)[0].tolist() == [1.0]
+
+
+@every_way
+def test_the_scale_grows_and_backs_off_by_the_schedule_in_use(step):
+    schedule = DynamicLossScale(
+        initial_scale=8.0, growth_factor=4.0, backoff_factor=0.25, growth_interval=2, max_scale=32.0
+    )
+    optimizer = LossScaleOptimizer("sgd", loss_scale=schedule)
+    variables = variables_of(*START)
+    scales = []
+    for seed, good in enumerate([True, True, True, True, False, False, False]):
+        step(optimizer, _gradients(seed) if good else _overflowing(seed), variables)
+        scales.append(optimizer.loss_scale)
+    assert scales == [8.0, 32.0, 32.0, 32.0, 8.0, 2.0, 1.0]
+
+
+def test_build_twice_keeps_the_state():
+    variables = variables_of(*START)
+    optimizer = LossScaleOptimizer("adam")
+    optimizer.apply(_overflowing(), variables)
+    names = [v.path for v in optimizer.variables]
+    optimizer.build(variables)
+    assert [v.path for v in optimizer.variables] == names
+    assert optimizer.skipped_steps == 1
+
+
+def test_an_inner_optimizer_that_is_built_already_keeps_its_state():
+    variables = variables_of(*START)
+    inner = keras.optimizers.Adam(0.1)
+    inner.apply(_gradients(0), variables)
+    optimizer = LossScaleOptimizer(inner)
+    optimizer.apply(_gradients(1, 2.0**15), variables)
+    assert int(optimizer.iterations.value) == 2
+
+
+def test_before_build_everything_reads_as_a_fresh_start():
+    optimizer = LossScaleOptimizer("sgd", initial_scale=64.0, dynamic_growth_steps=7)
+    assert (optimizer.loss_scale, optimizer.scale) == (64.0, 64.0)
+    assert (optimizer.skipped_steps, optimizer.applied_steps) == (0, 0)
+    assert (optimizer.consecutive_skips, optimizer.last_step_skipped) == (0, False)
+    assert optimizer.nonfinite_counts.tolist() == []
+    assert optimizer.initial_scale == 64.0
+    assert optimizer.dynamic_growth_steps == 7
+
+
+class TestSettingTheScale:
+    def _built(self, **kwargs):
+        optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), **kwargs)
+        optimizer.build(variables_of(*START))
+        return optimizer
+
+    def test_takes_effect_at_once_and_starts_the_count_again(self):
+        optimizer = self._built()
+        optimizer.apply(_gradients(0))
+        optimizer.loss_scale = 256
+        assert (optimizer.loss_scale, optimizer.scale) == (256.0, 256.0)
+        assert int(optimizer.step_counter.value) == 0
+        assert float(optimizer.scale_loss(ops.array(1.0))) == 256.0
+        optimizer.scale = 4.0
+        assert optimizer.loss_scale == 4.0
+
+    @pytest.mark.parametrize("value", [0, -2, 0.5, 2.0**25, np.inf, np.nan, "8", True])
+    def test_refuses_what_the_schedule_does_not_allow(self, value):
+        optimizer = self._built()
+        with pytest.raises(LossScaleError):
+            optimizer.loss_scale = value
+        assert optimizer.loss_scale == 2.0**15
+
+    def test_refuses_before_build_and_says_what_to_do(self):
+        with pytest.raises(LossScaleError, match="Pass loss_scale= to the constructor"):
+            LossScaleOptimizer("sgd").loss_scale = 4.0
+
+    def test_what_was_read_can_be_set_again(self):
+        optimizer = self._built(loss_scale=DynamicLossScale(1.1, min_scale=1.1, max_scale=1.1))
+        optimizer.loss_scale = optimizer.loss_scale
+
+
+class TestLikeAPlainOptimizer:
+    """Fault 21: what a plain optimizer refuses, or lets pass, without a TypeError about None."""
+
+    def test_no_gradients_at_all_do_nothing(self):
+        optimizer = LossScaleOptimizer("sgd")
+        optimizer.apply([], [])
+        assert not optimizer.built
+
+    def test_gradients_alone_need_a_built_optimizer(self):
+        with pytest.raises(ValueError, match="call build"):
+            LossScaleOptimizer("sgd").apply(tensors([1.0]))
+
+    def test_gradients_alone_go_to_the_built_variables(self):
+        variables = variables_of([1.0])
+        optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=1.0)
+        optimizer.build(variables)
+        optimizer.apply(tensors([1.0]))
+        assert numpy(variables)[0].tolist() == [0.0]
+
+    @pytest.mark.parametrize("with_variables", [True, False])
+    @pytest.mark.parametrize("number", [1, 3])
+    def test_the_wrong_number_of_gradients_is_told(self, number, with_variables):
+        variables = variables_of([1.0], [2.0])
+        optimizer = LossScaleOptimizer("sgd")
+        optimizer.build(variables)
+        grads = tensors(*[[1.0]] * number)
+        with pytest.raises(ValueError, match=rf"Received: {number} gradients for 2 variables"):
+            optimizer.apply(grads, variables if with_variables else None)
+
+    def test_a_variable_that_it_was_not_built_with_is_told(self):
+        optimizer = LossScaleOptimizer("sgd")
+        optimizer.build(variables_of([1.0]))
+        with pytest.raises(ValueError, match="Unknown variable"):
+            optimizer.apply(tensors([1.0]), variables_of([2.0]))
+
+    @every_way
+    def test_no_gradient_for_any_variable_is_told(self, step):
+        # In a function that AutoGraph converts, TensorFlow gives the message another type.
+        with pytest.raises(Exception, match="No gradients provided for any variable"):
+            step(LossScaleOptimizer("sgd"), [None, None], variables_of([1.0], [2.0]))
+
+    def test_stock_keras_fails_on_none_or_is_silent_instead(self):
+        with pytest.raises(TypeError, match="NoneType"):
+            Stock(keras.optimizers.SGD()).apply(tensors([1.0]))
+        # Three gradients for two variables.
+        stock_step(Stock(keras.optimizers.SGD()), tensors([1], [1], [1]), variables_of([1.0], [2]))
+
+    def test_apply_gradients_returns_iterations(self):
+        variables = variables_of([1.0])
+        optimizer = LossScaleOptimizer("sgd")
+        returned = optimizer.apply_gradients(zip(tensors([1.0]), variables, strict=True))
+        assert int(ops.convert_to_numpy(returned.value)) == 1
+
+    def test_learning_rate_and_iterations_are_the_inner_optimizers(self):
+        optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.25))
+        assert float(optimizer.learning_rate.value) == 0.25
+        optimizer.learning_rate = 0.5
+        assert float(optimizer.inner_optimizer.learning_rate.value) == 0.5
+        assert optimizer.iterations is optimizer.inner_optimizer.iterations
+
+    def test_it_is_what_compile_takes_for_a_wrapper(self):
+        assert issubclass(LossScaleOptimizer, Stock)
+
+
+class TestStatelessApply:
+    pytestmark = pytest.mark.backend("jax", "torch")
+
+    def _parts(self):
+        variables = variables_of(*START)
+        optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0))
+        optimizer.build(variables)
+        return optimizer, [v.value for v in optimizer.variables], [v.value for v in variables]
+
+    @pytest.mark.backend("jax")
+    @pytest.mark.parametrize("good", [True, False])
+    def test_changes_nothing_itself(self, good):
+        optimizer, state, values = self._parts()
+        before = numpy(optimizer.variables)
+        optimizer.stateless_apply(state, _gradients(0) if good else _overflowing(), values)
+        assert_same_bits(numpy(optimizer.variables), before)
+
+    @pytest.mark.parametrize("which", ["optimizer_variables", "grads", "trainable_variables"])
+    def test_tells_which_list_does_not_match(self, which):
+        optimizer, state, values = self._parts()
+        arguments = {
+            "optimizer_variables": state,
+            "grads": _gradients(0),
+            "trainable_variables": values,
+        }
+        arguments[which] = arguments[which][:-1]
+        with pytest.raises(LossScaleError, match=rf"`{which}` does not match"):
+            optimizer.stateless_apply(**arguments)
+
+    def test_needs_build(self):
+        with pytest.raises(LossScaleError, match=r"Call optimizer\.build"):
+            LossScaleOptimizer("sgd").stateless_apply([], _gradients(0), [])
+
+
+@pytest.mark.backend("jax")
+def test_eager_apply_works_on_jax_where_stock_keras_leaks_tracers():
+    """Fault 9."""
+    variables = variables_of(*START)
+    with pytest.raises(Exception, match="tracer"):
+        eager(Stock(keras.optimizers.SGD(1.0)), _gradients(0), variables)
+    variables = variables_of(*START)
+    ours = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=1.0)
+    eager(ours, _gradients(0), variables)
+    plain = variables_of(*START)
+    keras.optimizers.SGD(1.0).apply(_gradients(0), plain)
+    assert_same_bits(numpy(variables), numpy(plain))
+    assert stock_step is stateless
+
+
+@pytest.mark.backend("tensorflow")
+@every_way
+def test_sparse_gradients_stay_sparse_where_stock_keras_densifies(step):
+    """Fault 19."""
+    import tensorflow as tf
+
+    def slices(values):
+        return tf.IndexedSlices(tf.constant(values), tf.constant([0, 2]), tf.constant([4, 1]))
+
+    variables = variables_of([[0.0]] * 4)
+    optimizer = LossScaleOptimizer(Recorder(1.0), loss_scale=4.0)
+    step(optimizer, [slices([[4.0], [8.0]])], variables)
+    assert optimizer.inner_optimizer.seen == [("IndexedSlices", "float32")]
+    assert numpy(variables)[0].ravel().tolist() == [-1.0, 0.0, -2.0, 0.0]
+    step(optimizer, [slices([[4.0], [np.nan]])], variables)
+    assert numpy(variables)[0].ravel().tolist() == [-1.0, 0.0, -2.0, 0.0]
+    assert optimizer.nonfinite_counts.tolist() == [1]
+
+
+@pytest.mark.backend("tensorflow")
+@pytest.mark.parametrize("cls", [LossScaleOptimizer, Stock], ids=["ours", "stock"])
+def test_the_finite_check_of_a_sparse_gradient_builds_no_dense_tensor(cls):
+    """Fault 19: an embedding of a million rows must not be filled to check three of them."""
+    import tensorflow as tf
+
+    variables = variables_of(np.zeros((1000, 2)))
+    optimizer = cls(keras.optimizers.SGD(1.0))
+    optimizer.build(variables)
+
+    @tf.function
+    def step(values):
+        optimizer.apply([tf.IndexedSlices(values, tf.constant([1]), tf.constant([1000, 2]))])
+
+    definition = step.get_concrete_function(tf.ones((1, 2))).graph.as_graph_def()
+    nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+    dense = any(node.op in {"TensorScatterUpdate", "UnsortedSegmentSum"} for node in nodes)
+    assert dense is (cls is Stock)
