@@ -1,0 +1,52 @@
+"""Keras's own tests of its LossScaleOptimizer, run on ours.
+
+Left out, since we differ on purpose:
+
+- `test_serialization` asserts that the config has four entries, `initial_scale` and
+  `dynamic_growth_steps` among them; ours holds the whole schedule instead.
+- `test_init_dynamic_arg` asserts that `dynamic=False` is an error; here it means a fixed scale.
+
+What that file skips on a backend stays skipped: it has no eager step on JAX and no stateless one on
+TensorFlow.
+"""
+
+import importlib.util
+import inspect
+
+import pytest
+from keras.src.optimizers import loss_scale_optimizer_test as stock
+
+from kerasmp.optimizer import LossScaleOptimizer
+
+DIFFERENT_ON_PURPOSE = {"test_serialization", "test_init_dynamic_arg"}
+
+
+def _on_ours():
+    """Return the module's test case, made anew with our class in the place of stock Keras's."""
+    spec = importlib.util.spec_from_file_location("keras_own_tests", stock.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.LossScaleOptimizer = LossScaleOptimizer
+    return module.LossScaleOptimizerTest
+
+
+@pytest.mark.filterwarnings(
+    # test_finite_step_with_inner_loss_scale: stock Keras drops that factor in silence.
+    "ignore:The inner optimizer's loss_scale_factor:kerasmp.errors.LossScaleWarning"
+)
+class TestKerasOwn(_on_ours()):
+    """Keras's test case."""
+
+    for _name in DIFFERENT_ON_PURPOSE:
+        locals()[_name] = None
+
+
+def test_the_ones_left_out_exist_and_most_are_kept():
+    names = {name for name, _ in inspect.getmembers(_on_ours()) if name.startswith("test_")}
+    assert names > DIFFERENT_ON_PURPOSE
+    assert len(names) - len(DIFFERENT_ON_PURPOSE) >= 20
+
+
+def test_dynamic_true_is_accepted_and_false_is_fixed():
+    assert LossScaleOptimizer("sgd", dynamic=True).dynamic_growth_steps == 2000
+    assert LossScaleOptimizer("sgd", dynamic=False).dynamic_growth_steps is None

@@ -1,0 +1,85 @@
+"""Through `compile` and `fit`, in every way of running a step, and without tracing it twice."""
+
+import keras
+import numpy as np
+import pytest
+
+import kerasmp as mp
+
+X = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+Y = X[:, :1] * 2 - 1
+WAYS = {
+    "tensorflow": [
+        {},
+        {"jit_compile": True},
+        {"run_eagerly": True},
+        {"steps_per_execution": 4},
+    ],
+    "jax": [{}, {"run_eagerly": True}],
+    "torch": [{}],
+}[keras.backend.backend()]
+
+
+class Counting(keras.layers.Layer):
+    """Counts how often its Python code runs: once for each trace."""
+
+    traces = 0
+
+    def call(self, inputs):
+        type(self).traces += 1
+        return inputs
+
+
+def fit(loss_scale="dynamic", epochs=3, layers=(), **compile_arguments):
+    keras.utils.set_random_seed(0)
+    with mp.policy_scope("mixed_float16"):
+        model = keras.Sequential(
+            [
+                keras.Input((4,)),
+                keras.layers.Dense(16, activation="tanh"),
+                *layers,
+                mp.layers.DenseHead(1),
+            ]
+        )
+    optimizer = mp.LossScaleOptimizer(keras.optimizers.Adam(0.02), loss_scale=loss_scale)
+    model.compile(optimizer, "mse", **compile_arguments)
+    history = model.fit(X, Y, batch_size=8, epochs=epochs, shuffle=False, verbose=0)
+    return model, history.history["loss"]
+
+
+@pytest.mark.parametrize("loss_scale", ["dynamic", "fixed", None], ids=str)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_learns_with_float32_variables_and_float16_compute(way, loss_scale):
+    model, losses = fit(loss_scale, epochs=10, **way)
+    assert losses[-1] < losses[0] / 4
+    assert {v.dtype for v in model.variables if "seed" not in v.path} == {"float32"}
+    assert {layer.compute_dtype for layer in model.layers} == {"float16"}
+    assert model.optimizer.applied_steps + model.optimizer.skipped_steps == 80
+
+
+@pytest.mark.backend("tensorflow", "jax")
+def test_nothing_is_traced_again_after_the_first_epoch():
+    Counting.traces = 0
+    model, _ = fit(mp.DynamicLossScale(2.0**22, growth_interval=2), 1, layers=[Counting()])
+    traces = Counting.traces
+    assert traces > 0
+    # Steps that are skipped, steps that are applied and a scale that moves are all one program.
+    x = X.copy()
+    x[::16] = np.inf
+    model.fit(x, Y, batch_size=8, epochs=2, shuffle=False, verbose=0)
+    assert model.optimizer.skipped_steps > 0
+    assert model.optimizer.applied_steps > 0
+    assert Counting.traces == traces
+
+
+def test_all_gradients_that_are_finite_give_the_plain_optimizers_losses():
+    keras.utils.set_random_seed(0)
+    plain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    start = plain.get_weights()
+    plain.compile(keras.optimizers.Adam(0.02), "mse")
+    expected = plain.fit(X, Y, batch_size=8, epochs=2, shuffle=False, verbose=0).history["loss"]
+    scaled = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    scaled.set_weights(start)
+    scaled.compile(mp.LossScaleOptimizer(keras.optimizers.Adam(0.02), loss_scale=2.0**10), "mse")
+    losses = scaled.fit(X, Y, batch_size=8, epochs=2, shuffle=False, verbose=0).history["loss"]
+    assert losses == expected
