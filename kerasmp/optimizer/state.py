@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from kerasmp.errors import LossScaleError
+from kerasmp.errors import LossScaleError, LossScaleWarning
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -142,12 +143,28 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
             store[variable.name] = ops.convert_to_numpy(variable.value)
 
     def load_own_variables(self, store: Any) -> None:
-        """Read the scaling state, ours by name or stock Keras's by position.
+        """Read the scaling state: ours by name, stock Keras's by position.
 
-        A scale outside the schedule's bounds is brought inside.
+        A scale outside the schedule's bounds is brought inside. A plain optimizer's state goes to
+        the inner optimizer (about which Keras then warns, for it finds nothing in the usual place).
         """
+        if not self.built:
+            if "dynamic_scale" in store or "2" in store:
+                warnings.warn(
+                    f"The saved state of '{self.name}' is left out, the optimizer is not built. "
+                    "Call build(model.trainable_variables) first.",
+                    LossScaleWarning,
+                    stacklevel=2,
+                )
+            return
         by_name = {variable.name: variable for variable in self._variables}
-        places = _STOCK_PLACES if "0" in store else {name: name for name in by_name}
+        if "0" not in store:
+            places = {name: name for name in by_name}
+        elif _is_of_stock_wrapper(store):
+            places = _STOCK_PLACES
+        else:
+            self.inner_optimizer.load_own_variables(store)
+            return
         for name, place in places.items():
             if place in store:
                 by_name[name].assign(np.asarray(store[place]))
@@ -167,3 +184,9 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
             )
         for variable, value in zip(self.variables, weights, strict=True):
             variable.assign(value)
+
+
+def _is_of_stock_wrapper(store: Any) -> bool:
+    # What stands there in a plain optimizer's file belongs to a weight, and is no integer.
+    counter = np.asarray(store["2"]) if "2" in store else np.zeros(1)
+    return counter.shape == () and np.issubdtype(counter.dtype, np.integer)

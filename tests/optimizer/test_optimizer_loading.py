@@ -1,0 +1,136 @@
+"""State from elsewhere: stock Keras's files, a plain optimizer's, copies, raw weights."""
+
+import copy
+import pickle
+
+import keras
+import numpy as np
+import pytest
+from helpers.stepping import Stock, assert_same_bits, eager, numpy, tensors, variables_of
+from keras import ops
+
+from kerasmp.errors import LossScaleWarning
+from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, NoLossScale
+from kerasmp.optimizer import LossScaleOptimizer
+
+X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
+Y = X[:, :1]
+ELSEWHERE = "ignore:Skipping variable loading for optimizer 'adam:UserWarning"
+
+
+def _plain():
+    return keras.optimizers.Adam(0.01)
+
+
+def _compiled(optimizer):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(optimizer, "mse")
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def _saved(optimizer, path):
+    model = _compiled(optimizer)
+    model.fit(X, Y, batch_size=8, verbose=0)
+    model.save(path)
+    return model
+
+
+def test_a_stock_wrapped_model_file_brings_scale_counter_and_inner_state(tmp_path):
+    path = tmp_path / "stock.keras"
+    stock = _saved(Stock(_plain(), initial_scale=512.0), path).optimizer
+    ours = _compiled(LossScaleOptimizer(_plain()))
+    ours.load_weights(path)
+    assert ours.optimizer.loss_scale == 512.0
+    assert int(ops.convert_to_tensor(ours.optimizer.step_counter)) == 4
+    inner = ours.optimizer.inner_optimizer
+    assert_same_bits(numpy(inner.variables), numpy(stock.inner_optimizer.variables))
+
+
+@pytest.mark.filterwarnings(ELSEWHERE)
+def test_a_plain_optimizers_state_goes_to_the_inner_optimizer(tmp_path):
+    """Fault 16."""
+    path = tmp_path / "plain.keras"
+    plain = _saved(_plain(), path).optimizer
+    ours = _compiled(LossScaleOptimizer(_plain()))
+    ours.load_weights(path)
+    assert int(ops.convert_to_tensor(ours.optimizer.iterations)) == 4
+    assert_same_bits(numpy(ours.optimizer.inner_optimizer.variables), numpy(plain.variables))
+    assert ours.optimizer.loss_scale == 2.0**15
+
+
+@pytest.mark.filterwarnings(ELSEWHERE, "ignore:Skipping variable loading.*loss_scale:UserWarning")
+def test_a_plain_optimizers_state_is_lost_in_stock_keras(tmp_path):
+    path = tmp_path / "plain.keras"
+    _saved(_plain(), path)
+    stock = _compiled(Stock(_plain()))
+    stock.load_weights(path)
+    assert int(ops.convert_to_tensor(stock.optimizer.iterations)) == 0
+
+
+@pytest.mark.filterwarnings(ELSEWHERE)
+@pytest.mark.parametrize(
+    "make", [_plain, lambda: Stock(_plain()), lambda: LossScaleOptimizer("adam")]
+)
+def test_an_optimizer_that_is_not_built_warns_and_stays_fresh(make, tmp_path):
+    path = tmp_path / "model.keras"
+    _saved(make(), path)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(LossScaleOptimizer("adam"), "mse")
+    with pytest.warns(LossScaleWarning, match=r"Call build\(model.trainable_variables\) first"):
+        model.load_weights(path)
+    model.fit(X, Y, batch_size=8, verbose=0)
+    assert model.optimizer.applied_steps == 4
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
+)
+def test_an_optimizer_that_is_not_built_can_be_copied(copied):
+    optimizer = LossScaleOptimizer(
+        keras.optimizers.SGD(0.25), loss_scale=DynamicLossScale(8.0, growth_interval=3), name="mine"
+    )
+    twin = copied(optimizer)
+    assert twin is not optimizer
+    assert twin.inner_optimizer is not optimizer.inner_optimizer
+    assert twin.get_config() == optimizer.get_config()
+    variables = variables_of([1.0])
+    eager(twin, tensors([8.0]), variables)
+    assert numpy(variables)[0].tolist() == [0.75]
+
+
+def test_a_pickled_model_keeps_the_scaling_state():
+    model = _compiled(LossScaleOptimizer(_plain()))
+    x = X.copy()
+    x[-1] = np.inf
+    model.fit(x, Y, batch_size=8, shuffle=False, verbose=0)
+    twin = pickle.loads(pickle.dumps(model)).optimizer
+    assert_same_bits(numpy(twin.variables), numpy(model.optimizer.variables))
+    assert (twin.skipped_steps, twin.last_step_skipped) == (1, True)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0, 1e-30])
+@pytest.mark.parametrize(
+    "schedule", [DynamicLossScale(), FixedLossScale(), NoLossScale()], ids=repr
+)
+def test_a_scale_that_slipped_past_the_loader_is_inside_after_one_step(schedule, bad):
+    """Checkpoints of frameworks assign to variables without asking anyone."""
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.0), loss_scale=schedule)
+    variables = variables_of([1.0])
+    optimizer.build(variables)
+    optimizer.dynamic_scale.assign(bad)
+    eager(optimizer, tensors([1.0]), variables)
+    assert schedule.min_scale <= optimizer.loss_scale <= schedule.max_scale
+
+
+def test_a_file_from_another_schedule_loads_what_both_have():
+    variables = variables_of([1.0])
+    fixed = LossScaleOptimizer("sgd", loss_scale=64.0)
+    fixed.build(variables)
+    store = {}
+    fixed.save_own_variables(store)
+    dynamic = LossScaleOptimizer("sgd")
+    dynamic.build(variables)
+    dynamic.load_own_variables(store)
+    assert dynamic.loss_scale == 64.0
+    assert int(ops.convert_to_tensor(dynamic.hysteresis_left)) == 1
