@@ -1,0 +1,85 @@
+"""Tells when Keras moves a private name that kerasmp uses, or changes what it does."""
+
+import ast
+from pathlib import Path
+
+import keras
+
+import kerasmp
+from kerasmp.backend import keras_private
+
+PACKAGE = Path(kerasmp.__file__).parent
+
+
+def test_functional_is_the_class_of_a_model_made_from_inputs_and_outputs():
+    inputs = keras.Input((2,))
+    model = keras.Model(inputs, keras.layers.Dense(1)(inputs))
+    assert type(model) is keras_private.Functional
+    assert issubclass(keras_private.Functional, keras.Model)
+    assert not isinstance(keras.Sequential(), keras_private.Functional)
+
+
+def test_a_sequential_keeps_a_functional_inside_and_is_none():
+    assert not issubclass(keras.Sequential, keras_private.Functional)
+
+
+class Nest(keras.layers.Layer):
+    def __init__(self):
+        super().__init__(name="nest")
+        self.parts = {"one": keras.layers.Dense(1, name="in_dict"), "two": [Leaf()]}
+
+
+class Leaf(keras.layers.Layer):
+    def __init__(self):
+        super().__init__(name="leaf")
+        self.inner = keras.layers.Dense(1, name="in_leaf")
+
+
+def test_flatten_layers_reaches_every_depth_and_begins_with_the_layer_itself():
+    model = keras.Sequential(
+        [
+            keras.layers.TimeDistributed(keras.layers.Dense(1, name="wrapped"), name="time"),
+            keras.layers.MultiHeadAttention(1, 2, name="attention"),
+            Nest(),
+        ]
+    )
+    model.layers[1].build((1, 3, 1), (1, 3, 1))
+    layers = keras_private.flatten_layers(model)
+    assert layers[0] is model
+    names = [layer.name for layer in layers]
+    assert {"wrapped", "time", "attention", "query", "nest", "in_dict", "leaf", "in_leaf"} <= set(
+        names
+    )
+    assert len(names) == len(set(names))
+
+
+def test_the_parent_classes_still_have_what_the_optimizer_calls():
+    optimizer = keras.optimizers.SGD()
+    variable = keras.Variable([1.0])
+    optimizer.build([variable])
+    assert optimizer._get_variable_index(variable) == 0
+    assert optimizer._trainable_variables == [variable]
+    optimizer._check_variables_are_known([variable])
+    wrapper = keras.optimizers.LossScaleOptimizer(optimizer)
+    wrapper.build([variable])
+    # The order that stateless_apply takes and returns: own variables, then the inner ones.
+    own = len(wrapper._variables)
+    assert [id(v) for v in wrapper.variables[own:]] == [id(v) for v in optimizer.variables]
+    # Where our loader looks for them in stock Keras's files.
+    assert wrapper.variables[2] is wrapper.step_counter
+    assert wrapper.variables[3] is wrapper.dynamic_scale
+
+
+def test_no_other_room_imports_keras_privates():
+    offenders = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                modules = [node.module or ""]
+            elif isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            else:
+                continue
+            if any(m.startswith("keras.src") for m in modules) and path.parent.name != "backend":
+                offenders.append(str(path.relative_to(PACKAGE)))
+    assert not offenders

@@ -1,0 +1,113 @@
+"""What the constructor takes, under Keras 2's and 3's names too, and what it refuses."""
+
+import keras
+import numpy as np
+import pytest
+
+from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning
+from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, NoLossScale
+from kerasmp.optimizer import LossScaleOptimizer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "schedule"),
+    [
+        ({}, DynamicLossScale()),
+        ({"loss_scale": "dynamic"}, DynamicLossScale()),
+        ({"loss_scale": "fixed"}, FixedLossScale(2.0**15)),
+        ({"loss_scale": 1024}, FixedLossScale(1024.0)),
+        ({"loss_scale": np.float32(0.5)}, FixedLossScale(0.5)),
+        ({"loss_scale": None}, NoLossScale()),
+        ({"loss_scale": DynamicLossScale(4.0)}, DynamicLossScale(4.0)),
+        ({"dynamic": True}, DynamicLossScale()),
+        ({"dynamic": False}, FixedLossScale(2.0**15)),
+        ({"dynamic": False, "initial_scale": 64}, FixedLossScale(64.0)),
+        ({"initial_scale": 64}, DynamicLossScale(initial_scale=64.0)),
+        ({"dynamic_growth_steps": 7}, DynamicLossScale(growth_interval=7)),
+        (
+            {"dynamic": True, "initial_scale": 64, "dynamic_growth_steps": 7},
+            DynamicLossScale(initial_scale=64.0, growth_interval=7),
+        ),
+        ({"loss_scale": "dynamic", "initial_scale": 64}, DynamicLossScale(initial_scale=64.0)),
+    ],
+    ids=str,
+)
+def test_each_way_to_name_a_schedule(arguments, schedule):
+    optimizer = LossScaleOptimizer("sgd", **arguments)
+    assert optimizer.schedule == schedule
+    assert optimizer.initial_scale == schedule.initial_scale
+    assert optimizer.dynamic_growth_steps == getattr(schedule, "growth_interval", None)
+
+
+@pytest.mark.parametrize("loss_scale", ["fixed", 8.0, None, DynamicLossScale(8.0)], ids=str)
+@pytest.mark.parametrize(
+    "other", [{"dynamic": True}, {"initial_scale": 8.0}, {"dynamic_growth_steps": 2}], ids=str
+)
+def test_a_scale_that_is_given_twice_is_refused(loss_scale, other):
+    with pytest.raises(LossScaleError, match="given twice") as caught:
+        LossScaleOptimizer("sgd", loss_scale=loss_scale, **other)
+    assert repr(loss_scale) in caught.value.received
+    assert next(iter(other)) in caught.value.received
+
+
+def test_a_fixed_scale_that_shall_grow_is_refused():
+    with pytest.raises(LossScaleError, match="A fixed scale does not grow"):
+        LossScaleOptimizer("sgd", dynamic=False, dynamic_growth_steps=5)
+
+
+def test_all_but_the_optimizer_are_keywords():
+    # In stock Keras the second positional argument is the initial scale, in Keras 2 `dynamic`.
+    with pytest.raises(TypeError):
+        LossScaleOptimizer("sgd", 1024)
+
+
+@pytest.mark.parametrize(
+    ("argument", "default", "other"),
+    [
+        ("weight_decay", None, 0.5),
+        ("clipnorm", None, 0.5),
+        ("global_clipnorm", None, 0.5),
+        ("clipvalue", None, 0.5),
+        ("use_ema", False, True),
+        ("ema_momentum", 0.99, 0.5),
+        ("ema_overwrite_frequency", None, 2),
+        ("loss_scale_factor", None, 0.5),
+        ("gradient_accumulation_steps", None, 2),
+    ],
+)
+def test_the_inner_optimizers_settings_are_sent_to_it_by_an_error(argument, default, other):
+    """Fault 18: a setting on the wrapper must not be lost in silence."""
+    LossScaleOptimizer("sgd", **{argument: default})  # older files hold the default
+    with pytest.raises(LossScaleError, match=f"`{argument}` on the `inner_optimizer`") as caught:
+        LossScaleOptimizer("sgd", **{argument: other})
+    assert caught.value.received == f"{argument}={other!r}"
+
+
+def test_unknown_arguments_are_all_named():
+    with pytest.raises(LossScaleError, match="arguments: `foo`, `bar`"):
+        LossScaleOptimizer("sgd", foo=1, bar=2)
+
+
+@pytest.mark.parametrize("inner", [3, None, [], keras.optimizers.SGD, object], ids=str)
+def test_no_optimizer_is_a_type_error(inner):
+    with pytest.raises(ArgumentTypeError, match="is no optimizer") as caught:
+        LossScaleOptimizer(inner)
+    assert caught.value.received.startswith(repr(inner))
+
+
+@pytest.mark.parametrize("name", ["adamm", "", "adam "])
+def test_an_unknown_name_is_a_value_error(name):
+    with pytest.raises(LossScaleError, match="No Keras optimizer has this name") as caught:
+        LossScaleOptimizer(name)
+    assert caught.value.received == repr(name)
+
+
+def test_a_name_that_keras_knows_is_resolved():
+    assert isinstance(LossScaleOptimizer("adam").inner_optimizer, keras.optimizers.Adam)
+
+
+def test_a_scale_of_the_inner_optimizer_is_dropped_with_a_warning():
+    inner = keras.optimizers.SGD(loss_scale_factor=100.0)
+    with pytest.warns(LossScaleWarning, match=r"pass loss_scale=100\.0 here"):
+        LossScaleOptimizer(inner)
+    assert inner.loss_scale_factor is None
