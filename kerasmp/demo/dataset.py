@@ -14,7 +14,13 @@ import numpy as np
 
 from kerasmp.demo.model import ImageSpec
 from kerasmp.demo.settings import DIGITS, DemoError, DemoSettings
-from kerasmp.errors import DatasetError, MissingDependencyError, OutputError, did_you_mean
+from kerasmp.errors import (
+    DatasetError,
+    KerasMPError,
+    MissingDependencyError,
+    OutputError,
+    did_you_mean,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,18 +88,31 @@ def load(settings: DemoSettings) -> Images:
         The images, all in memory.
 
     Raises:
-        DatasetError: If the data set is not on this disk.
+        DatasetError: If the data set is not on this disk, or damaged.
         DemoError: If it is there but holds no images of one size with class labels, or no split
             for training or testing.
         OutputError: If the digits cannot be prepared in the folder.
         MissingDependencyError: If a package is missing that reading needs.
     """
     require_packages()
-    with _quiet():
-        builder = _builder(settings)
-        image, label, classes = _keys(builder)
-        parts = [_read(builder, split, image, label, settings.limit) for split in _splits(builder)]
-    return Images(builder.info.full_name.replace("/", " "), parts[0], parts[1], classes)
+    try:
+        with _quiet():
+            builder = _builder(settings)
+            image, label, classes = _keys(builder)
+            train, test = (
+                _read(builder, split, image, label, settings.limit) for split in _splits(builder)
+            )
+    except (KerasMPError, MemoryError):
+        raise
+    except Exception as error:
+        # TensorFlow, protobuf and tfds say in their own ways that files are damaged or missing.
+        raise DatasetError(
+            "This data set is on this disk, but cannot be read.",
+            received=f"{settings.dataset!r} in {settings.folder} ({type(error).__name__}: {error})",
+            expected="all files as tensorflow-datasets wrote them",
+            fix="Prepare it again.",
+        ) from error
+    return Images(builder.info.full_name.replace("/", " "), train, test, classes)
 
 
 @contextlib.contextmanager

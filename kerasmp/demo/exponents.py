@@ -40,7 +40,7 @@ class _Recorder(keras.optimizers.Optimizer):
             self.add_variable_from_reference(variable, name="kept") for variable in variables
         ]
 
-    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:  # noqa: ARG002
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:  # noqa: ARG002 - Keras's
         self.assign(self.kept[self._get_variable_index(variable)], gradient)
 
 

@@ -98,7 +98,7 @@ class _Batches(keras.utils.PyDataset):
                 "There are fewer training images than one step takes.",
                 received=f"{len(self._labels)} images, {batch_size} a step",
                 expected="at least one full batch",
-                fix="Raise the limit, or pass a smaller batch_size.",
+                fix="Use more images (--limit), or a smaller batch_size.",
             )
         self.rewind()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
 from pathlib import Path
@@ -28,6 +29,8 @@ def check_folder(folder: Path) -> Path:
         OutputError: If it cannot be created or written.
     """
     folder = Path(folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise _cannot_write(folder, NotADirectoryError(errno.ENOTDIR, "it is a file"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

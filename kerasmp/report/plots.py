@@ -88,7 +88,7 @@ def _mark_skips(axes: Any, readings: Any, colour: str) -> None:
         return
     axes.scatter(
         [reading.step for reading in skips], [reading.scale for reading in skips],
-        marker="x", color=colour, zorder=3, label="skipped steps since the mark before",
+        marker="x", color=colour, zorder=3, label="skipped since the reading before",
     )  # fmt: skip
     for reading in skips:
         axes.annotate(

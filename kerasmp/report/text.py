@@ -49,7 +49,7 @@ def scale(value: float | None) -> str:
     """
     if value is None:
         return NONE
-    if math.isfinite(value) and value > 0 and math.frexp(value)[0] == 0.5:  # noqa: PLR2004
+    if math.isfinite(value) and value > 0 and math.frexp(value)[0] == 0.5:  # noqa: PLR2004 - a power of two
         return f"2^{math.frexp(value)[1] - 1}"
     return f"{value:g}"
 
