@@ -1,0 +1,130 @@
+"""The command, as a user types it: what it prints, writes and returns."""
+
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import pytest
+
+import kerasmp
+from kerasmp.demo import DemoSettings
+
+# Typer comes with the demo's packages, which are installed with TensorFlow only.
+pytestmark = pytest.mark.backend("tensorflow")
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Return a function that runs the command here and gives exit code, stdout and stderr."""
+    from kerasmp import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["kerasmp", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "100")
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        printed, complained = capfd.readouterr()
+        code = stopped.value.code
+        return (code or 0), printed, " ".join(complained.split())
+
+    return run
+
+
+def test_version(call):
+    assert call("--version") == (0, f"kerasmp {kerasmp.__version__}\n", "")
+
+
+def test_help_lists_the_commands_and_every_option(call):
+    assert "demo" in call("--help")[1]
+    code, printed, _ = call("demo", "--help")
+    assert code == 0
+    for option in ("dataset", "data-dir", "epochs", "policies", "output", "seed", "limit"):
+        assert f"--{option}" in printed
+
+
+def test_env(call):
+    code, printed, _ = call("env")
+    assert code == 0
+    assert keras.__version__ in printed
+    assert "recommended policy" in printed
+
+
+def test_demo_from_digits_to_report(call, tmp_path):
+    output = tmp_path / "out"
+    code, printed, complained = call(
+        "demo", "--data-dir", tmp_path / "tfds", "--output", output,
+        "--epochs", 1, "--limit", 64, "--seed", 3, "--policies", "float32, mixed_float16",
+    )  # fmt: skip
+    assert (code, complained) == (0, "")
+    lines = printed.splitlines()
+    assert lines[0] == "1/2 float32: training for 2 steps"
+    assert lines[2] == "2/2 mixed_float16: training for 2 steps"
+    assert f"Report: {output / 'report.html'}" in lines
+    assert f"Results: {output / 'results.json'}" in lines
+    found = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    assert found["dataset"] == "kerasmp_digits 1.0.0"
+    assert found["settings"]["seed"] == 3
+    assert [run["recipe"]["name"] for run in found["runs"]] == ["float32", "mixed_float16"]
+    for run in found["runs"]:
+        assert f"{run['test_accuracy'][-1]:.1%}" in printed
+    # Two steps at the top of the scale are too few for it to come down: both are skipped.
+    assert found["runs"][1]["skipped_steps"] == 2
+    assert "<svg" in (output / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--policies", "mixed_flaot16"), 2, 'Did you mean "mixed_float16"?'),
+        (("--epochs", "0"), 2, "`epochs` is too small. Received: 0. Expected: an integer >= 1."),
+        (("--seed", "-1"), 2, "`seed` is too small. Received: -1. Expected: an integer >= 0."),
+        (("--limit", "0"), 2, "`limit` is too small."),
+        (("--epochs", "many"), 2, "Invalid value for '--epochs'"),
+        (("--dataset", "kerasmp_digit"), 1, 'Did you mean "kerasmp_digits"?'),
+    ],
+)
+def test_wrong_usage_is_told_without_a_traceback(call, tmp_path, arguments, code, message):
+    found, _, complained = call(
+        "demo", "--output", tmp_path / "out", "--data-dir", tmp_path, *arguments
+    )
+    assert found == code
+    assert message in complained
+    assert "Traceback" not in complained
+
+
+def test_the_output_folder_is_checked_before_any_work(call, tmp_path, monkeypatch):
+    def work(*_, **__):
+        raise AssertionError("trained although the report cannot be written")
+
+    monkeypatch.setattr("kerasmp.demo.run_demo", work)
+    file = tmp_path / "file"
+    file.write_text("precious")
+    code, _, complained = call("demo", "--output", file)
+    assert code == 1
+    assert "cannot be written" in complained
+    assert file.read_text() == "precious"
+
+
+def test_the_options_defaults_are_those_of_the_settings(call, tmp_path, monkeypatch):
+    asked = []
+
+    def work(settings, **_):
+        asked.append(settings)
+        raise kerasmp.errors.DatasetError("enough")
+
+    monkeypatch.setattr("kerasmp.demo.run_demo", work)
+    assert call("demo", "--output", tmp_path)[0] == 1
+    assert asked == [DemoSettings()]
+
+
+def test_without_typer_one_line_says_what_to_install():
+    script = "import sys; sys.modules['typer'] = None; import kerasmp.cli"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].endswith('pip install "kerasmp[demo]"')
