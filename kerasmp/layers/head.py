@@ -46,7 +46,7 @@ class DenseHead(keras.layers.Dense):
     """
 
     def __init__(self, units: int, activation: Any = None, **kwargs: Any) -> None:
-        super().__init__(units, activation=activation, autocast=False, **kwargs)
+        super().__init__(units, activation=activation, **kwargs)
         if self.quantization_mode is not None:
             # Keras would call Dense's quantised code, whose output is in the compute dtype.
             raise PolicyError(
@@ -57,11 +57,7 @@ class DenseHead(keras.layers.Dense):
             )
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
-        """Add a weight that no autocast narrows; the kernel is cast by hand.
-
-        The layer's own `autocast=False` is not enough: Keras heeds it only inside of another
-        layer's call.
-        """
+        """Add a weight that no autocast narrows; the kernel is cast by hand."""
         return super().add_weight(*args, **{**kwargs, "autocast": False})
 
     @property

@@ -202,15 +202,27 @@ def test_masks_go_in_and_come_out(around, given):
     embed = layers.Embedding(6, 4, mask_zero=True)
     lstm = layers.LSTM(3, return_sequences=True)
     wrapped = WithDtype(lstm, given)
+    assert wrapped.supports_masking
     embedded = embed(ids)
     outputs = wrapped(embedded)
     assert numpy_of(outputs._keras_mask).tolist() == (ids != 0).tolist()
     plain = ops.cast(ops.convert_to_tensor(numpy_of(embedded)), POLICIES[given])
     assert_same(outputs, lstm(plain, mask=ops.convert_to_tensor(ids != 0)))
     assert np.any(wide(outputs) != wide(lstm(plain)))
+    cast = WithDtype(lstm, given, output_dtype=POLICIES[around])(embedded)
+    assert numpy_of(cast._keras_mask).tolist() == (ids != 0).tolist()
     inputs = keras.Input((5,), dtype="int32")
     model = keras.Model(inputs, wrapped(embed(inputs)))
     np.testing.assert_allclose(wide(model(ids)), wide(outputs), rtol=1e-2, atol=1e-3)
+
+
+def test_a_layer_that_drops_masks_still_does():
+    embedded = layers.Embedding(6, 4, mask_zero=True)(np.array([[1, 0]]))
+    wrapped = WithDtype(Witness(), "mixed_float16")
+    assert not wrapped.supports_masking
+    with pytest.warns(UserWarning, match="does not support masking"):
+        outputs = wrapped(embedded)
+    assert getattr(outputs, "_keras_mask", None) is None
 
 
 def test_a_mask_is_passed_by_hand_together_with_training():
@@ -268,17 +280,19 @@ def test_a_built_layer_with_other_variables_is_refused_and_unchanged(dtype, give
     layer = layers.Dense(2, dtype=dtype)
     layer.build((None, 4))
     wrapped = layer
-    if depth == "part of it":
-        wrapped = keras.Sequential([keras.Input((4,)), layer], name="whole")
+    if depth == "part of it":  # and another part has what is wanted
+        other = layers.Dense(4, dtype=given)
+        wrapped = keras.Sequential([keras.Input((4,)), other, layer])
     policies = [part.dtype_policy for part in deep(wrapped)]
     wanted = keras.DTypePolicy(given).variable_dtype
     with pytest.raises(PolicyError) as caught:
         WithDtype(wrapped, given)
-    assert caught.value.received == f"variables in {dtype}, a policy that wants {wanted}"
-    assert caught.value.expected == f"a policy with {dtype} variables"
+    held = dtype if depth == "layer" else "float16 and float32"
+    assert caught.value.received == f"variables in {held}, a policy that wants {wanted}"
+    assert caught.value.expected == f"a policy with {held} variables"
     assert 'use a "mixed_" policy' in caught.value.fix
     assert [part.dtype_policy for part in deep(wrapped)] == policies
-    assert {v.dtype for v in wrapped.variables} == {dtype}
+    assert {v.dtype for v in wrapped.variables} == set(held.split(" and "))
 
 
 def test_what_is_no_layer_is_refused_by_keras():
