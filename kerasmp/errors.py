@@ -51,6 +51,10 @@ class ArgumentTypeError(KerasMPError, TypeError):
     """An argument of the wrong type."""
 
 
+class BackendError(KerasMPError, RuntimeError):
+    """A Keras backend, or a place in a step, in which kerasmp cannot work."""
+
+
 class NotCompiledError(KerasMPError, RuntimeError):
     """Something that needs a compiled model was given one that is not."""
 

@@ -135,6 +135,7 @@ class Model(keras.Model):
         if self._must_wrap(self.optimizer):
             self.optimizer = LossScaleOptimizer(self.optimizer)
             self.optimizer.build(self.trainable_variables)
+            force = True  # a step that is compiled already holds the optimizer of before
         return super().make_train_function(force)
 
     def train_step(self, *args: Any) -> Any:
@@ -147,8 +148,11 @@ class Model(keras.Model):
             logs = super().train_step(*args)
             self._warn_if_too_late()
             return logs
+        # Not within the step: the logs of one bad batch must not stop TerminateOnNaN's good run.
+        self._guards_steps = False
+        logs = backend.current().train_step(self, super().train_step, *args)
         self._guards_steps = True
-        return backend.current().train_step(self, super().train_step, *args)
+        return logs
 
     def _warn_if_too_late(self) -> None:
         """Warn once if the first step has built float16 layers, as it does on TensorFlow."""
@@ -233,7 +237,7 @@ class Sequential(Model, keras.Sequential):
 
 def _functional_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     named = {"inputs", "outputs"} & kwargs.keys()
-    return len(args) == len(("inputs", "outputs")) or (len(args) + len(named) == 2 and bool(named))  # noqa: PLR2004
+    return len(args) == len(("inputs", "outputs")) or (len(args) + len(named) == 2 and bool(named))  # noqa: PLR2004 - the two of them
 
 
 @functools.cache

@@ -7,8 +7,16 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 # The CPU jobs must not reserve an accelerator that happens to be there.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
+import importlib.util
+
 import keras
 import pytest
+
+# Without the packages of the `demo` extra there is no demo to test.
+_DEMO = ("jinja2", "matplotlib", "rich", "sklearn", "tensorflow_datasets", "typer")
+collect_ignore = (
+    [] if all(map(importlib.util.find_spec, _DEMO)) else ["demo", "report", "test_cli.py"]
+)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -11,7 +11,11 @@ from typing import Any
 
 import keras
 
+from kerasmp.errors import BackendError
+
 __all__ = ["current"]
+
+_SUPPORTED = ("tensorflow", "jax", "torch")
 
 
 @functools.cache  # and so one call that AutoGraph, tracing a user's loop, leaves alone
@@ -21,4 +25,12 @@ def current() -> Any:
     Returns:
         `kerasmp.backend.tensorflow`, `.jax` or `.torch`.
     """
-    return importlib.import_module(f"{__name__}.{keras.backend.backend()}")
+    name = keras.backend.backend()
+    if name not in _SUPPORTED:
+        raise BackendError(
+            "kerasmp has no part for this Keras backend.",
+            received=repr(name),
+            expected=", ".join(_SUPPORTED),
+            fix="Set KERAS_BACKEND to one of them before Keras is imported.",
+        )
+    return importlib.import_module(f"{__name__}.{name}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import keras
@@ -20,6 +20,11 @@ def dense_values(gradient: Any) -> Any:
 def with_values(gradient: Any, values: Any) -> Any:  # noqa: ARG001 - one signature for all backends
     """Return `gradient` with other numbers at the same places."""
     return values
+
+
+def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `step`, compiled at its first call."""
+    return cast("Callable[..., Any]", jax.jit(step))
 
 
 def sync(model: Any) -> None:
@@ -50,7 +55,7 @@ def train_step(
     with keras.StatelessScope(
         state_mapping=list(zip(model.metrics_variables, metrics, strict=True))
     ):
-        logs = keras.Model.get_metrics_result(model)
+        logs = model.get_metrics_result()
     return logs, (trainable, after, optimizer, metrics)
 
 

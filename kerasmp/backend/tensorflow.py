@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 from keras import ops
+
+from kerasmp.errors import BackendError
 
 Update = Callable[[Sequence[Any], Sequence[Any]], None]
 Advance = Callable[[bool, Any], None]
@@ -38,13 +39,18 @@ def run_step(
         advance: Called once with whether all was finite, and with `bad` summed over replicas.
 
     Raises:
-        ValueError: If called in a cross-replica context, where gradients have no replica.
+        BackendError: If called in a cross-replica context, where gradients have no replica.
     """
     if not tf.distribute.has_strategy():
         _branch(bad, lambda: update(grads, variables), advance)
         return
     if tf.distribute.in_cross_replica_context():
-        raise ValueError("apply() must be called in a replica context.")
+        raise BackendError(
+            "apply() has no replica whose gradients it could check.",
+            received="a call in cross-replica context",
+            expected="a call in a replica context",
+            fix="Call it inside the function that you give to strategy.run().",
+        )
     context = tf.distribute.get_replica_context()
     # Before any branch: a replica that branched on its own flag would apply what the others skip
     # (MirroredStrategy) or wait for ever in a collective (MultiWorkerMirroredStrategy).
@@ -97,4 +103,4 @@ def train_step(model: Any, parent: Callable[..., Any], data: Any) -> Any:
 
     skipped = ops.convert_to_tensor(model.optimizer.consecutive_skips_variable) > 0
     tf.cond(skipped, restore, lambda: None)
-    return keras.Model.get_metrics_result(model)
+    return model.get_metrics_result()

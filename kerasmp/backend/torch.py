@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 import torch
 
 Update = Callable[[Sequence[Any], Sequence[Any]], None]
@@ -56,7 +55,7 @@ def train_step(model: Any, parent: Callable[..., Any], data: Any) -> Any:
             variable.assign(value)
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
-    return keras.Model.get_metrics_result(model)
+    return model.get_metrics_result()
 
 
 def _generators() -> list[Any]:

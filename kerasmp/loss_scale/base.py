@@ -26,6 +26,16 @@ class LossScale(abc.ABC):
         initial_scale: The scale of the first step.
         min_scale: No state holds a smaller scale.
         max_scale: No state holds a larger scale.
+
+    Example:
+
+    >>> class Constant(LossScale):
+    ...     initial_scale = min_scale = max_scale = 8.0
+    ...
+    ...     def update(self, state, finite):
+    ...         return state
+    >>> Constant().init()["scale"]
+    8.0
     """
 
     initial_scale: float
@@ -127,7 +137,7 @@ def resolve(spec: Any) -> LossScale:
             "No loss-scale schedule has this name.",
             received=repr(spec),
             expected='"dynamic", "fixed", a positive number, a LossScale or None',
-            fix=did_you_mean(spec, by_name),
+            fix=did_you_mean(spec, by_name) or 'The usual choice is "dynamic".',
         )
     if isinstance(spec, numbers.Real):
         return FixedLossScale(validation.scale("loss_scale", spec))

@@ -51,7 +51,7 @@ class FixedLossScale(LossScale):
         object.__setattr__(self, "scale", validation.scale("scale", self.scale))
 
     @property
-    def initial_scale(self) -> float:  # type: ignore[override]
+    def initial_scale(self) -> float:  # type: ignore[override]  # not settable: frozen
         """The scale."""
         return self.scale
 

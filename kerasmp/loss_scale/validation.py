@@ -22,7 +22,7 @@ def _real(name: str, value: Any, expected: str, fix: str) -> float:
     try:
         return float(value)
     except OverflowError:  # an int beyond float64
-        return math.inf if value > 0.0 else -math.inf  # type: ignore[operator]
+        return math.inf if value > 0.0 else -math.inf  # type: ignore[operator]  # Real has no order in typeshed
 
 
 def scale(name: str, value: Any) -> float:

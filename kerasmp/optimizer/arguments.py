@@ -36,6 +36,8 @@ def refuse(kwargs: dict[str, Any]) -> None:
     if unknown:
         raise LossScaleError(
             f"LossScaleOptimizer does not support arguments: `{'`, `'.join(unknown)}`.",
+            received=", ".join(f"{name}={kwargs[name]!r}" for name in unknown),
+            expected="loss_scale, dynamic, initial_scale, dynamic_growth_steps or name",
             fix="See the class for what it takes; an optimizer's own settings belong to "
             "`inner_optimizer`.",
         )
@@ -44,6 +46,7 @@ def refuse(kwargs: dict[str, Any]) -> None:
             raise LossScaleError(
                 f"LossScaleOptimizer does not take `{name}`.",
                 received=f"{name}={value!r}",
+                expected="nothing, or its default",
                 fix=f"Set `{name}` on the `inner_optimizer`.",
             )
 

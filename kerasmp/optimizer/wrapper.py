@@ -87,6 +87,7 @@ class LossScaleOptimizer(ScalingState):
         # Not the parent's: it would set up its own rule, whose factors are hard-coded.
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
         backend.current()  # imported here, and not while a step is traced
+        object.__setattr__(self, "_compiled_steps", {})  # not state: Keras must not track it
         self.inner_optimizer = inner_optimizer
         self.schedule = schedule
         if inner_optimizer.loss_scale_factor is not None:
@@ -130,7 +131,12 @@ class LossScaleOptimizer(ScalingState):
         if keras.backend.backend() == "jax":
             # JAX branches only in pure code, so the eager step is the pure one, then assigned.
             touched = [*self._trainable_variables, *self.variables]
-            values = self._pure_step(grads, variables, touched, [v.value for v in touched])
+            key = tuple(self._get_variable_index(v) for v in variables)
+            if key not in self._compiled_steps:  # made anew each time, it would compile each time
+                self._compiled_steps[key] = backend.current().compiled(
+                    lambda grads, values: self._pure_step(grads, variables, touched, values)
+                )
+            values = self._compiled_steps[key](grads, [v.value for v in touched])
             for variable, value in zip(touched, values, strict=True):
                 variable.assign(value)
             return

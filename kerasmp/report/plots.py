@@ -19,7 +19,7 @@ _STYLES = ("-", "--", "-", "-.", ":")
 # Stands for the page's text colour until the drawing is done: matplotlib knows no "currentColor".
 _INK = "#010203"
 _FAINT = 0.25
-_SETTINGS = {
+_SETTINGS: Any = {
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
     "axes.spines.right": False,

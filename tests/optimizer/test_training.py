@@ -58,18 +58,44 @@ def test_learns_with_float32_variables_and_float16_compute(way, loss_scale):
 
 
 @pytest.mark.backend("tensorflow", "jax")
-def test_nothing_is_traced_again_after_the_first_epoch():
+@pytest.mark.parametrize("module", [keras, mp], ids=["stock model", "our model"])
+def test_the_second_step_traces_nothing(module):
     Counting.traces = 0
-    model, _ = fit(mp.DynamicLossScale(2.0**22, growth_interval=2), 1, layers=[Counting()])
+    model = module.Sequential([keras.Input((4,)), Counting(), mp.layers.DenseHead(1)])
+    schedule = mp.DynamicLossScale(2.0**22, growth_interval=2)
+    model.compile(mp.LossScaleOptimizer("adam", loss_scale=schedule), "mse")
+    model.train_on_batch(X[:8], Y[:8])
     traces = Counting.traces
     assert traces > 0
-    # Steps that are skipped, steps that are applied and a scale that moves are all one program.
-    x = X.copy()
-    x[::16] = np.inf
-    model.fit(x, Y, batch_size=8, epochs=2, shuffle=False, verbose=0)
+    # A step that is skipped, ones that are applied and a scale that moves are all one program.
+    for factor in (np.inf, 1.0, 1.0, 1.0):
+        model.train_on_batch(X[:8] * np.float32(factor), Y[:8])
     assert model.optimizer.skipped_steps > 0
-    assert model.optimizer.applied_steps > 0
+    assert model.optimizer.applied_steps > 2
     assert Counting.traces == traces
+
+
+@pytest.mark.backend("jax")
+def test_the_second_eager_step_compiles_nothing():
+    import jax
+
+    compiled = []
+    weight = keras.Variable(np.ones(4, "float32"))
+    optimizer = mp.LossScaleOptimizer(keras.optimizers.Adam(0.1))
+    gradients = [keras.ops.ones(4), keras.ops.full((4,), np.inf), keras.ops.ones(4)]
+    optimizer.apply(gradients[:1], [weight])
+    optimizer.apply(gradients[:1], [weight])
+
+    def listen(event, *_, **__):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    for gradient in gradients:
+        optimizer.apply([gradient], [weight])
+    jax.monitoring.clear_event_listeners()
+    assert not compiled
+    assert optimizer.skipped_steps == 1
 
 
 def test_all_gradients_that_are_finite_give_the_plain_optimizers_losses():
