@@ -212,10 +212,11 @@ def _keys(builder: Any) -> tuple[str, str, int]:
     known = dict(features.items()) if hasattr(features, "items") else {}
     shape = getattr(known.get(image), "shape", None) or ()
     classes = getattr(known.get(label), "num_classes", None)
+    named = ", ".join(sorted(known)) or "without names"
     if len(shape) != 3 or None in shape or not classes:  # noqa: PLR2004 - height, width, channels
         raise DemoError(
             "The demo cannot train on this data set.",
-            received=f"{builder.info.full_name} with features {', '.join(known) or 'unnamed'}",
+            received=f"{builder.info.full_name} with features {named}",
             expected="images of one size, and a class label",
             fix="Choose another one with --dataset.",
         )
@@ -228,7 +229,7 @@ def _splits(builder: Any) -> tuple[str, str]:
     if "train" not in names or testing is None:
         raise DemoError(
             "The demo cannot train on this data set.",
-            received=f"{builder.info.full_name} with splits {', '.join(names) or 'none'}",
+            received=f"{builder.info.full_name} with splits {', '.join(sorted(names)) or 'none'}",
             expected='a split "train", and "test" or "validation"',
             fix="Choose another one with --dataset.",
         )
