@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import tensorflow as tf
 from keras import ops
 
@@ -91,15 +92,24 @@ def train_step(model: Any, parent: Callable[..., Any], data: Any) -> Any:
     Reads before the step alias the variables' buffers, and the branch that puts values back runs
     in skipped steps only.
     """
+    if tf.executing_eagerly() and not model.built:
+        # What the step itself would make could not be put back. A graph is traced again instead.
+        model(keras.utils.unpack_x_y_sample_weight(data)[0], training=False)
     guarded = [
         v for v in (*model.non_trainable_variables, *model.metrics_variables) if v.dtype != "string"
     ]
     before = [tf.identity(v.value) for v in guarded]
-    parent(data)
+    known = {id(v) for v in model.metrics_variables}
+    logs = parent(data)
+    if not model.optimizer.built:  # nothing is trainable
+        return logs
+    late = [m for m in model.metrics if not known.issuperset(id(v) for v in m.variables)]
 
     def restore() -> None:
         for variable, value in zip(guarded, before, strict=True):
             variable.assign(value)
+        for metric in late:
+            metric.reset_state()
 
     skipped = ops.convert_to_tensor(model.optimizer.consecutive_skips_variable) > 0
     tf.cond(skipped, restore, lambda: None)
