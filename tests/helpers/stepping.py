@@ -10,6 +10,12 @@ Stock = keras.optimizers.LossScaleOptimizer
 BACKEND = keras.backend.backend()
 
 
+def built(optimizer, variables):
+    """Build the optimizer once: stock Keras starts anew at each call of `build`."""
+    if not optimizer.built:
+        optimizer.build(variables)
+
+
 def eager(optimizer, grads, variables):
     """Call `apply` as a hand-written loop does."""
     optimizer.apply(grads, variables)
@@ -17,7 +23,7 @@ def eager(optimizer, grads, variables):
 
 def stateless(optimizer, grads, variables):
     """Call `stateless_apply` and assign what it returns."""
-    optimizer.build(variables)
+    built(optimizer, variables)
     values, state = optimizer.stateless_apply(
         [v.value for v in optimizer.variables], grads, [v.value for v in variables]
     )
@@ -29,7 +35,7 @@ def _graph(jit_compile):
     def step(optimizer, grads, variables):
         import tensorflow as tf
 
-        optimizer.build(variables)
+        built(optimizer, variables)
         if not hasattr(optimizer, "_test_step"):
             optimizer._test_step = tf.function(
                 lambda grads: optimizer.apply(grads, variables), jit_compile=jit_compile
