@@ -65,6 +65,7 @@ def run_demo(
     runs: list[RunResult] = []
     histograms = [*_exponents(start, start.weights, "start")]
     for number, recipe in enumerate(settings.recipes, start=1):
+        recipe = recipe.within(start.steps)
         result, weights = _train(start, recipe, _teller(progress, start, number))
         runs.append(result)
         if number == 1:

@@ -19,6 +19,7 @@ DIGITS = "kerasmp_digits"
 # so short a demo. Starting at the top makes the scale come down by skipping, and a short interval
 # makes it probe upwards again, so that both halves of the rule are on the plot.
 DEMO_DYNAMIC = DynamicLossScale(initial_scale=2.0**24, growth_interval=100)
+_STEPS_PER_HALVING = 8  # a short run starts lower, so as not to spend itself on coming down
 
 
 class DemoError(KerasMPError, ValueError):
@@ -44,6 +45,23 @@ class Recipe:
     guarded: bool
     summary: str
 
+    def within(self, steps: int) -> Recipe:
+        """Return the recipe for a run of so many steps: short ones start at a lower scale."""
+        if not isinstance(self.loss_scale, DynamicLossScale):
+            return self
+        doublings = min(steps // _STEPS_PER_HALVING, 64)
+        affordable = DynamicLossScale().initial_scale * 2.0**doublings
+        start = min(self.loss_scale.initial_scale, affordable)
+        schedule = dataclasses.replace(self.loss_scale, initial_scale=start)
+        return dataclasses.replace(self, loss_scale=schedule, summary=_dynamic_summary(schedule))
+
+
+def _dynamic_summary(schedule: DynamicLossScale) -> str:
+    return (
+        f"float16, the loss scaled dynamically: from {schedule.initial_scale:,.0f}, doubled "
+        f"after {schedule.growth_interval} good steps."
+    )
+
 
 RECIPES: tuple[Recipe, ...] = (
     Recipe("float32", "float32", None, True, "The reference: everything in float32."),
@@ -59,8 +77,7 @@ RECIPES: tuple[Recipe, ...] = (
         "mixed_float16",
         DEMO_DYNAMIC,
         True,
-        f"float16, the loss scaled dynamically: from {DEMO_DYNAMIC.initial_scale:,.0f}, doubled "
-        f"after {DEMO_DYNAMIC.growth_interval} good steps.",
+        _dynamic_summary(DEMO_DYNAMIC),
     ),
     Recipe(
         "mixed_float16_fixed",

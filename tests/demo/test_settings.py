@@ -29,6 +29,16 @@ def test_only_the_cautionary_recipe_is_unguarded_and_only_float16_is_scaled():
     assert scaled == ["mixed_float16", "mixed_float16_fixed"]
 
 
+def test_a_short_run_starts_at_a_lower_scale_and_says_so():
+    recipe = RECIPES[2]
+    starts = [recipe.within(steps).loss_scale.initial_scale for steps in (1, 8, 40, 72, 10**6)]
+    assert starts == [2.0**15, 2.0**16, 2.0**20, 2.0**24, 2.0**24]
+    assert "from 65,536, doubled after 100 good steps" in recipe.within(8).summary
+    assert recipe.within(72) == recipe
+    others = RECIPES[:2] + RECIPES[3:]
+    assert [one.within(1) for one in others] == list(others)
+
+
 def test_chosen_recipes_come_once_and_in_the_tables_order():
     settings = DemoSettings(policies=("mixed_float16", "float32", "mixed_float16"))
     assert [recipe.name for recipe in settings.recipes] == ["float32", "mixed_float16"]
