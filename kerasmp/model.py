@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from kerasmp import backend
-from kerasmp.backend.keras_private import Functional, flatten_layers
+from kerasmp.backend.keras_private import Functional, float16_layers, functional_init_arguments
 from kerasmp.errors import LossScaleWarning
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.policy import global_policy
@@ -47,12 +47,12 @@ class Model(keras.Model):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the class says it
         # As keras.Model does. A subclass is told apart in __init__, by what it passes on.
-        if cls is Model and _functional_arguments(args, kwargs):
+        if cls is Model and functional_init_arguments(args, kwargs):
             return super().__new__(FunctionalModel, *args, **kwargs)
         return super().__new__(cls, *args, **kwargs)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if _functional_arguments(args, kwargs) and not isinstance(
+        if functional_init_arguments(args, kwargs) and not isinstance(
             self, Functional | keras.Sequential
         ):
             # keras.Model would rewrite the bases of our class here, for all models at once.
@@ -127,7 +127,7 @@ class Model(keras.Model):
             self._auto_scale_loss
             and optimizer is not None
             and not isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-            and any(layer.compute_dtype == "float16" for layer in flatten_layers(self))
+            and bool(float16_layers(self))
         )
 
     def make_train_function(self, force: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's
@@ -233,11 +233,6 @@ class Sequential(Model, keras.Sequential):
         name: str | None = None,
     ) -> None:
         super().__init__(layers=layers, trainable=trainable, name=name)
-
-
-def _functional_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    named = {"inputs", "outputs"} & kwargs.keys()
-    return len(args) == len(("inputs", "outputs")) or (len(args) + len(named) == 2 and bool(named))  # noqa: PLR2004 - the two of them
 
 
 @functools.cache

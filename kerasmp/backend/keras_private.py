@@ -1,6 +1,9 @@
 """Every name that kerasmp takes from Keras's private modules, each with the reason.
 
-`tests/backend/test_keras_private.py` tells when one of them moves.
+`tests/backend/test_keras_private.py` tells when one of them moves. It also watches the private
+attributes that kerasmp's subclasses inherit and read on themselves, where no other room could:
+`_trainable_variables`, `_variables`, `_get_variable_index` and `_check_variables_are_known` of
+`keras.optimizers.Optimizer`, for which there is no public reader.
 """
 
 from __future__ import annotations
@@ -10,14 +13,22 @@ from typing import Any
 
 import keras
 from keras.src.models.functional import Functional
+from keras.src.models.model import functional_init_arguments
 
-__all__ = ["Functional", "enclosing_callback_list", "flatten_layers"]
+__all__ = [
+    "Functional",
+    "enclosing_callback_list",
+    "flatten_layers",
+    "float16_layers",
+    "functional_init_arguments",
+]
 
 # A subclass that calls super() adds a frame or two; more would be somebody else's call.
 _FRAMES = 8
 
 # Functional: the class of `keras.Model(inputs, outputs)` has no public name, and a model of ours
-# that is built from inputs and outputs must inherit from it.
+# that is built from inputs and outputs must inherit from it. functional_init_arguments: what
+# tells `keras.Model` that it was given inputs and outputs; a copy of it could come to differ.
 
 
 def flatten_layers(model: Any) -> list[Any]:
@@ -26,6 +37,11 @@ def flatten_layers(model: Any) -> list[Any]:
     Public `layers` shows one level only, and not the parts of wrappers or of attention.
     """
     return list(model._flatten_layers())  # noqa: SLF001 - no public way to reach inner layers
+
+
+def float16_layers(model: Any) -> list[Any]:
+    """Return the layers at any depth that compute in float16, the model itself among them."""
+    return [layer for layer in flatten_layers(model) if layer.compute_dtype == "float16"]
 
 
 def enclosing_callback_list() -> Any | None:

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from kerasmp import backend
-from kerasmp.backend.keras_private import enclosing_callback_list, flatten_layers
+from kerasmp.backend.keras_private import enclosing_callback_list, float16_layers
 from kerasmp.callbacks.readings import Reading, source_of
 from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning, NotCompiledError
 
@@ -140,9 +140,7 @@ class OverflowMonitor(keras.callbacks.Callback):
             self._warn_once("streak", _streak_message(now, self._source.culprits()))
 
     def _warn_if_unscaled(self) -> None:
-        float16 = [
-            layer.name for layer in flatten_layers(self.model) if layer.compute_dtype == "float16"
-        ]
+        float16 = [layer.name for layer in float16_layers(self.model)]
         if float16:
             self._warn_once(
                 "unscaled",

@@ -65,8 +65,8 @@ def run_demo(
     runs: list[RunResult] = []
     histograms = [*_exponents(start, start.weights, "start")]
     for number, recipe in enumerate(settings.recipes, start=1):
-        recipe = recipe.within(start.steps)
-        result, weights = _train(start, recipe, _teller(progress, start, number))
+        teller = _teller(progress, start, number)
+        result, weights = _train(start, recipe.within(start.steps), teller)
         runs.append(result)
         if number == 1:
             histograms += _exponents(start, weights, "end")

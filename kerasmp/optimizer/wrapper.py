@@ -215,8 +215,20 @@ class LossScaleOptimizer(ScalingState):
                 fix="Pass both lists in the same order.",
             )
         self.build(variables)
-        self._check_variables_are_known(variables)
+        self._check_built_with(variables)
         return variables
+
+    def _check_built_with(self, variables: Sequence[Any]) -> None:
+        try:
+            self._check_variables_are_known(variables)
+        except ValueError as error:
+            raise LossScaleError(
+                "Unknown variable: the optimizer was built with others.",
+                received=", ".join(v.path for v in variables),
+                expected="variables among " + ", ".join(v.path for v in self._trainable_variables),
+                fix="Use one optimizer for each model, and build it with all variables that it "
+                "shall ever update.",
+            ) from error
 
     def _bad(self, grads: Sequence[Any]) -> Any:
         """Return a float vector with 1 for each gradient (None left out) that is not finite."""

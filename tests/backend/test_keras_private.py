@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import keras
+import pytest
 
 import kerasmp
 from kerasmp.backend import keras_private
@@ -21,6 +22,29 @@ def test_functional_is_the_class_of_a_model_made_from_inputs_and_outputs():
 
 def test_a_sequential_keeps_a_functional_inside_and_is_none():
     assert not issubclass(keras.Sequential, keras_private.Functional)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "functional"),
+    [
+        ((1, 2), {}, True),
+        ((1,), {"outputs": 2}, True),
+        ((), {"inputs": 1, "outputs": 2}, True),
+        ((1, 2), {"name": "model"}, True),
+        ((), {}, False),
+        ((1,), {}, False),
+        ((), {"inputs": 1}, False),
+        ((), {"outputs": 2, "name": "model"}, False),
+    ],
+)
+def test_functional_init_arguments_wants_inputs_and_outputs(args, kwargs, functional):
+    assert bool(keras_private.functional_init_arguments(args, kwargs)) is functional
+
+
+def test_float16_layers_are_found_at_every_depth():
+    inner = keras.layers.Dense(1, dtype="mixed_float16", name="deep")
+    model = keras.Sequential([keras.layers.TimeDistributed(inner, dtype="float32")])
+    assert [layer.name for layer in keras_private.float16_layers(model)] == ["deep"]
 
 
 class Nest(keras.layers.Layer):

@@ -348,8 +348,11 @@ class TestLikeAPlainOptimizer:
     def test_a_variable_that_it_was_not_built_with_is_told(self):
         optimizer = LossScaleOptimizer("sgd")
         optimizer.build(variables_of([1.0]))
-        with pytest.raises(ValueError, match="Unknown variable"):
-            optimizer.apply(tensors([1.0]), variables_of([2.0]))
+        others = variables_of([2.0])
+        told = r"Unknown variable.*Received: v0\. Expected: variables among v0\. .*one optimizer"
+        with pytest.raises(LossScaleError, match=told):
+            optimizer.apply(tensors([1.0]), others)
+        assert numpy(others)[0].tolist() == [2.0]
 
     @every_way
     def test_no_gradient_for_any_variable_is_told(self, step):
