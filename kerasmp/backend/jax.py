@@ -22,6 +22,12 @@ def with_values(gradient: Any, values: Any) -> Any:  # noqa: ARG001 - one signat
     return values
 
 
+def bakes_in(scale: Any) -> bool:
+    """Return whether a traced function that reads `scale` here keeps this value for all calls."""
+    # Under jit alone does JAX trace what depends on no argument; grad and vmap just compute it.
+    return not isinstance(scale, jax.core.Tracer) and isinstance(jnp.add(scale, 0), jax.core.Tracer)
+
+
 def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
     """Return `step`, compiled at its first call."""
     return cast("Callable[..., Any]", jax.jit(step))

@@ -27,6 +27,15 @@ def with_values(gradient: Any, values: Any) -> Any:
     return values
 
 
+def bakes_in(scale: Any) -> bool:  # noqa: ARG001 - one signature for all backends
+    """Return whether a traced function that reads `scale` here keeps this value for all calls.
+
+    A graph reads variables anew in each call. Before `build` there is none, but TensorFlow traces a
+    function that makes variables, as the first `apply` does, once more for its second call.
+    """
+    return False
+
+
 def run_step(
     bad: Any, grads: Sequence[Any], variables: Sequence[Any], update: Update, advance: Advance
 ) -> None:

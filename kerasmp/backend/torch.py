@@ -21,6 +21,11 @@ def with_values(gradient: Any, values: Any) -> Any:  # noqa: ARG001 - one signat
     return values
 
 
+def bakes_in(scale: Any) -> bool:  # noqa: ARG001 - one signature for all backends
+    """Return whether a traced function that reads `scale` here keeps this value for all calls."""
+    return False  # eager code reads it in each step
+
+
 def run_step(
     bad: Any, grads: Sequence[Any], variables: Sequence[Any], update: Update, advance: Advance
 ) -> None:

@@ -108,8 +108,20 @@ class LossScaleOptimizer(ScalingState):
         Args:
             loss: Scalar or tensor of any shape; a float16 loss is cast first, since scaling it in
                 float16 would overflow at 2 with the default scale.
+
+        Raises:
+            LossScaleError: While JAX traces a step, outside a `keras.StatelessScope` that holds
+                `variables`: the scale would be baked in.
         """
-        scale = self.dynamic_scale if self.built else self.schedule.initial_scale
+        scale = self.dynamic_scale.value if self.built else self.schedule.initial_scale
+        if backend.current().bakes_in(scale):
+            raise LossScaleError(
+                "The traced step would keep the scale of its first call for ever.",
+                received="scale_loss in a traced function, where the scale is a constant",
+                expected="a scale that is part of the step's state",
+                fix="Call optimizer.build(model.trainable_variables) before tracing, and scale "
+                "within `keras.StatelessScope(list(zip(optimizer.variables, values)))`.",
+            )
         return ops.multiply(ops.cast(loss, "float32"), scale)
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
@@ -317,6 +329,14 @@ class LossScaleOptimizer(ScalingState):
             self._advance(bad, grads, variables, finite=False)
 
         return list(ops.cond(ops.any(bad > 0), stateless(skipped), stateless(applied)))
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """Write averages (`use_ema`) into the weights at the end of `fit`.
+
+        Keras's averages start at zero: before the first applied step there is nothing to write.
+        """
+        if int(ops.convert_to_numpy(self.iterations.value)) > 0:
+            self.inner_optimizer.finalize_variable_values(var_list)
 
     # ---------------------------------------------------------------- saving
 

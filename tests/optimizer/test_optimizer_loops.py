@@ -6,6 +6,7 @@ import pytest
 from helpers.stepping import assert_same_bits, numpy
 from keras import ops
 
+from kerasmp.errors import LossScaleError
 from kerasmp.loss_scale import DynamicLossScale
 from kerasmp.optimizer import LossScaleOptimizer
 
@@ -145,6 +146,52 @@ def test_an_eager_loop_with_backward_sees_the_scale_move():
 def test_the_step_leaves_no_graph_behind_it():
     _, optimizer, _, _ = _torch()
     assert not any(v.value.requires_grad for v in optimizer.variables)
+
+
+@pytest.mark.backend("jax")
+@pytest.mark.parametrize("built", [True, False])
+def test_a_scale_that_jit_would_bake_in_is_an_error(built):
+    """Fault 15: stock Keras goes on with the scale of the first step."""
+    import jax
+
+    optimizer = LossScaleOptimizer("sgd", loss_scale=8.0)
+    if built:
+        optimizer.build([keras.Variable([1.0])])
+
+    def loss(weight):
+        return optimizer.scale_loss(ops.sum(weight**2))
+
+    weight = ops.array([3.0])
+    for transformed in (jax.jit(loss), jax.jit(jax.grad(loss)), jax.jit(jax.vmap(loss))):
+        with pytest.raises(LossScaleError, match="StatelessScope"):
+            transformed(weight)
+    # Without jit the scale is read in each step.
+    assert jax.grad(loss)(weight).tolist() == [48.0]
+    assert loss(weight) == 72.0
+    stock = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
+    stock.build([keras.Variable([1.0])])
+    step = jax.jit(stock.scale_loss)
+    first = step(1.0)
+    stock.dynamic_scale.assign(2.0)
+    assert step(1.0) == first != 2.0
+
+
+@pytest.mark.backend("tensorflow")
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_graph_that_builds_the_optimizer_does_not_keep_the_first_scale(jit_compile):
+    import tensorflow as tf
+
+    weight = keras.Variable([1.0])
+    optimizer = LossScaleOptimizer("sgd", loss_scale=DynamicLossScale(8.0))
+
+    @tf.function(jit_compile=jit_compile)
+    def step(gradient):
+        scaled = optimizer.scale_loss(1.0)
+        optimizer.apply([gradient], [weight])
+        return scaled
+
+    gradients = [[np.inf], [np.inf], [0.0], [0.0]]
+    assert [float(step(tf.constant(g))) for g in gradients] == [8.0, 4.0, 2.0, 2.0]
 
 
 def test_a_loop_is_repeatable_bit_for_bit():

@@ -100,6 +100,36 @@ class TestAFixedScale:
         assert model.optimizer.loss_scale == 256.0
 
 
+def averaged_through_fit(cls, bad_epochs, good_epochs):
+    """Train with averaged weights; return the weights before and after."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(cls(keras.optimizers.SGD(0.01, use_ema=True, ema_momentum=0.5)), "mse")
+    before = model.get_weights()
+    model.fit(np.full_like(X, np.nan), Y, batch_size=32, epochs=bad_epochs, verbose=0)
+    if good_epochs:
+        model.fit(X, Y, batch_size=32, epochs=good_epochs, shuffle=False, verbose=0)
+    return before, model.get_weights()
+
+
+class TestAveragesThatWereNeverUpdated:
+    def test_stock_overwrites_the_weights_with_zeros(self):
+        _, after = averaged_through_fit(Stock, 1, 0)
+        assert not np.any(after[0])
+
+    def test_ours_leaves_the_weights(self):
+        before, after = averaged_through_fit(Ours, 1, 0)
+        np.testing.assert_array_equal(before[0], after[0])
+
+    def test_ours_writes_averages_once_there_are_some(self):
+        _, after = averaged_through_fit(Ours, 1, 2)
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        model.compile(keras.optimizers.SGD(0.01, use_ema=True, ema_momentum=0.5), "mse")
+        model.fit(X, Y, batch_size=32, epochs=2, shuffle=False, verbose=0)
+        np.testing.assert_array_equal(after[0], model.get_weights()[0])
+
+
 class TestAWrapperAroundAWrapper:
     def test_stock_shrinks_the_update_by_the_scale(self):
         inner = Stock(keras.optimizers.SGD(1.0))
