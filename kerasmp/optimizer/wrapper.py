@@ -335,7 +335,7 @@ class LossScaleOptimizer(ScalingState):
 
         Keras's averages start at zero: before the first applied step there is nothing to write.
         """
-        if int(ops.convert_to_numpy(self.iterations.value)) > 0:
+        if int(ops.convert_to_numpy(self.iterations)) > 0:
             self.inner_optimizer.finalize_variable_values(var_list)
 
     # ---------------------------------------------------------------- saving
