@@ -313,7 +313,9 @@ class TestSettingTheScale:
 
     def test_what_was_read_can_be_set_again(self):
         optimizer = self._built(loss_scale=DynamicLossScale(1.1, min_scale=1.1, max_scale=1.1))
-        optimizer.loss_scale = optimizer.loss_scale
+        read = optimizer.loss_scale
+        optimizer.loss_scale = read
+        assert optimizer.loss_scale == read == float(np.float32(1.1))
 
 
 class TestLikeAPlainOptimizer:

@@ -160,7 +160,9 @@ BAD_ARGUMENTS = [
 class TestBadArguments:
     @pytest.mark.parametrize("arguments", BAD_ARGUMENTS, ids=str)
     def test_stock_accepts(self, arguments):
-        Stock(keras.optimizers.SGD(), **arguments)
+        optimizer = Stock(keras.optimizers.SGD(), **arguments)
+        ((name, value),) = arguments.items()
+        np.testing.assert_equal(getattr(optimizer, name), value)
 
     @pytest.mark.parametrize("arguments", BAD_ARGUMENTS, ids=str)
     def test_ours_names_the_value_and_what_is_allowed(self, arguments):
