@@ -8,6 +8,11 @@ import jax
 import keras
 from jax import numpy as jnp
 
+try:
+    from jax.extend.core import get_opaque_trace_state
+except ImportError:  # where it was in older JAX
+    from jax.core import get_opaque_trace_state
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -20,6 +25,11 @@ def dense_values(gradient: Any) -> Any:
 def with_values(gradient: Any, values: Any) -> Any:  # noqa: ARG001 - one signature for all backends
     """Return `gradient` with other numbers at the same places."""
     return values
+
+
+def place() -> tuple[Any, Any]:
+    """Return what tells this replica and this trace from others; a trace is None in eager code."""
+    return None, get_opaque_trace_state(convention="flax")
 
 
 def bakes_in(scale: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,14 @@ def with_values(gradient: Any, values: Any) -> Any:
     if isinstance(gradient, tf.IndexedSlices):
         return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
     return values
+
+
+def place() -> tuple[Any, Any]:
+    """Return what tells this replica and this trace from others; a trace is None in eager code."""
+    context = tf.distribute.get_replica_context()
+    replica = None if context is None else context.replica_id_in_sync_group
+    graph = None if tf.executing_eagerly() else weakref.ref(tf.compat.v1.get_default_graph())
+    return replica if isinstance(replica, int) else None, graph
 
 
 def bakes_in(scale: Any) -> bool:  # noqa: ARG001 - one signature for all backends

@@ -21,6 +21,11 @@ def with_values(gradient: Any, values: Any) -> Any:  # noqa: ARG001 - one signat
     return values
 
 
+def place() -> tuple[Any, Any]:
+    """Return what tells this replica and this trace from others; a trace is None in eager code."""
+    return None, None
+
+
 def bakes_in(scale: Any) -> bool:  # noqa: ARG001 - one signature for all backends
     """Return whether a traced function that reads `scale` here keeps this value for all calls."""
     return False  # eager code reads it in each step

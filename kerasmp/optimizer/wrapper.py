@@ -12,13 +12,14 @@ from kerasmp import backend
 from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.optimizer import arguments
 from kerasmp.optimizer.state import ScalingState
+from kerasmp.optimizer.unscaled import UnscaledMarks, UnscalingByHand, divided
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
-class LossScaleOptimizer(ScalingState):
+class LossScaleOptimizer(UnscalingByHand, ScalingState):
     """Wraps an optimizer: the loss is scaled, the gradients are unscaled, bad steps are skipped.
 
     Each step: gradients of the scaled loss are checked for inf and NaN, all replicas agree, and
@@ -87,7 +88,9 @@ class LossScaleOptimizer(ScalingState):
         # Not the parent's: it would set up its own rule, whose factors are hard-coded.
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
         backend.current()  # imported here, and not while a step is traced
-        object.__setattr__(self, "_compiled_steps", {})  # not state: Keras must not track it
+        # Neither is state: Keras must not track them.
+        object.__setattr__(self, "_compiled_steps", {})
+        object.__setattr__(self, "_unscaled", UnscaledMarks())
         self.inner_optimizer = inner_optimizer
         self.schedule = schedule
         if inner_optimizer.loss_scale_factor is not None:
@@ -140,23 +143,26 @@ class LossScaleOptimizer(ScalingState):
         if not grads:
             return
         variables = self._variables_of(grads, trainable_variables)
+        unscaled = self._unscaled.take(*backend.current().place())
         if keras.backend.backend() == "jax":
             # JAX branches only in pure code, so the eager step is the pure one, then assigned.
             touched = [*self._trainable_variables, *self.variables]
-            key = tuple(self._get_variable_index(v) for v in variables)
+            key = (unscaled, *(self._get_variable_index(v) for v in variables))
             if key not in self._compiled_steps:  # made anew each time, it would compile each time
                 self._compiled_steps[key] = backend.current().compiled(
-                    lambda grads, values: self._pure_step(grads, variables, touched, values)
+                    lambda grads, values: self._pure_step(
+                        grads, variables, touched, values, unscaled=unscaled
+                    )
                 )
             values = self._compiled_steps[key](grads, [v.value for v in touched])
             for variable, value in zip(touched, values, strict=True):
                 variable.assign(value)
             return
         backend.current().run_step(
-            self._bad(grads),
+            self._bad(grads, unscaled=unscaled),
             grads,
             variables,
-            self._update,
+            lambda grads, variables: self._update(grads, variables, unscaled=unscaled),
             lambda finite, bad: self._advance(bad, grads, variables, finite=finite),
         )
 
@@ -205,7 +211,9 @@ class LossScaleOptimizer(ScalingState):
                     fix="Pass one value for each variable, in the order they were built with.",
                 )
         values = [*trainable_variables, *optimizer_variables]
-        new = self._pure_step(list(grads), self._trainable_variables, touched, values)
+        unscaled = self._unscaled.take(*backend.current().place())
+        known = self._trainable_variables
+        new = self._pure_step(list(grads), known, touched, values, unscaled=unscaled)
         return new[:n], new[n:]
 
     def _variables_of(self, grads: list[Any], variables: Sequence[Any] | None) -> list[Any]:
@@ -242,7 +250,7 @@ class LossScaleOptimizer(ScalingState):
                 "shall ever update.",
             ) from error
 
-    def _bad(self, grads: Sequence[Any]) -> Any:
+    def _bad(self, grads: Sequence[Any], *, unscaled: bool) -> Any:
         """Return a float vector with 1 for each gradient (None left out) that is not finite."""
         if grads and all(g is None for g in grads):
             raise LossScaleError(
@@ -252,7 +260,7 @@ class LossScaleOptimizer(ScalingState):
                 fix="Check that the loss depends on the trainable variables.",
             )
         values = [backend.current().dense_values(g) for g in grads if g is not None]
-        if self.schedule.min_scale < 1.0:
+        if self.schedule.min_scale < 1.0 and not unscaled:
             # Dividing by less than 1 can overflow what is still finite.
             values = [ops.cast(v, "float32") / self.dynamic_scale for v in values]
         if not values:
@@ -260,21 +268,12 @@ class LossScaleOptimizer(ScalingState):
         finite = ops.stack([ops.all(ops.isfinite(v)) for v in values])
         return ops.cast(ops.logical_not(finite), "float32")
 
-    def _update(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
+    def _update(self, grads: Sequence[Any], variables: Sequence[Any], *, unscaled: bool) -> None:
         """Hand the unscaled gradients to the inner optimizer."""
-        room = backend.current()
-        scale = ops.convert_to_tensor(self.dynamic_scale)
-
-        def unscaled(gradient: Any, variable: Any) -> Any:
-            # Some variables, float8's scales say, take their gradient as their new value.
-            if gradient is None or getattr(variable, "overwrite_with_gradient", False):
-                return gradient
-            values = ops.cast(room.dense_values(gradient), "float32")
-            return room.with_values(gradient, ops.divide(values, scale))
-
-        self.inner_optimizer.apply(
-            [unscaled(g, v) for g, v in zip(grads, variables, strict=True)], variables
-        )
+        if not unscaled:
+            scale = ops.convert_to_tensor(self.dynamic_scale)
+            grads = [divided(g, v, scale) for g, v in zip(grads, variables, strict=True)]
+        self.inner_optimizer.apply(grads, variables)
 
     def _advance(
         self, bad: Any, grads: Sequence[Any], variables: Sequence[Any], *, finite: bool
@@ -306,6 +305,8 @@ class LossScaleOptimizer(ScalingState):
         variables: Sequence[Any],
         touched: Sequence[Any],
         values: Sequence[Any],
+        *,
+        unscaled: bool,
     ) -> list[Any]:
         """Return what a step makes of `values`, the current values of the variables `touched`."""
         mapping = list(zip(touched, values, strict=True))
@@ -319,10 +320,10 @@ class LossScaleOptimizer(ScalingState):
             return values_after
 
         with keras.StatelessScope(state_mapping=mapping):
-            bad = self._bad(grads)
+            bad = self._bad(grads, unscaled=unscaled)
 
         def applied() -> None:
-            self._update(grads, variables)
+            self._update(grads, variables, unscaled=unscaled)
             self._advance(bad, grads, variables, finite=True)
 
         def skipped() -> None:

@@ -1,6 +1,7 @@
 """A process with two CPU replicas, the second of which gets one bad shard; prints JSON.
 
-Arguments: "ours" or "stock", and "loop" (hand-written, `strategy.run`) or "fit".
+Arguments: "ours" or "stock", and "loop" (hand-written, `strategy.run`), "unscaling" (the same, its
+gradients unscaled before they are applied) or "fit".
 """
 
 import json
@@ -19,11 +20,13 @@ BAD = X[0].copy()
 BAD[6] = np.inf  # rows 0 to 3 go to the first replica, 4 to 7 to the second
 
 
-def _loop(strategy, model, optimizer, batches):
+def _loop(strategy, model, optimizer, batches, *, by_hand=False):
     def replica_step(x):
         with tf.GradientTape() as tape:
             loss = optimizer.scale_loss(ops.mean(ops.square(model(x, training=True) - 1)))
         grads = tape.gradient(loss, model.trainable_variables)
+        if by_hand:
+            grads = optimizer.get_unscaled_gradients(grads)
         optimizer.apply_gradients(zip(grads, model.trainable_variables, strict=True))
 
     @tf.function
@@ -39,6 +42,10 @@ def _loop(strategy, model, optimizer, batches):
         )
 
 
+def _unscaling(*arguments):
+    _loop(*arguments, by_hand=True)
+
+
 def _fit(_, model, optimizer, batches):
     model.compile(optimizer, "mse", jit_compile=False)
     x = np.concatenate(batches)
@@ -52,7 +59,7 @@ def _train(cls, way, batches):
         model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
         optimizer = cls(keras.optimizers.Adam(0.1))
         optimizer.build(model.trainable_variables)
-    {"loop": _loop, "fit": _fit}[way](strategy, model, optimizer, batches)
+    {"loop": _loop, "unscaling": _unscaling, "fit": _fit}[way](strategy, model, optimizer, batches)
     return strategy, model, optimizer
 
 

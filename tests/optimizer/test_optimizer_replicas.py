@@ -29,7 +29,7 @@ def _run(*arguments):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-@pytest.fixture(scope="module", params=["loop", "fit"])
+@pytest.fixture(scope="module", params=["loop", "unscaling", "fit"])
 def ours(request):
     return _run("ours", request.param)
 
@@ -46,6 +46,10 @@ def test_every_replica_holds_the_same_scale_and_counters(ours):
     assert ours["scale"] == 2.0**14
     assert len(ours["copies"]) == 2
     assert ours["copies"][0] == ours["copies"][1]
+
+
+def test_gradients_that_each_replica_unscales_make_the_same_update():
+    assert _run("ours", "unscaling")["weights"] == _run("ours", "loop")["weights"]
 
 
 def test_stock_keras_applies_the_bad_shard_and_destroys_the_weights():

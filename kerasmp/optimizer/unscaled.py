@@ -1,0 +1,157 @@
+"""Division by the scale, and loops that do it by hand before they apply the gradients."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from keras import ops
+
+from kerasmp import backend
+from kerasmp.errors import LossScaleError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kerasmp.loss_scale import LossScale
+
+
+def divided(gradient: Any, variable: Any, scale: Any) -> Any:
+    """Return the gradient of the unscaled loss, in float32.
+
+    Args:
+        gradient: A gradient of the scaled loss, sparse or not, or None.
+        variable: The variable that it belongs to; None where that is not known.
+        scale: The scale.
+    """
+    # Some variables, float8's scales say, take their gradient as their new value.
+    if gradient is None or getattr(variable, "overwrite_with_gradient", False):
+        return gradient
+    room = backend.current()
+    values = ops.cast(room.dense_values(gradient), "float32")
+    return room.with_values(gradient, ops.divide(values, scale))
+
+
+class UnscaledMarks:
+    """Where gradients were unscaled and not applied yet.
+
+    A place is a replica and a trace. A mark must be taken in the place where it was set: a traced
+    function runs again without this code, so that what it set or took would be missing next time.
+    """
+
+    def __init__(self) -> None:
+        self._places: list[tuple[Any, Any]] = []
+
+    def set(self, replica: Any, trace: Any) -> None:
+        """Remember that gradients were unscaled here.
+
+        Args:
+            replica: What tells replicas apart that run the same code.
+            trace: What is equal within one trace only; None outside of any.
+
+        Raises:
+            LossScaleError: If they were already, and not applied.
+        """
+        if (replica, trace) in self._places:
+            raise LossScaleError(
+                "Gradients are unscaled twice, which would shrink the update by the scale.",
+                received="get_unscaled_gradients a second time before apply",
+                expected="one call of it for each apply",
+                fix="Apply the gradients of the first call, or drop them with "
+                "optimizer.forget_unscaled().",
+            )
+        self._places.append((replica, trace))
+
+    def take(self, replica: Any, trace: Any) -> bool:
+        """Return whether the gradients that are now applied here were unscaled before.
+
+        Args:
+            replica: As in `set`.
+            trace: As in `set`.
+
+        Raises:
+            LossScaleError: If this replica has unscaled gradients, but in another trace.
+        """
+        if (replica, trace) in self._places:
+            self._places.remove((replica, trace))
+            return True
+        # A trace that failed between the two calls is gone, and its mark means nothing.
+        self._places = [place for place in self._places if not _is_gone(place[1])]
+        if any(other == replica for other, _ in self._places):
+            raise LossScaleError(
+                "apply cannot know whether its gradients are unscaled.",
+                received="get_unscaled_gradients and apply in different traced functions",
+                expected="both in one function, or both outside of any",
+                fix="Move the two calls together. If the unscaled gradients were not meant to be "
+                "applied, call optimizer.forget_unscaled().",
+            )
+        return False
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._places.clear()
+
+
+def _is_gone(trace: Any) -> bool:
+    return isinstance(trace, weakref.ref) and trace() is None
+
+
+class UnscalingByHand:
+    """What `LossScaleOptimizer` offers to loops that unscale before they apply.
+
+    Attributes:
+        schedule: The `LossScale` in use.
+        dynamic_scale: The current scale (after `build`).
+        built: Whether there is a state.
+    """
+
+    schedule: LossScale
+    dynamic_scale: Any
+    built: bool
+    _unscaled: UnscaledMarks
+    _trainable_variables: Sequence[Any]
+
+    def scale_loss(self, loss: Any) -> Any:
+        """Return `loss` times the current scale."""
+        raise NotImplementedError
+
+    def get_scaled_loss(self, loss: Any) -> Any:
+        """Return the loss times the scale, as in Keras 2; new code calls `scale_loss`.
+
+        Args:
+            loss: As for `scale_loss`, or a function that returns it.
+
+        Returns:
+            The scaled loss in float32, or a function that returns it.
+        """
+        if callable(loss):
+            return lambda: self.scale_loss(loss())
+        return self.scale_loss(loss)
+
+    def get_unscaled_gradients(self, grads: Sequence[Any]) -> list[Any]:
+        """Return the gradients divided by the scale; the next `apply` leaves that out.
+
+        For loops from Keras 2, and for those that clip or look at gradients before they apply them.
+        As PyTorch's `GradScaler.unscale_`, it is called once for each `apply`, in the same traced
+        function. An inf or NaN stays one, and the step is skipped.
+
+        Args:
+            grads: Gradients of the scaled loss, None among them or not, in the order of the
+                variables.
+
+        Returns:
+            The gradients in float32, sparse ones still sparse.
+
+        Raises:
+            LossScaleError: If it was called before without an `apply` in between.
+        """
+        grads = list(grads)
+        self._unscaled.set(*backend.current().place())
+        known = self._trainable_variables if self.built else ()
+        variables = known if len(known) == len(grads) else [None] * len(grads)
+        scale = self.dynamic_scale.value if self.built else self.schedule.initial_scale
+        return [divided(g, v, scale) for g, v in zip(grads, variables, strict=True)]
+
+    def forget_unscaled(self) -> None:
+        """Forget gradients that were unscaled and shall not be applied."""
+        self._unscaled.clear()

@@ -1,0 +1,147 @@
+"""Loops that unscale before they apply, as in Keras 2: the same update, never a tiny one."""
+
+import keras
+import numpy as np
+import pytest
+from helpers.stepping import WAYS, assert_same_bits, numpy, tensors, variables_of
+from keras import ops
+
+from kerasmp.errors import LossScaleError
+from kerasmp.optimizer import LossScaleOptimizer
+
+SCALED = [[64.0, -32.0], [8.0]]
+
+
+def made(scale=64.0, inner=None):
+    variables = variables_of([1.0, 2.0], [3.0])
+    optimizer = LossScaleOptimizer(inner or keras.optimizers.Adam(0.5), loss_scale=scale)
+    optimizer.build(variables)
+    return optimizer, variables
+
+
+@pytest.mark.parametrize("step", WAYS)
+@pytest.mark.parametrize("scale", [64.0, 0.25, "dynamic"])
+def test_applying_what_was_unscaled_is_the_same_update(step, scale):
+    plain, expected = made(scale)
+    optimizer, variables = made(scale)
+    for gradients in (SCALED, [[1.0, np.inf], [1.0]], SCALED):
+        grads = tensors(*gradients)
+        step(plain, grads, expected)
+        _by_hand(step, optimizer, grads, variables)
+    assert_same_bits(numpy(variables), numpy(expected))
+    assert_same_bits(numpy(optimizer.variables), numpy(plain.variables))
+    assert (optimizer.applied_steps, optimizer.skipped_steps) == (2, 1)
+
+
+def _by_hand(step, optimizer, grads, variables):
+    if step.__name__ not in {"graph", "xla"}:
+        step(optimizer, optimizer.get_unscaled_gradients(grads), variables)
+        return
+    import tensorflow as tf
+
+    if not hasattr(optimizer, "_test_step"):
+        optimizer._test_step = tf.function(
+            lambda grads: optimizer.apply(optimizer.get_unscaled_gradients(grads), variables),
+            jit_compile=step.__name__ == "xla",
+        )
+    optimizer._test_step(grads)
+
+
+def test_gradients_come_in_float32_with_none_left_in_place():
+    optimizer, _ = made()
+    ours = optimizer.get_unscaled_gradients([ops.array([128.0, 64.0], "float16"), None])
+    assert ours[1] is None
+    assert keras.backend.standardize_dtype(ours[0].dtype) == "float32"
+    assert ops.convert_to_numpy(ours[0]).tolist() == [2.0, 1.0]
+
+
+def test_clipping_in_between_is_clipping_of_what_is_unscaled():
+    optimizer, variables = made(inner=keras.optimizers.SGD(1.0))
+    grads = [ops.clip(g, -0.25, 0.25) for g in optimizer.get_unscaled_gradients(tensors(*SCALED))]
+    optimizer.apply(grads, variables)
+    assert [v.tolist() for v in numpy(variables)] == [[0.75, 2.25], [2.875]]
+
+
+def test_a_scaled_loss_is_that_of_scale_loss_also_as_a_function():
+    optimizer, _ = made()
+    assert float(optimizer.get_scaled_loss(2.0)) == 128.0
+    assert float(optimizer.get_scaled_loss(lambda: 2.0)()) == 128.0
+
+
+def test_twice_is_an_error_and_the_first_ones_can_still_be_applied():
+    optimizer, variables = made(inner=keras.optimizers.SGD(1.0))
+    grads = optimizer.get_unscaled_gradients(tensors(*SCALED))
+    with pytest.raises(LossScaleError, match=r"unscaled twice.*forget_unscaled\(\)"):
+        optimizer.get_unscaled_gradients(grads)
+    optimizer.apply(grads, variables)
+    assert numpy(variables)[1].tolist() == [2.875]
+    optimizer.apply(tensors(*SCALED), variables)  # scaled again: the mark held for one step
+    assert numpy(variables)[1].tolist() == [2.75]
+
+
+def test_forgotten_gradients_leave_the_next_step_as_it_was():
+    optimizer, variables = made(inner=keras.optimizers.SGD(1.0))
+    optimizer.get_unscaled_gradients(tensors(*SCALED))
+    optimizer.forget_unscaled()
+    optimizer.apply(tensors(*SCALED), variables)
+    assert numpy(variables)[1].tolist() == [2.875]
+
+
+def _traced(function):
+    """Return the function, compiled by the running backend."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function)
+    import jax
+
+    return jax.jit(function)
+
+
+@pytest.mark.backend("tensorflow", "jax")
+def test_unscaling_in_a_function_and_applying_outside_is_an_error_that_changes_nothing():
+    optimizer, variables = made()
+    before = numpy([*variables, *optimizer.variables])
+    grads = _traced(optimizer.get_unscaled_gradients)(tensors(*SCALED))
+    with pytest.raises(LossScaleError, match="cannot know whether its gradients are unscaled"):
+        optimizer.apply(grads, variables)
+    assert_same_bits(numpy([*variables, *optimizer.variables]), before)
+
+
+@pytest.mark.backend("tensorflow")
+def test_unscaling_outside_and_applying_in_a_function_is_an_error():
+    optimizer, variables = made()
+    grads = optimizer.get_unscaled_gradients(tensors(*SCALED))
+    step = _traced(lambda grads: optimizer.apply(grads, variables))
+    # AutoGraph gives what is raised while it traces another type.
+    with pytest.raises(Exception, match="apply cannot know whether its gradients are unscaled"):
+        step(grads)
+
+
+@pytest.mark.backend("tensorflow")
+def test_a_trace_that_failed_leaves_nothing_behind():
+    import gc
+
+    optimizer, variables = made(inner=keras.optimizers.SGD(1.0))
+
+    def step(grads):
+        optimizer.get_unscaled_gradients(grads)
+        message = "a bug of the user's"
+        raise RuntimeError(message)
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        _traced(step)(tensors(*SCALED))
+    gc.collect()
+    optimizer.apply(tensors(*SCALED), variables)
+    assert numpy(variables)[1].tolist() == [2.875]
+
+
+@pytest.mark.backend("tensorflow")
+def test_sparse_gradients_stay_sparse():
+    import tensorflow as tf
+
+    optimizer, _ = made()
+    sparse = tf.IndexedSlices(tf.constant([64.0]), tf.constant([1]), tf.constant([2]))
+    ours, _ = optimizer.get_unscaled_gradients([sparse, None])
+    assert isinstance(ours, tf.IndexedSlices)
+    assert ours.values.numpy().tolist() == [1.0]
