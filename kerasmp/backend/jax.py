@@ -16,6 +16,9 @@ except ImportError:  # where it was in older JAX
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+# scale_loss runs inside the function that is differentiated, and what it sees stays there.
+LOSS_MEETS_APPLY = False
+
 
 def dense_values(gradient: Any) -> Any:
     """Return the numbers of a gradient."""
@@ -30,6 +33,14 @@ def with_values(gradient: Any, values: Any) -> Any:  # noqa: ARG001 - one signat
 def place() -> tuple[Any, Any]:
     """Return what tells this replica and this trace from others; a trace is None in eager code."""
     return None, get_opaque_trace_state(convention="flax")
+
+
+def agreed(grads: Sequence[Any], variables: Sequence[Any], loss_finite: Any) -> tuple[Any, Any]:  # noqa: ARG001
+    """Return the gradients, and whether the loss was finite, as all replicas see them.
+
+    On JAX the arrays of a step are global: every device sees the same ones already.
+    """
+    return grads, loss_finite
 
 
 def bakes_in(scale: Any) -> bool:
@@ -62,10 +73,17 @@ def train_step(
     Returns:
         The logs and the new state.
     """
-    _, before, _, metrics_before = state
+    _, before, before_optimizer, metrics_before = state
     logs, (trainable, after, optimizer, metrics_after) = parent(state, data)
     position = _position(model.optimizer.consecutive_skips_variable, model.optimizer.variables)
     skipped = optimizer[position] > 0
+    loss = next((m for m in model.metrics if m.name == "loss"), None)
+    if isinstance(loss, keras.metrics.Mean):
+        # Finite before, for skipped steps leave no trace in it: what it is now, the loss was.
+        total = metrics_after[_position(loss.total, model.metrics_variables)]
+        optimizer = model.optimizer.with_known_loss(
+            before_optimizer, optimizer, jnp.isfinite(total)
+        )
     after = _choose(skipped, before, after)
     metrics = _choose(skipped, metrics_before, metrics_after)
     with keras.StatelessScope(

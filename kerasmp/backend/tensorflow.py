@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
@@ -12,8 +12,14 @@ from keras import ops
 
 from kerasmp.errors import BackendError
 
-Update = Callable[[Sequence[Any], Sequence[Any]], None]
-Advance = Callable[[bool, Any], None]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+# The loss that scale_loss sees can be read when the gradients are applied.
+LOSS_MEETS_APPLY = True
+
+# Keras's method that sums gradients over replicas; tests/backend tells when it moves.
+REDUCTION = "_all_reduce_sum_gradients"
 
 
 def dense_values(gradient: Any) -> Any:
@@ -45,59 +51,131 @@ def bakes_in(scale: Any) -> bool:  # noqa: ARG001 - one signature for all backen
     return False
 
 
-def run_step(
-    bad: Any, grads: Sequence[Any], variables: Sequence[Any], update: Update, advance: Advance
-) -> None:
-    """Update the variables if no replica holds a bad gradient, else only move the scale.
+def agreed(
+    grads: Sequence[Any], variables: Sequence[Any], loss_finite: Any
+) -> tuple[list[Any], Any]:
+    """Return the gradients summed over all replicas, and whether the loss was finite in all.
+
+    What the sums hold, all replicas see, and so all decide alike: a replica that branched on its
+    own gradients would apply what the others skip (MirroredStrategy) or wait for ever in a
+    collective (MultiWorkerMirroredStrategy). It also means that what overflows only in the sum is
+    seen, and that clipping, which comes later, goes by the gradient of the whole batch.
 
     Args:
-        bad: Float vector, 1 for each gradient of this replica that is not finite.
-        grads: This replica's gradients, unreduced.
-        variables: The variables that `grads` belong to.
-        update: Called with `grads` and `variables`, in each replica, if all is finite.
-        advance: Called once with whether all was finite, and with `bad` summed over replicas.
+        grads: This replica's gradients, None among them or not.
+        variables: The variables that they belong to.
+        loss_finite: Scalar bool tensor of this replica, or None.
 
     Raises:
         BackendError: If called in a cross-replica context, where gradients have no replica.
     """
-    if not tf.distribute.has_strategy():
-        _branch(bad, lambda: update(grads, variables), advance)
-        return
-    if tf.distribute.in_cross_replica_context():
+    grads = list(grads)
+    if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
         raise BackendError(
             "apply() has no replica whose gradients it could check.",
             received="a call in cross-replica context",
             expected="a call in a replica context",
             fix="Call it inside the function that you give to strategy.run().",
         )
+    if not _several_replicas():
+        return grads, loss_finite
     context = tf.distribute.get_replica_context()
-    # Before any branch: a replica that branched on its own flag would apply what the others skip
-    # (MirroredStrategy) or wait for ever in a collective (MultiWorkerMirroredStrategy).
-    bad = context.all_reduce(tf.distribute.ReduceOp.SUM, bad)
+    sent = [
+        None if g is None else with_values(g, tf.cast(dense_values(g), "float32")) for g in grads
+    ]
+    if loss_finite is not None:
+        sent.append(tf.cast(tf.logical_not(loss_finite), "float32"))
+    # One call, so that small tensors are packed together.
+    summed = iter(
+        context.all_reduce(tf.distribute.ReduceOp.SUM, [g for g in sent if g is not None])
+    )
+    received = [None if g is None else next(summed) for g in sent]
+    if loss_finite is not None:
+        loss_finite = received.pop() == 0
+    # What is a new value and no gradient, float8's scales say, is averaged.
+    share = 1.0 / context.num_replicas_in_sync
+    return [
+        g * share if g is not None and getattr(v, "overwrite_with_gradient", False) else g
+        for g, v in zip(received, variables, strict=True)
+    ], loss_finite
+
+
+def _several_replicas() -> bool:
+    return bool(tf.distribute.get_strategy().num_replicas_in_sync > 1)
+
+
+def run_step(
+    bad: Any,
+    step: Any,
+    update: Callable[[Any], None],
+    advance: Callable[[Any, Any, bool], None],
+    inner_optimizer: Any,
+) -> None:
+    """Update the variables if all gradients are finite, else only move the scale.
+
+    Args:
+        bad: Float vector, 1 for each gradient that is not finite; equal in all replicas.
+        step: What `update` and `advance` are given, in each replica its own.
+        update: Called with `step` in each replica, if all is finite.
+        advance: Called once with `step`, `bad` and whether all was finite.
+        inner_optimizer: The optimizer that `update` calls.
+    """
+    if not tf.distribute.has_strategy():
+        _branch(bad, lambda: update(step), lambda finite: advance(step, bad, finite))
+        return
+    reduced = [inner_optimizer, *getattr(inner_optimizer, "optimizers", ())]
+    reduced = reduced if _several_replicas() else []
     if tf.__internal__.distribute.strategy_supports_no_merge_call():
-        _branch(bad, lambda: update(grads, variables), advance)
+        with _not_reducing(reduced):
+            _branch(bad, lambda: update(step), lambda finite: advance(step, bad, finite))
         return
 
-    def in_cross_replica_context(
-        strategy: Any, bad: Any, grads: Sequence[Any], variables: Sequence[Any]
-    ) -> None:
-        agreed = strategy.experimental_local_results(bad)[0]
+    def in_cross_replica_context(strategy: Any, bad: Any, steps: Any) -> None:
+        first_bad = strategy.experimental_local_results(bad)[0]
+        first = strategy.experimental_local_results(steps)[0]
 
         def update_each_replica() -> None:
-            strategy.extended.call_for_each_replica(update, args=(grads, variables))
+            strategy.extended.call_for_each_replica(update, args=(steps,))
 
-        _branch(agreed, update_each_replica, advance)
+        with _not_reducing(reduced):
+            _branch(
+                first_bad, update_each_replica, lambda finite: advance(first, first_bad, finite)
+            )
 
     # A branch whose body merges, as the inner optimizer's does, must itself be cross-replica.
-    context.merge_call(in_cross_replica_context, args=(bad, grads, variables))
+    context = tf.distribute.get_replica_context()
+    context.merge_call(in_cross_replica_context, args=(bad, step))
 
 
-def _branch(bad: Any, update: Callable[[], None], advance: Advance) -> None:
+@contextlib.contextmanager
+def _not_reducing(optimizers: Sequence[Any]) -> Iterator[None]:
+    """Keep optimizers from summing over the replicas once more what is summed already.
+
+    Keras has no public way: its TensorFlow optimizer sums in a method of its own, after clipping.
+    """
+    for optimizer in optimizers:
+        if not callable(getattr(optimizer, REDUCTION, None)):
+            raise BackendError(
+                "This Keras sums gradients over replicas in a way that kerasmp does not know.",
+                received=f"Keras {keras.__version__}, optimizer {type(optimizer).__name__}",
+                expected=f"a method `{REDUCTION}`",
+                fix="Train on one replica, or with a Keras version that CHANGELOG.md names.",
+            )
+        # Around Keras's own __setattr__: this is no state.
+        object.__setattr__(optimizer, REDUCTION, lambda grads_and_vars: grads_and_vars)
+    try:
+        yield
+    finally:
+        for optimizer in optimizers:
+            object.__delattr__(optimizer, REDUCTION)
+
+
+def _branch(bad: Any, update: Callable[[], None], advance: Callable[[bool], None]) -> None:
     def applied() -> None:
         update()
-        advance(True, bad)
+        advance(True)
 
-    tf.cond(tf.reduce_any(bad > 0), lambda: advance(False, bad), applied)
+    tf.cond(tf.reduce_any(bad > 0), lambda: advance(False), applied)
 
 
 def sync(model: Any) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-Update = Callable[[Sequence[Any], Sequence[Any]], None]
-Advance = Callable[[bool, Any], None]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+# The loss that scale_loss sees can be read when the gradients are applied.
+LOSS_MEETS_APPLY = True
 
 
 def dense_values(gradient: Any) -> Any:
@@ -26,13 +28,25 @@ def place() -> tuple[Any, Any]:
     return None, None
 
 
+def agreed(grads: Sequence[Any], variables: Sequence[Any], loss_finite: Any) -> tuple[Any, Any]:  # noqa: ARG001
+    """Return the gradients, and whether the loss was finite, as all replicas see them.
+
+    On torch there is one replica, or the gradients are reduced before they come here.
+    """
+    return grads, loss_finite
+
+
 def bakes_in(scale: Any) -> bool:  # noqa: ARG001 - one signature for all backends
     """Return whether a traced function that reads `scale` here keeps this value for all calls."""
     return False  # eager code reads it in each step
 
 
 def run_step(
-    bad: Any, grads: Sequence[Any], variables: Sequence[Any], update: Update, advance: Advance
+    bad: Any,
+    step: Any,
+    update: Callable[[Any], None],
+    advance: Callable[[Any, Any, bool], None],
+    inner_optimizer: Any,  # noqa: ARG001 - one signature for all backends
 ) -> None:
     """Update the variables if all gradients are finite, else only move the scale.
 
@@ -42,8 +56,8 @@ def run_step(
     with torch.no_grad():
         finite = not bool((bad > 0).any())
         if finite:
-            update(grads, variables)
-        advance(finite, bad)
+            update(step)
+        advance(step, bad, finite)
 
 
 def sync(model: Any) -> None:

@@ -24,6 +24,8 @@ class OverflowMonitor(keras.callbacks.Callback):
     - `skipped_steps`: steps skipped in this epoch (int).
     - `total_skipped_steps`: steps skipped since the optimizer was made (int).
     - `overflow_rate`: skipped steps over all steps of this epoch (float, 0 to 1).
+    - `skips_loss`, `skips_gradients`, `skips_floor`, `skips_unknown`: the skipped steps of this
+      epoch by cause (int), see `LossScaleOptimizer.skip_causes`.
 
     The device is read at epoch ends and every `check_every` batches, never each step.
 
@@ -124,8 +126,10 @@ class OverflowMonitor(keras.callbacks.Callback):
             logs["skipped_steps"] = skipped
             logs["total_skipped_steps"] = now.skipped
             logs["overflow_rate"] = skipped / steps if steps else 0.0
-        self._epoch_start = now
+            for cause, count in now.causes.items():
+                logs[f"skips_{cause}"] = count - start.causes[cause]
         self._warn_if_losing_steps(now)
+        self._epoch_start = now
 
     def _steps_at_epoch_end(self) -> int:
         ended = max(self._ends, default=-1) + 1
@@ -134,10 +138,11 @@ class OverflowMonitor(keras.callbacks.Callback):
         return self._epoch_first_step + (ended if known is None else min(ended, known))
 
     def _warn_if_losing_steps(self, now: Reading) -> None:
+        by_loss = now.causes.get("loss", 0) - self._epoch_start.causes.get("loss", 0)
         if now.in_a_row >= self.stalled or (now.in_a_row >= self.streak and now.at_floor):
-            self._warn_once("stalled", _stalled_message(now, self._source.culprits()))
+            self._warn_once("stalled", _stalled_message(now, self._source.culprits(), by_loss))
         elif now.in_a_row >= self.streak:
-            self._warn_once("streak", _streak_message(now, self._source.culprits()))
+            self._warn_once("streak", _streak_message(now, self._source.culprits(), by_loss))
 
     def _warn_if_unscaled(self) -> None:
         float16 = [layer.name for layer in float16_layers(self.model)]
@@ -155,27 +160,33 @@ class OverflowMonitor(keras.callbacks.Callback):
             warnings.warn(message, LossScaleWarning, stacklevel=2)
 
 
-def _streak_message(now: Reading, culprits: list[str]) -> str:
+def _streak_message(now: Reading, culprits: list[str], by_loss: int) -> str:
     return (
         f"The last {now.in_a_row} training steps were skipped, since gradients were inf or NaN; "
-        f"the loss scale is now {now.loss_scale:g}.{_through(culprits)} A dynamic scale that "
-        "starts too high comes down in a few steps: if so, lower its initial_scale. A fixed scale "
+        f"the loss scale is now {now.loss_scale:g}.{_through(culprits)}"
+        f"{_by_loss(by_loss)} A dynamic scale that starts too high comes down in a few steps: if so, lower its initial_scale. A fixed scale "
         "must be lowered by hand. Otherwise look for inf or NaN in this data."
     )
 
 
-def _stalled_message(now: Reading, culprits: list[str]) -> str:
+def _stalled_message(now: Reading, culprits: list[str], by_loss: int) -> str:
     where = ", and no lower one would help" if now.at_floor else ""
     return (
         f"Training has stalled: the last {now.in_a_row} steps were skipped and no weight has "
-        f"changed; the loss scale is {now.loss_scale:g}{where}.{_through(culprits)} Check the "
-        "inputs and labels for inf and NaN, lower the learning rate, and run the layers that "
+        f"changed; the loss scale is {now.loss_scale:g}{where}.{_through(culprits)}"
+        f"{_by_loss(by_loss)} Check the inputs and labels for inf and NaN, lower the learning rate, and run the layers that "
         'overflow in float32, with dtype="float32" or kerasmp.layers.WithDtype.'
     )
 
 
 def _through(culprits: list[str]) -> str:
     return f" Most often not finite: the gradients of {_few(culprits)}." if culprits else ""
+
+
+def _by_loss(count: int) -> str:
+    if not count:
+        return ""
+    return f" In {count} of this epoch's steps the loss itself was inf or NaN: no scale helps."
 
 
 def _few(names: list[str]) -> str:

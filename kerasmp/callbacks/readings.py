@@ -21,6 +21,8 @@ class Reading:
         skipped: Steps skipped so far.
         in_a_row: Steps skipped in a row up to now.
         at_floor: Whether the scale can sink no further.
+        causes: Steps skipped so far for each cause, see `LossScaleOptimizer.skip_causes`; empty
+            where nobody classifies them.
     """
 
     loss_scale: float
@@ -28,6 +30,7 @@ class Reading:
     skipped: int
     in_a_row: int
     at_floor: bool
+    causes: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Source:
@@ -50,6 +53,7 @@ class Source:
             skipped=optimizer.skipped_steps,
             in_a_row=optimizer.consecutive_skips,
             at_floor=scale <= optimizer.schedule.min_scale,
+            causes=optimizer.skip_causes,
         )
 
     def culprits(self) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import numbers
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from keras import ops
 
@@ -37,6 +37,8 @@ class LossScale(abc.ABC):
     >>> Constant().init()["scale"]
     8.0
     """
+
+    measures: ClassVar[tuple[str, ...]] = ()
 
     initial_scale: float
     min_scale: float

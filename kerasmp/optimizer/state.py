@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from kerasmp.errors import LossScaleError, LossScaleWarning
+from kerasmp.optimizer.causes import CAUSES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,6 +53,9 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
                 setattr(self, f"{name}_variable", self._scalar(name, "int", 0))
             self.nonfinite_counts_variable = self.add_variable(
                 shape=(len(var_list),), dtype="int", initializer="zeros", name="nonfinite_counts"
+            )
+            self.skip_causes_variable = self.add_variable(
+                shape=(len(CAUSES),), dtype="int", initializer="zeros", name="skip_causes"
             )
             if not self.inner_optimizer.built:
                 self.inner_optimizer.build(var_list)
@@ -121,6 +125,18 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
             Integer NumPy array, shape `(number of trainable variables,)`; empty before `build`.
         """
         return self._read("nonfinite_counts_variable") if self.built else np.zeros(0, "int64")
+
+    @property
+    def skip_causes(self) -> dict[str, int]:
+        """How many steps were skipped for each cause: "loss", "gradients", "floor", "unknown".
+
+        "loss": the loss itself was inf or NaN, no scale helps, and the scale was not lowered.
+        "gradients": the loss was finite, gradients were not; the scale was presumed too high.
+        "floor": the same where the scale can sink no further. "unknown": `apply` did not see the
+        loss (with a stock `keras.Model` on JAX it cannot), and treated it as "gradients".
+        """
+        counts = self._read("skip_causes_variable") if self.built else [0] * len(CAUSES)
+        return dict(zip(CAUSES, map(int, counts), strict=True))
 
     @property
     def target_variables(self) -> list[Any]:

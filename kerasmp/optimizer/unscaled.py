@@ -9,6 +9,7 @@ from keras import ops
 
 from kerasmp import backend
 from kerasmp.errors import LossScaleError
+from kerasmp.optimizer.causes import Forgetful
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +33,7 @@ def divided(gradient: Any, variable: Any, scale: Any) -> Any:
     return room.with_values(gradient, ops.divide(values, scale))
 
 
-class UnscaledMarks:
+class UnscaledMarks(Forgetful):
     """Where gradients were unscaled and not applied yet.
 
     A place is a replica and a trace. A mark must be taken in the place where it was set: a traced

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,15 +12,20 @@ from keras import ops
 from kerasmp import backend
 from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.optimizer import arguments
-from kerasmp.optimizer.state import ScalingState
-from kerasmp.optimizer.unscaled import UnscaledMarks, UnscalingByHand, divided
+from kerasmp.optimizer.causes import Forgetful, LossNotes
+from kerasmp.optimizer.step import Step, SteppingState
+from kerasmp.optimizer.unscaled import UnscaledMarks, UnscalingByHand
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
+
+
+class _CompiledSteps(Forgetful, dict[Any, Any]):
+    """Eager steps that JAX has compiled, by what they depend on."""
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
-class LossScaleOptimizer(UnscalingByHand, ScalingState):
+class LossScaleOptimizer(UnscalingByHand, SteppingState):
     """Wraps an optimizer: the loss is scaled, the gradients are unscaled, bad steps are skipped.
 
     Each step: gradients of the scaled loss are checked for inf and NaN, all replicas agree, and
@@ -88,8 +94,9 @@ class LossScaleOptimizer(UnscalingByHand, ScalingState):
         # Not the parent's: it would set up its own rule, whose factors are hard-coded.
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
         backend.current()  # imported here, and not while a step is traced
-        # Neither is state: Keras must not track them.
-        object.__setattr__(self, "_compiled_steps", {})
+        # None of them is state: Keras must not track them.
+        object.__setattr__(self, "_compiled_steps", _CompiledSteps())
+        object.__setattr__(self, "_losses", LossNotes())
         object.__setattr__(self, "_unscaled", UnscaledMarks())
         self.inner_optimizer = inner_optimizer
         self.schedule = schedule
@@ -125,7 +132,22 @@ class LossScaleOptimizer(UnscalingByHand, ScalingState):
                 fix="Call optimizer.build(model.trainable_variables) before tracing, and scale "
                 "within `keras.StatelessScope(list(zip(optimizer.variables, values)))`.",
             )
-        return ops.multiply(ops.cast(loss, "float32"), scale)
+        loss = ops.cast(loss, "float32")
+        if backend.current().LOSS_MEETS_APPLY:
+            self.note_loss(loss)
+        return ops.multiply(loss, scale)
+
+    def note_loss(self, loss: Any) -> None:
+        """Tell the next `apply` what the loss was, so that it knows why it skips a step.
+
+        `scale_loss` does it by itself, except on JAX, where it runs inside the function that is
+        differentiated. A loop there calls this outside of it, before `apply` or `stateless_apply`
+        and in the same traced function. Of several losses noted, all must be finite.
+
+        Args:
+            loss: The unscaled loss, of any shape.
+        """
+        self._losses.add(*backend.current().place(), ops.all(ops.isfinite(loss)))
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Check, unscale and apply the gradients of the scaled loss, or skip the step.
@@ -143,28 +165,31 @@ class LossScaleOptimizer(UnscalingByHand, ScalingState):
         if not grads:
             return
         variables = self._variables_of(grads, trainable_variables)
-        unscaled = self._unscaled.take(*backend.current().place())
+        room = backend.current()
+        place = room.place()
+        unscaled, loss_finite = self._unscaled.take(*place), self._losses.take(*place)
+        grads, loss_finite = room.agreed(grads, variables, loss_finite)
+        step = Step(grads, variables, unscaled, loss_finite)
         if keras.backend.backend() == "jax":
             # JAX branches only in pure code, so the eager step is the pure one, then assigned.
-            touched = [*self._trainable_variables, *self.variables]
-            key = (unscaled, *(self._get_variable_index(v) for v in variables))
-            if key not in self._compiled_steps:  # made anew each time, it would compile each time
-                self._compiled_steps[key] = backend.current().compiled(
-                    lambda grads, values: self._pure_step(
-                        grads, variables, touched, values, unscaled=unscaled
-                    )
-                )
-            values = self._compiled_steps[key](grads, [v.value for v in touched])
-            for variable, value in zip(touched, values, strict=True):
-                variable.assign(value)
+            self._apply_pure(step)
             return
-        backend.current().run_step(
-            self._bad(grads, unscaled=unscaled),
-            grads,
-            variables,
-            lambda grads, variables: self._update(grads, variables, unscaled=unscaled),
-            lambda finite, bad: self._advance(bad, grads, variables, finite=finite),
-        )
+        room.run_step(self._bad(step), step, self._update, self._advance, self.inner_optimizer)
+
+    def _apply_pure(self, step: Step) -> None:
+        touched = [*self._trainable_variables, *self.variables]
+        # Made anew each time, the step would be compiled each time.
+        positions = tuple(self._get_variable_index(v) for v in step.variables)
+        key = (step.unscaled, step.loss_finite is None, positions)
+        if key not in self._compiled_steps:
+            self._compiled_steps[key] = backend.current().compiled(
+                lambda grads, loss_finite, values: self._pure_step(
+                    dataclasses.replace(step, grads=grads, loss_finite=loss_finite), touched, values
+                )
+            )
+        values = self._compiled_steps[key](step.grads, step.loss_finite, [v.value for v in touched])
+        for variable, value in zip(touched, values, strict=True):
+            variable.assign(value)
 
     def apply_gradients(self, grads_and_vars: Any) -> Any:
         """Apply `(gradient, variable)` pairs; returns `iterations`, as tf.keras does."""
@@ -211,9 +236,14 @@ class LossScaleOptimizer(UnscalingByHand, ScalingState):
                     fix="Pass one value for each variable, in the order they were built with.",
                 )
         values = [*trainable_variables, *optimizer_variables]
-        unscaled = self._unscaled.take(*backend.current().place())
-        known = self._trainable_variables
-        new = self._pure_step(list(grads), known, touched, values, unscaled=unscaled)
+        place = backend.current().place()
+        step = Step(
+            list(grads),
+            self._trainable_variables,
+            self._unscaled.take(*place),
+            self._losses.take(*place),
+        )
+        new = self._pure_step(step, touched, values)
         return new[:n], new[n:]
 
     def _variables_of(self, grads: list[Any], variables: Sequence[Any] | None) -> list[Any]:
@@ -249,87 +279,6 @@ class LossScaleOptimizer(UnscalingByHand, ScalingState):
                 fix="Use one optimizer for each model, and build it with all variables that it "
                 "shall ever update.",
             ) from error
-
-    def _bad(self, grads: Sequence[Any], *, unscaled: bool) -> Any:
-        """Return a float vector with 1 for each gradient (None left out) that is not finite."""
-        if grads and all(g is None for g in grads):
-            raise LossScaleError(
-                "No gradients provided for any variable.",
-                received=f"{len(grads)} gradients, all None",
-                expected="a gradient for at least one variable",
-                fix="Check that the loss depends on the trainable variables.",
-            )
-        values = [backend.current().dense_values(g) for g in grads if g is not None]
-        if self.schedule.min_scale < 1.0 and not unscaled:
-            # Dividing by less than 1 can overflow what is still finite.
-            values = [ops.cast(v, "float32") / self.dynamic_scale for v in values]
-        if not values:
-            return ops.zeros((1,))
-        finite = ops.stack([ops.all(ops.isfinite(v)) for v in values])
-        return ops.cast(ops.logical_not(finite), "float32")
-
-    def _update(self, grads: Sequence[Any], variables: Sequence[Any], *, unscaled: bool) -> None:
-        """Hand the unscaled gradients to the inner optimizer."""
-        if not unscaled:
-            scale = ops.convert_to_tensor(self.dynamic_scale)
-            grads = [divided(g, v, scale) for g, v in zip(grads, variables, strict=True)]
-        self.inner_optimizer.apply(grads, variables)
-
-    def _advance(
-        self, bad: Any, grads: Sequence[Any], variables: Sequence[Any], *, finite: bool
-    ) -> None:
-        """Move the schedule and the counters after a step that was applied or skipped."""
-        state = self._schedule_variables()
-        for key, value in self.schedule.update(state, finite).items():
-            state[key].assign(ops.cast(value, state[key].dtype))
-        if finite:
-            self.applied_steps_variable.assign_add(1)
-            self.consecutive_skips_variable.assign(0)
-            return
-        self.skipped_steps_variable.assign_add(1)
-        self.consecutive_skips_variable.assign_add(1)
-        positions = [
-            self._get_variable_index(v)
-            for g, v in zip(grads, variables, strict=True)
-            if g is not None
-        ]
-        counts = self.nonfinite_counts_variable
-        hit = ops.cast(bad > 0, counts.dtype)
-        if positions != list(range(len(self._trainable_variables))):
-            hit = ops.scatter(ops.array(positions)[:, None], hit, tuple(counts.shape))
-        counts.assign_add(hit)
-
-    def _pure_step(
-        self,
-        grads: list[Any],
-        variables: Sequence[Any],
-        touched: Sequence[Any],
-        values: Sequence[Any],
-        *,
-        unscaled: bool,
-    ) -> list[Any]:
-        """Return what a step makes of `values`, the current values of the variables `touched`."""
-        mapping = list(zip(touched, values, strict=True))
-
-        def stateless(run: Callable[[], None]) -> Callable[[], list[Any]]:
-            def values_after() -> list[Any]:
-                with keras.StatelessScope(state_mapping=mapping) as scope:
-                    run()
-                return [scope.get_current_value(v) for v in touched]
-
-            return values_after
-
-        with keras.StatelessScope(state_mapping=mapping):
-            bad = self._bad(grads, unscaled=unscaled)
-
-        def applied() -> None:
-            self._update(grads, variables, unscaled=unscaled)
-            self._advance(bad, grads, variables, finite=True)
-
-        def skipped() -> None:
-            self._advance(bad, grads, variables, finite=False)
-
-        return list(ops.cond(ops.any(bad > 0), stateless(skipped), stateless(applied)))
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Write averages (`use_ema`) into the weights at the end of `fit`.

@@ -22,18 +22,22 @@ OURS_AND_STOCK = pytest.mark.parametrize(
 
 
 def batches(pattern):
-    """Return one row for each letter: g is good, b overflows."""
+    """Return one row for each letter: g is good, b not finite, h huge.
+
+    With the loss "mae" a huge row has a finite loss, whose gradient overflows from a scale of 2 on.
+    """
     x = np.random.default_rng(0).normal(size=(len(pattern), 3)).astype("float32")
     x[[letter == "b" for letter in pattern]] = np.inf
+    x[[letter == "h" for letter in pattern]] = [3e38, 0, 0]
     return x, np.ones((len(pattern), 1), "float32")
 
 
-def make(optimizer=None, model=keras.Sequential, dtype="float32", **compile_arguments):
+def make(optimizer=None, model=keras.Sequential, dtype="float32", loss="mse", **compile_arguments):
     keras.utils.set_random_seed(2)
     model = model([keras.Input((3,)), keras.layers.Dense(1, dtype=dtype, name="only")])
     if optimizer is None:
         optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1), loss_scale=8)
-    model.compile(optimizer, "mse", **compile_arguments)
+    model.compile(optimizer, loss, **compile_arguments)
     return model
 
 
@@ -81,16 +85,16 @@ class Recorder(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("model", [keras.Sequential, Sequential])
 def test_the_entries_of_each_epoch_and_of_each_fit(model):
-    model = make(LossScaleOptimizer("sgd", loss_scale=DynamicLossScale(64.0)), model)
+    model = make(LossScaleOptimizer("sgd", loss_scale=DynamicLossScale(64.0)), model, loss="mae")
     monitor = OverflowMonitor()
-    history = fit(model, "gbggb", [monitor], epochs=2)
+    history = fit(model, "ghggh", [monitor], epochs=2)
     assert {name: history[name] for name in ENTRIES} == {
         "loss_scale": [16.0, 4.0],
         "skipped_steps": [2, 2],
         "total_skipped_steps": [2, 4],
         "overflow_rate": [0.4, 0.4],
     }
-    history = fit(model, "gggb", [monitor])
+    history = fit(model, "gggh", [monitor])
     assert [history[name] for name in ENTRIES] == [[2.0], [1], [5], [0.25]]
     history = fit(model, "ggg", [monitor], epochs=2, initial_epoch=1)
     assert [history[name] for name in ENTRIES] == [[2.0], [0], [5], [0.0]]
@@ -369,11 +373,13 @@ def test_a_streak_and_then_a_stall_are_told_once_each(told):
 
 
 def test_a_streak_at_the_floor_is_a_stall_at_once(told):
-    schedule = DynamicLossScale(4.0)
-    fit(make(LossScaleOptimizer("sgd", loss_scale=schedule)), "b" * 10, [OverflowMonitor(3)])
+    model = make(
+        LossScaleOptimizer("sgd", loss_scale=DynamicLossScale(8.0, min_scale=2.0)), loss="mae"
+    )
+    fit(model, "h" * 10, [OverflowMonitor(3)])
     (message,) = told()
     assert message.startswith("Training has stalled: the last 10 steps")
-    assert "the loss scale is 1, and no lower one would help" in message
+    assert "the loss scale is 2, and no lower one would help" in message
 
 
 def test_each_fit_warns_anew(told):

@@ -12,7 +12,7 @@ from kerasmp.optimizer import LossScaleOptimizer
 
 X = np.random.default_rng(0).normal(size=(6, 8, 4)).astype("float32")
 Y = X[..., :1] * 2 - 1
-BAD = np.full((8, 4), np.inf, "float32")
+BAD = np.full((8, 4), 5e18, "float32")  # the loss stays finite, its scaled gradients do not
 # Grows after two good steps, backs off at the bad one: 64, 128 | 64, 64, 128, 128, 256.
 BATCHES = [X[0], X[1], BAD, X[2], X[3], X[4], X[5]]
 TARGETS = [Y[0], Y[1], Y[0], Y[2], Y[3], Y[4], Y[5]]

@@ -1,0 +1,70 @@
+"""Why a step was skipped, as far as the finiteness of its loss tells."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from keras import ops
+
+# In the order of the counts that the optimizer keeps.
+CAUSES = ("loss", "gradients", "floor", "unknown")
+
+
+def cause_of(loss_finite: Any, scale: Any, min_scale: float) -> Any:
+    """Return the cause of a skipped step, as a position in `CAUSES`.
+
+    - "loss": the loss itself was inf or NaN. No scale helps: the forward pass, the labels or the
+      data are to blame.
+    - "gradients": the loss was finite and a gradient was not; the scale is presumed too high.
+    - "floor": the same, but the scale can sink no further: an operation's gradient is NaN, or
+      gradients lie beyond float16.
+    - "unknown": nobody knows what the loss was.
+
+    Args:
+        loss_finite: Scalar bool tensor, or None if not known.
+        scale: The scale of the step.
+        min_scale: The smallest scale of the schedule.
+    """
+    if loss_finite is None:
+        return ops.full((), CAUSES.index("unknown"), dtype="int32")
+    with_finite_loss = ops.where(
+        ops.convert_to_tensor(scale) > min_scale, CAUSES.index("gradients"), CAUSES.index("floor")
+    )
+    return ops.where(loss_finite, with_finite_loss, CAUSES.index("loss"))
+
+
+class Forgetful:
+    """Holds what belongs to one moment of one process: a copy of it is empty."""
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        """Copy and pickle as a new one."""
+        return type(self), ()
+
+
+class LossNotes(Forgetful):
+    """Whether the losses of the step that is under way were finite.
+
+    A note is taken by the `apply` of the same replica and the same trace; any other would read a
+    tensor of a graph that is not its own.
+    """
+
+    def __init__(self) -> None:
+        self._notes: dict[Any, tuple[Any, Any]] = {}
+
+    def add(self, replica: Any, trace: Any, finite: Any) -> None:
+        """Note a loss; the losses of one step must all be finite.
+
+        Args:
+            replica: What tells replicas apart that run the same code.
+            trace: What is equal within one trace only; None outside of any.
+            finite: Scalar bool tensor.
+        """
+        known = self._notes.get(replica)
+        if known is not None and known[0] == trace:
+            finite = ops.logical_and(known[1], finite)
+        self._notes[replica] = (trace, finite)
+
+    def take(self, replica: Any, trace: Any) -> Any:
+        """Return whether all losses noted here were finite; None if there were none."""
+        known_trace, finite = self._notes.pop(replica, (None, None))
+        return finite if known_trace == trace else None

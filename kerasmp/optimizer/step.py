@@ -1,0 +1,177 @@
+"""One step of the wrapped optimizer: check the gradients, update or skip, move the scale."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import keras
+from keras import ops
+
+from kerasmp import backend
+from kerasmp.errors import LossScaleError
+from kerasmp.optimizer.causes import CAUSES, cause_of
+from kerasmp.optimizer.measures import MEASURES
+from kerasmp.optimizer.state import ScalingState
+from kerasmp.optimizer.unscaled import divided
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one step is given.
+
+    Attributes:
+        grads: One gradient, or None, for each variable.
+        variables: The variables that they belong to.
+        unscaled: Whether the gradients are those of the unscaled loss already.
+        loss_finite: Scalar bool tensor, whether the loss was finite; None if not known.
+    """
+
+    grads: Sequence[Any]
+    variables: Sequence[Any]
+    unscaled: bool
+    loss_finite: Any
+
+
+class SteppingState(ScalingState):
+    """The state of `LossScaleOptimizer`, and what a step makes of it."""
+
+    def _bad(self, step: Step) -> Any:
+        """Return a float vector with 1 for each gradient (None left out) that is not finite."""
+        if step.grads and all(g is None for g in step.grads):
+            raise LossScaleError(
+                "No gradients provided for any variable.",
+                received=f"{len(step.grads)} gradients, all None",
+                expected="a gradient for at least one variable",
+                fix="Check that the loss depends on the trainable variables.",
+            )
+        values = [backend.current().dense_values(g) for g in step.grads if g is not None]
+        if self.schedule.min_scale < 1.0 and not step.unscaled:
+            # Dividing by less than 1 can overflow what is still finite.
+            values = [ops.cast(v, "float32") / self.dynamic_scale for v in values]
+        if not values:
+            return ops.zeros((1,))
+        finite = ops.stack([ops.all(ops.isfinite(v)) for v in values])
+        return ops.cast(ops.logical_not(finite), "float32")
+
+    def _update(self, step: Step) -> None:
+        """Hand the unscaled gradients to the inner optimizer."""
+        grads = step.grads
+        if not step.unscaled:
+            scale = ops.convert_to_tensor(self.dynamic_scale)
+            pairs = zip(grads, step.variables, strict=True)
+            grads = [divided(g, v, scale) for g, v in pairs]
+        self.inner_optimizer.apply(list(grads), step.variables)
+
+    def _advance(self, step: Step, bad: Any, finite: bool) -> None:  # noqa: FBT001 - a callback
+        """Move the schedule and the counters after a step that was applied or skipped."""
+        variables = self._schedule_variables()
+        scale = ops.convert_to_tensor(self.dynamic_scale)
+        before = {key: ops.convert_to_tensor(v) for key, v in variables.items()}
+        after = self.schedule.update(before, finite, **self._measured(step, scale, finite=finite))
+        if not finite and step.loss_finite is not None:
+            after = unless_loss_is_to_blame(step.loss_finite, before, after)
+        for key, value in after.items():
+            variables[key].assign(ops.cast(value, variables[key].dtype))
+        if finite:
+            self.applied_steps_variable.assign_add(1)
+            self.consecutive_skips_variable.assign(0)
+            return
+        self.skipped_steps_variable.assign_add(1)
+        self.consecutive_skips_variable.assign_add(1)
+        cause = cause_of(step.loss_finite, scale, self.schedule.min_scale)
+        causes = self.skip_causes_variable
+        causes.assign_add(one_at(cause, causes.dtype))
+        self._count_nonfinite(step, bad)
+
+    def _measured(self, step: Step, scale: Any, *, finite: bool) -> dict[str, Any]:
+        """Return what the schedule wants to know of the gradients; nothing of a bad step's."""
+        names = self.schedule.measures
+        if not names:
+            return {}
+        if not finite:
+            return {name: ops.zeros(()) for name in names}
+        grads = [backend.current().dense_values(g) for g in step.grads if g is not None]
+        if step.unscaled:
+            grads = [ops.cast(g, "float32") * scale for g in grads]
+        return {name: MEASURES[name](grads, scale) for name in names}
+
+    def _count_nonfinite(self, step: Step, bad: Any) -> None:
+        positions = [
+            self._get_variable_index(v)
+            for g, v in zip(step.grads, step.variables, strict=True)
+            if g is not None
+        ]
+        counts = self.nonfinite_counts_variable
+        hit = ops.cast(bad > 0, counts.dtype)
+        if positions != list(range(len(self._trainable_variables))):
+            hit = ops.scatter(ops.array(positions)[:, None], hit, tuple(counts.shape))
+        counts.assign_add(hit)
+
+    def _pure_step(self, step: Step, touched: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+        """Return what a step makes of `values`, the current values of the variables `touched`."""
+        mapping = list(zip(touched, values, strict=True))
+
+        def stateless(run: Callable[[], None]) -> Callable[[], list[Any]]:
+            def values_after() -> list[Any]:
+                with keras.StatelessScope(state_mapping=mapping) as scope:
+                    run()
+                return [scope.get_current_value(v) for v in touched]
+
+            return values_after
+
+        with keras.StatelessScope(state_mapping=mapping):
+            bad = self._bad(step)
+
+        def applied() -> None:
+            self._update(step)
+            self._advance(step, bad, True)
+
+        def skipped() -> None:
+            self._advance(step, bad, False)
+
+        return list(ops.cond(ops.any(bad > 0), stateless(skipped), stateless(applied)))
+
+    def with_known_loss(
+        self, before: Sequence[Any], after: Sequence[Any], loss_finite: Any
+    ) -> list[Any]:
+        """Return the optimizer's values after a step whose loss became known only afterwards.
+
+        Args:
+            before: Values of `variables` before the step.
+            after: The same after it, by `stateless_apply` with an unknown loss.
+            loss_finite: Scalar bool tensor.
+
+        Returns:
+            What `stateless_apply` would have returned, had it known.
+        """
+        place = {id(variable): i for i, variable in enumerate(self.variables)}
+        after = list(after)
+        skipped = after[place[id(self.consecutive_skips_variable)]] > 0
+        in_schedule = {key: place[id(v)] for key, v in self._schedule_variables().items()}
+        old = {key: before[i] for key, i in in_schedule.items()}
+        new = {key: after[i] for key, i in in_schedule.items()}
+        # An applied step moved the schedule by what it measured, whatever the loss was.
+        keep = ops.logical_or(ops.logical_not(skipped), loss_finite)
+        for key, value in unless_loss_is_to_blame(keep, old, new).items():
+            after[in_schedule[key]] = value
+        causes = place[id(self.skip_causes_variable)]
+        cause = cause_of(loss_finite, old["scale"], self.schedule.min_scale)
+        known = before[causes] + one_at(cause, self.skip_causes_variable.dtype)
+        after[causes] = ops.where(skipped, known, after[causes])
+        return after
+
+
+def unless_loss_is_to_blame(
+    loss_finite: Any, before: dict[str, Any], after: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the schedule's state after a skipped step: as before if no scale could have helped."""
+    return {key: ops.where(loss_finite, after[key], before[key]) for key in after}
+
+
+def one_at(cause: Any, dtype: str) -> Any:
+    """Return a vector over `CAUSES` with 1 at `cause`."""
+    return ops.cast(ops.arange(len(CAUSES)) == ops.cast(cause, "int32"), dtype)
