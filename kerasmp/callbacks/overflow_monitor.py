@@ -164,8 +164,9 @@ def _streak_message(now: Reading, culprits: list[str], by_loss: int) -> str:
     return (
         f"The last {now.in_a_row} training steps were skipped, since gradients were inf or NaN; "
         f"the loss scale is now {now.loss_scale:g}.{_through(culprits)}"
-        f"{_by_loss(by_loss)} A dynamic scale that starts too high comes down in a few steps: if so, lower its initial_scale. A fixed scale "
-        "must be lowered by hand. Otherwise look for inf or NaN in this data."
+        f"{_by_loss(by_loss)} A dynamic scale that starts too high comes down in a few steps: if "
+        "so, lower its initial_scale. A fixed scale must be lowered by hand. Otherwise look for "
+        "inf or NaN in this data."
     )
 
 
@@ -174,8 +175,9 @@ def _stalled_message(now: Reading, culprits: list[str], by_loss: int) -> str:
     return (
         f"Training has stalled: the last {now.in_a_row} steps were skipped and no weight has "
         f"changed; the loss scale is {now.loss_scale:g}{where}.{_through(culprits)}"
-        f"{_by_loss(by_loss)} Check the inputs and labels for inf and NaN, lower the learning rate, and run the layers that "
-        'overflow in float32, with dtype="float32" or kerasmp.layers.WithDtype.'
+        f"{_by_loss(by_loss)} Check the inputs and labels for inf and NaN, lower the learning "
+        'rate, and run the layers that overflow in float32, with dtype="float32" or '
+        "kerasmp.layers.WithDtype."
     )
 
 

@@ -74,6 +74,8 @@ class SteppingState(ScalingState):
         after = self.schedule.update(before, finite, **self._measured(step, scale, finite=finite))
         if not finite and step.loss_finite is not None:
             after = unless_loss_is_to_blame(step.loss_finite, before, after)
+        # Before anything is assigned: what was read may be the variable itself.
+        cause = None if finite else cause_of(step.loss_finite, scale, self.schedule.min_scale)
         for key, value in after.items():
             variables[key].assign(ops.cast(value, variables[key].dtype))
         if finite:
@@ -82,7 +84,6 @@ class SteppingState(ScalingState):
             return
         self.skipped_steps_variable.assign_add(1)
         self.consecutive_skips_variable.assign_add(1)
-        cause = cause_of(step.loss_finite, scale, self.schedule.min_scale)
         causes = self.skip_causes_variable
         causes.assign_add(one_at(cause, causes.dtype))
         self._count_nonfinite(step, bad)

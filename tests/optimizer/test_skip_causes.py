@@ -1,0 +1,238 @@
+"""Why a step was skipped, and what follows from it for the scale."""
+
+import copy
+import pickle
+
+import keras
+import numpy as np
+import pytest
+from helpers.stepping import WAYS, eager, numpy, stateless, tensors, variables_of
+from keras import ops
+
+from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, NoLossScale
+from kerasmp.optimizer import LossScaleOptimizer
+from kerasmp.optimizer.causes import CAUSES, LossNotes
+
+ON_JAX = keras.backend.backend() == "jax"
+NAN, INF = float("nan"), float("inf")
+SCHEDULE = DynamicLossScale(initial_scale=8.0, min_scale=4.0)
+
+
+def causes(**counts):
+    return dict.fromkeys(CAUSES, 0) | counts
+
+
+def noting(step):
+    """Return `step` with a loss noted before it, in the same trace."""
+
+    def noted(optimizer, loss, grads, variables):
+        if step.__name__ in {"eager", "stateless"}:
+            optimizer.note_loss(ops.convert_to_tensor(loss, dtype="float32"))
+            step(optimizer, grads, variables)
+            return
+        import tensorflow as tf
+
+        if not hasattr(optimizer, "_test_step"):
+
+            @tf.function(jit_compile=step.__name__ == "xla")
+            def traced(loss, grads):
+                optimizer.note_loss(loss)
+                optimizer.apply(grads, variables)
+
+            optimizer._test_step = traced
+        optimizer._test_step(tf.constant(loss, "float32"), grads)
+
+    noted.__name__ = step.__name__
+    return noted
+
+
+WITH_LOSS = pytest.mark.parametrize("step", [noting(s) for s in WAYS], ids=lambda s: s.__name__)
+
+
+def built(loss_scale=SCHEDULE):
+    variables = variables_of([1.0, 2.0])
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.5), loss_scale=loss_scale)
+    optimizer.build(variables)
+    return optimizer, variables
+
+
+@WITH_LOSS
+def test_a_loss_that_is_not_finite_leaves_the_whole_schedule_as_it_is(step):
+    optimizer, variables = built(DynamicLossScale(8.0, growth_interval=2))
+    step(optimizer, 1.0, tensors([1.0, 1.0]), variables)
+    before = optimizer.loss_scale, int(optimizer.step_counter.numpy())
+    for loss in (NAN, INF, -INF):
+        step(optimizer, loss, tensors([NAN, 0.0]), variables)
+    assert (optimizer.loss_scale, int(optimizer.step_counter.numpy())) == before == (8.0, 1)
+    assert optimizer.skip_causes == causes(loss=3)
+    assert (optimizer.skipped_steps, optimizer.consecutive_skips) == (3, 3)
+    step(optimizer, 1.0, tensors([1.0, 1.0]), variables)
+    assert optimizer.loss_scale == 16.0
+
+
+@WITH_LOSS
+def test_gradients_alone_lower_the_scale_until_it_is_at_its_floor(step):
+    optimizer, variables = built()
+    for expected, scale in ((causes(gradients=1), 4.0), (causes(gradients=1, floor=1), 4.0)):
+        step(optimizer, 3.0, tensors([INF, 0.0]), variables)
+        assert (optimizer.skip_causes, optimizer.loss_scale) == (expected, scale)
+
+
+@WITH_LOSS
+@pytest.mark.parametrize(
+    ("loss_scale", "cause"), [(FixedLossScale(8.0), "gradients"), (NoLossScale(), "floor")], ids=str
+)
+def test_scales_that_do_not_move(step, loss_scale, cause):
+    optimizer, variables = built(loss_scale)
+    step(optimizer, 3.0, tensors([INF, 0.0]), variables)
+    assert optimizer.skip_causes == causes(**{cause: 1})
+
+
+@pytest.mark.parametrize("step", WAYS)
+def test_an_unknown_loss_lowers_the_scale(step):
+    optimizer, variables = built()
+    step(optimizer, tensors([INF, 0.0]), variables)
+    assert optimizer.skip_causes == causes(unknown=1)
+    assert optimizer.loss_scale == 4.0
+
+
+@WITH_LOSS
+def test_a_step_that_is_fine_is_applied_whatever_its_loss_was(step):
+    optimizer, variables = built()
+    step(optimizer, NAN, tensors([8.0, 0.0]), variables)
+    assert numpy(variables)[0].tolist() == [0.5, 2.0]
+    assert optimizer.skip_causes == causes()
+    assert optimizer.last_step_skipped is False
+
+
+def test_one_bad_loss_among_several_is_to_blame():
+    optimizer, variables = built()
+    for loss in (1.0, NAN, 2.0):
+        optimizer.note_loss(ops.convert_to_tensor(loss))
+    eager(optimizer, tensors([NAN, NAN]), variables)
+    assert optimizer.skip_causes == causes(loss=1)
+    # And it is to blame once.
+    eager(optimizer, tensors([NAN, NAN]), variables)
+    assert optimizer.skip_causes == causes(loss=1, unknown=1)
+
+
+@pytest.mark.parametrize("loss", [[1.0, NAN], [[INF], [1.0]]], ids=str)
+def test_a_loss_of_any_shape(loss):
+    optimizer, variables = built()
+    optimizer.note_loss(ops.convert_to_tensor(loss))
+    eager(optimizer, tensors([NAN, NAN]), variables)
+    assert optimizer.skip_causes == causes(loss=1)
+
+
+# ---------------------------------------------------------------------------------------- fit
+
+GOOD = np.random.default_rng(0).normal(size=(1, 3)).astype("float32")
+BAD_INPUT = np.full((1, 3), NAN, "float32")
+# mean absolute error: the loss is finite, its gradient is 3e38 times the scale.
+HUGE = np.full((1, 3), [3e38, 0.0, 0.0], "float32")
+
+OPTIONS = [{}, {"run_eagerly": True}, {"jit_compile": False}]
+if keras.backend.backend() != "torch":  # where Keras takes one step at a time
+    OPTIONS.append({"steps_per_execution": 2})
+
+
+def fitted(module, batches, loss_scale=SCHEDULE, **options):
+    keras.utils.set_random_seed(2)
+    model = module.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile(LossScaleOptimizer("sgd", loss_scale=loss_scale), "mae", **options)
+    x = np.concatenate(batches)
+    model.fit(x, np.ones((len(x), 1)), batch_size=1, shuffle=False, verbose=0)
+    return model.optimizer
+
+
+@pytest.mark.parametrize(
+    ("bad", "expected", "scale"),
+    [
+        (BAD_INPUT, causes(loss=2), 8.0),
+        (HUGE, causes(gradients=1, floor=1), 4.0),
+    ],
+    ids=["loss", "gradients"],
+)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_fit_of_our_model_tells_loss_from_gradients(bad, expected, scale, options):
+    import kerasmp
+
+    optimizer = fitted(kerasmp, [GOOD, bad, GOOD, bad], **options)
+    assert (optimizer.skip_causes, optimizer.loss_scale) == (expected, scale)
+    assert optimizer.applied_steps == 2
+
+
+def test_fit_of_a_stock_model_knows_the_loss_except_on_jax():
+    optimizer = fitted(keras, [GOOD, BAD_INPUT])
+    known = (causes(unknown=1), 4.0) if ON_JAX else (causes(loss=1), 8.0)
+    assert (optimizer.skip_causes, optimizer.loss_scale) == known
+
+
+@pytest.mark.backend("jax")
+def test_what_our_model_on_jax_makes_up_for_is_what_a_known_loss_would_have_done():
+    schedule = DynamicLossScale(initial_scale=8.0, min_scale=4.0, growth_interval=3, hysteresis=2)
+    values = [1.0, 1.0, NAN, 1.0, INF, NAN, INF, INF]
+    gradients = [1.0, 1.0, NAN, 1.0, INF, NAN, 1.0, NAN]
+    late, variables = built(schedule)
+    known, others = built(schedule)
+    for loss, gradient in zip(values, gradients, strict=True):
+        before = [v.value for v in late.variables]
+        stateless(late, tensors([gradient, 1.0]), variables)
+        after = late.with_known_loss(
+            before, [v.value for v in late.variables], ops.isfinite(ops.convert_to_tensor(loss))
+        )
+        for variable, value in zip(late.variables, after, strict=True):
+            variable.assign(value)
+        known.note_loss(ops.convert_to_tensor(loss))
+        stateless(known, tensors([gradient, 1.0]), others)
+        for one, other in zip(late.variables, known.variables, strict=True):
+            np.testing.assert_array_equal(one.numpy(), other.numpy(), err_msg=one.path)
+
+
+# ---------------------------------------------------------------------------------------- notes
+
+
+@pytest.mark.backend("tensorflow")
+def test_a_loss_of_another_trace_is_not_known():
+    import tensorflow as tf
+
+    optimizer, variables = built()
+    tf.function(optimizer.scale_loss)(tf.constant(NAN))
+    eager(optimizer, tensors([NAN, NAN]), variables)
+    assert optimizer.skip_causes == causes(unknown=1)
+
+
+@pytest.mark.backend("jax")
+def test_a_note_within_the_differentiated_function_is_not_known_outside():
+    import jax
+
+    optimizer, variables = built()
+
+    @jax.jit
+    def step(weight, state):
+        def loss(weight):
+            optimizer.note_loss(weight[0])
+            return ops.sum(weight)
+
+        grads = [jax.grad(loss)(weight) * NAN]
+        return optimizer.stateless_apply(state, grads, [weight])
+
+    _, state = step(variables[0].value, [v.value for v in optimizer.variables])
+    for variable, value in zip(optimizer.variables, state, strict=True):
+        variable.assign(value)
+    assert optimizer.skip_causes == causes(unknown=1)
+
+
+def test_notes_of_replicas_are_kept_apart_and_copies_are_empty():
+    notes = LossNotes()
+    notes.add(0, None, ops.convert_to_tensor(True))
+    notes.add(1, None, ops.convert_to_tensor(False))
+    assert copy.deepcopy(notes).take(0, None) is None
+    assert pickle.loads(pickle.dumps(notes)).take(0, None) is None
+    assert bool(notes.take(0, None))
+    assert not bool(notes.take(1, None))
+    assert notes.take(1, None) is None
+
+
+def test_before_build_nothing_was_skipped():
+    assert LossScaleOptimizer("sgd").skip_causes == causes()
