@@ -17,7 +17,7 @@ from kerasmp.optimizer import LossScaleOptimizer
 CLASSES = {"ours": LossScaleOptimizer, "stock": keras.optimizers.LossScaleOptimizer}
 X = np.random.default_rng(0).normal(size=(4, 8, 4)).astype("float32")
 BAD = X[0].copy()
-BAD[6] = np.inf  # rows 0 to 3 go to the first replica, 4 to 7 to the second
+BAD[6] = 5e18  # a finite loss; rows 0 to 3 go to the first replica, 4 to 7 to the second
 
 
 def _loop(strategy, model, optimizer, batches, *, by_hand=False):
