@@ -75,8 +75,10 @@ def train_step(
     """
     _, before, before_optimizer, metrics_before = state
     logs, (trainable, after, optimizer, metrics_after) = parent(state, data)
-    position = _position(model.optimizer.consecutive_skips_variable, model.optimizer.variables)
-    skipped = optimizer[position] > 0
+    with keras.StatelessScope(
+        state_mapping=list(zip(model.optimizer.variables, optimizer, strict=True))
+    ):
+        skipped = model.optimizer.skipped_last()
     loss = next((m for m in model.metrics if m.name == "loss"), None)
     if isinstance(loss, keras.metrics.Mean):
         # Finite before, for skipped steps leave no trace in it: what it is now, the loss was.

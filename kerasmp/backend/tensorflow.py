@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
-from keras import ops
 
 from kerasmp.errors import BackendError
 
@@ -105,7 +104,7 @@ def _several_replicas() -> bool:
 
 
 def run_step(
-    bad: Any,
+    finite: Any,
     step: Any,
     update: Callable[[Any], None],
     advance: Callable[[Any, Any, bool], None],
@@ -114,24 +113,24 @@ def run_step(
     """Update the variables if all gradients are finite, else only move the scale.
 
     Args:
-        bad: Float vector, 1 for each gradient that is not finite; equal in all replicas.
+        finite: Bool vector, whether each gradient is finite; equal in all replicas.
         step: What `update` and `advance` are given, in each replica its own.
         update: Called with `step` in each replica, if all is finite.
-        advance: Called once with `step`, `bad` and whether all was finite.
+        advance: Called once with `step`, `finite` and whether the step was applied.
         inner_optimizer: The optimizer that `update` calls.
     """
     if not tf.distribute.has_strategy():
-        _branch(bad, lambda: update(step), lambda finite: advance(step, bad, finite))
+        _branch(finite, lambda: update(step), lambda applied: advance(step, finite, applied))
         return
     reduced = [inner_optimizer, *getattr(inner_optimizer, "optimizers", ())]
     reduced = reduced if _several_replicas() else []
     if tf.__internal__.distribute.strategy_supports_no_merge_call():
         with _not_reducing(reduced):
-            _branch(bad, lambda: update(step), lambda finite: advance(step, bad, finite))
+            _branch(finite, lambda: update(step), lambda applied: advance(step, finite, applied))
         return
 
-    def in_cross_replica_context(strategy: Any, bad: Any, steps: Any) -> None:
-        first_bad = strategy.experimental_local_results(bad)[0]
+    def in_cross_replica_context(strategy: Any, finite: Any, steps: Any) -> None:
+        first_finite = strategy.experimental_local_results(finite)[0]
         first = strategy.experimental_local_results(steps)[0]
 
         def update_each_replica() -> None:
@@ -139,12 +138,14 @@ def run_step(
 
         with _not_reducing(reduced):
             _branch(
-                first_bad, update_each_replica, lambda finite: advance(first, first_bad, finite)
+                first_finite,
+                update_each_replica,
+                lambda applied: advance(first, first_finite, applied),
             )
 
     # A branch whose body merges, as the inner optimizer's does, must itself be cross-replica.
     context = tf.distribute.get_replica_context()
-    context.merge_call(in_cross_replica_context, args=(bad, step))
+    context.merge_call(in_cross_replica_context, args=(finite, step))
 
 
 @contextlib.contextmanager
@@ -170,12 +171,12 @@ def _not_reducing(optimizers: Sequence[Any]) -> Iterator[None]:
             object.__delattr__(optimizer, REDUCTION)
 
 
-def _branch(bad: Any, update: Callable[[], None], advance: Callable[[bool], None]) -> None:
+def _branch(finite: Any, update: Callable[[], None], advance: Callable[[bool], None]) -> None:
     def applied() -> None:
         update()
         advance(True)
 
-    tf.cond(tf.reduce_any(bad > 0), lambda: advance(False), applied)
+    tf.cond(tf.reduce_all(finite), applied, lambda: advance(False))
 
 
 def sync(model: Any) -> None:
@@ -207,6 +208,5 @@ def train_step(model: Any, parent: Callable[..., Any], data: Any) -> Any:
         for metric in late:
             metric.reset_state()
 
-    skipped = ops.convert_to_tensor(model.optimizer.consecutive_skips_variable) > 0
-    tf.cond(skipped, restore, lambda: None)
+    tf.cond(model.optimizer.skipped_last(), restore, lambda: None)
     return model.get_metrics_result()

@@ -42,7 +42,7 @@ def bakes_in(scale: Any) -> bool:  # noqa: ARG001 - one signature for all backen
 
 
 def run_step(
-    bad: Any,
+    finite: Any,
     step: Any,
     update: Callable[[Any], None],
     advance: Callable[[Any, Any, bool], None],
@@ -54,10 +54,10 @@ def run_step(
     GradScaler does.
     """
     with torch.no_grad():
-        finite = not bool((bad > 0).any())
-        if finite:
+        applied = bool(finite.all())
+        if applied:
             update(step)
-        advance(step, bad, finite)
+        advance(step, finite, applied)
 
 
 def sync(model: Any) -> None:

@@ -108,6 +108,13 @@ class LossScale(abc.ABC):
         return number
 
 
+def either(condition: Any, yes: Any, no: Any) -> Any:
+    """Return `yes` where the condition holds, else `no`; a Python bool chooses without a kernel."""
+    if isinstance(condition, bool):
+        return yes if condition else no
+    return ops.where(condition, yes, no)
+
+
 def resolve(spec: Any) -> LossScale:
     """Return the schedule that `spec` stands for.
 

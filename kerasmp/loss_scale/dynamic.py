@@ -11,7 +11,7 @@ from keras import ops
 
 from kerasmp.errors import LossScaleError
 from kerasmp.loss_scale import validation
-from kerasmp.loss_scale.base import LossScale, State
+from kerasmp.loss_scale.base import LossScale, State, either
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -97,16 +97,14 @@ class DynamicLossScale(LossScale):
         left = ops.convert_to_tensor(state["hysteresis_left"])
         left_if_bad = ops.maximum(left - 1, ops.zeros_like(left))
 
-        grow = ops.logical_and(finite, good_steps >= self.growth_interval)
+        grow = good_steps >= self.growth_interval
         # Growing may overflow float32 at a ceiling near its maximum: the minimum mends that.
-        grown = ops.minimum(scale * self.growth_factor, self.max_scale)
+        grown = ops.where(grow, ops.minimum(scale * self.growth_factor, self.max_scale), scale)
         backed_off = ops.maximum(scale * self.backoff_factor, self.min_scale)
-        scale_if_bad = ops.where(left_if_bad > 0, scale, backed_off)
-        reset = ops.logical_or(grow, ops.logical_not(finite))
+        none = ops.zeros_like(good_steps)
+        refilled = ops.where(grow, ops.full_like(left, self.hysteresis), left)
         return {
-            "scale": ops.where(finite, ops.where(grow, grown, scale), scale_if_bad),
-            "step_counter": ops.where(reset, ops.zeros_like(good_steps), good_steps),
-            "hysteresis_left": ops.where(
-                finite, ops.where(grow, ops.full_like(left, self.hysteresis), left), left_if_bad
-            ),
+            "scale": either(finite, grown, ops.where(left_if_bad > 0, scale, backed_off)),
+            "step_counter": either(finite, ops.where(grow, none, good_steps), none),
+            "hysteresis_left": either(finite, refilled, left_if_bad),
         }

@@ -9,14 +9,14 @@ import keras
 from keras import ops
 
 from kerasmp.loss_scale import validation
-from kerasmp.loss_scale.base import LossScale, State
+from kerasmp.loss_scale.base import LossScale, State, either
 
 
 def _hold(schedule: LossScale, state: State, finite: Any) -> State:
     counter = ops.convert_to_tensor(state["step_counter"])
     return {
         "scale": schedule.bounded(state["scale"]),
-        "step_counter": ops.where(finite, counter + 1, ops.zeros_like(counter)),
+        "step_counter": either(finite, counter + 1, ops.zeros_like(counter)),
     }
 
 

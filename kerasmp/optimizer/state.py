@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 # Keras's own names for the state of a schedule; other keys keep theirs.
 _VARIABLE_NAMES = {"scale": "dynamic_scale"}
-_COUNTERS = ("applied_steps", "skipped_steps", "consecutive_skips")
+# One variable holds all counters: a step that is fine then writes one and not three.
+COUNTERS = ("applied_steps", "skipped_steps", "consecutive_skips", *CAUSES)
 
 # Where stock Keras's files, which number variables instead of naming them, hold the same state.
 _STOCK_PLACES = {"step_counter": "2", "dynamic_scale": "3"}
@@ -49,13 +50,11 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
                 name = _VARIABLE_NAMES.get(key, key)
                 dtype = "float32" if isinstance(value, float) else "int"
                 setattr(self, name, self._scalar(name, dtype, value))
-            for name in _COUNTERS:
-                setattr(self, f"{name}_variable", self._scalar(name, "int", 0))
+            self.counts_variable = self.add_variable(
+                shape=(len(COUNTERS),), dtype="int", initializer="zeros", name="counts"
+            )
             self.nonfinite_counts_variable = self.add_variable(
                 shape=(len(var_list),), dtype="int", initializer="zeros", name="nonfinite_counts"
-            )
-            self.skip_causes_variable = self.add_variable(
-                shape=(len(CAUSES),), dtype="int", initializer="zeros", name="skip_causes"
             )
             if not self.inner_optimizer.built:
                 self.inner_optimizer.build(var_list)
@@ -69,9 +68,7 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
         return {key: getattr(self, _VARIABLE_NAMES.get(key, key)) for key in self.schedule.init()}
 
     def _read(self, name: str) -> Any:
-        """Return the value of an own variable as a NumPy array; zeros before `build`."""
-        if not self.built:
-            return np.zeros((), "int64")
+        """Return the value of an own variable as a NumPy array."""
         return ops.convert_to_numpy(getattr(self, name).value)
 
     @property
@@ -97,25 +94,32 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
 
     scale = loss_scale
 
+    def _count(self, name: str) -> int:
+        return int(self._read("counts_variable")[COUNTERS.index(name)]) if self.built else 0
+
     @property
     def skipped_steps(self) -> int:
         """Steps that were skipped because a gradient was not finite."""
-        return int(self._read("skipped_steps_variable"))
+        return self._count("skipped_steps")
 
     @property
     def consecutive_skips(self) -> int:
         """Steps skipped in a row up to now."""
-        return int(self._read("consecutive_skips_variable"))
+        return self._count("consecutive_skips")
 
     @property
     def applied_steps(self) -> int:
         """Steps whose gradients reached the inner optimizer."""
-        return int(self._read("applied_steps_variable"))
+        return self._count("applied_steps")
 
     @property
     def last_step_skipped(self) -> bool:
         """Whether the last step was skipped."""
         return self.consecutive_skips > 0
+
+    def skipped_last(self) -> Any:
+        """Return `last_step_skipped` as a scalar bool tensor, without waiting for the device."""
+        return skipped_last(self.counts_variable)
 
     @property
     def nonfinite_counts(self) -> Any:
@@ -135,8 +139,7 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
         "floor": the same where the scale can sink no further. "unknown": `apply` did not see the
         loss (with a stock `keras.Model` on JAX it cannot), and treated it as "gradients".
         """
-        counts = self._read("skip_causes_variable") if self.built else [0] * len(CAUSES)
-        return dict(zip(CAUSES, map(int, counts), strict=True))
+        return {cause: self._count(cause) for cause in CAUSES}
 
     @property
     def target_variables(self) -> list[Any]:
@@ -200,6 +203,31 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
             )
         for variable, value in zip(self.variables, weights, strict=True):
             variable.assign(value)
+
+
+def counted(counts: Any, cause: Any) -> Any:
+    """Return the counters after a step.
+
+    Args:
+        counts: Integer vector over `COUNTERS`.
+        cause: None if the step was applied, else a position in `CAUSES`.
+    """
+    counts = ops.convert_to_tensor(counts)
+    if cause is None:
+        keep = [name != "consecutive_skips" for name in COUNTERS]
+        add = [name == "applied_steps" for name in COUNTERS]
+        return counts * ops.cast(keep, counts.dtype) + ops.cast(add, counts.dtype)
+    place = ops.arange(len(COUNTERS))
+    skip = ops.logical_or(
+        place == COUNTERS.index("skipped_steps"), place == COUNTERS.index("consecutive_skips")
+    )
+    hit = place == ops.cast(cause, place.dtype) + COUNTERS.index(CAUSES[0])
+    return counts + ops.cast(ops.logical_or(skip, hit), counts.dtype)
+
+
+def skipped_last(counts: Any) -> Any:
+    """Return whether `counts`, a vector over `COUNTERS`, say that the last step was skipped."""
+    return ops.convert_to_tensor(counts)[COUNTERS.index("consecutive_skips")] > 0
 
 
 def _is_of_stock_wrapper(store: Any) -> bool:

@@ -10,9 +10,9 @@ from keras import ops
 
 from kerasmp import backend
 from kerasmp.errors import LossScaleError
-from kerasmp.optimizer.causes import CAUSES, cause_of
+from kerasmp.optimizer.causes import cause_of
 from kerasmp.optimizer.measures import MEASURES
-from kerasmp.optimizer.state import ScalingState
+from kerasmp.optimizer.state import ScalingState, counted, skipped_last
 from kerasmp.optimizer.unscaled import divided
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ class Step:
 class SteppingState(ScalingState):
     """The state of `LossScaleOptimizer`, and what a step makes of it."""
 
-    def _bad(self, step: Step) -> Any:
-        """Return a float vector with 1 for each gradient (None left out) that is not finite."""
+    def _finite(self, step: Step) -> Any:
+        """Return a bool vector, for each gradient (None left out) whether all of it is finite."""
         if step.grads and all(g is None for g in step.grads):
             raise LossScaleError(
                 "No gradients provided for any variable.",
@@ -53,9 +53,8 @@ class SteppingState(ScalingState):
             # Dividing by less than 1 can overflow what is still finite.
             values = [ops.cast(v, "float32") / self.dynamic_scale for v in values]
         if not values:
-            return ops.zeros((1,))
-        finite = ops.stack([ops.all(ops.isfinite(v)) for v in values])
-        return ops.cast(ops.logical_not(finite), "float32")
+            return ops.ones((1,), dtype="bool")
+        return ops.stack([ops.all(ops.isfinite(v)) for v in values])
 
     def _update(self, step: Step) -> None:
         """Hand the unscaled gradients to the inner optimizer."""
@@ -66,48 +65,44 @@ class SteppingState(ScalingState):
             grads = [divided(g, v, scale) for g, v in pairs]
         self.inner_optimizer.apply(list(grads), step.variables)
 
-    def _advance(self, step: Step, bad: Any, finite: bool) -> None:  # noqa: FBT001 - a callback
+    def _advance(self, step: Step, finite: Any, applied: bool) -> None:  # noqa: FBT001 - a callback
         """Move the schedule and the counters after a step that was applied or skipped."""
         variables = self._schedule_variables()
         scale = ops.convert_to_tensor(self.dynamic_scale)
         before = {key: ops.convert_to_tensor(v) for key, v in variables.items()}
-        after = self.schedule.update(before, finite, **self._measured(step, scale, finite=finite))
-        if not finite and step.loss_finite is not None:
+        measured = self._measured(step, scale, applied=applied)
+        after = self.schedule.update(before, applied, **measured)
+        if not applied and step.loss_finite is not None:
             after = unless_loss_is_to_blame(step.loss_finite, before, after)
         # Before anything is assigned: what was read may be the variable itself.
-        cause = None if finite else cause_of(step.loss_finite, scale, self.schedule.min_scale)
+        cause = None if applied else cause_of(step.loss_finite, scale, self.schedule.min_scale)
+        counts = counted(self.counts_variable, cause)
         for key, value in after.items():
             variables[key].assign(ops.cast(value, variables[key].dtype))
-        if finite:
-            self.applied_steps_variable.assign_add(1)
-            self.consecutive_skips_variable.assign(0)
-            return
-        self.skipped_steps_variable.assign_add(1)
-        self.consecutive_skips_variable.assign_add(1)
-        causes = self.skip_causes_variable
-        causes.assign_add(one_at(cause, causes.dtype))
-        self._count_nonfinite(step, bad)
+        self.counts_variable.assign(counts)
+        if not applied:
+            self._count_nonfinite(step, finite)
 
-    def _measured(self, step: Step, scale: Any, *, finite: bool) -> dict[str, Any]:
+    def _measured(self, step: Step, scale: Any, *, applied: bool) -> dict[str, Any]:
         """Return what the schedule wants to know of the gradients; nothing of a bad step's."""
         names = self.schedule.measures
         if not names:
             return {}
-        if not finite:
+        if not applied:
             return {name: ops.zeros(()) for name in names}
         grads = [backend.current().dense_values(g) for g in step.grads if g is not None]
         if step.unscaled:
             grads = [ops.cast(g, "float32") * scale for g in grads]
         return {name: MEASURES[name](grads, scale) for name in names}
 
-    def _count_nonfinite(self, step: Step, bad: Any) -> None:
+    def _count_nonfinite(self, step: Step, finite: Any) -> None:
         positions = [
             self._get_variable_index(v)
             for g, v in zip(step.grads, step.variables, strict=True)
             if g is not None
         ]
         counts = self.nonfinite_counts_variable
-        hit = ops.cast(bad > 0, counts.dtype)
+        hit = ops.cast(ops.logical_not(finite), counts.dtype)
         if positions != list(range(len(self._trainable_variables))):
             hit = ops.scatter(ops.array(positions)[:, None], hit, tuple(counts.shape))
         counts.assign_add(hit)
@@ -125,16 +120,16 @@ class SteppingState(ScalingState):
             return values_after
 
         with keras.StatelessScope(state_mapping=mapping):
-            bad = self._bad(step)
+            finite = self._finite(step)
 
         def applied() -> None:
             self._update(step)
-            self._advance(step, bad, True)
+            self._advance(step, finite, True)
 
         def skipped() -> None:
-            self._advance(step, bad, False)
+            self._advance(step, finite, False)
 
-        return list(ops.cond(ops.any(bad > 0), stateless(skipped), stateless(applied)))
+        return list(ops.cond(ops.all(finite), stateless(applied), stateless(skipped)))
 
     def with_known_loss(
         self, before: Sequence[Any], after: Sequence[Any], loss_finite: Any
@@ -151,7 +146,8 @@ class SteppingState(ScalingState):
         """
         place = {id(variable): i for i, variable in enumerate(self.variables)}
         after = list(after)
-        skipped = after[place[id(self.consecutive_skips_variable)]] > 0
+        counts = place[id(self.counts_variable)]
+        skipped = skipped_last(after[counts])
         in_schedule = {key: place[id(v)] for key, v in self._schedule_variables().items()}
         old = {key: before[i] for key, i in in_schedule.items()}
         new = {key: after[i] for key, i in in_schedule.items()}
@@ -159,10 +155,8 @@ class SteppingState(ScalingState):
         keep = ops.logical_or(ops.logical_not(skipped), loss_finite)
         for key, value in unless_loss_is_to_blame(keep, old, new).items():
             after[in_schedule[key]] = value
-        causes = place[id(self.skip_causes_variable)]
         cause = cause_of(loss_finite, old["scale"], self.schedule.min_scale)
-        known = before[causes] + one_at(cause, self.skip_causes_variable.dtype)
-        after[causes] = ops.where(skipped, known, after[causes])
+        after[counts] = ops.where(skipped, counted(before[counts], cause), after[counts])
         return after
 
 
@@ -171,8 +165,3 @@ def unless_loss_is_to_blame(
 ) -> dict[str, Any]:
     """Return the schedule's state after a skipped step: as before if no scale could have helped."""
     return {key: ops.where(loss_finite, after[key], before[key]) for key in after}
-
-
-def one_at(cause: Any, dtype: str) -> Any:
-    """Return a vector over `CAUSES` with 1 at `cause`."""
-    return ops.cast(ops.arange(len(CAUSES)) == ops.cast(cause, "int32"), dtype)

@@ -174,7 +174,7 @@ class LossScaleOptimizer(UnscalingByHand, SteppingState):
             # JAX branches only in pure code, so the eager step is the pure one, then assigned.
             self._apply_pure(step)
             return
-        room.run_step(self._bad(step), step, self._update, self._advance, self.inner_optimizer)
+        room.run_step(self._finite(step), step, self._update, self._advance, self.inner_optimizer)
 
     def _apply_pure(self, step: Step) -> None:
         touched = [*self._trainable_variables, *self.variables]

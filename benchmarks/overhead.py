@@ -1,0 +1,110 @@
+"""What loss scaling costs a training step: plain optimizer, stock Keras's wrapper, and ours.
+
+All layers compute in float32, so that nothing differs but the scaling. Networks: an MLP of 82
+variables and a CNN of 150 (both bound by the number of kernels, the worst case), and a transformer
+of 20 million parameters.
+
+    KERAS_BACKEND=tensorflow python benchmarks/overhead.py --jit no
+    KERAS_BACKEND=tensorflow python benchmarks/overhead.py --jit yes
+    KERAS_BACKEND=jax python benchmarks/overhead.py
+"""
+
+import argparse
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import interleaved
+import keras
+import numpy as np
+
+import kerasmp as mp
+
+
+def mlp(module):
+    layers = [keras.Input((32,))]
+    for _ in range(20):
+        layers += [keras.layers.Dense(64, activation="relu"), keras.layers.BatchNormalization()]
+    return module.Sequential([*layers, keras.layers.Dense(10)])
+
+
+def cnn(module):
+    layers = [keras.Input((8, 8, 8))]
+    for _ in range(37):
+        convolution = keras.layers.Conv2D(8, 3, padding="same", activation="relu")
+        layers += [convolution, keras.layers.BatchNormalization()]
+    layers += [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10)]
+    return module.Sequential(layers)
+
+
+def transformer(module, width=512, depth=6, words=2000):
+    inputs = keras.Input((32,), dtype="int32")
+    x = keras.layers.Embedding(words, width)(inputs)
+    for _ in range(depth):
+        normal = keras.layers.LayerNormalization()(x)
+        x += keras.layers.MultiHeadAttention(8, width // 8)(normal, normal)
+        normal = keras.layers.LayerNormalization()(x)
+        hidden = keras.layers.Dense(4 * width, activation="gelu")(normal)
+        x += keras.layers.Dense(width)(hidden)
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    return module.Model(inputs, keras.layers.Dense(10)(x))
+
+
+def adam():
+    return keras.optimizers.Adam(1e-4)
+
+
+def momentum():
+    return keras.optimizers.SGD(1e-3, momentum=0.9)
+
+
+# Network, shape of an input, number of words (None: floats), batch, steps in a round, optimizer.
+NETWORKS = {
+    "mlp": (mlp, (32,), None, 32, 300, adam),
+    "cnn": (cnn, (8, 8, 8), None, 8, 60, momentum),
+    "transformer": (transformer, (32,), 2000, 4, 6, adam),
+}
+
+
+def variants(name, jit):
+    """Return what is compared: a name, and a function that trains for a round."""
+    build, shape, words, batch, steps, inner = NETWORKS[name]
+    rng = np.random.default_rng(0)
+    size = (batch * steps, *shape)
+    x = rng.integers(0, words, size) if words else rng.normal(size=size).astype("float32")
+    y = rng.integers(0, 10, size=len(x))
+
+    def fitting(module, optimizer, *callbacks):
+        keras.utils.set_random_seed(0)
+        model = build(module)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(optimizer, loss, jit_compile=jit)
+        return lambda: model.fit(
+            x, y, batch_size=batch, shuffle=False, verbose=0, callbacks=[*callbacks]
+        )
+
+    return {
+        "plain": fitting(keras, inner()),
+        "stock LossScaleOptimizer": fitting(keras, keras.optimizers.LossScaleOptimizer(inner())),
+        "kerasmp LossScaleOptimizer": fitting(keras, mp.LossScaleOptimizer(inner())),
+        "the same + OverflowMonitor": fitting(
+            keras, mp.LossScaleOptimizer(inner()), mp.OverflowMonitor()
+        ),
+        "the same in kerasmp.Model": fitting(mp, mp.LossScaleOptimizer(inner())),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", nargs="*", help=f"of {', '.join(NETWORKS)}; default all")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--jit", choices=["no", "yes"], default="no")
+    arguments = parser.parse_args()
+    jit = arguments.jit == "yes" or keras.backend.backend() == "jax"
+    for name in arguments.networks or NETWORKS:
+        times = interleaved.measure(variants(name, jit), arguments.rounds)
+        interleaved.report(f"{name}{', jit' if jit else ''}", times)
+
+
+if __name__ == "__main__":
+    main()
