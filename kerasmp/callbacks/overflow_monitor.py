@@ -24,6 +24,8 @@ class OverflowMonitor(keras.callbacks.Callback):
     - `skipped_steps`: steps skipped in this epoch (int).
     - `total_skipped_steps`: steps skipped since the optimizer was made (int).
     - `overflow_rate`: skipped steps over all steps of this epoch (float, 0 to 1).
+    - `accumulated_steps`: only where gradients are accumulated, the steps that wait at the end of
+      the epoch for the rest of their window (int); each skipped step shifts the windows by one.
 
     The device is read at epoch ends and every `check_every` batches, never each step.
 
@@ -124,6 +126,8 @@ class OverflowMonitor(keras.callbacks.Callback):
             logs["skipped_steps"] = skipped
             logs["total_skipped_steps"] = now.skipped
             logs["overflow_rate"] = skipped / steps if steps else 0.0
+            if now.accumulated is not None:
+                logs["accumulated_steps"] = now.accumulated
         self._epoch_start = now
         self._warn_if_losing_steps(now)
 

@@ -21,6 +21,8 @@ class Reading:
         skipped: Steps skipped so far.
         in_a_row: Steps skipped in a row up to now.
         at_floor: Whether the scale can sink no further.
+        accumulated: Steps that wait for the rest of their window; None without accumulation, or
+            where nobody tells.
     """
 
     loss_scale: float
@@ -28,6 +30,7 @@ class Reading:
     skipped: int
     in_a_row: int
     at_floor: bool
+    accumulated: int | None = None
 
 
 class Source:
@@ -50,6 +53,7 @@ class Source:
             skipped=optimizer.skipped_steps,
             in_a_row=optimizer.consecutive_skips,
             at_floor=scale <= optimizer.schedule.min_scale,
+            accumulated=optimizer.accumulated_steps,
         )
 
     def culprits(self) -> list[str]:

@@ -11,6 +11,7 @@ from keras import ops
 from kerasmp import backend
 from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.optimizer import arguments
+from kerasmp.optimizer.companions import InnerSettings
 from kerasmp.optimizer.state import ScalingState
 from kerasmp.optimizer.unscaled import UnscaledMarks, UnscalingByHand, divided
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
-class LossScaleOptimizer(UnscalingByHand, ScalingState):
+class LossScaleOptimizer(InnerSettings, UnscalingByHand, ScalingState):
     """Wraps an optimizer: the loss is scaled, the gradients are unscaled, bad steps are skipped.
 
     Each step: gradients of the scaled loss are checked for inf and NaN, all replicas agree, and
