@@ -28,7 +28,7 @@ class Twins:
     """
 
     def __init__(self, make, step, prepare=None, missing=()):
-        self.step, self.missing = step, missing
+        self.step, self.missing, self.scale = step, missing, SCALE
         self.ours, self.theirs = variables_of(*START), variables_of(*START)
         if prepare:
             prepare(self.ours)
@@ -44,7 +44,7 @@ class Twins:
     def good(self, seed):
         """Give both the same finite gradients; ours times the scale."""
         direct = [getattr(v, "overwrite_with_gradient", False) for v in self.ours]
-        ours = [g if d else SCALE * g for g, d in zip(gradients(seed), direct, strict=True)]
+        ours = [g if d else self.scale * g for g, d in zip(gradients(seed), direct, strict=True)]
         self.step(self.wrapped, self._some(ours), self.ours)
         self.step(self.plain, self._some(gradients(seed)), self.theirs)
 
