@@ -100,6 +100,14 @@ def _branch(bad: Any, update: Callable[[], None], advance: Advance) -> None:
     tf.cond(tf.reduce_any(bad > 0), lambda: advance(False, bad), applied)
 
 
+def start_as(variable: Any, other: Any) -> None:
+    """Give a new variable the value of another one."""
+    # Now, also while a graph is traced, which would run without this the next time.
+    with tf.init_scope():
+        if other.value.is_initialized():  # else the same trace is just making it
+            variable.assign(other.value)
+
+
 def sync(model: Any) -> None:
     """Make the variables current: TensorFlow's always are."""
 
