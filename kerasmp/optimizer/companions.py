@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule
 
 from kerasmp.errors import LossScaleError
 from kerasmp.optimizer.arguments import INNER_ARGUMENTS
@@ -58,6 +60,25 @@ class InnerSettings:
         """
         inside = getattr(self, "optimizers", [self.inner_optimizer])
         return max((_accumulated(o) for o in inside if o.gradient_accumulation_steps), default=None)
+
+
+def kept_by_a_trace(optimizer: Any) -> tuple[Any, ...]:
+    """Return the settings that a compiled step would keep for ever, to know when it is out of date.
+
+    Args:
+        optimizer: The inner optimizer.
+
+    Returns:
+        Numbers, names, schedules and functions; what a function gives as learning rate, too.
+    """
+    kept: list[Any] = []
+    for inside in getattr(optimizer, "optimizers", [optimizer]):
+        for name, value in vars(inside).items():
+            if isinstance(value, numbers.Number | str | None) or callable(value):
+                kept.append((name, value))
+            if callable(value) and not isinstance(value, LearningRateSchedule):
+                kept.append(float(ops.convert_to_numpy(inside.learning_rate)))
+    return tuple(kept)
 
 
 def _accumulated(optimizer: Any) -> int:

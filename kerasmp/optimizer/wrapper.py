@@ -11,7 +11,7 @@ from keras import ops
 from kerasmp import backend
 from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.optimizer import arguments
-from kerasmp.optimizer.companions import InnerSettings
+from kerasmp.optimizer.companions import InnerSettings, kept_by_a_trace
 from kerasmp.optimizer.state import ScalingState
 from kerasmp.optimizer.unscaled import UnscaledMarks, UnscalingByHand, divided
 
@@ -148,7 +148,8 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, ScalingState):
         if keras.backend.backend() == "jax":
             # JAX branches only in pure code, so the eager step is the pure one, then assigned.
             touched = [*self._trainable_variables, *self.variables]
-            key = (unscaled, *(self._get_variable_index(v) for v in variables))
+            positions = tuple(self._get_variable_index(v) for v in variables)
+            key = (unscaled, positions, kept_by_a_trace(self.inner_optimizer))
             if key not in self._compiled_steps:  # made anew each time, it would compile each time
                 self._compiled_steps[key] = backend.current().compiled(
                     lambda grads, values: self._pure_step(
