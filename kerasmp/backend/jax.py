@@ -54,6 +54,12 @@ def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
     return cast("Callable[..., Any]", jax.jit(step))
 
 
+def start_as(variable: Any, other: Any) -> None:
+    """Give a new variable the value of another one."""
+    # A copy: a train step donates both buffers, and must not donate one twice.
+    variable.assign(jnp.copy(other.value))
+
+
 def sync(model: Any) -> None:
     """Make the variables current: during `fit` on JAX their values travel outside them."""
     model.jax_state_sync()

@@ -21,6 +21,7 @@ __all__ = [
     "flatten_layers",
     "float16_layers",
     "functional_init_arguments",
+    "weights_and_averages",
 ]
 
 # A subclass that calls super() adds a frame or two; more would be somebody else's call.
@@ -37,6 +38,24 @@ def flatten_layers(model: Any) -> list[Any]:
     Public `layers` shows one level only, and not the parts of wrappers or of attention.
     """
     return list(model._flatten_layers())  # noqa: SLF001 - no public way to reach inner layers
+
+
+def weights_and_averages(optimizer: Any) -> list[tuple[Any, Any]]:
+    """Return the variables of a built optimizer with the averages that `use_ema` keeps of them.
+
+    There is no public way to reach these, nor the variables that they belong to.
+    """
+    return [
+        (variable, average)
+        for inside in getattr(optimizer, "optimizers", [optimizer])
+        if inside.use_ema and inside.built
+        for variable, average in zip(
+            inside._trainable_variables,  # noqa: SLF001
+            inside._model_variables_moving_average,  # noqa: SLF001
+            strict=True,
+        )
+        if average is not None
+    ]
 
 
 def float16_layers(model: Any) -> list[Any]:

@@ -179,6 +179,14 @@ def _branch(finite: Any, update: Callable[[], None], advance: Callable[[bool], N
     tf.cond(tf.reduce_all(finite), applied, lambda: advance(False))
 
 
+def start_as(variable: Any, other: Any) -> None:
+    """Give a new variable the value of another one."""
+    # Now, also while a graph is traced, which would run without this the next time.
+    with tf.init_scope():
+        if other.value.is_initialized():  # else the same trace is just making it
+            variable.assign(other.value)
+
+
 def sync(model: Any) -> None:
     """Make the variables current: TensorFlow's always are."""
 

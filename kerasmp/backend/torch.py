@@ -60,6 +60,12 @@ def run_step(
         advance(step, finite, applied)
 
 
+def start_as(variable: Any, other: Any) -> None:
+    """Give a new variable the value of another one."""
+    with torch.no_grad():
+        variable.assign(other.value)
+
+
 def sync(model: Any) -> None:
     """Make the variables current: torch's always are."""
 

@@ -26,6 +26,8 @@ class OverflowMonitor(keras.callbacks.Callback):
     - `overflow_rate`: skipped steps over all steps of this epoch (float, 0 to 1).
     - `skips_loss`, `skips_gradients`, `skips_floor`, `skips_unknown`: the skipped steps of this
       epoch by cause (int), see `LossScaleOptimizer.skip_causes`.
+    - `accumulated_steps`: only where gradients are accumulated, the steps that wait at the end of
+      the epoch for the rest of their window (int); each skipped step shifts the windows by one.
 
     The device is read at epoch ends and every `check_every` batches, never each step.
 
@@ -128,6 +130,8 @@ class OverflowMonitor(keras.callbacks.Callback):
             logs["overflow_rate"] = skipped / steps if steps else 0.0
             for cause, count in now.causes.items():
                 logs[f"skips_{cause}"] = count - start.causes[cause]
+            if now.accumulated is not None:
+                logs["accumulated_steps"] = now.accumulated
         self._warn_if_losing_steps(now)
         self._epoch_start = now
 

@@ -23,6 +23,8 @@ class Reading:
         at_floor: Whether the scale can sink no further.
         causes: Steps skipped so far for each cause, see `LossScaleOptimizer.skip_causes`; empty
             where nobody classifies them.
+        accumulated: Steps that wait for the rest of their window; None without accumulation, or
+            where nobody tells.
     """
 
     loss_scale: float
@@ -31,6 +33,7 @@ class Reading:
     in_a_row: int
     at_floor: bool
     causes: dict[str, int] = dataclasses.field(default_factory=dict)
+    accumulated: int | None = None
 
 
 class Source:
@@ -54,6 +57,7 @@ class Source:
             in_a_row=optimizer.consecutive_skips,
             at_floor=scale <= optimizer.schedule.min_scale,
             causes=optimizer.skip_causes,
+            accumulated=optimizer.accumulated_steps,
         )
 
     def culprits(self) -> list[str]:

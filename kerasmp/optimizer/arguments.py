@@ -10,7 +10,7 @@ from kerasmp.errors import ArgumentTypeError, LossScaleError
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale, resolve
 
 # What older files hold in the wrapper's config although it never had an effect there.
-_INNER_ARGUMENTS = {
+INNER_ARGUMENTS = {
     "weight_decay": None,
     "clipnorm": None,
     "global_clipnorm": None,
@@ -32,7 +32,7 @@ def refuse(kwargs: dict[str, Any]) -> None:
     Raises:
         LossScaleError: Unless all hold the defaults that older files store.
     """
-    unknown = [name for name in kwargs if name not in _INNER_ARGUMENTS]
+    unknown = [name for name in kwargs if name not in INNER_ARGUMENTS]
     if unknown:
         raise LossScaleError(
             f"LossScaleOptimizer does not support arguments: `{'`, `'.join(unknown)}`.",
@@ -42,7 +42,7 @@ def refuse(kwargs: dict[str, Any]) -> None:
             "`inner_optimizer`.",
         )
     for name, value in kwargs.items():
-        if value != _INNER_ARGUMENTS[name]:
+        if value != INNER_ARGUMENTS[name]:
             raise LossScaleError(
                 f"LossScaleOptimizer does not take `{name}`.",
                 received=f"{name}={value!r}",

@@ -9,6 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from kerasmp import backend
+from kerasmp.backend.keras_private import weights_and_averages
 from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.optimizer.causes import CAUSES
 
@@ -58,6 +60,10 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
             )
             if not self.inner_optimizer.built:
                 self.inner_optimizer.build(var_list)
+                # Keras's averages begin as zeros and take the weights at the first update. Until
+                # then, if steps are skipped, SwapEMAWeights would put zeros into the model.
+                for variable, average in weights_and_averages(self.inner_optimizer):
+                    backend.current().start_as(average, variable)
         keras.optimizers.Optimizer.build(self, var_list)
 
     def _scalar(self, name: str, dtype: str, value: float) -> Any:

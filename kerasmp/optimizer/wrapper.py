@@ -13,6 +13,7 @@ from kerasmp import backend
 from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.optimizer import arguments
 from kerasmp.optimizer.causes import Forgetful, LossNotes
+from kerasmp.optimizer.companions import InnerSettings, kept_by_a_trace
 from kerasmp.optimizer.step import Step, SteppingState
 from kerasmp.optimizer.unscaled import UnscaledMarks, UnscalingByHand
 
@@ -25,7 +26,7 @@ class _CompiledSteps(Forgetful, dict[Any, Any]):
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
-class LossScaleOptimizer(UnscalingByHand, SteppingState):
+class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
     """Wraps an optimizer: the loss is scaled, the gradients are unscaled, bad steps are skipped.
 
     Each step: gradients of the scaled loss are checked for inf and NaN, all replicas agree, and
@@ -180,7 +181,8 @@ class LossScaleOptimizer(UnscalingByHand, SteppingState):
         touched = [*self._trainable_variables, *self.variables]
         # Made anew each time, the step would be compiled each time.
         positions = tuple(self._get_variable_index(v) for v in step.variables)
-        key = (step.unscaled, step.loss_finite is None, positions)
+        settings = kept_by_a_trace(self.inner_optimizer)
+        key = (step.unscaled, step.loss_finite is None, positions, settings)
         if key not in self._compiled_steps:
             self._compiled_steps[key] = backend.current().compiled(
                 lambda grads, loss_finite, values: self._pure_step(

@@ -94,6 +94,20 @@ def test_the_parent_classes_still_have_what_the_optimizer_calls():
     assert wrapper.variables[3] is wrapper.dynamic_scale
 
 
+def test_weights_stand_beside_the_averages_that_are_kept_of_them():
+    variables = [keras.Variable([1.0], name="a"), keras.Variable([2.0], name="b")]
+    variables[0].overwrite_with_gradient = True
+    averaging = keras.optimizers.SGD(0.1, use_ema=True)
+    assert keras_private.weights_and_averages(averaging) == []  # not built
+    averaging.build(variables)
+    ((weight, average),) = keras_private.weights_and_averages(averaging)
+    assert weight is variables[1]
+    assert average.path.endswith("b_average")
+    plain = keras.optimizers.SGD(0.1)
+    plain.build(variables)
+    assert keras_private.weights_and_averages(plain) == []
+
+
 def test_no_other_room_imports_keras_privates():
     offenders = []
     for path in PACKAGE.rglob("*.py"):

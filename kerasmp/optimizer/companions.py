@@ -1,0 +1,87 @@
+"""What users reach through the wrapper although it belongs to the optimizer inside."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule
+
+from kerasmp.errors import LossScaleError
+from kerasmp.optimizer.arguments import INNER_ARGUMENTS
+
+
+class InnerSettings:
+    """The settings of the inner optimizer, as far as the wrapper passes them on or sends there.
+
+    Attributes:
+        inner_optimizer: The wrapped optimizer.
+    """
+
+    inner_optimizer: Any
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The parent class has these settings too, and no step ever looks at them there.
+        if name in INNER_ARGUMENTS and "inner_optimizer" in self.__dict__:
+            raise LossScaleError(
+                f"`{name}` belongs to the optimizer inside.",
+                received=f"optimizer.{name} = {value!r}",
+                expected=f"optimizer.inner_optimizer.{name} = {value!r}",
+                fix="Set it there, before the first step: a compiled step keeps what it found.",
+            )
+        super().__setattr__(name, value)
+
+    def exclude_from_weight_decay(self, *args: Any, **kwargs: Any) -> None:
+        """Leave variables out of the inner optimizer's weight decay; call it before `build`.
+
+        Args:
+            *args: As for `keras.optimizers.Optimizer.exclude_from_weight_decay`.
+            **kwargs: The same: `var_list`, `var_names`.
+        """
+        self.inner_optimizer.exclude_from_weight_decay(*args, **kwargs)
+
+    @property
+    def optimizers(self) -> Any:
+        """The optimizers inside a `keras.optimizers.MultiOptimizer`.
+
+        `LearningRateScheduler` and `ReduceLROnPlateau` look for them. With any other inner
+        optimizer there is no such attribute.
+        """
+        return self.inner_optimizer.optimizers
+
+    @property
+    def accumulated_steps(self) -> int | None:
+        """Applied steps that wait in the accumulators until their window is full.
+
+        0 right after an update; None without `gradient_accumulation_steps`. A skipped step does
+        not count, so that windows end later after it. In a `MultiOptimizer` whose optimizers have
+        windows of different lengths, this is the largest number.
+        """
+        inside = getattr(self, "optimizers", [self.inner_optimizer])
+        return max((_accumulated(o) for o in inside if o.gradient_accumulation_steps), default=None)
+
+
+def kept_by_a_trace(optimizer: Any) -> tuple[Any, ...]:
+    """Return the settings that a compiled step would keep for ever, to know when it is out of date.
+
+    Args:
+        optimizer: The inner optimizer.
+
+    Returns:
+        Numbers, names, schedules and functions; what a function gives as learning rate, too.
+    """
+    kept: list[Any] = []
+    for inside in getattr(optimizer, "optimizers", [optimizer]):
+        for name, value in vars(inside).items():
+            if isinstance(value, numbers.Number | str | None) or callable(value):
+                kept.append((name, value))
+            if callable(value) and not isinstance(value, LearningRateSchedule):
+                kept.append(float(ops.convert_to_numpy(inside.learning_rate)))
+    return tuple(kept)
+
+
+def _accumulated(optimizer: Any) -> int:
+    # Not the property `iterations`, which counts full windows.
+    steps = next(variable for variable in optimizer.variables if variable.name == "iteration")
+    return int(ops.convert_to_numpy(steps.value)) % int(optimizer.gradient_accumulation_steps)

@@ -1,0 +1,114 @@
+"""What a bad micro-batch means where the inner optimizer accumulates gradients.
+
+It is not counted: the next good one takes its place, so that each update averages exactly as many
+good micro-batches as it should. Windows after it end later than planned, which `iterations`,
+`skipped_steps` and `accumulated_steps` show.
+"""
+
+import keras
+import numpy as np
+import pytest
+from helpers.stepping import EXACT_WAYS, assert_same_bits, numpy
+from helpers.twins import Twins
+from keras import ops
+
+import kerasmp as mp
+from kerasmp.optimizer import LossScaleOptimizer
+
+WINDOW = 3
+every_way = pytest.mark.parametrize("step", EXACT_WAYS, ids=lambda way: way.__name__)
+
+
+def accumulating(_):
+    return keras.optimizers.Adam(0.1, gradient_accumulation_steps=WINDOW)
+
+
+@every_way
+@pytest.mark.parametrize("position", range(WINDOW))
+def test_the_window_is_filled_up_wherever_the_bad_micro_batch_came(position, step):
+    twins = Twins(accumulating, step)
+    start = numpy(twins.ours)
+    for seed in range(WINDOW):
+        if seed == position:
+            twins.bad()
+        if seed == WINDOW - 1:  # no half window was applied
+            assert_same_bits(numpy(twins.ours), start)
+        twins.good(seed)
+    twins.check()
+    assert (twins.wrapped.applied_steps, twins.wrapped.skipped_steps) == (WINDOW, 1)
+    assert twins.iterations(twins.wrapped) == 1
+    assert all(np.any(a != b) for a, b in zip(numpy(twins.ours), start, strict=True))
+
+
+@every_way
+def test_the_scale_may_move_within_a_window(step):
+    """What is accumulated is unscaled already; PyTorch's practice must hold the scale still."""
+    twins = Twins(accumulating, step)
+    schedule = mp.DynamicLossScale(initial_scale=2.0**12, growth_interval=1)
+    twins.wrapped = LossScaleOptimizer(accumulating(None), loss_scale=schedule)
+    for seed in range(WINDOW):
+        twins.scale = 2.0 ** (12 + seed)
+        twins.good(seed)
+    assert twins.wrapped.loss_scale == 2.0**15
+    twins.check()
+
+
+@every_way
+def test_the_shift_of_the_windows_can_be_seen(step):
+    twins = Twins(accumulating, step)
+    assert twins.wrapped.accumulated_steps == 0
+    seen = []
+    for seed, good in enumerate([True, True, True, True, False, True, True, True]):
+        twins.good(seed) if good else twins.bad()
+        seen.append((twins.wrapped.accumulated_steps, twins.iterations(twins.wrapped)))
+    # Without the bad one the sixth micro-batch would have ended the second window.
+    assert seen == [(1, 0), (2, 0), (0, 1), (1, 1), (1, 1), (2, 1), (0, 2), (1, 2)]
+
+
+def test_without_accumulation_there_is_no_such_count():
+    twins = Twins(lambda _: keras.optimizers.SGD(0.1), EXACT_WAYS[0])
+    twins.good(0)
+    assert twins.wrapped.accumulated_steps is None
+
+
+def test_an_open_window_is_known_after_loading():
+    step = EXACT_WAYS[0]
+    twins = Twins(accumulating, step)
+    for seed in range(WINDOW + 2):
+        twins.good(seed)
+    again = LossScaleOptimizer(accumulating(None), loss_scale=2.0**12)
+    again.build(twins.ours)
+    again.set_weights(numpy(twins.wrapped.variables))
+    assert again.accumulated_steps == 2
+
+
+X = np.random.default_rng(0).normal(size=(7 * 8, 4)).astype("float32")
+Y = X[:, :1] * 2 - 1
+
+
+def _fitted(x, y, optimizer, monitors=()):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(optimizer, "mse")
+    history = model.fit(
+        x, y, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=list(monitors)
+    )
+    return numpy(model.variables), history.history
+
+
+def test_fit_with_a_bad_micro_batch_ends_where_fit_without_it_ends_and_the_logs_tell():
+    expected, _ = _fitted(X, Y, accumulating(None))
+    bad = np.full((8, 4), np.nan, "float32")
+    x, y = np.concatenate([X[:16], bad, X[16:]]), np.concatenate([Y[:16], Y[:8], Y[16:]])
+    optimizer = LossScaleOptimizer(accumulating(None), loss_scale=2.0**12)
+    weights, logs = _fitted(x, y, optimizer, [mp.OverflowMonitor()])
+    assert_same_bits(weights, expected)
+    assert logs["skipped_steps"] == [1, 1]
+    # Seven good micro-batches an epoch: after the first epoch one waits, after the second two.
+    assert logs["accumulated_steps"] == [1, 2]
+    assert int(ops.convert_to_tensor(optimizer.iterations)) == 4
+
+
+def test_the_logs_of_an_optimizer_that_does_not_accumulate_say_nothing_of_it():
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.01))
+    assert "accumulated_steps" not in _fitted(X, Y, optimizer, [mp.OverflowMonitor()])[1]

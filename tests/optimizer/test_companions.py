@@ -1,0 +1,151 @@
+"""What an inner optimizer brings along works as without the wrapper, to the last bit.
+
+Clipping, decay, averages, accumulation, constraints, learning rates: on the same finite gradients
+wrapped equals plain, in weights, slots, averages, accumulators and `iterations`, and what is
+skipped in between changes none of them. `helpers.twins` says where the bits can be equal.
+"""
+
+import keras
+import numpy as np
+import pytest
+from helpers.stepping import EXACT_WAYS, numpy, tensors, variables_of
+from helpers.twins import SCALE, START, Twins, gradients
+
+from kerasmp.optimizer import LossScaleOptimizer
+
+every_way = pytest.mark.parametrize("step", EXACT_WAYS, ids=lambda way: way.__name__)
+
+
+def sgd(rate=0.1, **settings):
+    return lambda _: keras.optimizers.SGD(rate, momentum=0.9, **settings)
+
+
+def adam(rate=0.1, **settings):
+    return lambda _: keras.optimizers.Adam(rate, **settings)
+
+
+def excluding(**which):
+    """Return a factory of a decaying optimizer that leaves some variables alone."""
+
+    def make(variables):
+        optimizer = keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=0.5)
+        chosen = (
+            {"var_list": [variables[0]]} if which["by"] == "variable" else {"var_names": ["v1"]}
+        )
+        optimizer.exclude_from_weight_decay(**chosen)
+        return optimizer
+
+    return make
+
+
+# What is made with a companion, and the same without.
+COMPANIONS = {
+    "clipnorm": (sgd(clipnorm=0.5), sgd()),
+    "global_clipnorm": (sgd(global_clipnorm=0.5), sgd()),
+    "clipvalue": (sgd(clipvalue=0.25), sgd()),
+    "weight decay": (sgd(weight_decay=0.5), sgd()),
+    "decay but for a variable": (excluding(by="variable"), sgd(weight_decay=0.5)),
+    "decay but for a name": (excluding(by="name"), sgd(weight_decay=0.5)),
+    "accumulation": (adam(gradient_accumulation_steps=2), adam()),
+    "accumulation, clipped": (
+        adam(gradient_accumulation_steps=2, global_clipnorm=0.5),
+        adam(gradient_accumulation_steps=2),
+    ),
+    "average that overwrites": (sgd(use_ema=True, ema_overwrite_frequency=2), sgd()),
+    "average, accumulation, decay and clipping": (
+        adam(
+            use_ema=True,
+            ema_momentum=0.5,
+            ema_overwrite_frequency=1,
+            gradient_accumulation_steps=2,
+            weight_decay=0.5,
+            clipvalue=0.25,
+        ),
+        adam(gradient_accumulation_steps=2),
+    ),
+    "a callable learning rate": (sgd(lambda: 0.25), sgd(0.1)),
+}
+
+
+def trained(make, step, **options):
+    """Step a wrapped and a plain optimizer through good and, for the wrapped one, bad steps."""
+    twins = Twins(make, step, **options)
+    twins.bad(np.inf)
+    for seed in range(5):
+        twins.good(seed)
+        twins.bad(np.nan)
+    return twins
+
+
+@every_way
+@pytest.mark.parametrize(("with_it", "without"), COMPANIONS.values(), ids=COMPANIONS)
+def test_a_companion_works_as_without_the_wrapper(with_it, without, step):
+    twins = trained(with_it, step)
+    twins.check()
+    # And it did work: the same steps without it lead elsewhere.
+    other = trained(without, step)
+    assert any(np.any(a != b) for a, b in zip(numpy(twins.ours), numpy(other.ours), strict=True))
+
+
+@every_way
+def test_an_average_that_overwrites_nothing_is_kept_beside_the_weights(step):
+    twins = trained(sgd(use_ema=True, ema_momentum=0.5), step)
+    twins.check()
+    averages = numpy(twins.inner._model_variables_moving_average)
+    assert all(np.any(a != w) for a, w in zip(averages, numpy(twins.ours), strict=True))
+
+
+@every_way
+def test_a_constraint_acts_on_applied_steps_only(step):
+    def constrain(variables):
+        for variable in variables:
+            variable.constraint = keras.constraints.NonNeg()
+
+    twins = Twins(sgd(), step, prepare=constrain)
+    start = numpy(twins.ours)
+    assert any((value < 0).any() for value in start)
+    twins.bad(np.inf)  # leaves what breaks the constraint as it is
+    for seed in range(3):
+        twins.good(seed)
+        twins.bad()
+    twins.check()
+    assert all((value >= 0).all() for value in numpy(twins.ours))
+
+
+@every_way
+@pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")
+@pytest.mark.parametrize("accumulation", [None, 2])
+def test_variables_without_a_gradient_stay_and_the_others_move(step, accumulation):
+    twins = trained(adam(gradient_accumulation_steps=accumulation), step, missing=(0, 2))
+    twins.check()
+    moved = [
+        np.any(now != then)
+        for now, then in zip(numpy(twins.ours), numpy(variables_of(*START)), strict=True)
+    ]
+    assert moved == [False, True, False, True]
+    assert twins.wrapped.nonfinite_counts.tolist() == [0, 6, 0, 0]
+
+
+# Keras keeps the largest of a window, and of the 0 that an accumulator starts with.
+@every_way
+@pytest.mark.parametrize(("accumulation", "window"), [(None, [4]), (2, [2, 3])])
+def test_a_variable_that_takes_its_gradient_as_value_takes_none_of_a_skipped_step(
+    step, accumulation, window
+):
+    def overwritten(variables):
+        variables[1].overwrite_with_gradient = True
+
+    twins = trained(adam(gradient_accumulation_steps=accumulation), step, prepare=overwritten)
+    twins.check()
+    given = [gradients(seed)[1] for seed in window] + [np.zeros(2)] * (len(window) - 1)
+    assert numpy(twins.ours)[1].tolist() == np.maximum.reduce(given).tolist()
+
+
+@every_way
+def test_the_clipped_gradient_is_the_unscaled_one(step):
+    """A norm of 0.5 is below the threshold of 1, and 0.5 times the scale is far above."""
+    for settings in ({"clipnorm": 1.0}, {"global_clipnorm": 1.0}, {"clipvalue": 1.0}):
+        variables = variables_of([0.0, 0.0])
+        optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0, **settings), loss_scale=SCALE)
+        step(optimizer, tensors([0.5 * SCALE, 0.0]), variables)
+        assert numpy(variables)[0].tolist() == [-0.5, 0.0]

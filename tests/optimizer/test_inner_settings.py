@@ -1,0 +1,53 @@
+"""Fault 18: the inner optimizer's settings on the wrapper are passed on or refused, never lost."""
+
+import keras
+import pytest
+from helpers.stepping import Stock, eager, numpy, step_of, tensors, variables_of
+
+from kerasmp.errors import LossScaleError
+from kerasmp.optimizer import LossScaleOptimizer
+
+SETTINGS = {
+    "weight_decay": 0.5,
+    "clipnorm": 0.5,
+    "global_clipnorm": 0.5,
+    "clipvalue": 0.5,
+    "use_ema": True,
+    "ema_momentum": 0.5,
+    "ema_overwrite_frequency": 2,
+    "loss_scale_factor": 8.0,
+    "gradient_accumulation_steps": 2,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), SETTINGS.items(), ids=SETTINGS)
+def test_a_setting_that_no_step_would_see_is_refused(name, value):
+    optimizer = LossScaleOptimizer("sgd")
+    told = rf"`{name}`.*Expected: optimizer\.inner_optimizer\.{name} = "
+    with pytest.raises(LossScaleError, match=told):
+        setattr(optimizer, name, value)
+    stock = Stock(keras.optimizers.SGD())
+    setattr(stock, name, value)  # is never heard of again
+    assert getattr(stock.inner_optimizer, name) != value
+
+
+def decayed(cls):
+    """Return two weights after a step of decay alone, the first of them left out of it."""
+    variables = variables_of([1.0], [1.0])
+    optimizer = cls(keras.optimizers.SGD(1.0, weight_decay=0.5))
+    optimizer.exclude_from_weight_decay(var_names=["v0"])
+    step_of(optimizer)(optimizer, tensors([0.0], [0.0]), variables)
+    return [value.tolist() for value in numpy(variables)]
+
+
+def test_variables_are_left_out_of_the_decay_through_the_wrapper():
+    assert decayed(LossScaleOptimizer) == [[1.0], [0.5]]
+    assert decayed(Stock) == [[0.5], [0.5]]
+
+
+def test_what_is_set_on_the_inner_optimizer_before_the_first_step_counts():
+    variables = variables_of([0.0])
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=8.0)
+    optimizer.inner_optimizer.clipvalue = 0.5
+    eager(optimizer, tensors([16.0]), variables)
+    assert numpy(variables)[0].tolist() == [-0.5]

@@ -1,0 +1,139 @@
+"""Learning rates that move: what moves them counts applied steps, as without the wrapper."""
+
+import keras
+import pytest
+from helpers.stepping import EXACT_WAYS, eager, numpy, tensors, variables_of
+from helpers.twins import SCALE, Twins
+from keras import ops
+from keras.optimizers import schedules
+
+from kerasmp.optimizer import LossScaleOptimizer
+
+MADE = {
+    "CosineDecay": lambda: schedules.CosineDecay(0.1, 4, warmup_target=0.5, warmup_steps=2),
+    "CosineDecayRestarts": lambda: schedules.CosineDecayRestarts(0.1, 2),
+    "ExponentialDecay": lambda: schedules.ExponentialDecay(0.1, 2, 0.5),
+    "InverseTimeDecay": lambda: schedules.InverseTimeDecay(0.1, 1, 0.5),
+    "PiecewiseConstantDecay": lambda: schedules.PiecewiseConstantDecay([1, 3], [0.1, 0.05, 0.01]),
+    "PolynomialDecay": lambda: schedules.PolynomialDecay(0.1, 4, 0.01),
+}
+every_way = pytest.mark.parametrize("step", EXACT_WAYS, ids=lambda way: way.__name__)
+
+
+def rate(optimizer):
+    return float(ops.convert_to_numpy(ops.convert_to_tensor(optimizer.learning_rate)))
+
+
+def test_every_schedule_of_keras_is_here():
+    """A new one fails here until it is made above."""
+    found = {
+        name
+        for name, member in vars(schedules).items()
+        if isinstance(member, type) and issubclass(member, schedules.LearningRateSchedule)
+    }
+    assert found == {*MADE, "LearningRateSchedule"}
+
+
+@every_way
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("accumulation", [None, 2])
+def test_a_schedule_moves_in_applied_steps_only(name, accumulation, step):
+    def make(_):
+        return keras.optimizers.SGD(
+            MADE[name](), momentum=0.9, gradient_accumulation_steps=accumulation
+        )
+
+    twins = Twins(make, step)
+    rates = []
+    for seed in range(5):
+        twins.good(seed)
+        rates.append(rate(twins.wrapped))
+        twins.bad()
+        assert rate(twins.wrapped) == rates[-1] == rate(twins.plain)
+    twins.check()
+    assert len(set(rates)) > 2
+
+
+@every_way
+def test_one_schedule_object_serves_two_optimizers_each_by_its_own_count(step):
+    shared = schedules.ExponentialDecay(0.1, 1, 0.5)
+    one = Twins(lambda _: keras.optimizers.SGD(shared), step)
+    other = Twins(lambda _: keras.optimizers.SGD(shared), step)
+    one.good(0)
+    one.good(1)
+    other.bad()
+    other.good(2)
+    one.check()
+    other.check()
+    assert (rate(one.wrapped), rate(other.wrapped)) == pytest.approx((0.025, 0.05))
+
+
+@every_way
+def test_a_learning_rate_that_is_set_between_steps_is_used_from_then_on(step):
+    twins = Twins(lambda _: keras.optimizers.SGD(0.1, momentum=0.9), step)
+    for seed, value in enumerate((0.5, 0.25, 0.125)):
+        twins.wrapped.learning_rate = value
+        twins.plain.learning_rate = value
+        twins.bad()
+        assert rate(twins.wrapped) == value
+        twins.good(seed)
+    twins.check()
+
+
+def test_a_rate_under_a_schedule_cannot_be_set_here_either():
+    with pytest.raises(TypeError, match="not settable"):
+        LossScaleOptimizer(keras.optimizers.SGD(MADE["PolynomialDecay"]())).learning_rate = 0.5
+
+
+class Outer(keras.optimizers.Optimizer):
+    """A user's optimizer around another one, whose learning rate it shows as its own."""
+
+    def __init__(self, inner_optimizer, name="outer"):
+        super().__init__(learning_rate=0.0, name=name)
+        self.inner_optimizer = inner_optimizer
+
+    @property
+    def learning_rate(self):
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value):
+        self.inner_optimizer.learning_rate = value
+
+
+def test_the_learning_rate_of_a_wrapper_inside_the_wrapper_is_passed_on():
+    inmost = keras.optimizers.SGD(1.0)
+    optimizer = LossScaleOptimizer(Outer(inmost))
+    assert rate(optimizer) == 1.0
+    optimizer.learning_rate = 2.0
+    assert rate(optimizer) == rate(inmost) == 2.0
+
+
+class TestWhatChangesBetweenEagerSteps:
+    """An eager step sees what was changed since the last one, as that of a plain optimizer."""
+
+    def stepped(self, inner, change):
+        """Return what a second step, after the change, takes from a weight of 0."""
+        variables = variables_of([0.0])
+        optimizer = LossScaleOptimizer(inner, loss_scale=SCALE)
+        eager(optimizer, tensors([0.0]), variables)
+        change(optimizer)
+        eager(optimizer, tensors([SCALE]), variables)
+        return numpy(variables)[0].tolist()
+
+    def test_what_a_callable_returns(self):
+        rates = [1.0]
+        inner = keras.optimizers.SGD(lambda: rates[0])
+        assert self.stepped(inner, lambda _: rates.insert(0, 0.25)) == [-0.25]
+
+    def test_a_setting(self):
+        def clip(optimizer):
+            optimizer.inner_optimizer.clipvalue = 0.5
+
+        assert self.stepped(keras.optimizers.SGD(1.0), clip) == [-0.5]
+
+    def test_a_schedule_in_place_of_a_number(self):
+        def schedule(optimizer):
+            optimizer.learning_rate = schedules.ExponentialDecay(0.5, 1, 0.5)
+
+        assert self.stepped(keras.optimizers.SGD(1.0), schedule) == [-0.25]
