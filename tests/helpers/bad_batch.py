@@ -1,0 +1,47 @@
+"""A short float16 training that meets one bad batch, and what it leaves behind.
+
+A row of 3000 gives a finite loss and gradients beyond float16; a row of inf a loss of inf or NaN.
+"""
+
+import keras
+import numpy as np
+
+ROWS = 8
+SCALE = 2.0**10
+GOOD = np.random.default_rng(0).normal(size=(4, ROWS, 4)).astype("float32")
+
+
+def batches(bad_row=None, value=3000.0):
+    """Return the good batches; with `bad_row`, a bad one in the third place too."""
+    if bad_row is None:
+        return [*GOOD]
+    bad = GOOD[0].copy()
+    bad[bad_row] = value
+    return [*GOOD[:2], bad, *GOOD[2:]]
+
+
+def targets(x):
+    """Return what the model shall learn for the rows of `x`."""
+    return np.ones((len(x), 1), "float32")
+
+
+def network(module=keras, between=()):
+    """Return a fresh Sequential of `module`, kerasmp or keras, always with the same weights."""
+    keras.utils.set_random_seed(0)
+    hidden = keras.layers.Dense(8, dtype="mixed_float16")
+    return module.Sequential([keras.Input((4,)), hidden, *between, keras.layers.Dense(1)])
+
+
+def flat(values):
+    """Return all numbers of some arrays as one list."""
+    return np.concatenate([np.asarray(value).ravel() for value in values]).tolist()
+
+
+def outcome(model, optimizer):
+    """Return the weights, and what our optimizer has counted."""
+    return {
+        "weights": flat(model.get_weights()),
+        "scale": optimizer.loss_scale,
+        "skipped": optimizer.skipped_steps,
+        "applied": optimizer.applied_steps,
+    }

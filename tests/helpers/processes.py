@@ -1,0 +1,103 @@
+"""Calls a function in processes of their own: one, or several that talk to each other.
+
+Logical devices and clusters are set before a framework's first use, so a test cannot set them for
+itself. No process outlives its time: all are killed when one of them fails or the time is up.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).parent.parent
+HUNG = "Timeout ("  # faulthandler's word, when a process ends itself
+PORT_TAKEN = re.compile(r"[Aa]ddress already in use|[Ff]ailed to bind|Could not start gRPC server")
+ATTEMPTS = 3
+
+
+class Failed(AssertionError):
+    """A process ended without a result."""
+
+
+class Hung(Failed):
+    """A process did not end within its time."""
+
+
+def call(name, *, env=None, seconds=60, **arguments):
+    """Return what `module:function` of `name` returns in a process of its own."""
+    return _together(name, [arguments], env, seconds)[0]
+
+
+def cluster(name, ranks, *, env=None, seconds=60, **arguments):
+    """Return what the function returns in each of `ranks` processes, given `rank` and `ports`."""
+    for attempt in range(1, ATTEMPTS + 1):
+        ports = _free_ports(ranks)
+        calls = [{"rank": rank, "ports": ports, **arguments} for rank in range(ranks)]
+        try:
+            return _together(name, calls, env, seconds)
+        except Failed as error:
+            # Somebody else may take a port between its choice and its use.
+            if attempt == ATTEMPTS or not PORT_TAKEN.search(str(error)):
+                raise
+    raise AssertionError
+
+
+def _free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def _together(name, calls, env, seconds):
+    with tempfile.TemporaryDirectory() as directory:
+        results = [Path(directory, f"{rank}.json") for rank in range(len(calls))]
+        logs = [Path(directory, f"{rank}.log") for rank in range(len(calls))]
+        children = []
+        try:
+            for arguments, result, log in zip(calls, results, logs, strict=True):
+                children.append(_start(name, arguments, result, log, env, seconds))
+            in_time = _wait(children, time.monotonic() + seconds)
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+        if not all(result.exists() for result in results):
+            said = "\n".join(log.read_text(encoding="utf-8", errors="replace") for log in logs)
+            raise (Failed if in_time and HUNG not in said else Hung)(said[-6000:])
+        return [json.loads(result.read_text(encoding="utf-8")) for result in results]
+
+
+def _start(name, arguments, result, log, env, seconds):
+    command = ["-m", "helpers.child", str(seconds), name, json.dumps(arguments), str(result)]
+    with log.open("w") as output:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=TESTS,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
+                **(env or {}),
+            },
+            stdout=output,
+            stderr=output,
+        )
+
+
+def _wait(children, deadline):
+    """Return whether all have ended, or one has failed, before the time was up."""
+    while time.monotonic() < deadline:
+        codes = [child.poll() for child in children]
+        if None not in codes or any(codes):
+            return True
+        time.sleep(0.05)
+    return False
