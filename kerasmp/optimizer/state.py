@@ -12,7 +12,9 @@ from keras import ops
 from kerasmp import backend
 from kerasmp.backend.keras_private import weights_and_averages
 from kerasmp.errors import LossScaleError, LossScaleWarning
+from kerasmp.optimizer import saved
 from kerasmp.optimizer.causes import CAUSES
+from kerasmp.optimizer.counters import COUNTERS, skipped_last
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,11 +23,7 @@ if TYPE_CHECKING:
 
 # Keras's own names for the state of a schedule; other keys keep theirs.
 _VARIABLE_NAMES = {"scale": "dynamic_scale"}
-# One variable holds all counters: a step that is fine then writes one and not three.
-COUNTERS = ("applied_steps", "skipped_steps", "consecutive_skips", *CAUSES)
-
-# Where stock Keras's files, which number variables instead of naming them, hold the same state.
-_STOCK_PLACES = {"step_counter": "2", "dynamic_scale": "3"}
+_STOCK_ORDER = ("step_counter", "scale")
 
 
 class ScalingState(keras.optimizers.LossScaleOptimizer):
@@ -38,6 +36,7 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
 
     schedule: LossScale
     inner_optimizer: Any
+    _inner_is_settled = False
 
     def build(self, var_list: Sequence[Any]) -> None:
         """Create the scaling state and build the inner optimizer; later calls do nothing.
@@ -48,16 +47,19 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
         if self.built:
             return
         with keras.name_scope(self.name):
-            for key, value in self.schedule.init().items():
-                name = _VARIABLE_NAMES.get(key, key)
-                dtype = "float32" if isinstance(value, float) else "int"
-                setattr(self, name, self._scalar(name, dtype, value))
+            # TensorFlow's checkpoints go by position too: what stock Keras has comes first, in its
+            # order, and what depends on the schedule last.
+            state = self.schedule.init()
+            for key in _STOCK_ORDER:
+                self._add_to_state(key, state.pop(key))
             self.counts_variable = self.add_variable(
                 shape=(len(COUNTERS),), dtype="int", initializer="zeros", name="counts"
             )
             self.nonfinite_counts_variable = self.add_variable(
                 shape=(len(var_list),), dtype="int", initializer="zeros", name="nonfinite_counts"
             )
+            for key, value in state.items():
+                self._add_to_state(key, value)
             if not self.inner_optimizer.built:
                 self.inner_optimizer.build(var_list)
                 # Keras's averages begin as zeros and take the weights at the first update. Until
@@ -65,6 +67,11 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
                 for variable, average in weights_and_averages(self.inner_optimizer):
                     backend.current().start_as(average, variable)
         keras.optimizers.Optimizer.build(self, var_list)
+
+    def _add_to_state(self, key: str, value: float) -> None:
+        name = _VARIABLE_NAMES.get(key, key)
+        dtype = "float32" if isinstance(value, float) else "int"
+        setattr(self, name, self._scalar(name, dtype, value))
 
     def _scalar(self, name: str, dtype: str, value: float) -> Any:
         initializer = keras.initializers.Constant(value)
@@ -162,81 +169,85 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
         """The schedule's growth interval; None for a scale that does not grow."""
         return getattr(self.schedule, "growth_interval", None)
 
+    @property
+    def own_variables(self) -> list[Any]:
+        """The variables beside the inner optimizer's; `variables` holds both."""
+        return list(self._variables)
+
+    def __dir__(self) -> list[str]:
+        """Return the names of all attributes.
+
+        Keras's loader looks for what is left to load with `dir`, right after it has called
+        `load_own_variables`; there it must not find an inner optimizer that has its state already.
+        """
+        names = list(super().__dir__())
+        if self._inner_is_settled:
+            self._inner_is_settled = False
+            names.remove("inner_optimizer")
+        return names
+
     def save_own_variables(self, store: Any) -> None:
         """Write the scaling state by name; the inner optimizer's is saved beside it."""
+        self._inner_is_settled = False
         for variable in self._variables:
             store[variable.name] = ops.convert_to_numpy(variable.value)
+        store[saved.INNER_SIZES] = saved.sizes(self.inner_optimizer.variables)
 
     def load_own_variables(self, store: Any) -> None:
-        """Read the scaling state: ours by name, stock Keras's by position.
+        """Read the scaling state: ours, stock Keras's, or a plain optimizer's for the inner one.
 
-        A scale outside the schedule's bounds is brought inside. A plain optimizer's state goes to
-        the inner optimizer (about which Keras then warns, for it finds nothing in the usual place).
+        A scale outside the schedule's bounds is brought inside. A state that does not fit changes
+        nothing, in the inner optimizer neither, and earns a `LossScaleWarning`.
         """
+        self._inner_is_settled = False
         if not self.built:
-            if "dynamic_scale" in store or "2" in store:
-                warnings.warn(
-                    f"The saved state of '{self.name}' is left out, the optimizer is not built. "
-                    "Call build(model.trainable_variables) first.",
-                    LossScaleWarning,
-                    stacklevel=2,
+            if "dynamic_scale" in store or "0" in store:
+                self._leave_out(
+                    "The optimizer is not built. Call build(model.trainable_variables) first."
                 )
             return
-        by_name = {variable.name: variable for variable in self._variables}
-        if "0" not in store:
-            places = {name: name for name in by_name}
-        elif _is_of_stock_wrapper(store):
-            places = _STOCK_PLACES
-        else:
-            self.inner_optimizer.load_own_variables(store)
+        try:
+            assignments = saved.in_file(self, store)
+        except LossScaleError as error:
+            self._leave_out(str(error))
             return
-        for name, place in places.items():
-            if place in store:
-                by_name[name].assign(np.asarray(store[place]))
+        self._assign(assignments)
+        self._inner_is_settled = "0" in store
+
+    def _leave_out(self, why: str) -> None:
+        self._inner_is_settled = True
+        warnings.warn(
+            f"The saved state of '{self.name}' is left out. {why}", LossScaleWarning, stacklevel=4
+        )
+
+    def _assign(self, assignments: saved.Assignments) -> None:
+        for variable, value in assignments:
+            variable.assign(value)
         scale = self.loss_scale
         if np.isnan(scale):
             scale = self.schedule.initial_scale
         self.dynamic_scale.assign(min(max(scale, self.schedule.min_scale), self.schedule.max_scale))
 
+    def get_weights(self) -> list[Any]:
+        """Return the values of all of `variables`, the inner optimizer's too, as NumPy arrays."""
+        return [ops.convert_to_numpy(variable.value) for variable in self.variables]
+
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Set all of `variables`, the inner optimizer's too."""
-        if len(weights) != len(self.variables):
+        """Set all of `variables`, the inner optimizer's too.
+
+        Args:
+            weights: What `get_weights` returned; or the values of the `variables` of stock Keras's
+                LossScaleOptimizer; or those of a plain optimizer, for the inner one.
+
+        Raises:
+            LossScaleError: If the optimizer is not built, or `weights` does not fit it. Nothing
+                has changed then.
+        """
+        if not self.built:
             raise LossScaleError(
-                "`weights` does not match the optimizer's variables.",
+                "`weights` cannot be set yet, the optimizer is not built.",
                 received=f"{len(weights)} values",
-                expected=f"{len(self.variables)}",
-                fix="Build the optimizer first, and pass the values of optimizer.variables.",
+                expected="a built optimizer",
+                fix="Call build(model.trainable_variables) first.",
             )
-        for variable, value in zip(self.variables, weights, strict=True):
-            variable.assign(value)
-
-
-def counted(counts: Any, cause: Any) -> Any:
-    """Return the counters after a step.
-
-    Args:
-        counts: Integer vector over `COUNTERS`.
-        cause: None if the step was applied, else a position in `CAUSES`.
-    """
-    counts = ops.convert_to_tensor(counts)
-    if cause is None:
-        keep = [name != "consecutive_skips" for name in COUNTERS]
-        add = [name == "applied_steps" for name in COUNTERS]
-        return counts * ops.cast(keep, counts.dtype) + ops.cast(add, counts.dtype)
-    place = ops.arange(len(COUNTERS))
-    skip = ops.logical_or(
-        place == COUNTERS.index("skipped_steps"), place == COUNTERS.index("consecutive_skips")
-    )
-    hit = place == ops.cast(cause, place.dtype) + COUNTERS.index(CAUSES[0])
-    return counts + ops.cast(ops.logical_or(skip, hit), counts.dtype)
-
-
-def skipped_last(counts: Any) -> Any:
-    """Return whether `counts`, a vector over `COUNTERS`, say that the last step was skipped."""
-    return ops.convert_to_tensor(counts)[COUNTERS.index("consecutive_skips")] > 0
-
-
-def _is_of_stock_wrapper(store: Any) -> bool:
-    # What stands there in a plain optimizer's file belongs to a weight, and is no integer.
-    counter = np.asarray(store["2"]) if "2" in store else np.zeros(1)
-    return counter.shape == () and np.issubdtype(counter.dtype, np.integer)
+        self._assign(saved.in_list(self, weights, "`weights`"))

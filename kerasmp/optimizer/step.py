@@ -11,8 +11,9 @@ from keras import ops
 from kerasmp import backend
 from kerasmp.errors import LossScaleError
 from kerasmp.optimizer.causes import cause_of
+from kerasmp.optimizer.counters import counted, skipped_last
 from kerasmp.optimizer.measures import MEASURES
-from kerasmp.optimizer.state import ScalingState, counted, skipped_last
+from kerasmp.optimizer.state import ScalingState
 from kerasmp.optimizer.unscaled import divided
 
 if TYPE_CHECKING:

@@ -47,7 +47,6 @@ def test_a_stock_wrapped_model_file_brings_scale_counter_and_inner_state(tmp_pat
     assert_same_bits(numpy(inner.variables), numpy(stock.inner_optimizer.variables))
 
 
-@pytest.mark.filterwarnings(ELSEWHERE)
 def test_a_plain_optimizers_state_goes_to_the_inner_optimizer(tmp_path):
     """Fault 16."""
     path = tmp_path / "plain.keras"
@@ -68,7 +67,6 @@ def test_a_plain_optimizers_state_is_lost_in_stock_keras(tmp_path):
     assert int(ops.convert_to_tensor(stock.optimizer.iterations)) == 0
 
 
-@pytest.mark.filterwarnings(ELSEWHERE)
 @pytest.mark.parametrize(
     "make", [_plain, lambda: Stock(_plain()), lambda: LossScaleOptimizer("adam")]
 )

@@ -1,0 +1,56 @@
+"""Training with skipped steps that is stopped halfway: a process of its own, and its pieces.
+
+As a process it goes on from a `.keras` file and writes what it ends with. Arguments: the file, and
+the `.npz` to write.
+"""
+
+import sys
+
+import keras
+import numpy as np
+from keras import ops
+
+import kerasmp as mp
+
+X = np.random.default_rng(0).normal(size=(96, 4)).astype("float32")
+Y = np.random.default_rng(1).normal(size=(96, 1)).astype("float32")
+X[[20, 36]] = np.inf  # of twelve batches of eight the third and the fifth are skipped
+STOP, END = 6, 12
+
+# At the stop no part of its state is what it was at the start.
+SCHEDULE = mp.DynamicLossScale(2.0**10, growth_factor=4.0, growth_interval=3, hysteresis=2)
+
+
+def compiled():
+    """Return a mixed float16 network under an optimizer that averages, clips and decays; built."""
+    keras.utils.set_random_seed(0)
+    model = mp.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(8, activation="tanh", dtype="mixed_float16"),
+            keras.layers.Dropout(0.5, seed=3),
+            keras.layers.Dense(1, dtype="float32"),
+        ]
+    )
+    rate = keras.optimizers.schedules.ExponentialDecay(0.01, 3, 0.9)
+    inner = keras.optimizers.AdamW(rate, use_ema=True, clipnorm=1.0)
+    optimizer = mp.LossScaleOptimizer(inner, loss_scale=SCHEDULE)
+    model.compile(optimizer, keras.losses.MeanSquaredError())
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def train(model, first, last):
+    """Train on these batches; return the model."""
+    for start in range(8 * first, 8 * last, 8):
+        model.train_on_batch(X[start : start + 8], Y[start : start + 8])
+    return model
+
+
+def everything(model):
+    """Return all that training depends on, as arrays."""
+    return [ops.convert_to_numpy(v.value) for v in [*model.variables, *model.optimizer.variables]]
+
+
+if __name__ == "__main__":
+    np.savez(sys.argv[2], *everything(train(keras.models.load_model(sys.argv[1]), STOP, END)))
