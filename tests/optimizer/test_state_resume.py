@@ -131,11 +131,11 @@ def test_training_goes_on_bit_for_bit_in_another_process(stopped, uninterrupted,
 class Crash(keras.callbacks.Callback):
     """Raises in the middle of the third epoch."""
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch, logs=None):  # noqa: ARG002 - as Keras calls it
         if self.epoch == 2 and batch == 4:
             raise KeyboardInterrupt
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch, logs=None):  # noqa: ARG002
         self.epoch = epoch
 
 
@@ -186,7 +186,7 @@ def test_a_copied_optimizer_keeps_its_settings_and_says_that_it_lost_its_state(c
 
 
 @pytest.mark.backend("jax")
-def test_an_optimizer_with_compiled_steps_and_a_mark_is_copied(stopped):
+def test_an_optimizer_with_compiled_steps_and_a_mark_is_copied():
     """What it keeps beside its variables belongs to this process and must not be in the way."""
     model = compiled()
     grads = [keras.ops.ones(v.shape) for v in model.trainable_variables]
