@@ -30,7 +30,6 @@ def compiled():
         [
             keras.Input((4,)),
             keras.layers.Dense(8, activation="tanh", dtype="mixed_float16"),
-            keras.layers.Dropout(0.5, seed=3),
             keras.layers.Dense(1, dtype="float32"),
         ]
     )
