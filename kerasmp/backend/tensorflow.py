@@ -179,11 +179,16 @@ def _branch(finite: Any, update: Callable[[], None], advance: Callable[[bool], N
     tf.cond(tf.reduce_all(finite), applied, lambda: advance(False))
 
 
+@tf.autograph.experimental.do_not_convert  # its conditions are about now, not about the graph
 def start_as(variable: Any, other: Any) -> None:
     """Give a new variable the value of another one."""
     # Now, also while a graph is traced, which would run without this the next time.
     with tf.init_scope():
-        if other.value.is_initialized():  # else the same trace is just making it
+        if not other.value.is_initialized():  # the same trace is just making it
+            return
+        # A checkpoint that was restored before the build gives variables their values as they are
+        # made. While a trace makes one, it has none.
+        if not variable.value.is_initialized() or not tf.reduce_any(tf.not_equal(variable, 0)):
             variable.assign(other.value)
 
 
