@@ -20,11 +20,11 @@ PORT_TAKEN = re.compile(r"[Aa]ddress already in use|[Ff]ailed to bind|Could not 
 ATTEMPTS = 3
 
 
-class Failed(AssertionError):
+class ProcessError(AssertionError):
     """A process ended without a result."""
 
 
-class Hung(Failed):
+class HungError(ProcessError):
     """A process did not end within its time."""
 
 
@@ -40,7 +40,7 @@ def cluster(name, ranks, *, env=None, seconds=60, **arguments):
         calls = [{"rank": rank, "ports": ports, **arguments} for rank in range(ranks)]
         try:
             return _together(name, calls, env, seconds)
-        except Failed as error:
+        except ProcessError as error:
             # Somebody else may take a port between its choice and its use.
             if attempt == ATTEMPTS or not PORT_TAKEN.search(str(error)):
                 raise
@@ -65,7 +65,8 @@ def _together(name, calls, env, seconds):
         children = []
         try:
             for arguments, result, log in zip(calls, results, logs, strict=True):
-                children.append(_start(name, arguments, result, log, env, seconds))
+                child = [str(seconds), name, json.dumps(arguments), str(result)]
+                children.append(_start(child, log, env))
             in_time = _wait(children, time.monotonic() + seconds)
         finally:
             for child in children:
@@ -73,15 +74,14 @@ def _together(name, calls, env, seconds):
                 child.wait()
         if not all(result.exists() for result in results):
             said = "\n".join(log.read_text(encoding="utf-8", errors="replace") for log in logs)
-            raise (Failed if in_time and HUNG not in said else Hung)(said[-6000:])
+            raise (ProcessError if in_time and HUNG not in said else HungError)(said[-6000:])
         return [json.loads(result.read_text(encoding="utf-8")) for result in results]
 
 
-def _start(name, arguments, result, log, env, seconds):
-    command = ["-m", "helpers.child", str(seconds), name, json.dumps(arguments), str(result)]
+def _start(arguments, log, env):
     with log.open("w") as output:
         return subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, "-m", "helpers.child", *arguments],
             cwd=TESTS,
             env={
                 **os.environ,
