@@ -9,9 +9,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from kerasmp.errors import LossScaleError
 from kerasmp.loss_scale import validation
 from kerasmp.loss_scale.base import LossScale, State, either
+
+# So many times smaller after a run of overflows: more than a search for the scale needs.
+SLUMP = 256.0
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -31,6 +33,14 @@ class DynamicLossScale(LossScale):
             makes it back off, default 1 (the first). As in Megatron-LM, the allowance is used up
             by overflows that need not be consecutive and is refilled only when the scale grows;
             once it is used up every overflow backs off.
+        consecutive_hysteresis: Refill that allowance at every good step, as DeepSpeed does with
+            `consecutive_hysteresis`; default False. Without effect if `hysteresis` is 1.
+        tolerance: The share of overflows, from 0 up to but not including 1, that is accepted
+            since the scale last moved: it backs off only once the share reaches this. As in
+            fairseq; default 0, every overflow counts.
+        recovery_interval: After a slump, overflows in a row that took the scale to 1/256 or less,
+            it grows after this many good steps if that is fewer than `growth_interval`, until it
+            is back where it was or the next overflow. Default None: it climbs as slowly as ever.
         min_scale: The floor, default 1.
         max_scale: The ceiling, default 2**24.
 
@@ -41,6 +51,7 @@ class DynamicLossScale(LossScale):
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740;
         the defaults are those of Keras, PyTorch's GradScaler and NVIDIA apex (ceiling 2**24).
+        Ott et al., fairseq, 2019, https://arxiv.org/abs/1904.01038 (tolerance).
 
     Example:
 
@@ -56,6 +67,9 @@ class DynamicLossScale(LossScale):
     hysteresis: int = 1
     min_scale: float = 1.0
     max_scale: float = 2.0**24
+    consecutive_hysteresis: bool = False
+    tolerance: float = 0.0
+    recovery_interval: int | None = None
 
     def __post_init__(self) -> None:
         checked = {
@@ -74,37 +88,94 @@ class DynamicLossScale(LossScale):
             "hysteresis": validation.count(
                 "hysteresis", self.hysteresis, "1 backs off at the first overflow."
             ),
+            "tolerance": validation.share(
+                "tolerance", self.tolerance, "0 backs off at every overflow."
+            ),
+            "consecutive_hysteresis": validation.switch(
+                "consecutive_hysteresis", self.consecutive_hysteresis
+            ),
         }
+        if self.recovery_interval is not None:
+            checked["recovery_interval"] = validation.count(
+                "recovery_interval", self.recovery_interval, "20 is quick; None never hurries."
+            )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        if not self.min_scale <= self.initial_scale <= self.max_scale:
-            raise LossScaleError(
-                "The bounds do not enclose the initial scale.",
-                received=f"min_scale={self.min_scale:g}, initial_scale={self.initial_scale:g}, "
-                f"max_scale={self.max_scale:g}",
-                expected="min_scale <= initial_scale <= max_scale",
-                fix="Move the initial scale, or the bound that it crosses.",
-            )
+        validation.enclosed(self.min_scale, self.initial_scale, self.max_scale)
 
     def init(self) -> State:
-        """Return the state before the first step, with the overflows left before a backoff."""
-        return {**super().init(), "hysteresis_left": self.hysteresis}
+        """Return the state before the first step; what is not in use has no place in it."""
+        state: State = super().init()
+        if self.hysteresis > 1:
+            state["hysteresis_left"] = self.hysteresis
+        if self.tolerance > 0:
+            state |= {"steps_since_change": 0, "overflows_since_change": 0}
+        if self.recovery_interval is not None:
+            state["recover_to"] = 0.0
+        return state
 
     def update(self, state: State, finite: Any) -> State:
         """Return the state after a step; see the class for the rule."""
         scale = self.bounded(state["scale"])
-        good_steps = ops.convert_to_tensor(state["step_counter"]) + 1
-        left = ops.convert_to_tensor(state["hysteresis_left"])
-        left_if_bad = ops.maximum(left - 1, ops.zeros_like(left))
+        state = {key: ops.convert_to_tensor(value) for key, value in state.items()}
+        good, bad = self._after_good(state, scale), self._after_bad(state, scale)
+        return {key: either(finite, good[key], bad[key]) for key in good}
 
-        grow = good_steps >= self.growth_interval
-        # Growing may overflow float32 at a ceiling near its maximum: the minimum mends that.
-        grown = ops.where(grow, ops.minimum(scale * self.growth_factor, self.max_scale), scale)
-        backed_off = ops.maximum(scale * self.backoff_factor, self.min_scale)
+    def _after_good(self, state: State, scale: Any) -> State:
+        good_steps = state["step_counter"] + 1
         none = ops.zeros_like(good_steps)
-        refilled = ops.where(grow, ops.full_like(left, self.hysteresis), left)
-        return {
-            "scale": either(finite, grown, ops.where(left_if_bad > 0, scale, backed_off)),
-            "step_counter": either(finite, ops.where(grow, none, good_steps), none),
-            "hysteresis_left": either(finite, refilled, left_if_bad),
-        }
+        after: State = {}
+        interval = self.growth_interval
+        if self.recovery_interval is not None:
+            target = self._recovering_to(state["recover_to"], scale)
+            quick = min(self.recovery_interval, self.growth_interval)
+            interval = ops.where(target > 0, quick, interval)
+        grow = good_steps >= interval
+        # Growing may overflow float32 at a ceiling near its maximum: the minimum mends that.
+        higher = ops.minimum(scale * self.growth_factor, self.max_scale)
+        after["scale"] = ops.where(grow, higher, scale)
+        after["step_counter"] = ops.where(grow, none, good_steps)
+        if self.hysteresis > 1:
+            left = state["hysteresis_left"]
+            full = ops.full_like(left, self.hysteresis)
+            after["hysteresis_left"] = (
+                full if self.consecutive_hysteresis else ops.where(grow, full, left)
+            )
+        if self.tolerance > 0:
+            after["steps_since_change"] = ops.where(grow, none, state["steps_since_change"] + 1)
+            after["overflows_since_change"] = ops.where(grow, none, state["overflows_since_change"])
+        if self.recovery_interval is not None:
+            after["recover_to"] = ops.where(after["scale"] < target, target, 0.0)
+        return after
+
+    def _after_bad(self, state: State, scale: Any) -> State:
+        none = ops.zeros_like(state["step_counter"])
+        after: State = {"step_counter": none}
+        back_off: Any = True
+        if self.hysteresis > 1:
+            left = state["hysteresis_left"]
+            after["hysteresis_left"] = ops.maximum(left - 1, ops.zeros_like(left))
+            back_off = after["hysteresis_left"] <= 0
+        if self.tolerance > 0:
+            steps = state["steps_since_change"] + 1
+            overflows = state["overflows_since_change"] + 1
+            share = ops.cast(overflows, "float32") / ops.cast(steps, "float32")
+            back_off = ops.logical_and(back_off, share >= self.tolerance)
+            after["steps_since_change"] = ops.where(back_off, none, steps)
+            after["overflows_since_change"] = ops.where(back_off, none, overflows)
+        lower = ops.maximum(scale * self.backoff_factor, self.min_scale)
+        after["scale"] = either(back_off, lower, scale)
+        if self.recovery_interval is not None:
+            before = state["recover_to"]
+            after["recover_to"] = ops.where(before < 0, before, -scale)
+        return after
+
+    @staticmethod
+    def _recovering_to(stored: Any, scale: Any) -> Any:
+        """Return the scale that a recovery ends at; 0 if there is none.
+
+        During a run of overflows the scale that it began at is stored as a negative number: only
+        the good step after it can tell how deep the slump was.
+        """
+        deep = ops.logical_and(stored < 0, scale * SLUMP <= -stored)
+        return ops.where(stored < 0, ops.where(deep, -stored, 0.0), stored)

@@ -60,3 +60,37 @@ def count(name: str, value: Any, fix: str) -> int:
             f"`{name}` cannot be used.", received=repr(value), expected=expected, fix=fix
         )
     return int(number)
+
+
+def share(name: str, value: Any, fix: str) -> float:
+    """Return `value` as a float from 0 up to but not including 1."""
+    expected = "a number from 0 to 1, 1 excluded"
+    number = _real(name, value, expected, fix)
+    if not 0.0 <= number < 1.0:
+        raise LossScaleError(
+            f"`{name}` cannot be used.", received=repr(value), expected=expected, fix=fix
+        )
+    return number
+
+
+def switch(name: str, value: Any) -> bool:
+    """Return `value` as a bool."""
+    if not isinstance(value, bool | np.bool_):
+        raise LossScaleError(
+            f"`{name}` cannot be used.",
+            received=repr(value),
+            expected="a bool, True or False",
+            fix="Pass True or False.",
+        )
+    return bool(value)
+
+
+def enclosed(low: float, first: float, high: float) -> None:
+    """Check that the initial scale lies inside its bounds."""
+    if not low <= first <= high:
+        raise LossScaleError(
+            "The bounds do not enclose the initial scale.",
+            received=f"min_scale={low:g}, initial_scale={first:g}, max_scale={high:g}",
+            expected="min_scale <= initial_scale <= max_scale",
+            fix="Move the initial scale, or the bound that it crosses.",
+        )

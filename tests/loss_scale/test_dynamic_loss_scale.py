@@ -25,29 +25,57 @@ class Machine:
         self.scale = np.float32(s.initial_scale)
         self.quiet = 0
         self.allowance = s.hysteresis
+        self.since = []  # whether each step since the scale last moved was an overflow
+        self.slump_began = None  # the scale at the first overflow of the present run
+        self.goal = None  # the scale that a recovery leads back to
 
     def step(self, finite):
         with np.errstate(over="ignore", under="ignore"):
-            if not finite:
-                self.quiet = 0
-                self.allowance = max(0, self.allowance - 1)
-                if self.allowance == 0:
-                    lower = self.scale * np.float32(self.s.backoff_factor)
-                    self.scale = max(lower, np.float32(self.s.min_scale))
-                return
-            self.quiet += 1
-            if self.quiet == self.s.growth_interval:
-                higher = self.scale * np.float32(self.s.growth_factor)
-                self.scale = min(higher, np.float32(self.s.max_scale))
-                self.quiet = 0
-                self.allowance = self.s.hysteresis
+            self.since.append(not finite)
+            self._good() if finite else self._bad()
+
+    def _bad(self):
+        self.quiet = 0
+        self.goal = None
+        if self.slump_began is None:
+            self.slump_began = self.scale
+        self.allowance = max(0, self.allowance - 1)
+        share = np.float32(sum(self.since)) / np.float32(len(self.since))
+        if self.allowance == 0 and share >= np.float32(self.s.tolerance):
+            lower = self.scale * np.float32(self.s.backoff_factor)
+            self.scale = max(lower, np.float32(self.s.min_scale))
+            self.since = []
+
+    def _good(self):
+        if self.slump_began is not None and self.scale * np.float32(256) <= self.slump_began:
+            self.goal = self.slump_began
+        self.slump_began = None
+        hurry = self.goal is not None and self.s.recovery_interval is not None
+        patience = self.s.growth_interval
+        if hurry:
+            patience = min(patience, self.s.recovery_interval)
+        self.quiet += 1
+        if self.s.consecutive_hysteresis:
+            self.allowance = self.s.hysteresis
+        if self.quiet >= patience:
+            higher = self.scale * np.float32(self.s.growth_factor)
+            self.scale = min(higher, np.float32(self.s.max_scale))
+            self.quiet = 0
+            self.allowance = self.s.hysteresis
+            self.since = []
+        if self.goal is not None and self.scale >= self.goal:
+            self.goal = None
 
     def state(self):
-        return {
-            "scale": float(self.scale),
-            "step_counter": self.quiet,
-            "hysteresis_left": self.allowance,
-        }
+        state = {"scale": float(self.scale), "step_counter": self.quiet}
+        if self.s.hysteresis > 1:
+            state["hysteresis_left"] = self.allowance
+        if self.s.tolerance:
+            state["steps_since_change"] = len(self.since)
+            state["overflows_since_change"] = sum(self.since)
+        if self.s.recovery_interval:
+            state["recover_to"] = float(self.goal or -(self.slump_began or 0.0))
+        return state
 
 
 @st.composite
@@ -62,6 +90,9 @@ def schedules(draw):
         backoff_factor=draw(st.sampled_from([0.5, 0.75, 0.9999, 0.125, 2.0**-60])),
         growth_interval=draw(st.integers(1, 4)),
         hysteresis=draw(st.integers(1, 3)),
+        consecutive_hysteresis=draw(st.booleans()),
+        tolerance=draw(st.sampled_from([0.0, 0.05, 0.25, 0.5, 0.75])),
+        recovery_interval=draw(st.none() | st.integers(1, 4)),
     )
 
 
@@ -74,6 +105,9 @@ def _numbers(state):
 @example(DynamicLossScale(), [False] * 20)
 @example(DynamicLossScale(growth_interval=1), [True] * 12)
 @example(DynamicLossScale(growth_interval=1, initial_scale=LARGEST, max_scale=LARGEST), [True])
+@example(DynamicLossScale(recovery_interval=1), [True] + [False] * 9 + [True] * 12)
+@example(DynamicLossScale(recovery_interval=1), [False] * 9 + [True] * 3 + [False] + [True] * 3)
+@example(DynamicLossScale(tolerance=0.25), [True] * 4 + [False, True] * 6)
 @example(DynamicLossScale(hysteresis=2, growth_interval=2), [False, True, False, True, True, False])
 def test_follows_the_same_rule_as_an_independent_state_machine(schedule, steps):
     machine = Machine(schedule)
@@ -103,7 +137,41 @@ def test_the_defaults_are_the_documented_ones():
         "hysteresis": 1,
         "min_scale": 1.0,
         "max_scale": 16777216.0,
+        "consecutive_hysteresis": False,
+        "tolerance": 0.0,
+        "recovery_interval": None,
     }
+
+
+def _scales(schedule, steps):
+    state, scales = schedule.init(), []
+    for finite in steps:
+        state = schedule.update(state, finite)
+        scales.append(_numbers(state)["scale"])
+    return scales
+
+
+def test_after_a_slump_the_scale_is_back_in_steps_and_not_in_epochs():
+    """Fault 5: without a recovery, each doubling takes a whole growth interval."""
+    steps = [False] * 10 + [True] * 200
+    assert _scales(DynamicLossScale(), steps)[-1] == 2.0**5
+    assert _scales(DynamicLossScale(recovery_interval=20), steps)[-1] == 2.0**15
+    # Back there, it hurries no more.
+    assert _scales(DynamicLossScale(recovery_interval=20), [*steps, *[True] * 200])[-1] == 2.0**15
+
+
+def test_hysteresis_counts_overflows_in_a_row_or_all_of_them():
+    steps = [False, True] * 3
+    assert _scales(DynamicLossScale(hysteresis=2), steps)[-1] == 2.0**13
+    consecutive = DynamicLossScale(hysteresis=2, consecutive_hysteresis=True)
+    assert _scales(consecutive, steps)[-1] == 2.0**15
+    assert _scales(consecutive, [False, False])[-1] == 2.0**14
+
+
+def test_a_share_of_overflows_below_the_tolerance_is_accepted():
+    schedule = DynamicLossScale(tolerance=0.25)
+    assert _scales(schedule, [True, True, True, True, False])[-1] == 2.0**15  # 1 of 5
+    assert _scales(schedule, [True, True, True, False])[-1] == 2.0**14  # 1 of 4
 
 
 SCALES = ("initial_scale", "min_scale", "max_scale")
@@ -113,6 +181,9 @@ REFUSED = [
     *((n, v) for n in SCALES for v in [0, 0.0, -1, np.inf, -np.inf, np.nan, 1e-46, 1e39, 10**400]),
     *(("growth_factor", v) for v in [1, 1.0, 0.5, 0, -2, np.inf, np.nan, 10**400]),
     *(("backoff_factor", v) for v in [1, 1.5, 0, -0.5, np.inf, np.nan, -(10**400)]),
+    *(("tolerance", v) for v in [1, 1.0, -0.1, np.inf, np.nan]),
+    *(("consecutive_hysteresis", v) for v in [0, 1, None, "yes"]),
+    *(("recovery_interval", v) for v in [0, -1, 2.5, np.nan, "2", True]),
     *((n, v) for n in COUNTS for v in [0, -1, 2.5, 2**31, np.inf, np.nan, 10**400]),
     *((n, v) for n in (*SCALES, *COUNTS, "growth_factor", "backoff_factor") for v in NO_NUMBER),
 ]
