@@ -3,5 +3,13 @@
 from kerasmp.loss_scale.base import LossScale, resolve
 from kerasmp.loss_scale.dynamic import DynamicLossScale
 from kerasmp.loss_scale.fixed import FixedLossScale, NoLossScale
+from kerasmp.loss_scale.log_max import LogMaxLossScale
 
-__all__ = ["DynamicLossScale", "FixedLossScale", "LossScale", "NoLossScale", "resolve"]
+__all__ = [
+    "DynamicLossScale",
+    "FixedLossScale",
+    "LogMaxLossScale",
+    "LossScale",
+    "NoLossScale",
+    "resolve",
+]

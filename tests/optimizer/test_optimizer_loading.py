@@ -127,8 +127,8 @@ def test_a_file_from_another_schedule_loads_what_both_have():
     fixed.build(variables)
     store = {}
     fixed.save_own_variables(store)
-    dynamic = LossScaleOptimizer("sgd")
+    dynamic = LossScaleOptimizer("sgd", loss_scale=DynamicLossScale(hysteresis=3))
     dynamic.build(variables)
     dynamic.load_own_variables(store)
     assert dynamic.loss_scale == 64.0
-    assert int(ops.convert_to_tensor(dynamic.hysteresis_left)) == 1
+    assert int(ops.convert_to_tensor(dynamic.hysteresis_left)) == 3

@@ -1,0 +1,125 @@
+"""The scale that follows statistics of the gradients' largest value."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import keras
+from keras import ops
+
+from kerasmp.loss_scale import validation
+from kerasmp.loss_scale.base import LossScale, State, either
+
+# The exponent at which float16 overflows.
+LARGEST_EXPONENT = 16.0
+
+
+@keras.saving.register_keras_serializable(package="kerasmp")
+@dataclasses.dataclass(frozen=True)
+class LogMaxLossScale(LossScale):
+    """As high as keeps an overflow unlikely, by the gradients seen so far.
+
+    The logarithm (base 2) of the largest gradient is taken as normally distributed. Its running
+    mean m and standard deviation s give the scale 2**(16 - (m + deviations * s)), rounded down to a
+    power of two so that scaling stays exact. An overflow, of which only a bound is known, counts as
+    a maximum of 2**16 / scale, and the scale is halved at least. A step whose gradients are all
+    zero says nothing and changes nothing.
+
+    Args:
+        initial_scale: The first scale, default 32768.
+        deviations: Standard deviations kept free, default 3.09: one overflow in a thousand steps.
+        mean_decay: Of the running mean, between 0 and 1, default 0.99.
+        variance_decay: Of the running variance, between 0 and 1, default 0.999.
+        min_scale: The floor, default 1.
+        max_scale: The ceiling, default 2**24.
+
+    Raises:
+        LossScaleError: For any value outside these ranges, or bounds that do not enclose
+            `initial_scale`.
+
+    References:
+        Kuchaiev et al., OpenSeq2Seq, 2018, https://arxiv.org/abs/1805.10387 ("LogMax").
+
+    Example:
+
+    >>> schedule = LogMaxLossScale()
+    >>> float(schedule.update(schedule.init(), finite=True, gradient_max=4.0)["scale"])
+    16384.0
+    """
+
+    measures: ClassVar[tuple[str, ...]] = ("gradient_max",)
+
+    initial_scale: float = 2.0**15
+    deviations: float = 3.09
+    mean_decay: float = 0.99
+    variance_decay: float = 0.999
+    min_scale: float = 1.0
+    max_scale: float = 2.0**24
+
+    def __post_init__(self) -> None:
+        for name in ("initial_scale", "min_scale", "max_scale"):
+            object.__setattr__(self, name, validation.scale(name, getattr(self, name)))
+        upper = {"deviations": 100.0, "mean_decay": 1.0, "variance_decay": 1.0}
+        usual = {"deviations": 3.09, "mean_decay": 0.99, "variance_decay": 0.999}
+        for name, high in upper.items():
+            fix = f"The usual value is {usual[name]}."
+            value = validation.factor(name, getattr(self, name), 0.0, high, fix)
+            object.__setattr__(self, name, value)
+        validation.enclosed(self.min_scale, self.initial_scale, self.max_scale)
+
+    def init(self) -> State:
+        """Return the state before the first step: running moments, and the weight they hold."""
+        moments = {"mean": 0.0, "mean_weight": 0.0, "slow_mean": 0.0, "square": 0.0}
+        return {**super().init(), **moments, "slow_weight": 0.0}
+
+    def update(self, state: State, finite: Any, gradient_max: Any = 0.0) -> State:
+        """Return the state after a step; see the class for the rule.
+
+        Args:
+            state: The dict of `init`.
+            finite: Scalar bool, whether every gradient was finite.
+            gradient_max: Scalar, the largest absolute value of the unscaled gradients; 0, the
+                default, if it is not known.
+        """
+        scale = self.bounded(state["scale"])
+        state = {key: ops.convert_to_tensor(value) for key, value in state.items()}
+        largest = ops.convert_to_tensor(gradient_max, dtype="float32")
+        at_least = LARGEST_EXPONENT - _log2(scale)
+        exponent = either(finite, _log2(ops.where(largest > 0, largest, 1.0)), at_least)
+        known = either(finite, largest > 0, ops.ones_like(largest > 0))
+
+        fast, slow = self.mean_decay, self.variance_decay
+        seen = {
+            "mean": _moved(state["mean"], exponent, fast),
+            "mean_weight": _moved(state["mean_weight"], 1.0, fast),
+            "slow_mean": _moved(state["slow_mean"], exponent, slow),
+            "square": _moved(state["square"], exponent * exponent, slow),
+            "slow_weight": _moved(state["slow_weight"], 1.0, slow),
+        }
+        proposed = self.bounded(2.0 ** ops.floor(self._exponent(seen)))
+        lower = ops.maximum(scale * 0.5, self.min_scale)
+        count = state["step_counter"]
+        return {
+            "scale": ops.where(
+                known, either(finite, proposed, ops.minimum(proposed, lower)), scale
+            ),
+            "step_counter": either(finite, count + 1, ops.zeros_like(count)),
+            **{key: ops.where(known, value, state[key]) for key, value in seen.items()},
+        }
+
+    def _exponent(self, seen: State) -> Any:
+        """Return the logarithm of the scale that these moments allow."""
+        slow_mean = seen["slow_mean"] / seen["slow_weight"]
+        variance = seen["square"] / seen["slow_weight"] - slow_mean * slow_mean
+        mean = seen["mean"] / seen["mean_weight"]
+        spread = ops.sqrt(ops.maximum(variance, 0.0))
+        return LARGEST_EXPONENT - (mean + self.deviations * spread)
+
+
+def _log2(value: Any) -> Any:
+    return ops.log(value) / ops.log(ops.full_like(value, 2.0))
+
+
+def _moved(average: Any, value: Any, decay: float) -> Any:
+    return decay * average + (1.0 - decay) * value

@@ -1,0 +1,68 @@
+"""LogMaxLossScale against moments in float64, on draws whose distribution is known."""
+
+import keras
+import numpy as np
+import pytest
+from helpers.stepping import eager, tensors, variables_of
+from keras import ops
+
+from kerasmp.errors import LossScaleError
+from kerasmp.loss_scale.log_max import LogMaxLossScale
+from kerasmp.optimizer import LossScaleOptimizer
+
+
+def _run(schedule, maxima):
+    state = schedule.init()
+    for largest in maxima:
+        state = schedule.update(state, largest is not None, largest or 0.0)
+    return {key: ops.convert_to_numpy(value).item() for key, value in state.items()}
+
+
+def test_the_scale_is_that_of_the_moments_in_float64():
+    exponents = np.random.default_rng(0).normal(-4.0, 1.5, size=60)
+    state = _run(LogMaxLossScale(mean_decay=0.9, variance_decay=0.95), 2.0**exponents)
+
+    def average(values, decay):
+        return np.average(values, weights=decay ** np.arange(len(values))[::-1])
+
+    variance = average(exponents**2, 0.95) - average(exponents, 0.95) ** 2
+    allowed = 16 - (average(exponents, 0.9) + 3.09 * np.sqrt(variance))
+    assert state["scale"] == 2.0 ** np.floor(allowed)
+
+
+def test_an_overflow_at_least_halves_the_scale_and_moves_the_mean():
+    before = _run(LogMaxLossScale(), [2.0] * 50)
+    after = _run(LogMaxLossScale(), [2.0] * 50 + [None])
+    # Rounding in float32 may leave a spread just above nothing.
+    assert before["scale"] in {2.0**14, 2.0**15}
+    assert after["scale"] <= before["scale"] / 2
+    assert after["step_counter"] == 0
+
+
+def test_a_step_of_zeros_changes_nothing_but_the_counter():
+    before = _run(LogMaxLossScale(), [2.0, 8.0])
+    after = _run(LogMaxLossScale(), [2.0, 8.0, 0.0])
+    assert after == {**before, "step_counter": 3}
+
+
+def test_overflows_from_the_first_step_on_sink_to_the_floor_and_gradients_lift_it_again():
+    assert _run(LogMaxLossScale(), [None] * 40)["scale"] == 1.0
+    assert _run(LogMaxLossScale(), [None] * 3 + [2.0**-8] * 3000)["scale"] >= 2.0**20
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("deviations", 0), ("mean_decay", 1.0), ("variance_decay", 0), ("initial_scale", 0.5)],
+)
+def test_refuses_what_cannot_work(name, value):
+    with pytest.raises(LossScaleError, match=r"Received: .*Expected: "):
+        LogMaxLossScale(**{name: value})
+
+
+def test_the_optimizer_feeds_it_the_unscaled_maximum():
+    schedule = LogMaxLossScale(initial_scale=8.0)
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.0), loss_scale=schedule)
+    variables = variables_of([1.0, 2.0])
+    optimizer.build(variables)
+    eager(optimizer, tensors([8.0 * 4.0, -8.0]), variables)  # unscaled: 4 at most
+    assert optimizer.loss_scale == 2.0**14
