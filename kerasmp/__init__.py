@@ -2,7 +2,13 @@
 
 from kerasmp import errors, layers, loss_scale
 from kerasmp.callbacks import OverflowMonitor
-from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale, NoLossScale
+from kerasmp.loss_scale import (
+    DynamicLossScale,
+    FixedLossScale,
+    LogMaxLossScale,
+    LossScale,
+    NoLossScale,
+)
 from kerasmp.model import Model, Sequential
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.policy import (
@@ -18,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DynamicLossScale",
     "FixedLossScale",
+    "LogMaxLossScale",
     "LossScale",
     "LossScaleOptimizer",
     "Model",
