@@ -9,6 +9,7 @@ from helpers.stepping import (
     Stock,
     assert_same_bits,
     eager,
+    jitted,
     numpy,
     stateless,
     step_of,
@@ -82,7 +83,7 @@ def test_equals_the_plain_optimizer_bit_for_bit_whatever_is_skipped_in_between(m
     scale = 2.0**12
     ours, plain = variables_of(*START), variables_of(*START)
     # One way for both: on JAX the pure step, whose operations XLA sees alike.
-    step = _jitted if BACKEND == "jax" else eager
+    step = jitted if BACKEND == "jax" else eager
     wrapped, inner = LossScaleOptimizer(make(), loss_scale=scale), make()
     for seed in range(4):
         step(wrapped, _gradients(seed, scale), ours)
@@ -90,19 +91,6 @@ def test_equals_the_plain_optimizer_bit_for_bit_whatever_is_skipped_in_between(m
         step(inner, _gradients(seed), plain)
     assert_same_bits(numpy(ours), numpy(plain))
     assert_same_bits(numpy(wrapped.inner_optimizer.variables), numpy(inner.variables))
-
-
-def _jitted(optimizer, grads, variables):
-    import jax
-
-    optimizer.build(variables)
-    if not hasattr(optimizer, "_test_step"):
-        optimizer._test_step = jax.jit(optimizer.stateless_apply)
-    values, state = optimizer._test_step(
-        [v.value for v in optimizer.variables], grads, [v.value for v in variables]
-    )
-    for variable, value in zip([*variables, *optimizer.variables], [*values, *state], strict=True):
-        variable.assign(value)
 
 
 @settings(max_examples=15, deadline=None)
