@@ -13,6 +13,7 @@ from kerasmp.loss_scale.base import LossScale, State, either
 
 # The exponent at which float16 overflows.
 LARGEST_EXPONENT = 16.0
+_MOMENTS = ("mean", "mean_weight", "slow_mean", "square", "slow_weight")
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -70,8 +71,7 @@ class LogMaxLossScale(LossScale):
 
     def init(self) -> State:
         """Return the state before the first step: running moments, and the weight they hold."""
-        moments = {"mean": 0.0, "mean_weight": 0.0, "slow_mean": 0.0, "square": 0.0}
-        return {**super().init(), **moments, "slow_weight": 0.0}
+        return {**super().init(), **dict.fromkeys(_MOMENTS, 0.0)}
 
     def update(self, state: State, finite: Any, gradient_max: Any = 0.0) -> State:
         """Return the state after a step; see the class for the rule.
@@ -90,6 +90,9 @@ class LogMaxLossScale(LossScale):
         known = either(finite, largest > 0, ops.ones_like(largest > 0))
 
         fast, slow = self.mean_decay, self.variance_decay
+        # Running moments never forget an inf or NaN that was loaded: they begin anew then.
+        sound = ops.isfinite(sum(state[key] for key in _MOMENTS))
+        state |= {key: ops.where(sound, state[key], 0.0) for key in _MOMENTS}
         seen = {
             "mean": _moved(state["mean"], exponent, fast),
             "mean_weight": _moved(state["mean_weight"], 1.0, fast),

@@ -66,3 +66,11 @@ def test_the_optimizer_feeds_it_the_unscaled_maximum():
     optimizer.build(variables)
     eager(optimizer, tensors([8.0 * 4.0, -8.0]), variables)  # unscaled: 4 at most
     assert optimizer.loss_scale == 2.0**14
+
+
+@pytest.mark.parametrize("key", ["mean", "mean_weight", "slow_mean", "square", "slow_weight"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_moment_that_was_loaded_broken_does_not_hold_the_scale_down(key, bad):
+    schedule = LogMaxLossScale()
+    state = schedule.update({**schedule.init(), key: bad}, True, gradient_max=4.0)
+    assert float(ops.convert_to_numpy(state["scale"])) == 2.0**14
