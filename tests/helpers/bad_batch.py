@@ -6,6 +6,9 @@ A row of 3000 gives a finite loss and gradients beyond float16; a row of inf a l
 import keras
 import numpy as np
 
+import kerasmp as mp
+
+CLASSES = {"ours": mp.LossScaleOptimizer, "stock": keras.optimizers.LossScaleOptimizer}
 ROWS = 8
 SCALE = 2.0**10
 GOOD = np.random.default_rng(0).normal(size=(4, ROWS, 4)).astype("float32")
@@ -38,9 +41,12 @@ def flat(values):
 
 
 def outcome(model, optimizer):
-    """Return the weights, and what our optimizer has counted."""
-    return {
-        "weights": flat(model.get_weights()),
+    """Return the weights and, of our optimizer, its state and what it has counted."""
+    weights = {"weights": flat(model.get_weights())}
+    if not isinstance(optimizer, mp.LossScaleOptimizer):
+        return weights
+    return weights | {
+        "state": flat(optimizer.get_weights()),
         "scale": optimizer.loss_scale,
         "skipped": optimizer.skipped_steps,
         "applied": optimizer.applied_steps,

@@ -6,12 +6,10 @@ Runs in a process of its own: see `helpers.processes`.
 import keras
 import numpy as np
 import tensorflow as tf
-from helpers.bad_batch import ROWS, SCALE, batches, flat, network, outcome, targets
+from helpers.bad_batch import CLASSES, ROWS, SCALE, batches, flat, network, outcome, targets
 from keras import ops
 
 import kerasmp as mp
-
-CLASSES = {"ours": mp.LossScaleOptimizer, "stock": keras.optimizers.LossScaleOptimizer}
 
 
 def strategy_on(replicas):
@@ -95,7 +93,5 @@ def train(cls, ways, replicas, value, guarded=False):  # noqa: FBT002 - JSON nam
 
 def _run(strategy, cls, way, data, *, guarded):
     model, optimizer = _train(strategy, cls, way, data, guarded=guarded)
-    if cls == "stock":
-        return {"weights": flat(model.get_weights())}
     variables = [*model.trainable_variables, *optimizer.variables]
     return outcome(model, optimizer) | {"copies": _copies(strategy, variables)}
