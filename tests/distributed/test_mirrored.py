@@ -3,9 +3,11 @@
 Each process trains without the bad batch, and then with it, its bad row on each replica in turn.
 """
 
+import keras
 import numpy as np
 import pytest
 from helpers import bad_batch, processes
+from keras import ops
 
 pytestmark = pytest.mark.backend("tensorflow")
 
@@ -50,3 +52,33 @@ def test_stock_keras_applies_the_second_replicas_overflow_and_destroys_the_weigh
     runs = train("stock", ["fit"], 2, OVERFLOW)["fit"]
     assert np.isfinite(runs["clean"]["weights"]).all()
     assert not np.isfinite(runs["bad"][1]["weights"]).all()
+
+
+def apply_once(*cases):
+    return processes.call("helpers.mirrored:apply_once", replicas=2, cases=cases)
+
+
+def test_gradients_that_overflow_only_in_their_sum_are_skipped():
+    each = 2e38 / bad_batch.SCALE  # times the scale finite on each replica, but not the sum of both
+    both, cancelling = apply_once(
+        {"parts": [[each, 0.0], [each, 1.0]]}, {"parts": [[each, 0.0], [-each, 1.0]]}
+    )
+    assert both == {"weight": [0.0, 0.0], "skipped": 1}
+    assert cancelling == {"weight": [0.0, -1.0], "skipped": 0}
+
+
+def test_clipping_goes_by_the_gradient_of_the_whole_batch():
+    parts, whole = [[3.0, -1.0], [0.0, 5.0]], [3.0, 4.0]
+    clipping = [{"global_clipnorm": 1.0}, {"clipnorm": 1.0}, {"clipvalue": 3.5}]
+    results = apply_once(
+        *({"parts": parts, "cls": cls} | each for cls in ("ours", "stock") for each in clipping)
+    )
+    weights = [result["weight"] for result in results]
+    one_device = []
+    for each in clipping:
+        weight = keras.Variable([0.0, 0.0])
+        keras.optimizers.SGD(1.0, **each).apply([ops.array(whole)], [weight])
+        one_device.append(ops.convert_to_numpy(weight))
+    np.testing.assert_allclose(weights[:3], one_device, rtol=1e-6)
+    # Stock Keras clips each replica's share by itself, and adds up what is left of them.
+    assert (np.abs(np.subtract(weights[3:], one_device)).max(axis=1) > 0.1).all()

@@ -95,3 +95,24 @@ def _run(strategy, cls, way, data, *, guarded):
     model, optimizer = _train(strategy, cls, way, data, guarded=guarded)
     variables = [*model.trainable_variables, *optimizer.variables]
     return outcome(model, optimizer) | {"copies": _copies(strategy, variables)}
+
+
+def apply_once(replicas, cases):
+    """Return, for each of `cases`, what `_apply_once` returns for it."""
+    strategy = strategy_on(replicas)
+    return [_apply_once(strategy, **case) for case in cases]
+
+
+def _apply_once(strategy, parts, cls="ours", **clipping):
+    """Return a weight after SGD(1) was given `parts[i]` as gradient on replica `i`."""
+    with strategy.scope():
+        weight = keras.Variable([0.0] * len(parts[0]))
+        optimizer = CLASSES[cls](keras.optimizers.SGD(1.0, **clipping), initial_scale=SCALE)
+        optimizer.build([weight])
+
+    def replica_step(gradient):
+        optimizer.apply([gradient * optimizer.scale_loss(1.0)], [weight])
+
+    parts = [tf.constant(part) for part in parts]
+    strategy.run(tf.function(replica_step), args=(per_replica(strategy, parts),))
+    return {"weight": weight.numpy().tolist(), "skipped": getattr(optimizer, "skipped_steps", None)}
