@@ -1,0 +1,92 @@
+"""Two TensorFlow workers train one model; an overflow in one of them is skipped by both.
+
+Started by itself, it is both workers on this machine. On machines of your own, set TF_CONFIG on
+each and start it there. `fit` does not work under MultiWorkerMirroredStrategy in Keras 3, whatever
+the optimizer: the loop is written by hand.
+
+Backend: tensorflow
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+STEPS, ROWS = 60, 64  # rows of each worker in a step
+
+
+def start_both():
+    with socket.socket() as first, socket.socket() as second:
+        for each in (first, second):
+            each.bind(("127.0.0.1", 0))
+        workers = [f"127.0.0.1:{each.getsockname()[1]}" for each in (first, second)]
+    configs = [
+        {"cluster": {"worker": workers}, "task": {"type": "worker", "index": i}} for i in range(2)
+    ]
+    processes = [
+        subprocess.Popen([sys.executable, __file__], env={**os.environ, "TF_CONFIG": json.dumps(c)})
+        for c in configs
+    ]
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    sys.exit(max(codes, key=abs))
+
+
+def work():
+    import tensorflow as tf
+
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()  # before anything else of TensorFlow
+
+    import keras
+    import numpy as np
+
+    import kerasmp as mp
+
+    rank = strategy.cluster_resolver.task_id
+    keras.utils.set_random_seed(0)  # the same weights everywhere
+    with strategy.scope(), mp.policy_scope("mixed_float16"):
+        model = keras.Sequential(
+            [keras.Input((8,)), keras.layers.Dense(32, activation="tanh"), mp.layers.DenseHead(1)]
+        )
+        optimizer = mp.LossScaleOptimizer(keras.optimizers.Adam(1e-2))
+        optimizer.build(model.trainable_variables)
+
+    def replica_step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(y - model(x, training=True)))
+            # Gradients are summed over the workers: each gives its share of the mean.
+            scaled_loss = optimizer.scale_loss(loss / strategy.num_replicas_in_sync)
+        gradients = tape.gradient(scaled_loss, model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)
+        return loss
+
+    @tf.function
+    def train_step(x, y):
+        losses = strategy.run(replica_step, args=(x, y))
+        return strategy.reduce(tf.distribute.ReduceOp.MEAN, losses, axis=None)
+
+    rng = np.random.default_rng(rank)  # other rows for each worker
+    losses = []
+    for _ in range(STEPS):
+        x = rng.normal(size=(ROWS, 8)).astype("float32")
+        losses.append(float(train_step(tf.constant(x), tf.constant(x[:, :1]))))
+    print(f"worker {rank}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    assert losses[-1] < losses[0] / 2
+
+    # One worker's batch overflows. Both skip, and the weights stay what they were.
+    before = model.get_weights()
+    x = np.full((ROWS, 8), np.inf if rank == 1 else 1.0, "float32")
+    train_step(tf.constant(x), tf.ones((ROWS, 1)))
+    print(f"worker {rank}: {optimizer.skipped_steps} skipped, {optimizer.skip_causes}")
+    assert optimizer.skipped_steps == 1
+    assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+
+
+if __name__ == "__main__":
+    work() if "TF_CONFIG" in os.environ else start_both()
