@@ -8,6 +8,7 @@ from kerasmp.loss_scale import (
     LogMaxLossScale,
     LossScale,
     NoLossScale,
+    UnderflowLossScale,
 )
 from kerasmp.model import Model, Sequential
 from kerasmp.optimizer import LossScaleOptimizer
@@ -32,6 +33,7 @@ __all__ = [
     "OverflowMonitor",
     "Policy",
     "Sequential",
+    "UnderflowLossScale",
     "errors",
     "global_policy",
     "layers",

@@ -4,6 +4,7 @@ from kerasmp.loss_scale.base import LossScale, resolve
 from kerasmp.loss_scale.dynamic import DynamicLossScale
 from kerasmp.loss_scale.fixed import FixedLossScale, NoLossScale
 from kerasmp.loss_scale.log_max import LogMaxLossScale
+from kerasmp.loss_scale.underflow import UnderflowLossScale
 
 __all__ = [
     "DynamicLossScale",
@@ -11,5 +12,6 @@ __all__ = [
     "LogMaxLossScale",
     "LossScale",
     "NoLossScale",
+    "UnderflowLossScale",
     "resolve",
 ]

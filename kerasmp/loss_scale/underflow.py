@@ -1,0 +1,151 @@
+"""The scale that grows only while gradients are flushed to zero, and growing helps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import keras
+from keras import ops
+
+from kerasmp.loss_scale import validation
+from kerasmp.loss_scale.base import LossScale, State, either
+
+# A growth was worth it if it took away this part of the share at least.
+WORTH = 0.1
+# So nearly all values are zero that nothing can be told from the share: only a growth will show.
+ALL = 0.999
+
+
+@keras.saving.register_keras_serializable(package="kerasmp")
+@dataclasses.dataclass(frozen=True)
+class UnderflowLossScale(LossScale):
+    """Up while too many gradient values are flushed to zero, down on overflow.
+
+    `DynamicLossScale` climbs until it overflows, and loses a step each time. This one measures what
+    a higher scale could win: the estimated share of gradient values that float16 flushed to zero,
+    averaged over `window` good steps. Above `max_underflow` the scale grows. If the share has then
+    not fallen by a tenth, the zeros are of another making (of a ReLU, of padding), and the scale
+    stays until the share changes by a tenth. An overflow backs off, and for `growth_interval` good
+    steps after it nothing grows.
+
+    Measuring costs a pass over the gradients in each step.
+
+    Args:
+        initial_scale: The first scale, default 32768.
+        max_underflow: The share of flushed gradient values that is accepted, from 0 up to but not
+            including 1, default 0.001.
+        window: Good steps over which the share is averaged, default 100.
+        growth_factor: More than 1, default 2.
+        backoff_factor: Between 0 and 1, default 0.5.
+        growth_interval: Good steps after an overflow before the scale may grow, default 2000.
+        min_scale: The floor, default 1.
+        max_scale: The ceiling, default 2**24.
+
+    Raises:
+        LossScaleError: For any value outside these ranges, or bounds that do not enclose
+            `initial_scale`.
+
+    References:
+        Zhao et al., Adaptive Loss Scaling for Mixed Precision Training, 2019,
+        https://arxiv.org/abs/1910.12385, which sets the scale of each layer by its estimated
+        underflow; the rule for one scale, by what is measured, is our own.
+
+    Example:
+
+    >>> schedule = UnderflowLossScale(window=1)
+    >>> float(schedule.update(schedule.init(), finite=True, underflow=0.2)["scale"])
+    65536.0
+    >>> float(schedule.update(schedule.init(), finite=True, underflow=0.0)["scale"])
+    32768.0
+    """
+
+    measures: ClassVar[tuple[str, ...]] = ("underflow",)
+
+    initial_scale: float = 2.0**15
+    max_underflow: float = 0.001
+    window: int = 100
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+    min_scale: float = 1.0
+    max_scale: float = 2.0**24
+
+    def __post_init__(self) -> None:
+        for name in ("initial_scale", "min_scale", "max_scale"):
+            object.__setattr__(self, name, validation.scale(name, getattr(self, name)))
+        for name, usual in (("window", 100), ("growth_interval", 2000)):
+            value = validation.count(name, getattr(self, name), f"The usual value is {usual}.")
+            object.__setattr__(self, name, value)
+        for name, low, high, usual in (
+            ("growth_factor", 1.0, math.inf, "2"),
+            ("backoff_factor", 0.0, 1.0, "0.5"),
+        ):
+            fix = f"The usual value is {usual}."
+            value = validation.factor(name, getattr(self, name), low, high, fix)
+            object.__setattr__(self, name, value)
+        share = validation.share(
+            "max_underflow", self.max_underflow, "The usual value is 0.001, one in a thousand."
+        )
+        object.__setattr__(self, "max_underflow", share)
+        validation.enclosed(self.min_scale, self.initial_scale, self.max_scale)
+
+    def init(self) -> State:
+        """Return the state before the first step.
+
+        `underflow_sum` is that of the present window, `underflow_before` the share at which the
+        scale grew last (0 if it did not), `steps_to_wait` what an overflow left to wait for.
+        """
+        return {
+            **super().init(),
+            "underflow_sum": 0.0,
+            "underflow_before": 0.0,
+            "steps_to_wait": 0,
+        }
+
+    def update(self, state: State, finite: Any, underflow: Any = 0.0) -> State:
+        """Return the state after a step; see the class for the rule.
+
+        Args:
+            state: The dict of `init`.
+            finite: Scalar bool, whether every gradient was finite.
+            underflow: Scalar from 0 to 1, the share of gradient values that were flushed to zero;
+                0, the default, if it is not known.
+        """
+        scale = self.bounded(state["scale"])
+        state = {key: ops.convert_to_tensor(value) for key, value in state.items()}
+        none = ops.zeros_like(state["step_counter"])
+        good = self._after_good(state, scale, ops.convert_to_tensor(underflow, dtype="float32"))
+        bad = {
+            "scale": ops.maximum(scale * self.backoff_factor, self.min_scale),
+            "step_counter": none,
+            "underflow_sum": 0.0,
+            "underflow_before": 0.0,
+            "steps_to_wait": none + self.growth_interval,
+        }
+        return {key: either(finite, good[key], bad[key]) for key in good}
+
+    def _after_good(self, state: State, scale: Any, underflow: Any) -> State:
+        steps = state["step_counter"] + 1
+        none = ops.zeros_like(steps)
+        waiting = ops.maximum(state["steps_to_wait"] - 1, none)
+        # A broken sum that was loaded must not last longer than its window.
+        total = state["underflow_sum"] + underflow
+        share = ops.where(ops.isfinite(total), total / self.window, 0.0)
+        before = state["underflow_before"]
+        # Not "has it fallen": a share that has risen belongs to other gradients than before.
+        changed = ops.logical_not(ops.abs(share - before) < WORTH * before)
+        full = steps % self.window == 0
+        grow = ops.logical_and(
+            ops.logical_and(full, waiting == 0),
+            ops.logical_and(share > self.max_underflow, ops.logical_or(changed, share > ALL)),
+        )
+        higher = ops.minimum(scale * self.growth_factor, self.max_scale)
+        return {
+            "scale": ops.where(grow, higher, scale),
+            "step_counter": ops.where(grow, none, steps),
+            "underflow_sum": ops.where(full, 0.0, total),
+            "underflow_before": ops.where(grow, share, before),
+            "steps_to_wait": waiting,
+        }

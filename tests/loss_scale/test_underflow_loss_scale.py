@@ -1,0 +1,94 @@
+"""UnderflowLossScale, on shares given by hand and on gradients whose sizes are known."""
+
+import numpy as np
+import pytest
+from helpers.stepping import eager, tensors, variables_of
+from keras import ops
+
+from kerasmp.errors import LossScaleError
+from kerasmp.loss_scale.underflow import UnderflowLossScale
+from kerasmp.optimizer import LossScaleOptimizer
+
+
+def _scales(schedule, shares):
+    """Return the scale after each step; None is an overflow."""
+    state, scales = schedule.init(), []
+    for share in shares:
+        state = schedule.update(state, share is not None, share or 0.0)
+        scales.append(ops.convert_to_numpy(state["scale"]).item())
+    return scales
+
+
+def test_it_grows_by_the_mean_over_a_window_and_no_single_step():
+    schedule = UnderflowLossScale(8.0, max_underflow=0.1, window=4)
+    assert _scales(schedule, [0.38, 0, 0, 0]) == [8, 8, 8, 8]
+    assert _scales(schedule, [0.42, 0, 0, 0]) == [8, 8, 8, 16]
+    # The next window begins from nothing.
+    assert _scales(schedule, [0.38, 0, 0, 0, 0.38, 0, 0, 0])[-1] == 8
+
+
+def test_it_grows_while_the_share_falls_and_no_longer():
+    schedule = UnderflowLossScale(8.0, window=1)
+    assert _scales(schedule, [0.5, 0.4, 0.3, 0.29, 0.29, 0.29]) == [16, 32, 64, 64, 64, 64]
+    assert _scales(schedule, [0.5, 0.4, 0.0009, 0.0]) == [16, 32, 32, 32]
+
+
+def test_a_share_that_has_changed_by_itself_is_tried_anew():
+    schedule = UnderflowLossScale(8.0, window=1)
+    assert _scales(schedule, [0.3, 0.29, 0.29, 0.5]) == [16, 16, 16, 32]
+
+
+def test_where_all_is_zero_it_searches_on():
+    assert _scales(UnderflowLossScale(1.0, window=1, max_scale=64.0), [1.0] * 8)[-1] == 64.0
+
+
+def test_after_an_overflow_it_waits():
+    schedule = UnderflowLossScale(8.0, window=1, growth_interval=3)
+    assert _scales(schedule, [0.5, None, 0.5, 0.5, 0.5]) == [16, 8, 8, 8, 16]
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_broken_sum_is_forgotten_with_its_window(broken):
+    schedule = UnderflowLossScale(8.0, window=2)
+    state = {**schedule.init(), "underflow_sum": broken, "underflow_before": broken}
+    scales = []
+    for _ in range(4):
+        state = schedule.update(state, True, 0.5)
+        scales.append(ops.convert_to_numpy(state["scale"]).item())
+    assert scales == [8, 8, 8, 16]
+
+
+def test_in_the_optimizer_it_stops_where_the_gradients_are_seen():
+    schedule = UnderflowLossScale(1.0, window=2)
+    optimizer = LossScaleOptimizer("sgd", loss_scale=schedule)
+    variables = variables_of(np.zeros(4000))
+    true = np.random.default_rng(0).lognormal(np.log(2.0**-26), 2.0, size=4000)
+
+    def flushed(scale):
+        return np.mean(np.float16(true * scale) == 0)
+
+    for _ in range(60):
+        scale = optimizer.loss_scale
+        eager(optimizer, tensors(np.float16(true * scale).astype("float32")), variables)
+    assert flushed(1.0) > 0.4
+    assert flushed(optimizer.loss_scale) < 0.002
+    assert 2.0**9 <= optimizer.loss_scale <= 2.0**13  # and not the ceiling
+    assert optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_underflow", 1.0),
+        ("max_underflow", -0.1),
+        ("window", 0),
+        ("growth_interval", 2.5),
+        ("growth_factor", 1.0),
+        ("backoff_factor", 1.0),
+        ("initial_scale", 0.0),
+        ("min_scale", 2.0**16),
+    ],
+)
+def test_what_cannot_work_is_refused(name, value):
+    with pytest.raises(LossScaleError, match=name):
+        UnderflowLossScale(**{name: value})
