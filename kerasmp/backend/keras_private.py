@@ -12,6 +12,7 @@ import inspect
 from typing import Any
 
 import keras
+from keras.optimizers.schedules import LearningRateSchedule
 from keras.src.models.functional import Functional
 from keras.src.models.model import functional_init_arguments
 
@@ -21,6 +22,7 @@ __all__ = [
     "flatten_layers",
     "float16_layers",
     "functional_init_arguments",
+    "learning_rate_schedules",
     "weights_and_averages",
 ]
 
@@ -55,6 +57,18 @@ def weights_and_averages(optimizer: Any) -> list[tuple[Any, Any]]:
             strict=True,
         )
         if average is not None
+    ]
+
+
+def learning_rate_schedules(optimizer: Any) -> list[tuple[Any, Any]]:
+    """Return each optimizer inside, or the optimizer itself, with its learning-rate schedule.
+
+    Those without a schedule are left out. Publicly `learning_rate` gives the present number alone.
+    """
+    return [
+        (inside, inside._learning_rate)  # noqa: SLF001
+        for inside in getattr(optimizer, "optimizers", [optimizer])
+        if isinstance(inside._learning_rate, LearningRateSchedule)  # noqa: SLF001
     ]
 
 

@@ -73,22 +73,26 @@ class UnderflowLossScale(LossScale):
     max_scale: float = 2.0**24
 
     def __post_init__(self) -> None:
-        for name in ("initial_scale", "min_scale", "max_scale"):
-            object.__setattr__(self, name, validation.scale(name, getattr(self, name)))
-        for name, usual in (("window", 100), ("growth_interval", 2000)):
-            value = validation.count(name, getattr(self, name), f"The usual value is {usual}.")
+        checked = {
+            "initial_scale": validation.scale("initial_scale", self.initial_scale),
+            "min_scale": validation.scale("min_scale", self.min_scale),
+            "max_scale": validation.scale("max_scale", self.max_scale),
+            "max_underflow": validation.share(
+                "max_underflow", self.max_underflow, "The usual value is 0.001, one in a thousand."
+            ),
+            "window": validation.count("window", self.window, "The usual value is 100."),
+            "growth_factor": validation.factor(
+                "growth_factor", self.growth_factor, 1.0, math.inf, "The usual value is 2."
+            ),
+            "backoff_factor": validation.factor(
+                "backoff_factor", self.backoff_factor, 0.0, 1.0, "The usual value is 0.5."
+            ),
+            "growth_interval": validation.count(
+                "growth_interval", self.growth_interval, "The usual value is 2000."
+            ),
+        }
+        for name, value in checked.items():
             object.__setattr__(self, name, value)
-        for name, low, high, usual in (
-            ("growth_factor", 1.0, math.inf, "2"),
-            ("backoff_factor", 0.0, 1.0, "0.5"),
-        ):
-            fix = f"The usual value is {usual}."
-            value = validation.factor(name, getattr(self, name), low, high, fix)
-            object.__setattr__(self, name, value)
-        share = validation.share(
-            "max_underflow", self.max_underflow, "The usual value is 0.001, one in a thousand."
-        )
-        object.__setattr__(self, "max_underflow", share)
         validation.enclosed(self.min_scale, self.initial_scale, self.max_scale)
 
     def init(self) -> State:

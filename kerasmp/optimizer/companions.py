@@ -9,6 +9,7 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
 from kerasmp.errors import LossScaleError
+from kerasmp.optimizer.advancing import include_skips
 from kerasmp.optimizer.arguments import INNER_ARGUMENTS
 
 
@@ -20,6 +21,7 @@ class InnerSettings:
     """
 
     inner_optimizer: Any
+    skips_advance_schedules: bool
 
     def __setattr__(self, name: str, value: Any) -> None:
         # The parent class has these settings too, and no step ever looks at them there.
@@ -40,6 +42,20 @@ class InnerSettings:
             **kwargs: The same: `var_list`, `var_names`.
         """
         self.inner_optimizer.exclude_from_weight_decay(*args, **kwargs)
+
+    @property
+    def learning_rate(self) -> Any:
+        """The inner optimizer's learning rate: its variable, or what its schedule gives now.
+
+        Settable, as in Keras: to a number if it is one, or before `build` to a schedule.
+        """
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: Any) -> None:
+        self.inner_optimizer.learning_rate = value
+        if self.skips_advance_schedules:
+            include_skips(self)
 
     @property
     def optimizers(self) -> Any:

@@ -35,3 +35,8 @@ def counted(counts: Any, cause: Any) -> Any:
 def skipped_last(counts: Any) -> Any:
     """Return whether `counts`, a vector over `COUNTERS`, say that the last step was skipped."""
     return ops.convert_to_tensor(counts)[COUNTERS.index("consecutive_skips")] > 0
+
+
+def skipped_in_all(counts: Any) -> Any:
+    """Return how many steps were skipped, by `counts`, a vector over `COUNTERS`."""
+    return ops.convert_to_tensor(counts)[COUNTERS.index("skipped_steps")]

@@ -11,7 +11,9 @@ from keras import ops
 
 from kerasmp import backend
 from kerasmp.errors import LossScaleError, LossScaleWarning
+from kerasmp.loss_scale import validation
 from kerasmp.optimizer import arguments
+from kerasmp.optimizer.advancing import include_skips
 from kerasmp.optimizer.causes import Forgetful, LossNotes
 from kerasmp.optimizer.companions import InnerSettings, kept_by_a_trace
 from kerasmp.optimizer.step import Step, SteppingState
@@ -44,6 +46,9 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
         initial_scale: As in Keras 2 and 3: the first scale of the dynamic schedule, or with
             `dynamic=False` the fixed one.
         dynamic_growth_steps: As in Keras 2 and 3: `growth_interval` of the dynamic schedule.
+        skips_advance_schedules: Whether a skipped step moves a `LearningRateSchedule` of the inner
+            optimizer on, as if it had been applied; default False. For schedules that shall end
+            with the last batch. `iterations`, by which moments and averages go, never counts it.
         name: Name of the optimizer.
         **kwargs: Refused, with a word on where each belongs.
 
@@ -81,6 +86,7 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
         dynamic: bool | None = None,
         initial_scale: float | None = None,
         dynamic_growth_steps: int | None = None,
+        skips_advance_schedules: bool = False,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -101,6 +107,11 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
         object.__setattr__(self, "_unscaled", UnscaledMarks())
         self.inner_optimizer = inner_optimizer
         self.schedule = schedule
+        self.skips_advance_schedules = validation.switch(
+            "skips_advance_schedules", skips_advance_schedules
+        )
+        if self.skips_advance_schedules:
+            include_skips(self)
         if inner_optimizer.loss_scale_factor is not None:
             warnings.warn(
                 f"The inner optimizer's loss_scale_factor={inner_optimizer.loss_scale_factor} is "
@@ -298,6 +309,7 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
             "name": self.name,
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
             "loss_scale": keras.saving.serialize_keras_object(self.schedule),
+            "skips_advance_schedules": self.skips_advance_schedules,
         }
 
     @classmethod

@@ -121,3 +121,10 @@ def test_no_other_room_imports_keras_privates():
             if any(m.startswith("keras.src") for m in modules) and path.parent.name != "backend":
                 offenders.append(str(path.relative_to(PACKAGE)))
     assert not offenders
+
+
+def test_learning_rate_schedules_are_found_and_numbers_are_not():
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([1], [2.0, 1.0])
+    optimizer = keras.optimizers.SGD(schedule)
+    assert keras_private.learning_rate_schedules(optimizer) == [(optimizer, schedule)]
+    assert keras_private.learning_rate_schedules(keras.optimizers.SGD(0.1)) == []
