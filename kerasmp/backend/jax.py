@@ -55,9 +55,10 @@ def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def start_as(variable: Any, other: Any) -> None:
-    """Give a new variable the value of another one."""
-    # A copy: a train step donates both buffers, and must not donate one twice.
-    variable.assign(jnp.copy(other.value))
+    """Give a variable that holds nothing but zeros the value of another one."""
+    if not jnp.any(variable.value):
+        # A copy: a train step donates both buffers, and must not donate one twice.
+        variable.assign(jnp.copy(other.value))
 
 
 def sync(model: Any) -> None:

@@ -181,7 +181,7 @@ def _branch(finite: Any, update: Callable[[], None], advance: Callable[[bool], N
 
 @tf.autograph.experimental.do_not_convert  # its conditions are about now, not about the graph
 def start_as(variable: Any, other: Any) -> None:
-    """Give a new variable the value of another one."""
+    """Give a variable that holds nothing but zeros the value of another one."""
     # Now, also while a graph is traced, which would run without this the next time.
     with tf.init_scope():
         if not other.value.is_initialized():  # the same trace is just making it

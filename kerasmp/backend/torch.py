@@ -61,9 +61,10 @@ def run_step(
 
 
 def start_as(variable: Any, other: Any) -> None:
-    """Give a new variable the value of another one."""
+    """Give a variable that holds nothing but zeros the value of another one."""
     with torch.no_grad():
-        variable.assign(other.value)
+        if not variable.value.any():
+            variable.assign(other.value)
 
 
 def sync(model: Any) -> None:

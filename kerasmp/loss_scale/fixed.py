@@ -65,6 +65,14 @@ class FixedLossScale(LossScale):
         """The largest float32."""
         return validation.LARGEST_SCALE
 
+    def bounded(self, scale: Any) -> Any:
+        """Return `scale` within the bounds; where it is infinite, the scale of this schedule.
+
+        From the largest float32, at which every gradient overflows, nothing would bring it down.
+        """
+        inside = super().bounded(scale)
+        return ops.where(inside < self.max_scale, inside, self.scale)
+
     def update(self, state: State, finite: Any) -> State:
         """Return the same scale, brought inside the bounds where it was not."""
         return _hold(self, state, finite)

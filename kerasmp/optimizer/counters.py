@@ -8,33 +8,49 @@ from keras import ops
 
 from kerasmp.optimizer.causes import CAUSES
 
-# One variable holds all counters: a step that is fine then writes one and not three.
-COUNTERS = ("applied_steps", "skipped_steps", "consecutive_skips", *CAUSES)
+# A step that is fine adds `APPLIED`, and no more: one kernel. So how many steps were skipped in a
+# row up to now cannot be one of them, but follows from the last streak of skipped steps: how long
+# it was, and how many steps had been applied then.
+COUNTERS = ("applied_steps", "skipped_steps", "streak", "applied_before_streak", *CAUSES)
+APPLIED = tuple(int(name == "applied_steps") for name in COUNTERS)
 
 
-def counted(counts: Any, cause: Any) -> Any:
-    """Return the counters after a step.
+def with_skip(counts: Any, cause: Any) -> Any:
+    """Return the counters after a skipped step.
 
     Args:
         counts: Integer vector over `COUNTERS`.
-        cause: None if the step was applied, else a position in `CAUSES`.
+        cause: Its cause, a position in `CAUSES`.
     """
     counts = ops.convert_to_tensor(counts)
-    if cause is None:
-        keep = [name != "consecutive_skips" for name in COUNTERS]
-        add = [name == "applied_steps" for name in COUNTERS]
-        return counts * ops.cast(keep, counts.dtype) + ops.cast(add, counts.dtype)
     place = ops.arange(len(COUNTERS))
-    skip = ops.logical_or(
-        place == COUNTERS.index("skipped_steps"), place == COUNTERS.index("consecutive_skips")
+    hit = ops.logical_or(
+        place == COUNTERS.index("skipped_steps"),
+        place == ops.cast(cause, place.dtype) + COUNTERS.index(CAUSES[0]),
     )
-    hit = place == ops.cast(cause, place.dtype) + COUNTERS.index(CAUSES[0])
-    return counts + ops.cast(ops.logical_or(skip, hit), counts.dtype)
+    after = counts + ops.cast(hit, counts.dtype)
+    after = ops.where(place == COUNTERS.index("streak"), consecutive_skips(counts) + 1, after)
+    applied = counts[COUNTERS.index("applied_steps")]
+    return ops.where(place == COUNTERS.index("applied_before_streak"), applied, after)
+
+
+def consecutive_skips(counts: Any) -> Any:
+    """Return how many steps were skipped in a row up to now.
+
+    Args:
+        counts: Integer vector over `COUNTERS`.
+    """
+    counts = ops.convert_to_tensor(counts)
+    applied, before, streak = (
+        counts[COUNTERS.index(name)]
+        for name in ("applied_steps", "applied_before_streak", "streak")
+    )
+    return ops.where(applied == before, streak, ops.zeros_like(streak))
 
 
 def skipped_last(counts: Any) -> Any:
     """Return whether `counts`, a vector over `COUNTERS`, say that the last step was skipped."""
-    return ops.convert_to_tensor(counts)[COUNTERS.index("consecutive_skips")] > 0
+    return consecutive_skips(counts) > 0
 
 
 def skipped_in_all(counts: Any) -> Any:

@@ -14,7 +14,7 @@ from kerasmp.backend.keras_private import weights_and_averages
 from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.optimizer import saved
 from kerasmp.optimizer.causes import CAUSES
-from kerasmp.optimizer.counters import COUNTERS, skipped_last
+from kerasmp.optimizer.counters import COUNTERS, consecutive_skips, skipped_last
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,10 +62,10 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
                 self._add_to_state(key, value)
             if not self.inner_optimizer.built:
                 self.inner_optimizer.build(var_list)
-                # Keras's averages begin as zeros and take the weights at the first update. Until
-                # then, if steps are skipped, SwapEMAWeights would put zeros into the model.
-                for variable, average in weights_and_averages(self.inner_optimizer):
-                    backend.current().start_as(average, variable)
+            # Keras's averages begin as zeros and take the weights at the first update. Until then,
+            # if steps are skipped, SwapEMAWeights would put zeros into the model.
+            for variable, average in weights_and_averages(self.inner_optimizer):
+                backend.current().start_as(average, variable)
         keras.optimizers.Optimizer.build(self, var_list)
 
     def _add_to_state(self, key: str, value: float) -> None:
@@ -118,7 +118,7 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
     @property
     def consecutive_skips(self) -> int:
         """Steps skipped in a row up to now."""
-        return self._count("consecutive_skips")
+        return int(consecutive_skips(self._read("counts_variable"))) if self.built else 0
 
     @property
     def applied_steps(self) -> int:
@@ -152,7 +152,8 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
         "floor": the same where the scale can sink no further. "unknown": `apply` did not see the
         loss (with a stock `keras.Model` on JAX it cannot), and treated it as "gradients".
         """
-        return {cause: self._count(cause) for cause in CAUSES}
+        counts = self._read("counts_variable").tolist() if self.built else [0] * len(COUNTERS)
+        return {cause: counts[COUNTERS.index(cause)] for cause in CAUSES}
 
     @property
     def target_variables(self) -> list[Any]:
@@ -226,7 +227,7 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
         scale = self.loss_scale
         if np.isnan(scale):
             scale = self.schedule.initial_scale
-        self.dynamic_scale.assign(min(max(scale, self.schedule.min_scale), self.schedule.max_scale))
+        self.dynamic_scale.assign(self.schedule.bounded(scale))
 
     def get_weights(self) -> list[Any]:
         """Return the values of all of `variables`, the inner optimizer's too, as NumPy arrays."""

@@ -11,7 +11,7 @@ from keras import ops
 from kerasmp import backend
 from kerasmp.errors import LossScaleError
 from kerasmp.optimizer.causes import cause_of
-from kerasmp.optimizer.counters import counted, skipped_last
+from kerasmp.optimizer.counters import APPLIED, skipped_last, with_skip
 from kerasmp.optimizer.measures import MEASURES
 from kerasmp.optimizer.state import ScalingState
 from kerasmp.optimizer.unscaled import divided
@@ -29,12 +29,14 @@ class Step:
         variables: The variables that they belong to.
         unscaled: Whether the gradients are those of the unscaled loss already.
         loss_finite: Scalar bool tensor, whether the loss was finite; None if not known.
+        updates: The gradients of the unscaled loss, which the inner optimizer gets.
     """
 
     grads: Sequence[Any]
     variables: Sequence[Any]
     unscaled: bool
     loss_finite: Any
+    updates: Sequence[Any] = ()
 
 
 class SteppingState(ScalingState):
@@ -49,22 +51,33 @@ class SteppingState(ScalingState):
                 expected="a gradient for at least one variable",
                 fix="Check that the loss depends on the trainable variables.",
             )
-        values = [backend.current().dense_values(g) for g in step.grads if g is not None]
-        if self.schedule.min_scale < 1.0 and not step.unscaled:
-            # Dividing by less than 1 can overflow what is still finite.
-            values = [ops.cast(v, "float32") / self.dynamic_scale for v in values]
+        values = [backend.current().dense_values(g) for g in step.updates if g is not None]
         if not values:
             return ops.ones((1,), dtype="bool")
         return ops.stack([ops.all(ops.isfinite(v)) for v in values])
 
+    def _with_updates(self, step: Step) -> Step:
+        """Return the step with its gradients unscaled.
+
+        Before the check, so that it sees what the inner optimizer would: what a scale below 1, or
+        one of 0 that a checkpoint brought, makes of gradients that were finite.
+        """
+        if step.unscaled:
+            return dataclasses.replace(step, updates=step.grads)
+        scale = ops.convert_to_tensor(self.dynamic_scale)
+        pairs = zip(step.grads, step.variables, strict=True)
+        return dataclasses.replace(step, updates=[divided(g, v, scale) for g, v in pairs])
+
     def _update(self, step: Step) -> None:
         """Hand the unscaled gradients to the inner optimizer."""
-        grads = step.grads
-        if not step.unscaled:
-            scale = ops.convert_to_tensor(self.dynamic_scale)
-            pairs = zip(grads, step.variables, strict=True)
-            grads = [divided(g, v, scale) for g, v in pairs]
-        self.inner_optimizer.apply(list(grads), step.variables)
+        inner = self.inner_optimizer
+        updates = list(step.updates)
+        inside = getattr(inner, "optimizers", [inner])
+        if any(optimizer.gradient_accumulation_steps for optimizer in inside):
+            # Keras's accumulators have the dtype of their variable and take no other.
+            pairs = zip(updates, step.variables, strict=True)
+            updates = [None if u is None else _cast(u, v.dtype) for u, v in pairs]
+        inner.apply(updates, step.variables)
 
     def _advance(self, step: Step, finite: Any, applied: bool) -> None:  # noqa: FBT001 - a callback
         """Move the schedule and the counters after a step that was applied or skipped."""
@@ -77,11 +90,13 @@ class SteppingState(ScalingState):
             after = unless_loss_is_to_blame(step.loss_finite, before, after)
         # Before anything is assigned: what was read may be the variable itself.
         cause = None if applied else cause_of(step.loss_finite, scale, self.schedule.min_scale)
-        counts = counted(self.counts_variable, cause)
         for key, value in after.items():
             variables[key].assign(ops.cast(value, variables[key].dtype))
-        self.counts_variable.assign(counts)
-        if not applied:
+        counts = self.counts_variable
+        if applied:
+            counts.assign_add(ops.array(APPLIED, counts.dtype))
+        else:
+            counts.assign(with_skip(counts, cause))
             self._count_nonfinite(step, finite)
 
     def _measured(self, step: Step, scale: Any, *, applied: bool) -> dict[str, Any]:
@@ -121,6 +136,7 @@ class SteppingState(ScalingState):
             return values_after
 
         with keras.StatelessScope(state_mapping=mapping):
+            step = self._with_updates(step)
             finite = self._finite(step)
 
         def applied() -> None:
@@ -157,8 +173,13 @@ class SteppingState(ScalingState):
         for key, value in unless_loss_is_to_blame(keep, old, new).items():
             after[in_schedule[key]] = value
         cause = cause_of(loss_finite, old["scale"], self.schedule.min_scale)
-        after[counts] = ops.where(skipped, counted(before[counts], cause), after[counts])
+        after[counts] = ops.where(skipped, with_skip(before[counts], cause), after[counts])
         return after
+
+
+def _cast(gradient: Any, dtype: Any) -> Any:
+    room = backend.current()
+    return room.with_values(gradient, ops.cast(room.dense_values(gradient), dtype))
 
 
 def unless_loss_is_to_blame(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import keras
 from keras import ops
 
 from kerasmp import backend
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def divided(gradient: Any, variable: Any, scale: Any) -> Any:
-    """Return the gradient of the unscaled loss, in float32.
+    """Return the gradient of the unscaled loss, in float32, or float64 if it came so.
 
     Args:
         gradient: A gradient of the scaled loss, sparse or not, or None.
@@ -29,8 +30,10 @@ def divided(gradient: Any, variable: Any, scale: Any) -> Any:
     if gradient is None or getattr(variable, "overwrite_with_gradient", False):
         return gradient
     room = backend.current()
-    values = ops.cast(room.dense_values(gradient), "float32")
-    return room.with_values(gradient, ops.divide(values, scale))
+    values = room.dense_values(gradient)
+    if keras.backend.standardize_dtype(values.dtype) != "float64":
+        values = ops.cast(values, "float32")
+    return room.with_values(gradient, ops.divide(values, ops.cast(scale, values.dtype)))
 
 
 class UnscaledMarks(Forgetful):

@@ -186,6 +186,7 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
             # JAX branches only in pure code, so the eager step is the pure one, then assigned.
             self._apply_pure(step)
             return
+        step = self._with_updates(step)
         room.run_step(self._finite(step), step, self._update, self._advance, self.inner_optimizer)
 
     def _apply_pure(self, step: Step) -> None:

@@ -136,6 +136,14 @@ def test_averages_that_an_inner_optimizer_already_has_are_kept():
     assert numpy(inner._model_variables_moving_average)[0].tolist() == [3.0, 4.0]
 
 
+def test_averages_of_an_inner_optimizer_that_has_not_stepped_start_as_the_weights_too():
+    variables = variables_of([1.0, 2.0])
+    inner = averaging({})
+    inner.build(variables)
+    built(Ours(inner), variables)
+    assert numpy(inner._model_variables_moving_average)[0].tolist() == [1.0, 2.0]
+
+
 def test_a_variable_that_keeps_no_average_is_passed_over():
     variables = variables_of([1.0], [2.0])
     variables[0].overwrite_with_gradient = True

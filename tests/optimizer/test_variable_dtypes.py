@@ -1,0 +1,54 @@
+"""Variables that are not float32: a step equals that of the plain optimizer, to the last bit."""
+
+import keras
+import numpy as np
+import pytest
+from helpers.stepping import BACKEND, EXACT_WAYS, assert_same_bits, numpy
+from keras import ops
+
+from kerasmp.optimizer import LossScaleOptimizer
+
+SCALE = 2.0**4  # what is scaled by it fits into float16
+# JAX has no float64 unless it is asked for.
+DTYPES = ["float16", "bfloat16"] + ["float64"] * (BACKEND != "jax")
+COMPANY = {
+    "alone": {},
+    "accumulating": {"gradient_accumulation_steps": 2},
+    "averaging": {"use_ema": True, "ema_overwrite_frequency": 2},
+    "decaying": {"weight_decay": 0.5},
+}
+every_way = pytest.mark.parametrize("step", EXACT_WAYS, ids=lambda way: way.__name__)
+
+
+def tensor(values, dtype):
+    return ops.cast(ops.array(values, "float32"), dtype)
+
+
+@every_way
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("company", COMPANY.values(), ids=COMPANY)
+def test_any_float_dtype(company, dtype, step):
+    def make():
+        return keras.optimizers.SGD(0.25, momentum=0.5, **company)
+
+    ours, theirs = (keras.Variable(tensor([1.0, -2.0], dtype), dtype=dtype) for _ in "ab")
+    wrapped, plain = LossScaleOptimizer(make(), loss_scale=SCALE), make()
+    for gradient in ([0.5, -0.25], [np.nan, 1.0], [1.5, 0.75], [0.125, -3.0], [1.0, 1.0]):
+        step(wrapped, [tensor(gradient, dtype) * SCALE], [ours])
+        if np.isfinite(gradient).all():
+            step(plain, [tensor(gradient, dtype)], [theirs])
+    assert (wrapped.applied_steps, wrapped.skipped_steps) == (4, 1)
+    start = ops.convert_to_numpy(tensor([1.0, -2.0], dtype))
+    assert np.all(numpy([ours])[0] != start)
+    assert_same_bits(numpy([ours]), numpy([theirs]))
+    assert_same_bits(numpy(wrapped.inner_optimizer.variables), numpy(plain.variables))
+
+
+@every_way
+@pytest.mark.backend("tensorflow", "torch")
+def test_float64_keeps_what_float32_cannot_hold(step):
+    variable = keras.Variable(tensor([0.0], "float64"), dtype="float64")
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=SCALE)
+    step(optimizer, [ops.array([1e200], "float64")], [variable])
+    assert numpy([variable])[0].tolist() == [-1e200 / SCALE]
+    assert optimizer.applied_steps == 1
