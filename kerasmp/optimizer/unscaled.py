@@ -36,6 +36,26 @@ def divided(gradient: Any, variable: Any, scale: Any) -> Any:
     return room.with_values(gradient, ops.divide(values, ops.cast(scale, values.dtype)))
 
 
+def refuse_baking(value: Any, what: str, fix: str) -> None:
+    """Raise if a function that JAX traces here would keep `value` for all its calls.
+
+    Args:
+        value: What is read of the optimizer's state.
+        what: Who reads it, for the message.
+        fix: How to mend it.
+
+    Raises:
+        LossScaleError: In a traced function that `value` is no argument of.
+    """
+    if backend.current().bakes_in(value):
+        raise LossScaleError(
+            "The traced step would keep the value of its first call for ever.",
+            received=f"{what} in a traced function, where the optimizer's state is a constant",
+            expected="a scale that is part of the step's state",
+            fix=fix,
+        )
+
+
 class UnscaledMarks(Forgetful):
     """Where gradients were unscaled and not applied yet.
 
@@ -119,6 +139,24 @@ class UnscalingByHand:
         """Return `loss` times the current scale."""
         raise NotImplementedError
 
+    def _scale_here(self, what: str) -> Any:
+        """Return the scale as code that may be traced sees it.
+
+        Args:
+            what: Who asks, for the message.
+
+        Raises:
+            LossScaleError: If the trace would keep it for ever.
+        """
+        scale = self.dynamic_scale.value if self.built else self.schedule.initial_scale
+        refuse_baking(
+            scale,
+            what,
+            "Call optimizer.build(model.trainable_variables) before tracing, and scale and unscale "
+            "within `keras.StatelessScope(list(zip(optimizer.variables, values)))`.",
+        )
+        return scale
+
     def get_scaled_loss(self, loss: Any) -> Any:
         """Return the loss times the scale, as in Keras 2; new code calls `scale_loss`.
 
@@ -147,13 +185,14 @@ class UnscalingByHand:
             The gradients in float32, sparse ones still sparse.
 
         Raises:
-            LossScaleError: If it was called before without an `apply` in between.
+            LossScaleError: If it was called before without an `apply` in between. Also while JAX
+                traces a step, outside a `keras.StatelessScope` that holds `variables`.
         """
         grads = list(grads)
+        scale = self._scale_here("get_unscaled_gradients")
         self._unscaled.set(*backend.current().place())
         known = self._trainable_variables if self.built else ()
         variables = known if len(known) == len(grads) else [None] * len(grads)
-        scale = self.dynamic_scale.value if self.built else self.schedule.initial_scale
         return [divided(g, v, scale) for g, v in zip(grads, variables, strict=True)]
 
     def forget_unscaled(self) -> None:

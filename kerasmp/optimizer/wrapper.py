@@ -17,7 +17,7 @@ from kerasmp.optimizer.advancing import include_skips
 from kerasmp.optimizer.causes import Forgetful, LossNotes
 from kerasmp.optimizer.companions import InnerSettings, kept_by_a_trace
 from kerasmp.optimizer.step import Step, SteppingState
-from kerasmp.optimizer.unscaled import UnscaledMarks, UnscalingByHand
+from kerasmp.optimizer.unscaled import UnscaledMarks, UnscalingByHand, refuse_baking
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -135,19 +135,19 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
             LossScaleError: While JAX traces a step, outside a `keras.StatelessScope` that holds
                 `variables`: the scale would be baked in.
         """
-        scale = self.dynamic_scale.value if self.built else self.schedule.initial_scale
-        if backend.current().bakes_in(scale):
-            raise LossScaleError(
-                "The traced step would keep the scale of its first call for ever.",
-                received="scale_loss in a traced function, where the scale is a constant",
-                expected="a scale that is part of the step's state",
-                fix="Call optimizer.build(model.trainable_variables) before tracing, and scale "
-                "within `keras.StatelessScope(list(zip(optimizer.variables, values)))`.",
-            )
+        scale = self._scale_here("scale_loss")
         loss = ops.cast(loss, "float32")
         if backend.current().LOSS_MEETS_APPLY:
             self.note_loss(loss)
         return ops.multiply(loss, scale)
+
+    def _read(self, name: str) -> Any:
+        refuse_baking(
+            getattr(self, name).value,
+            f"a read of `{name}` as a number",
+            "Read it after the step; within a step use the variable, or scale_loss.",
+        )
+        return super()._read(name)
 
     def note_loss(self, loss: Any) -> None:
         """Tell the next `apply` what the loss was, so that it knows why it skips a step.

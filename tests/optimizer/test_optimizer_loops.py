@@ -176,6 +176,18 @@ def test_a_scale_that_jit_would_bake_in_is_an_error(built):
     assert step(1.0) == first != 2.0
 
 
+@pytest.mark.backend("jax")
+@pytest.mark.parametrize("name", ["loss_scale", "skipped_steps", "nonfinite_counts"])
+def test_a_number_that_jit_would_bake_in_is_an_error(name):
+    import jax
+
+    optimizer = LossScaleOptimizer("sgd", loss_scale=8.0)
+    optimizer.build([keras.Variable([1.0])])
+    with pytest.raises(LossScaleError, match=r"Read it after the step"):
+        jax.jit(lambda weight: weight * getattr(optimizer, name))(ops.array([3.0]))
+    assert optimizer.loss_scale == 8.0
+
+
 @pytest.mark.backend("tensorflow")
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_a_graph_that_builds_the_optimizer_does_not_keep_the_first_scale(jit_compile):

@@ -98,11 +98,48 @@ def _traced(function):
     return jax.jit(function)
 
 
+def _unscaled_in_a_scope(optimizer):
+    def unscaled(state, grads):
+        with keras.StatelessScope(list(zip(optimizer.variables, state, strict=True))):
+            return optimizer.get_unscaled_gradients(grads)
+
+    return unscaled
+
+
+@pytest.mark.backend("jax")
+@pytest.mark.parametrize("built", [True, False])
+def test_a_scale_that_jit_would_bake_in_is_an_error_that_marks_nothing(built):
+    optimizer, variables = made(inner=keras.optimizers.SGD(1.0))
+    if not built:
+        optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=64.0)
+    with pytest.raises(LossScaleError, match=r"get_unscaled_gradients in a tr.*StatelessScope"):
+        _traced(optimizer.get_unscaled_gradients)(tensors(*SCALED))
+    optimizer.apply(tensors(*SCALED), variables)
+    assert numpy(variables)[1].tolist() == [2.875]
+
+
+@pytest.mark.backend("jax")
+def test_a_jitted_step_divides_by_the_scale_of_each_call():
+    optimizer, variables = made(inner=keras.optimizers.SGD(1.0))
+
+    def step(state, grads, values):
+        grads = _unscaled_in_a_scope(optimizer)(state, grads)
+        return optimizer.stateless_apply(state, grads, values)
+
+    jitted = _traced(step)
+    for scale, expected in ((64.0, 2.875), (128.0, 2.9375)):
+        optimizer.loss_scale = scale
+        state = [v.value for v in optimizer.variables]
+        values, _ = jitted(state, tensors(*SCALED), [v.value for v in variables])
+        assert values[1].tolist() == [expected]
+
+
 @pytest.mark.backend("tensorflow", "jax")
 def test_unscaling_in_a_function_and_applying_outside_is_an_error_that_changes_nothing():
     optimizer, variables = made()
     before = numpy([*variables, *optimizer.variables])
-    grads = _traced(optimizer.get_unscaled_gradients)(tensors(*SCALED))
+    state = [v.value for v in optimizer.variables]
+    grads = _traced(_unscaled_in_a_scope(optimizer))(state, tensors(*SCALED))
     with pytest.raises(LossScaleError, match="cannot know whether its gradients are unscaled"):
         optimizer.apply(grads, variables)
     assert_same_bits(numpy([*variables, *optimizer.variables]), before)
