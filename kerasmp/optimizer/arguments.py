@@ -47,7 +47,30 @@ def refuse(kwargs: dict[str, Any]) -> None:
                 f"LossScaleOptimizer does not take `{name}`.",
                 received=f"{name}={value!r}",
                 expected="nothing, or its default",
-                fix=f"Set `{name}` on the `inner_optimizer`.",
+                # On the inner optimizer it would divide once more.
+                fix=f"For a fixed scale pass loss_scale={value!r}."
+                if name == "loss_scale_factor"
+                else f"Set `{name}` on the `inner_optimizer`.",
+            )
+
+
+def refuse_second_scale(optimizer: Any) -> None:
+    """Raise if the inner optimizer, or one inside of it, would divide by a scale of its own.
+
+    Args:
+        optimizer: The inner optimizer.
+
+    Raises:
+        LossScaleError: If its `loss_scale_factor` is set.
+    """
+    for inside in (optimizer, *getattr(optimizer, "optimizers", ())):
+        if inside.loss_scale_factor is not None:
+            raise LossScaleError(
+                "The inner optimizer scales too, which would make every update tiny.",
+                received=f"{inside.name}.loss_scale_factor = {inside.loss_scale_factor!r}",
+                expected="None",
+                fix="Set it to None. For a fixed scale pass "
+                f"loss_scale={inside.loss_scale_factor!r} to LossScaleOptimizer.",
             )
 
 

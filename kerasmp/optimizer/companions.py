@@ -25,6 +25,13 @@ class InnerSettings:
 
     def __setattr__(self, name: str, value: Any) -> None:
         # The parent class has these settings too, and no step ever looks at them there.
+        if name == "loss_scale_factor" and "inner_optimizer" in self.__dict__:
+            raise LossScaleError(
+                "`loss_scale_factor` is the scale of an optimizer that is not wrapped.",
+                received=f"optimizer.loss_scale_factor = {value!r}",
+                expected=f"LossScaleOptimizer(inner_optimizer, loss_scale={value!r})",
+                fix="On the optimizer inside it would divide every update once more.",
+            )
         if name in INNER_ARGUMENTS and "inner_optimizer" in self.__dict__:
             raise LossScaleError(
                 f"`{name}` belongs to the optimizer inside.",

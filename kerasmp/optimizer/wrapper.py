@@ -170,13 +170,14 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
                 `build`.
 
         Raises:
-            LossScaleError: If numbers of gradients and variables differ, variables are missing, or
-                every gradient is None.
+            LossScaleError: If numbers of gradients and variables differ, variables are missing or
+                every gradient is None, or if the inner optimizer got a `loss_scale_factor`.
         """
         grads = list(grads)
         if not grads:
             return
         variables = self._variables_of(grads, trainable_variables)
+        arguments.refuse_second_scale(self.inner_optimizer)
         room = backend.current()
         place = room.place()
         unscaled, loss_finite = self._unscaled.take(*place), self._losses.take(*place)
@@ -235,6 +236,7 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
                 expected="a built one",
                 fix="Call optimizer.build(model.trainable_variables) first.",
             )
+        arguments.refuse_second_scale(self.inner_optimizer)
         touched = [*self._trainable_variables, *self.variables]
         n = len(self._trainable_variables)
         for what, values, expected in (

@@ -2,7 +2,16 @@
 
 import keras
 import pytest
-from helpers.stepping import Stock, eager, numpy, step_of, tensors, variables_of
+from helpers.stepping import (
+    WAYS,
+    Stock,
+    assert_same_bits,
+    eager,
+    numpy,
+    step_of,
+    tensors,
+    variables_of,
+)
 
 from kerasmp.errors import LossScaleError
 from kerasmp.optimizer import LossScaleOptimizer
@@ -15,7 +24,6 @@ SETTINGS = {
     "use_ema": True,
     "ema_momentum": 0.5,
     "ema_overwrite_frequency": 2,
-    "loss_scale_factor": 8.0,
     "gradient_accumulation_steps": 2,
 }
 
@@ -29,6 +37,41 @@ def test_a_setting_that_no_step_would_see_is_refused(name, value):
     stock = Stock(keras.optimizers.SGD())
     setattr(stock, name, value)  # is never heard of again
     assert getattr(stock.inner_optimizer, name) != value
+
+
+def test_the_scale_of_a_plain_optimizer_is_sent_to_the_wrapper():
+    """On the inner optimizer it would make updates silently tiny."""
+    optimizer = LossScaleOptimizer("sgd")
+    with pytest.raises(LossScaleError, match=r"Expected: LossScaleOptimizer\(.*loss_scale=8\.0"):
+        optimizer.loss_scale_factor = 8.0
+
+
+@pytest.mark.parametrize("step", WAYS)
+def test_a_scale_on_the_inner_optimizer_is_refused_before_anything_changes(step):
+    variables = variables_of([1.0])
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=8.0)
+    optimizer.build(variables)
+    optimizer.inner_optimizer.loss_scale_factor = 8.0
+    before = numpy([*variables, *optimizer.variables])
+    # AutoGraph gives what is raised while it traces another type.
+    with pytest.raises(Exception, match=r"loss_scale_factor = 8\.0\. Expected: None"):
+        step(optimizer, tensors([8.0]), variables)
+    assert_same_bits(numpy([*variables, *optimizer.variables]), before)
+    optimizer.inner_optimizer.loss_scale_factor = None
+    step(optimizer, tensors([8.0]), variables)
+    assert numpy(variables)[0].tolist() == [0.0]
+
+
+@pytest.mark.keras("3.15.1")
+def test_a_scale_within_a_multi_optimizer_is_refused_too():
+    inside = keras.optimizers.SGD(1.0)
+    variables = variables_of([1.0])
+    optimizer = LossScaleOptimizer(keras.optimizers.MultiOptimizer(lambda _: inside))
+    optimizer.build(variables)
+    inside.loss_scale_factor = 8.0
+    with pytest.raises(LossScaleError, match=r"loss_scale_factor = 8\.0"):
+        eager(optimizer, tensors([8.0]), variables)
+    assert numpy(variables)[0].tolist() == [1.0]
 
 
 def decayed(cls):

@@ -71,7 +71,6 @@ def test_all_but_the_optimizer_are_keywords():
         ("use_ema", False, True),
         ("ema_momentum", 0.99, 0.5),
         ("ema_overwrite_frequency", None, 2),
-        ("loss_scale_factor", None, 0.5),
         ("gradient_accumulation_steps", None, 2),
     ],
 )
@@ -81,6 +80,12 @@ def test_the_inner_optimizers_settings_are_sent_to_it_by_an_error(argument, defa
     with pytest.raises(LossScaleError, match=f"`{argument}` on the `inner_optimizer`") as caught:
         LossScaleOptimizer("sgd", **{argument: other})
     assert caught.value.received == f"{argument}={other!r}"
+
+
+def test_the_scale_of_a_plain_optimizer_has_another_name_here():
+    LossScaleOptimizer("sgd", loss_scale_factor=None)  # older files hold the default
+    with pytest.raises(LossScaleError, match=r"For a fixed scale pass loss_scale=8\.0"):
+        LossScaleOptimizer("sgd", loss_scale_factor=8.0)
 
 
 def test_unknown_arguments_are_all_named():
