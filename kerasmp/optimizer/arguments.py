@@ -1,13 +1,16 @@
-"""What the constructor takes: the inner optimizer, the schedule, and what it refuses."""
+"""What the constructor and a step take and refuse."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 
 from kerasmp.errors import ArgumentTypeError, LossScaleError
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # What older files hold in the wrapper's config although it never had an effect there.
 INNER_ARGUMENTS = {
@@ -52,6 +55,24 @@ def refuse(kwargs: dict[str, Any]) -> None:
                 if name == "loss_scale_factor"
                 else f"Set `{name}` on the `inner_optimizer`.",
             )
+
+
+def refuse_no_gradient(grads: Sequence[Any]) -> None:
+    """Raise if there are gradients and all of them are None.
+
+    Args:
+        grads: What `apply` was given.
+
+    Raises:
+        LossScaleError: If nothing could be applied.
+    """
+    if grads and all(g is None for g in grads):
+        raise LossScaleError(
+            "No gradients provided for any variable.",
+            received=f"{len(grads)} gradients, all None",
+            expected="a gradient for at least one variable",
+            fix="Check that the loss depends on the trainable variables.",
+        )
 
 
 def refuse_second_scale(optimizer: Any) -> None:

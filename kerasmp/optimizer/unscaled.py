@@ -57,26 +57,27 @@ def refuse_baking(value: Any, what: str, fix: str) -> None:
 
 
 class UnscaledMarks(Forgetful):
-    """Where gradients were unscaled and not applied yet.
+    """Where gradients were unscaled and not applied yet, and how many.
 
     A place is a replica and a trace. A mark must be taken in the place where it was set: a traced
     function runs again without this code, so that what it set or took would be missing next time.
     """
 
     def __init__(self) -> None:
-        self._places: list[tuple[Any, Any]] = []
+        self._marks: list[tuple[Any, Any, int]] = []
 
-    def set(self, replica: Any, trace: Any) -> None:
+    def set(self, replica: Any, trace: Any, number: int) -> None:
         """Remember that gradients were unscaled here.
 
         Args:
             replica: What tells replicas apart that run the same code.
             trace: What is equal within one trace only; None outside of any.
+            number: How many; after none at all there is nothing to remember.
 
         Raises:
-            LossScaleError: If they were already, and not applied.
+            LossScaleError: If there were some already, and not applied.
         """
-        if (replica, trace) in self._places:
+        if self._number(replica, trace) is not None:
             raise LossScaleError(
                 "Gradients are unscaled twice, which would shrink the update by the scale.",
                 received="get_unscaled_gradients a second time before apply",
@@ -84,36 +85,61 @@ class UnscaledMarks(Forgetful):
                 fix="Apply the gradients of the first call, or drop them with "
                 "optimizer.forget_unscaled().",
             )
-        self._places.append((replica, trace))
+        if number:
+            self._marks.append((replica, trace, number))
 
-    def take(self, replica: Any, trace: Any) -> bool:
+    def look(self, replica: Any, trace: Any, number: int) -> bool:
         """Return whether the gradients that are now applied here were unscaled before.
 
         Args:
             replica: As in `set`.
             trace: As in `set`.
+            number: How many gradients are applied.
 
         Raises:
-            LossScaleError: If this replica has unscaled gradients, but in another trace.
+            LossScaleError: If this replica has unscaled gradients, but in another trace, or another
+                number of them.
         """
-        if (replica, trace) in self._places:
-            self._places.remove((replica, trace))
+        unscaled = self._number(replica, trace)
+        if unscaled not in {None, number}:
+            raise LossScaleError(
+                "apply cannot know which of its gradients are unscaled.",
+                received=f"{number} gradients (None not counted) after get_unscaled_gradients "
+                f"returned {unscaled}",
+                expected="all of them in one apply",
+                fix="Unscale only what you apply, and apply it in one call. If the unscaled "
+                "gradients were not meant to be applied, call optimizer.forget_unscaled().",
+            )
+        if unscaled is not None:
             return True
         # A trace that failed between the two calls is gone, and its mark means nothing.
-        self._places = [place for place in self._places if not _is_gone(place[1])]
-        if any(other == replica for other, _ in self._places):
+        self._marks = [mark for mark in self._marks if not _is_gone(mark[1])]
+        if any(other == replica for other, _, _ in self._marks):
             raise LossScaleError(
                 "apply cannot know whether its gradients are unscaled.",
                 received="get_unscaled_gradients and apply in different traced functions",
                 expected="both in one function, or both outside of any",
                 fix="Move the two calls together. If the unscaled gradients were not meant to be "
-                "applied, call optimizer.forget_unscaled().",
+                "applied, or the function failed between the two calls, call "
+                "optimizer.forget_unscaled().",
             )
         return False
 
+    def drop(self, replica: Any, trace: Any) -> None:
+        """Forget what was unscaled here: it is applied."""
+        self._marks = [mark for mark in self._marks if mark[:2] != (replica, trace)]
+
+    def _number(self, replica: Any, trace: Any) -> int | None:
+        return next((mark[2] for mark in self._marks if mark[:2] == (replica, trace)), None)
+
     def clear(self) -> None:
         """Forget everything."""
-        self._places.clear()
+        self._marks.clear()
+
+
+def number_of(grads: Sequence[Any]) -> int:
+    """Return how many gradients there are, None left out: loops drop those in between."""
+    return sum(g is not None for g in grads)
 
 
 def _is_gone(trace: Any) -> bool:
@@ -190,7 +216,8 @@ class UnscalingByHand:
         """
         grads = list(grads)
         scale = self._scale_here("get_unscaled_gradients")
-        self._unscaled.set(*backend.current().place())
+        replica, trace = backend.current().place()
+        self._unscaled.set(replica, trace, number_of(grads))
         known = self._trainable_variables if self.built else ()
         variables = known if len(known) == len(grads) else [None] * len(grads)
         return [divided(g, v, scale) for g, v in zip(grads, variables, strict=True)]

@@ -17,7 +17,7 @@ from kerasmp.optimizer.advancing import include_skips
 from kerasmp.optimizer.causes import Forgetful, LossNotes
 from kerasmp.optimizer.companions import InnerSettings, kept_by_a_trace
 from kerasmp.optimizer.step import Step, SteppingState
-from kerasmp.optimizer.unscaled import UnscaledMarks, UnscalingByHand, refuse_baking
+from kerasmp.optimizer.unscaled import UnscaledMarks, UnscalingByHand, number_of, refuse_baking
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -177,10 +177,14 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
         if not grads:
             return
         variables = self._variables_of(grads, trainable_variables)
-        arguments.refuse_second_scale(self.inner_optimizer)
         room = backend.current()
-        place = room.place()
-        unscaled, loss_finite = self._unscaled.take(*place), self._losses.take(*place)
+        replica, trace = room.place()
+        # What is wrong is told before anything is made, taken or changed.
+        unscaled = self._unscaled.look(replica, trace, number_of(grads))
+        self.build(variables)
+        arguments.refuse_second_scale(self.inner_optimizer)
+        self._unscaled.drop(replica, trace)
+        loss_finite = self._losses.take(replica, trace)
         grads, loss_finite = room.agreed(grads, variables, loss_finite)
         step = Step(grads, variables, unscaled, loss_finite)
         if keras.backend.backend() == "jax":
@@ -251,14 +255,13 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
                     expected=f"{expected}",
                     fix="Pass one value for each variable, in the order they were built with.",
                 )
+        arguments.refuse_no_gradient(grads)
         values = [*trainable_variables, *optimizer_variables]
-        place = backend.current().place()
-        step = Step(
-            list(grads),
-            self._trainable_variables,
-            self._unscaled.take(*place),
-            self._losses.take(*place),
-        )
+        replica, trace = backend.current().place()
+        unscaled = self._unscaled.look(replica, trace, number_of(grads))
+        self._unscaled.drop(replica, trace)
+        loss_finite = self._losses.take(replica, trace)
+        step = Step(list(grads), self._trainable_variables, unscaled, loss_finite)
         new = self._pure_step(step, touched, values)
         return new[:n], new[n:]
 
@@ -280,8 +283,9 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
                 expected="one gradient, or None, for each variable",
                 fix="Pass both lists in the same order.",
             )
-        self.build(variables)
-        self._check_built_with(variables)
+        arguments.refuse_no_gradient(grads)
+        if self.built:
+            self._check_built_with(variables)
         return variables
 
     def _check_built_with(self, variables: Sequence[Any]) -> None:

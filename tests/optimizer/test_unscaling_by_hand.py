@@ -79,6 +79,70 @@ def test_twice_is_an_error_and_the_first_ones_can_still_be_applied():
     assert numpy(variables)[1].tolist() == [2.75]
 
 
+@pytest.mark.parametrize("as_none", [False, True])
+def test_applying_them_in_parts_is_an_error_and_never_a_tiny_update(as_none):
+    optimizer, variables = made(inner=keras.optimizers.SGD(1.0))
+    one, other = optimizer.get_unscaled_gradients(tensors(*SCALED))
+    part = ([one, None], variables) if as_none else ([one], variables[:1])
+    before = numpy([*variables, *optimizer.variables])
+    told = r"Received: 1 gradients.* returned 2\..*in one call.*forget_unscaled\(\)"
+    with pytest.raises(LossScaleError, match=told):
+        optimizer.apply(*part)
+    assert_same_bits(numpy([*variables, *optimizer.variables]), before)
+    optimizer.apply([one, other], variables)
+    assert numpy(variables)[1].tolist() == [2.875]
+
+
+def test_gradients_that_are_none_may_be_dropped_in_between():
+    optimizer, variables = made(inner=keras.optimizers.SGD(1.0))
+    grads = optimizer.get_unscaled_gradients([None, *tensors(SCALED[1])])
+    pairs = [(g, v) for g, v in zip(grads, variables, strict=True) if g is not None]
+    optimizer.apply_gradients(pairs)
+    assert numpy(variables)[1].tolist() == [2.875]
+
+
+@pytest.mark.parametrize("nothing", [[], [None, None]], ids=str)
+def test_where_nothing_was_unscaled_nothing_is_remembered(nothing):
+    optimizer, variables = made(inner=keras.optimizers.SGD(1.0))
+    assert optimizer.get_unscaled_gradients(nothing) == nothing
+    optimizer.apply(tensors(*SCALED), variables)
+    assert numpy(variables)[1].tolist() == [2.875]
+
+
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda _, variables: ([None, None], variables),
+        lambda grads, variables: (grads[:1], variables),
+        lambda grads, variables: (grads[:1], variables[:1]),
+    ],
+    ids=["none", "too few", "a part"],
+)
+def test_what_is_refused_builds_nothing_and_takes_neither_mark_nor_note(wrong, built):
+    variables = variables_of([1.0, 2.0], [3.0])
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=64.0)
+    if built:
+        optimizer.build(variables)
+    optimizer.note_loss(ops.convert_to_tensor(np.nan))
+    grads = optimizer.get_unscaled_gradients(tensors([np.nan, 1.0], [1.0]))
+    with pytest.raises(LossScaleError):
+        optimizer.apply(*wrong(grads, variables))
+    assert optimizer.built is built
+    optimizer.apply(grads, variables)
+    assert optimizer.skip_causes["loss"] == 1
+    optimizer.apply(tensors(*SCALED), variables)
+    assert numpy(variables)[1].tolist() == [2.875]
+
+
+def test_no_gradients_at_all_leave_the_mark_where_it_is():
+    optimizer, variables = made(inner=keras.optimizers.SGD(1.0))
+    grads = optimizer.get_unscaled_gradients(tensors(*SCALED))
+    optimizer.apply([], [])
+    optimizer.apply(grads, variables)
+    assert numpy(variables)[1].tolist() == [2.875]
+
+
 def test_forgotten_gradients_leave_the_next_step_as_it_was():
     optimizer, variables = made(inner=keras.optimizers.SGD(1.0))
     optimizer.get_unscaled_gradients(tensors(*SCALED))
@@ -169,6 +233,36 @@ def test_a_trace_that_failed_leaves_nothing_behind():
     with pytest.raises(RuntimeError, match="a bug"):
         _traced(step)(tensors(*SCALED))
     gc.collect()
+    optimizer.apply(tensors(*SCALED), variables)
+    assert numpy(variables)[1].tolist() == [2.875]
+
+
+@pytest.mark.backend("jax")
+def test_after_a_trace_that_failed_the_error_says_what_to_do():
+    """That the trace is gone tells nothing: so is one that returned unscaled gradients."""
+    optimizer, variables = made(inner=keras.optimizers.SGD(1.0))
+
+    def step(state, grads, values, fail):
+        grads = _unscaled_in_a_scope(optimizer)(state, grads)
+        if fail:
+            message = "a bug of the user's"
+            raise RuntimeError(message)
+        return optimizer.stateless_apply(state, grads, values)
+
+    def run(*, fail):
+        import jax
+
+        state = [v.value for v in optimizer.variables]
+        values = [v.value for v in variables]
+        return jax.jit(step, static_argnums=3)(state, tensors(*SCALED), values, fail)
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(fail=True)
+    values, _ = run(fail=False)  # a step whose two calls meet goes on
+    assert values[1].tolist() == [2.875]
+    with pytest.raises(LossScaleError, match=r"function failed.*call optimizer\.forget_unscaled"):
+        optimizer.apply(tensors(*SCALED), variables)
+    optimizer.forget_unscaled()
     optimizer.apply(tensors(*SCALED), variables)
     assert numpy(variables)[1].tolist() == [2.875]
 
