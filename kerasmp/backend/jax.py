@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -14,7 +15,7 @@ except ImportError:  # where it was in older JAX
     from jax.core import get_opaque_trace_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 # scale_loss runs inside the function that is differentiated, and what it sees stays there.
 LOSS_MEETS_APPLY = False
@@ -31,7 +32,7 @@ def with_values(gradient: Any, values: Any) -> Any:  # noqa: ARG001 - one signat
 
 
 def place() -> tuple[Any, Any]:
-    """Return what tells this replica and this trace from others; a trace is None in eager code."""
+    """Return what tells this replica and this trace from others; eager code has one of its own."""
     return None, get_opaque_trace_state(convention="flax")
 
 
@@ -81,18 +82,15 @@ def train_step(
         The logs and the new state.
     """
     _, before, before_optimizer, metrics_before = state
-    logs, (trainable, after, optimizer, metrics_after) = parent(state, data)
+    with _losses_seen_by(model) as losses:
+        logs, (trainable, after, optimizer, metrics_after) = parent(state, data)
     with keras.StatelessScope(
         state_mapping=list(zip(model.optimizer.variables, optimizer, strict=True))
     ):
         skipped = model.optimizer.skipped_last()
-    loss = next((m for m in model.metrics if m.name == "loss"), None)
-    if isinstance(loss, keras.metrics.Mean):
-        # Finite before, for skipped steps leave no trace in it: what it is now, the loss was.
-        total = metrics_after[_position(loss.total, model.metrics_variables)]
-        optimizer = model.optimizer.with_known_loss(
-            before_optimizer, optimizer, jnp.isfinite(total)
-        )
+    if losses:
+        finite = jnp.all(jnp.isfinite(losses[-1]))
+        optimizer = model.optimizer.with_known_loss(before_optimizer, optimizer, finite)
     after = _choose(skipped, before, after)
     metrics = _choose(skipped, metrics_before, metrics_after)
     with keras.StatelessScope(
@@ -102,8 +100,29 @@ def train_step(
     return logs, (trainable, after, optimizer, metrics)
 
 
-def _position(variable: Any, variables: Sequence[Any]) -> int:
-    return next(i for i, candidate in enumerate(variables) if candidate is variable)
+@contextlib.contextmanager
+def _losses_seen_by(model: Any) -> Iterator[list[Any]]:
+    """Collect what the model's loss metric is given, unscaled and outside what is differentiated.
+
+    What the metric makes of it tells less: a total that is inf or NaN stays so for an epoch.
+    """
+    losses: list[Any] = []
+    metric = next((m for m in model.metrics if m.name == "loss"), None)
+    if not isinstance(metric, keras.metrics.Mean):  # a user's own
+        yield losses
+        return
+    update_state = metric.update_state
+
+    def update_and_keep(values: Any, *args: Any, **kwargs: Any) -> Any:
+        losses.append(values)
+        return update_state(values, *args, **kwargs)
+
+    # Around Keras's own __setattr__: this is no state.
+    object.__setattr__(metric, "update_state", update_and_keep)
+    try:
+        yield losses
+    finally:
+        object.__delattr__(metric, "update_state")
 
 
 def _choose(skipped: Any, before: Sequence[Any], after: Sequence[Any]) -> list[Any]:

@@ -136,12 +136,13 @@ if keras.backend.backend() != "torch":  # where Keras takes one step at a time
     OPTIONS.append({"steps_per_execution": 2})
 
 
-def fitted(module, batches, loss_scale=SCHEDULE, **options):
+def fitted(module, batches, *, loss_scale=SCHEDULE, loss="mae", y=None, batch_size=1, **options):
     keras.utils.set_random_seed(2)
     model = module.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
-    model.compile(LossScaleOptimizer("sgd", loss_scale=loss_scale), "mae", **options)
+    model.compile(LossScaleOptimizer("sgd", loss_scale=loss_scale), loss, **options)
     x = np.concatenate(batches)
-    model.fit(x, np.ones((len(x), 1)), batch_size=1, shuffle=False, verbose=0)
+    y = np.ones((len(x), 1)) if y is None else y
+    model.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0)
     return model.optimizer
 
 
@@ -160,6 +161,31 @@ def test_fit_of_our_model_tells_loss_from_gradients(bad, expected, scale, option
     optimizer = fitted(kerasmp, [GOOD, bad, GOOD, bad], **options)
     assert (optimizer.skip_causes, optimizer.loss_scale) == (expected, scale)
     assert optimizer.applied_steps == 2
+
+
+def _nan_without_a_gradient(y, prediction):
+    return ops.mean(ops.abs(prediction)) + ops.stop_gradient(ops.mean(y * 0.0))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_an_applied_step_whose_loss_was_nan_does_not_colour_the_next_ones(options):
+    import kerasmp
+
+    y = np.array([[1.0], [INF], [1.0], [1.0]], "float32")
+    batches = [GOOD, GOOD, HUGE, HUGE]
+    optimizer = fitted(kerasmp, batches, loss=_nan_without_a_gradient, y=y, **options)
+    assert optimizer.applied_steps == 2
+    assert (optimizer.skip_causes, optimizer.loss_scale) == (causes(gradients=1, floor=1), 4.0)
+
+
+def test_a_loss_that_only_its_sum_over_the_batch_overflows_is_finite():
+    import kerasmp
+
+    def large(_, prediction):
+        return 3e38 * (1.0 + ops.mean(prediction - ops.stop_gradient(prediction)))
+
+    optimizer = fitted(kerasmp, [GOOD, GOOD], loss=large, batch_size=2)
+    assert optimizer.skip_causes == causes(gradients=1)
 
 
 def test_fit_of_a_stock_model_knows_the_loss_except_on_jax():
