@@ -57,6 +57,11 @@ def refuse(kwargs: dict[str, Any]) -> None:
             )
 
 
+def names(variables: Sequence[Any]) -> str:
+    """Return what to call variables in a message; TensorFlow's own ones have no path."""
+    return ", ".join(str(getattr(v, "path", None) or getattr(v, "name", v)) for v in variables)
+
+
 def refuse_no_gradient(grads: Sequence[Any]) -> None:
     """Raise if there are gradients and all of them are None.
 

@@ -231,8 +231,15 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
 
         Raises:
             LossScaleError: If the optimizer is not built, numbers of values differ, or every
-                gradient is None.
+                gradient is None. Always on TensorFlow, as of a plain Keras optimizer.
         """
+        if keras.backend.backend() == "tensorflow":
+            raise LossScaleError(
+                "stateless_apply is not supported with the TensorFlow backend.",
+                received="a call on TensorFlow, whose variables the step would change in place",
+                expected="JAX or torch",
+                fix="Call optimizer.apply(grads, variables), also inside a tf.function.",
+            )
         if not self.built:
             raise LossScaleError(
                 "stateless_apply needs the optimizer's variables.",
@@ -294,8 +301,8 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
         except ValueError as error:
             raise LossScaleError(
                 "Unknown variable: the optimizer was built with others.",
-                received=", ".join(v.path for v in variables),
-                expected="variables among " + ", ".join(v.path for v in self._trainable_variables),
+                received=arguments.names(variables),
+                expected=f"variables among {arguments.names(self._trainable_variables)}",
                 fix="Use one optimizer for each model, and build it with all variables that it "
                 "shall ever update.",
             ) from error

@@ -83,3 +83,46 @@ class TestLikeAPlainOptimizer:
 
     def test_it_is_what_compile_takes_for_a_wrapper(self):
         assert issubclass(LossScaleOptimizer, Stock)
+
+    @pytest.mark.backend("tensorflow")
+    def test_stateless_apply_is_not_supported_on_tensorflow_and_changes_nothing(self):
+        variables = variables_of([1.0])
+        for optimizer in (keras.optimizers.SGD(1.0), LossScaleOptimizer(keras.optimizers.SGD(1.0))):
+            optimizer.build(variables)
+            state = [v.value for v in optimizer.variables]
+            with pytest.raises(ValueError, match="not supported with the TensorFlow backend"):
+                optimizer.stateless_apply(state, tensors([1.0]), [v.value for v in variables])
+        assert numpy(variables)[0].tolist() == [1.0]
+
+
+@pytest.mark.backend("tensorflow")
+class TestTensorFlowsOwnVariables:
+    """A plain optimizer takes `tf.Variable` as well as `keras.Variable`."""
+
+    @every_way
+    @pytest.mark.parametrize(
+        "settings",
+        [{}, {"weight_decay": 0.5}, {"global_clipnorm": 0.5}, {"gradient_accumulation_steps": 2}],
+        ids=str,
+    )
+    def test_are_updated_as_by_a_plain_optimizer(self, step, settings):
+        import tensorflow as tf
+
+        results = []
+        for wrap, scale in ((lambda plain: plain, 1.0), (LossScaleOptimizer, 2.0**15)):
+            variable = tf.Variable([1.0, 2.0])
+            optimizer = wrap(keras.optimizers.SGD(0.5, momentum=0.5, **settings))
+            for _ in range(2):
+                step(optimizer, tensors([scale, -scale]), [variable])
+            results.append(variable.numpy().tolist())
+        assert results[0] == results[1] != [1.0, 2.0]
+
+    def test_that_are_unknown_are_named(self):
+        import tensorflow as tf
+
+        variable = tf.Variable([1.0], name="known")
+        optimizer = LossScaleOptimizer("sgd")
+        optimizer.build([variable])
+        told = r"Unknown variable.*Received: other:0\. Expected: variables among known:0\."
+        with pytest.raises(LossScaleError, match=told):
+            optimizer.apply(tensors([1.0]), [tf.Variable([1.0], name="other")])
