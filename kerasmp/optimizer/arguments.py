@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import keras
+import numpy as np
 
 from kerasmp.errors import ArgumentTypeError, LossScaleError
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale, resolve
@@ -154,6 +155,7 @@ def schedule(
 
     Raises:
         LossScaleError: If two arguments contradict each other, or one cannot work.
+        ArgumentTypeError: If `dynamic` is no bool.
     """
     legacy = {
         "dynamic": dynamic,
@@ -169,6 +171,13 @@ def schedule(
             received=f"loss_scale={loss_scale!r} and {given}",
             expected="one of them",
             fix="Put everything into loss_scale=kerasmp.DynamicLossScale(...).",
+        )
+    if dynamic is not None and not isinstance(dynamic, bool | np.bool_):
+        raise ArgumentTypeError(
+            "`dynamic` is a switch.",
+            received=f"{dynamic!r} of type {type(dynamic).__name__}",
+            expected="True or False",
+            fix="For a fixed scale pass dynamic=False, or loss_scale=<number>.",
         )
     if dynamic is not None and not dynamic:
         if growth_steps is not None:

@@ -21,6 +21,7 @@ from kerasmp.optimizer import LossScaleOptimizer
         ({"loss_scale": DynamicLossScale(4.0)}, DynamicLossScale(4.0)),
         ({"dynamic": True}, DynamicLossScale()),
         ({"dynamic": False}, FixedLossScale(2.0**15)),
+        ({"dynamic": np.False_}, FixedLossScale(2.0**15)),
         ({"dynamic": False, "initial_scale": 64}, FixedLossScale(64.0)),
         ({"initial_scale": 64}, DynamicLossScale(initial_scale=64.0)),
         ({"dynamic_growth_steps": 7}, DynamicLossScale(growth_interval=7)),
@@ -53,6 +54,13 @@ def test_a_scale_that_is_given_twice_is_refused(loss_scale, other):
 def test_a_fixed_scale_that_shall_grow_is_refused():
     with pytest.raises(LossScaleError, match="A fixed scale does not grow"):
         LossScaleOptimizer("sgd", dynamic=False, dynamic_growth_steps=5)
+
+
+@pytest.mark.parametrize("value", ["no", "False", 0, 1.0, DynamicLossScale()], ids=str)
+def test_dynamic_is_a_bool(value):
+    """As in Keras 2, where it came second and a scale in its place was a TypeError."""
+    with pytest.raises(ArgumentTypeError, match="`dynamic` is a switch"):
+        LossScaleOptimizer("sgd", dynamic=value)
 
 
 def test_all_but_the_optimizer_are_keywords():
