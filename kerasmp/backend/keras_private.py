@@ -22,6 +22,7 @@ __all__ = [
     "flatten_layers",
     "float16_layers",
     "functional_init_arguments",
+    "learning_rate_functions",
     "learning_rate_schedules",
     "weights_and_averages",
 ]
@@ -69,6 +70,19 @@ def learning_rate_schedules(optimizer: Any) -> list[tuple[Any, Any]]:
         (inside, inside._learning_rate)  # noqa: SLF001
         for inside in getattr(optimizer, "optimizers", [optimizer])
         if isinstance(inside._learning_rate, LearningRateSchedule)  # noqa: SLF001
+    ]
+
+
+def learning_rate_functions(optimizer: Any) -> list[tuple[Any, Any]]:
+    """Return each optimizer inside, or the optimizer itself, with the function of its rate.
+
+    Those with a number or a schedule are left out. Publicly there is no way to the function.
+    """
+    return [
+        (inside, inside._learning_rate)  # noqa: SLF001
+        for inside in getattr(optimizer, "optimizers", [optimizer])
+        if callable(inside._learning_rate)  # noqa: SLF001
+        and not isinstance(inside._learning_rate, LearningRateSchedule)  # noqa: SLF001
     ]
 
 

@@ -10,21 +10,24 @@ import keras
 from keras import ops
 
 from kerasmp import backend
+from kerasmp.backend.keras_private import learning_rate_functions
 from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.loss_scale import validation
 from kerasmp.optimizer import arguments
 from kerasmp.optimizer.advancing import include_skips
-from kerasmp.optimizer.causes import Forgetful, LossNotes
-from kerasmp.optimizer.companions import InnerSettings, kept_by_a_trace
+from kerasmp.optimizer.causes import LossNotes
+from kerasmp.optimizer.companions import (
+    CompiledSteps,
+    InnerSettings,
+    kept_by_a_trace,
+    rates_given,
+    rates_now,
+)
 from kerasmp.optimizer.step import Step, SteppingState
 from kerasmp.optimizer.unscaled import UnscaledMarks, UnscalingByHand, number_of, refuse_baking
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-
-class _CompiledSteps(Forgetful, dict[Any, Any]):
-    """Eager steps that JAX has compiled, by what they depend on."""
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -102,7 +105,7 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
         backend.current()  # imported here, and not while a step is traced
         # None of them is state: Keras must not track them.
-        object.__setattr__(self, "_compiled_steps", _CompiledSteps())
+        object.__setattr__(self, "_compiled_steps", CompiledSteps())
         object.__setattr__(self, "_losses", LossNotes())
         object.__setattr__(self, "_unscaled", UnscaledMarks())
         self.inner_optimizer = inner_optimizer
@@ -196,17 +199,21 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
 
     def _apply_pure(self, step: Step) -> None:
         touched = [*self._trainable_variables, *self.variables]
+        functions = learning_rate_functions(self.inner_optimizer)
+        # Not the first step itself, whose gradients would live as long as the program.
+        plan = dataclasses.replace(step, grads=(), loss_finite=None)
+
+        def pure(grads: Any, loss_finite: Any, rates: Any, values: Any) -> list[Any]:
+            with rates_given(functions, rates):
+                this = dataclasses.replace(plan, grads=grads, loss_finite=loss_finite)
+                return self._pure_step(this, touched, values)
+
         # Made anew each time, the step would be compiled each time.
         positions = tuple(self._get_variable_index(v) for v in step.variables)
-        settings = kept_by_a_trace(self.inner_optimizer)
-        key = (step.unscaled, step.loss_finite is None, positions, settings)
-        if key not in self._compiled_steps:
-            self._compiled_steps[key] = backend.current().compiled(
-                lambda grads, loss_finite, values: self._pure_step(
-                    dataclasses.replace(step, grads=grads, loss_finite=loss_finite), touched, values
-                )
-            )
-        values = self._compiled_steps[key](step.grads, step.loss_finite, [v.value for v in touched])
+        key = (step.unscaled, positions, kept_by_a_trace(self.inner_optimizer))
+        compiled = self._compiled_steps.get(key, lambda: backend.current().compiled(pure))
+        before = [v.value for v in touched]
+        values = compiled(step.grads, step.loss_finite, rates_now(functions), before)
         for variable, value in zip(touched, values, strict=True):
             variable.assign(value)
 

@@ -1,5 +1,9 @@
 """Learning rates that move: what moves them counts applied steps, as without the wrapper."""
 
+import dataclasses
+import gc
+import weakref
+
 import keras
 import pytest
 from helpers.stepping import EXACT_WAYS, eager, numpy, tensors, variables_of
@@ -137,3 +141,90 @@ class TestWhatChangesBetweenEagerSteps:
             optimizer.learning_rate = schedules.ExponentialDecay(0.5, 1, 0.5)
 
         assert self.stepped(keras.optimizers.SGD(1.0), schedule) == [-0.25]
+
+    def test_a_list_that_is_changed_in_place(self):
+        inner = Factors(1.0)
+        assert self.stepped(inner, lambda _: inner.factors.append(0.25)) == [-0.25]
+
+    def test_a_function_that_cannot_be_hashed(self):
+        @dataclasses.dataclass
+        class Rate:
+            value: float
+
+            def __call__(self):
+                return self.value
+
+        rate = Rate(1.0)
+        assert self.stepped(keras.optimizers.SGD(rate), lambda _: setattr(rate, "value", 0.5)) == [
+            -0.5
+        ]
+
+    @pytest.mark.parametrize("as_variable", [False, True])
+    def test_a_function_is_asked_once_a_step_and_stays_where_it_was(self, as_variable):
+        rates = [0.25, 0.5, 1.0]
+
+        def rate():
+            return keras.Variable(rates.pop()) if as_variable else rates.pop()
+
+        inner = keras.optimizers.SGD(rate)
+        assert self.stepped(inner, lambda _: None) == [-0.5]
+        assert rates == [0.25]
+        assert float(ops.convert_to_numpy(inner.learning_rate)) == 0.25
+
+
+class Factors(keras.optimizers.SGD):
+    """A user's optimizer with a setting that is a list."""
+
+    def __init__(self, rate):
+        super().__init__(rate)
+        self.factors = [1.0]
+
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(gradient * self.factors[-1], variable, learning_rate)
+
+
+@pytest.mark.backend("jax")
+class TestWhatJaxCompilesForEagerSteps:
+    """What is compiled is used again, lets go of what it was compiled with, and is not hoarded."""
+
+    def compiled(self, inner, change, steps):
+        """Return how many programs the steps after the first take, and how many are kept."""
+        import jax
+
+        found = []
+        variables = variables_of([0.0])
+        optimizer = LossScaleOptimizer(inner, loss_scale=SCALE)
+
+        def listen(event, *_, **__):
+            if "backend_compile" in event:
+                found.append(event)
+
+        eager(optimizer, tensors([0.0]), variables)
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        for i in range(steps):
+            change(inner, i)
+            eager(optimizer, tensors([0.0]), variables)
+        jax.monitoring.clear_event_listeners()
+        return len(found), len(optimizer._compiled_steps._steps)
+
+    def test_a_function_with_another_rate_at_each_step_needs_one_program(self):
+        rates = iter([0.5, 0.25, 0.125, 0.0625])
+        inner = keras.optimizers.SGD(lambda: next(rates))
+        assert self.compiled(inner, lambda *_: None, 3) == (0, 1)
+
+    def test_settings_that_change_for_ever_do_not_fill_the_memory(self):
+        def clip(inner, i):
+            inner.clipvalue = 1.0 + i
+
+        _, kept = self.compiled(keras.optimizers.SGD(1.0), clip, 20)
+        assert kept == 16
+
+    def test_a_program_does_not_keep_the_gradients_that_it_was_compiled_with(self):
+        variables = variables_of([0.0])
+        optimizer = LossScaleOptimizer("sgd")
+        gradient = tensors([1.0])[0]
+        alive = weakref.ref(gradient)
+        eager(optimizer, [gradient], variables)
+        del gradient
+        gc.collect()
+        assert alive() is None
