@@ -35,6 +35,13 @@ class InnerSettings:
 
     def __setattr__(self, name: str, value: Any) -> None:
         # The parent class has these settings too, and no step ever looks at them there.
+        if name == "schedule" and getattr(self, "built", False):
+            raise LossScaleError(
+                "The state and the steps compiled so far belong to the schedule that there is.",
+                received=f"optimizer.schedule = {value!r} after build",
+                expected="another schedule before build",
+                fix="Set optimizer.loss_scale, or make a new optimizer with loss_scale=<schedule>.",
+            )
         if name == "loss_scale_factor" and "inner_optimizer" in self.__dict__:
             raise LossScaleError(
                 "`loss_scale_factor` is the scale of an optimizer that is not wrapped.",

@@ -14,6 +14,7 @@ from helpers.stepping import (
 )
 
 from kerasmp.errors import LossScaleError
+from kerasmp.loss_scale import FixedLossScale
 from kerasmp.optimizer import LossScaleOptimizer
 
 SETTINGS = {
@@ -94,3 +95,14 @@ def test_what_is_set_on_the_inner_optimizer_before_the_first_step_counts():
     optimizer.inner_optimizer.clipvalue = 0.5
     eager(optimizer, tensors([16.0]), variables)
     assert numpy(variables)[0].tolist() == [-0.5]
+
+
+def test_a_schedule_is_exchanged_before_build_only():
+    variables = variables_of([0.0])
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=8.0)
+    optimizer.schedule = FixedLossScale(4.0)
+    eager(optimizer, tensors([4.0]), variables)
+    assert numpy(variables)[0].tolist() == [-1.0]
+    with pytest.raises(LossScaleError, match=r"after build.*Set optimizer\.loss_scale"):
+        optimizer.schedule = FixedLossScale(16.0)
+    assert optimizer.schedule == FixedLossScale(4.0)
