@@ -137,6 +137,10 @@ class UnscaledMarks(Forgetful):
         self._marks.clear()
 
 
+def _overwritten(variable: Any) -> bool:
+    return bool(getattr(variable, "overwrite_with_gradient", False))
+
+
 def number_of(grads: Sequence[Any]) -> int:
     """Return how many gradients there are, None left out: loops drop those in between."""
     return sum(g is not None for g in grads)
@@ -196,7 +200,9 @@ class UnscalingByHand:
             return lambda: self.scale_loss(loss())
         return self.scale_loss(loss)
 
-    def get_unscaled_gradients(self, grads: Sequence[Any]) -> list[Any]:
+    def get_unscaled_gradients(
+        self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None
+    ) -> list[Any]:
         """Return the gradients divided by the scale; the next `apply` leaves that out.
 
         For loops from Keras 2, and for those that clip or look at gradients before they apply them.
@@ -206,21 +212,39 @@ class UnscalingByHand:
         Args:
             grads: Gradients of the scaled loss, None among them or not, in the order of the
                 variables.
+            trainable_variables: The variables that `grads` belong to. Needed only where some have
+                `overwrite_with_gradient`, whose gradients are left as they are: before `build`,
+                when nothing tells, and for a part of the variables.
 
         Returns:
             The gradients in float32, sparse ones still sparse.
 
         Raises:
-            LossScaleError: If it was called before without an `apply` in between. Also while JAX
-                traces a step, outside a `keras.StatelessScope` that holds `variables`.
+            LossScaleError: If it was called before without an `apply` in between, or it cannot
+                know the variables where that matters. Also while JAX traces a step, outside a
+                `keras.StatelessScope` that holds `variables`.
         """
         grads = list(grads)
         scale = self._scale_here("get_unscaled_gradients")
+        variables = self._belonging_to(grads, trainable_variables)
         replica, trace = backend.current().place()
         self._unscaled.set(replica, trace, number_of(grads))
-        known = self._trainable_variables if self.built else ()
-        variables = known if len(known) == len(grads) else [None] * len(grads)
         return [divided(g, v, scale) for g, v in zip(grads, variables, strict=True)]
+
+    def _belonging_to(self, grads: list[Any], variables: Sequence[Any] | None) -> list[Any]:
+        """Return a variable for each gradient; None where it is not known or does not matter."""
+        known = self._trainable_variables if self.built else ()
+        given = list(known if variables is None else variables)
+        if len(given) == len(grads):
+            return given
+        if variables is not None or any(_overwritten(v) for v in known):
+            raise LossScaleError(
+                "Which gradients are to be unscaled, and which are new values, cannot be known.",
+                received=f"{len(grads)} gradients for {len(given)} variables",
+                expected="one gradient, or None, for each variable",
+                fix="Call get_unscaled_gradients(grads, variables).",
+            )
+        return [None] * len(grads)
 
     def forget_unscaled(self) -> None:
         """Forget gradients that were unscaled and shall not be applied."""

@@ -55,6 +55,30 @@ def test_gradients_come_in_float32_with_none_left_in_place():
     assert ops.convert_to_numpy(ours[0]).tolist() == [2.0, 1.0]
 
 
+@pytest.mark.parametrize("built", [True, False])
+def test_what_is_a_new_value_is_left_as_it_is(built):
+    variables = variables_of([1.0], [2.0], [3.0])
+    variables[1].overwrite_with_gradient = True
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=64.0)
+    if built:
+        optimizer.build(variables)
+        assert optimizer.get_unscaled_gradients(tensors([64.0], [64.0], [64.0]))[1][0] == 64.0
+        optimizer.forget_unscaled()
+        with pytest.raises(LossScaleError, match=r"2 gradients for 3 .*\(grads, variables\)"):
+            optimizer.get_unscaled_gradients(tensors([64.0], [64.0]))
+    grads = optimizer.get_unscaled_gradients(tensors([64.0], [64.0]), variables[:2])
+    optimizer.apply(grads, variables[:2])
+    assert [v.tolist() for v in numpy(variables)] == [[0.0], [64.0], [3.0]]
+
+
+def test_the_wrong_number_of_variables_marks_nothing():
+    optimizer, variables = made(inner=keras.optimizers.SGD(1.0))
+    with pytest.raises(LossScaleError, match="2 gradients for 1 variables"):
+        optimizer.get_unscaled_gradients(tensors(*SCALED), variables[:1])
+    optimizer.apply(tensors(*SCALED), variables)
+    assert numpy(variables)[1].tolist() == [2.875]
+
+
 def test_clipping_in_between_is_clipping_of_what_is_unscaled():
     optimizer, variables = made(inner=keras.optimizers.SGD(1.0))
     grads = [ops.clip(g, -0.25, 0.25) for g in optimizer.get_unscaled_gradients(tensors(*SCALED))]
