@@ -229,7 +229,10 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
         grads: Sequence[Any],
         trainable_variables: Sequence[Any],
     ) -> tuple[list[Any], list[Any]]:
-        """Return the new values of the trainable and the optimizer variables; changes nothing.
+        """Return the new values of the trainable and the optimizer variables.
+
+        On JAX it changes nothing. On torch, as with a plain Keras optimizer, the tensors of the
+        trainable variables are updated in place.
 
         Args:
             optimizer_variables: Values of `variables`, in that order.
