@@ -118,6 +118,9 @@ class DynamicLossScale(LossScale):
         """Return the state after a step; see the class for the rule."""
         scale = self.bounded(state["scale"])
         state = {key: ops.convert_to_tensor(value) for key, value in state.items()}
+        if self.hysteresis > 1:
+            # What was saved by a schedule with another hysteresis must not be worth more here.
+            state["hysteresis_left"] = ops.clip(state["hysteresis_left"], 0, self.hysteresis)
         good, bad = self._after_good(state, scale), self._after_bad(state, scale)
         return {key: either(finite, good[key], bad[key]) for key in good}
 
@@ -170,12 +173,13 @@ class DynamicLossScale(LossScale):
             after["recover_to"] = ops.where(before < 0, before, -scale)
         return after
 
-    @staticmethod
-    def _recovering_to(stored: Any, scale: Any) -> Any:
+    def _recovering_to(self, stored: Any, scale: Any) -> Any:
         """Return the scale that a recovery ends at; 0 if there is none.
 
         During a run of overflows the scale that it began at is stored as a negative number: only
         the good step after it can tell how deep the slump was.
         """
         deep = ops.logical_and(stored < 0, scale * SLUMP <= -stored)
-        return ops.where(stored < 0, ops.where(deep, -stored, 0.0), stored)
+        target = ops.where(stored < 0, ops.where(deep, -stored, 0.0), stored)
+        # A target beyond the ceiling, of a schedule with a higher one, would never be reached.
+        return ops.minimum(target, self.max_scale)

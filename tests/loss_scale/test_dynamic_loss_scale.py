@@ -174,6 +174,29 @@ def test_a_share_of_overflows_below_the_tolerance_is_accepted():
     assert _scales(schedule, [True, True, True, False])[-1] == 2.0**14  # 1 of 4
 
 
+@pytest.mark.parametrize("stored", [2.0**20, np.inf, -(2.0**20), -np.inf])
+def test_a_recovery_that_was_loaded_with_a_target_above_the_ceiling_ends_there(stored):
+    schedule = DynamicLossScale(2.0, max_scale=8.0, recovery_interval=1, growth_interval=100)
+    state = {**schedule.init(), "recover_to": stored}
+    for scale in (4.0, 8.0):
+        state = schedule.update(state, True)
+        assert _numbers(state)["scale"] == scale
+    assert _numbers(state)["recover_to"] == 0.0
+
+
+@pytest.mark.parametrize(("stored", "tolerated"), [(9, 2), (3, 2), (1, 0), (0, 0), (-5, 0)])
+@pytest.mark.parametrize("good_first", [True, False])
+def test_a_loaded_allowance_is_worth_no_more_than_the_hysteresis(stored, tolerated, good_first):
+    schedule = DynamicLossScale(hysteresis=3)
+    state = {**schedule.init(), "hysteresis_left": stored}
+    if good_first:
+        state = schedule.update(state, True)
+    for _ in range(tolerated):
+        state = schedule.update(state, False)
+    assert _numbers(state)["scale"] == 2.0**15
+    assert _numbers(schedule.update(state, False))["scale"] == 2.0**14
+
+
 SCALES = ("initial_scale", "min_scale", "max_scale")
 COUNTS = ("growth_interval", "hysteresis")
 NO_NUMBER = ["2", "", None, True, False, np.bool_(True), [2.0], 2j]
