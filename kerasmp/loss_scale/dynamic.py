@@ -121,18 +121,22 @@ class DynamicLossScale(LossScale):
         if self.hysteresis > 1:
             # What was saved by a schedule with another hysteresis must not be worth more here.
             state["hysteresis_left"] = ops.clip(state["hysteresis_left"], 0, self.hysteresis)
+        if isinstance(finite, bool):
+            return self._after_good(state, scale) if finite else self._after_bad(state, scale)
         good, bad = self._after_good(state, scale), self._after_bad(state, scale)
-        return {key: either(finite, good[key], bad[key]) for key in good}
+        return {key: ops.where(finite, good[key], bad[key]) for key in good}
 
     def _after_good(self, state: State, scale: Any) -> State:
         good_steps = state["step_counter"] + 1
         none = ops.zeros_like(good_steps)
         after: State = {}
-        interval = self.growth_interval
+        interval: Any = self.growth_interval
         if self.recovery_interval is not None:
             target = self._recovering_to(state["recover_to"], scale)
             quick = min(self.recovery_interval, self.growth_interval)
-            interval = ops.where(target > 0, quick, interval)
+            # Both as tensors: two Python numbers would not have the counter's dtype.
+            quick, slow = (ops.full_like(good_steps, n) for n in (quick, self.growth_interval))
+            interval = ops.where(target > 0, quick, slow)
         grow = good_steps >= interval
         # Growing may overflow float32 at a ceiling near its maximum: the minimum mends that.
         higher = ops.minimum(scale * self.growth_factor, self.max_scale)
