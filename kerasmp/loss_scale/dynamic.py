@@ -40,7 +40,8 @@ class DynamicLossScale(LossScale):
             fairseq; default 0, every overflow counts.
         recovery_interval: After a slump, overflows in a row that took the scale to 1/256 or less,
             it grows after this many good steps if that is fewer than `growth_interval`, until it
-            is back where it was or the next overflow. Default None: it climbs as slowly as ever.
+            is back where it was or the next overflow. Default 20. None climbs as slowly as ever,
+            as Keras, PyTorch and apex do.
         min_scale: The floor, default 1.
         max_scale: The ceiling, default 2**24.
 
@@ -50,7 +51,8 @@ class DynamicLossScale(LossScale):
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740;
-        the defaults are those of Keras, PyTorch's GradScaler and NVIDIA apex (ceiling 2**24).
+        the defaults are those of Keras, PyTorch's GradScaler and NVIDIA apex (ceiling 2**24),
+        to which the recovery is added.
         Ott et al., fairseq, 2019, https://arxiv.org/abs/1904.01038 (tolerance).
 
     Example:
@@ -69,7 +71,7 @@ class DynamicLossScale(LossScale):
     max_scale: float = 2.0**24
     consecutive_hysteresis: bool = False
     tolerance: float = 0.0
-    recovery_interval: int | None = None
+    recovery_interval: int | None = 20
 
     def __post_init__(self) -> None:
         checked = {

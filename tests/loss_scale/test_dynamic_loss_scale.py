@@ -139,7 +139,7 @@ def test_the_defaults_are_the_documented_ones():
         "max_scale": 16777216.0,
         "consecutive_hysteresis": False,
         "tolerance": 0.0,
-        "recovery_interval": None,
+        "recovery_interval": 20,
     }
 
 
@@ -154,10 +154,41 @@ def _scales(schedule, steps):
 def test_after_a_slump_the_scale_is_back_in_steps_and_not_in_epochs():
     """Fault 5: without a recovery, each doubling takes a whole growth interval."""
     steps = [False] * 10 + [True] * 200
-    assert _scales(DynamicLossScale(), steps)[-1] == 2.0**5
-    assert _scales(DynamicLossScale(recovery_interval=20), steps)[-1] == 2.0**15
+    assert _scales(DynamicLossScale(recovery_interval=None), steps)[-1] == 2.0**5
+    assert _scales(DynamicLossScale(), steps)[-1] == 2.0**15
     # Back there, it hurries no more.
-    assert _scales(DynamicLossScale(recovery_interval=20), [*steps, *[True] * 200])[-1] == 2.0**15
+    assert _scales(DynamicLossScale(), [*steps, *[True] * 200])[-1] == 2.0**15
+
+
+@pytest.mark.parametrize("fits", [2.0**16, 2.0**10, 1.0])
+def test_a_first_search_for_the_scale_costs_one_overflow_more_than_without_recovery(fits):
+    """It looks like a slump, and the first growth after it overflows as the last one did."""
+
+    def overflows(interval):
+        schedule = DynamicLossScale(2.0**24, recovery_interval=interval)
+        state, seen = schedule.init(), []
+        for _ in range(300):
+            finite = _numbers(state)["scale"] <= fits
+            seen.append(not finite)
+            state = schedule.update(state, finite)
+        return seen
+
+    search, wanted = overflows(None), overflows(20)
+    first = search.index(False)
+    assert 2.0 ** (24 - first) == fits
+    assert not any(search[first:])
+    # The good steps until it grows, one overflow, and then it waits as long as ever.
+    assert [i for i, bad in enumerate(wanted) if bad] == [*range(first), first + 20]
+
+
+@settings(max_examples=20, deadline=None)
+@given(steps=st.lists(st.sampled_from([[True], [True, True], [False], [False] * 7]), max_size=12))
+def test_short_of_a_slump_the_default_is_the_rule_of_keras(steps):
+    """Seven overflows in a row are a scale of 1/128."""
+    sequence = [finite for part in steps for finite in (*part, True)]
+    plain = DynamicLossScale(growth_interval=3, recovery_interval=None)
+    default = DynamicLossScale(growth_interval=3, recovery_interval=1)
+    assert _scales(default, sequence) == _scales(plain, sequence)
 
 
 def test_hysteresis_counts_overflows_in_a_row_or_all_of_them():

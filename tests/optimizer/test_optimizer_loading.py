@@ -132,3 +132,59 @@ def test_a_file_from_another_schedule_loads_what_both_have():
     dynamic.load_own_variables(store)
     assert dynamic.loss_scale == 64.0
     assert int(ops.convert_to_tensor(dynamic.hysteresis_left)) == 3
+
+
+def _recovering():
+    """Return an optimizer on its way out of a slump, by the default schedule, and its variables."""
+    variables = variables_of([1.0])
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.0))
+    for gradient in [np.nan] * 10 + [1.0] * 3:
+        eager(optimizer, tensors([gradient]), variables)
+    assert float(ops.convert_to_numpy(optimizer.recover_to.value)) == 2.0**15
+    return optimizer, variables
+
+
+def test_a_recovery_goes_on_where_it_was():
+    optimizer, variables = _recovering()
+    again = LossScaleOptimizer.from_config(optimizer.get_config())
+    again.build(variables)
+    again.set_weights(optimizer.get_weights())
+    for _ in range(17):
+        assert again.loss_scale == 2.0**5
+        eager(again, tensors([1.0]), variables)
+    assert again.loss_scale == 2.0**6
+
+
+def test_a_file_from_before_there_was_a_recovery_loads():
+    """Its config does not name the setting, its state has no place for it."""
+    before = LossScaleOptimizer("sgd", loss_scale=DynamicLossScale(64.0, recovery_interval=None))
+    variables = variables_of([1.0])
+    eager(before, tensors([64.0]), variables)
+    config, store = before.get_config(), {}
+    del config["loss_scale"]["config"]["recovery_interval"]
+    before.save_own_variables(store)
+    assert "recover_to" not in store
+    loaded = LossScaleOptimizer.from_config(config)
+    loaded.build(variables)
+    loaded.load_own_variables(store)
+    assert loaded.schedule == DynamicLossScale(64.0)
+    assert (loaded.loss_scale, loaded.applied_steps) == (64.0, 1)
+    assert float(ops.convert_to_numpy(loaded.recover_to.value)) == 0.0
+
+
+@pytest.mark.backend("tensorflow")
+def test_a_checkpoint_from_before_there_was_a_recovery_restores(tmp_path):
+    import tensorflow as tf
+
+    before = LossScaleOptimizer("adam", loss_scale=DynamicLossScale(64.0, recovery_interval=None))
+    variables = variables_of([1.0])
+    eager(before, tensors([64.0]), variables)
+    path = tf.train.Checkpoint(optimizer=before).save(tmp_path / "point")
+    loaded = LossScaleOptimizer("adam", loss_scale=DynamicLossScale(8.0))
+    loaded.build(variables)
+    tf.train.Checkpoint(optimizer=loaded).restore(path)
+    assert (loaded.loss_scale, loaded.applied_steps, int(loaded.iterations)) == (64.0, 1, 1)
+    assert_same_bits(
+        numpy(loaded.inner_optimizer.variables), numpy(before.inner_optimizer.variables)
+    )
+    assert float(ops.convert_to_numpy(loaded.recover_to.value)) == 0.0
