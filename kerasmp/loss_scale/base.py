@@ -29,13 +29,17 @@ class LossScale(abc.ABC):
 
     Example:
 
-    >>> class Constant(LossScale):
-    ...     initial_scale = min_scale = max_scale = 8.0
+    >>> @keras.saving.register_keras_serializable(package="my_project")
+    ... @dataclasses.dataclass(frozen=True)
+    ... class Constant(LossScale):
+    ...     initial_scale: float = 8.0
+    ...     min_scale: float = 1.0
+    ...     max_scale: float = 2.0**24
     ...
     ...     def update(self, state, finite):
-    ...         return state
-    >>> Constant().init()["scale"]
-    8.0
+    ...         return {**state, "scale": self.bounded(state["scale"])}
+    >>> Constant().init()["scale"], Constant(16.0).get_config()["initial_scale"]
+    (8.0, 16.0)
     """
 
     measures: ClassVar[tuple[str, ...]] = ()
@@ -80,11 +84,21 @@ class LossScale(abc.ABC):
         )
 
     def get_config(self) -> dict[str, Any]:
-        """Return the constructor's arguments; `from_config` is the inverse."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)  # type: ignore[arg-type]  # every subclass is one
-        }
+        """Return the constructor's arguments; `from_config` is the inverse.
+
+        Raises:
+            LossScaleError: If the subclass is no dataclass and has no `get_config` of its own.
+        """
+        try:
+            fields = dataclasses.fields(self)  # type: ignore[arg-type]  # every subclass is one
+        except TypeError as error:
+            raise LossScaleError(
+                "The schedule cannot tell its settings, and so cannot be saved.",
+                received=f"{type(self).__name__}, which is no dataclass",
+                expected="a frozen dataclass",
+                fix="Put @dataclasses.dataclass(frozen=True) above it, or give it a get_config.",
+            ) from error
+        return {field.name: getattr(self, field.name) for field in fields}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
