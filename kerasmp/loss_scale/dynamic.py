@@ -33,8 +33,9 @@ class DynamicLossScale(LossScale):
             makes it back off, default 1 (the first). As in Megatron-LM, the allowance is used up
             by overflows that need not be consecutive and is refilled only when the scale grows;
             once it is used up every overflow backs off.
-        consecutive_hysteresis: Refill that allowance at every good step, as DeepSpeed does with
-            `consecutive_hysteresis`; default False. Without effect if `hysteresis` is 1.
+        consecutive_hysteresis: Refill that allowance at every good step, as apex does, and
+            DeepSpeed with `consecutive_hysteresis`; default False. Without effect if `hysteresis`
+            is 1.
         tolerance: The share of overflows, from 0 up to but not including 1, that is accepted
             since the scale last moved: it backs off only once the share reaches this. As in
             fairseq; default 0, every overflow counts.
@@ -103,7 +104,7 @@ class DynamicLossScale(LossScale):
             )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        validation.enclosed(self.min_scale, self.initial_scale, self.max_scale)
+        validation.enclosed(self)
 
     def init(self) -> State:
         """Return the state before the first step; what is not in use has no place in it."""

@@ -67,7 +67,7 @@ class LogMaxLossScale(LossScale):
             fix = f"The usual value is {usual[name]}."
             value = validation.factor(name, getattr(self, name), 0.0, high, fix)
             object.__setattr__(self, name, value)
-        validation.enclosed(self.min_scale, self.initial_scale, self.max_scale)
+        validation.enclosed(self)
 
     def init(self) -> State:
         """Return the state before the first step: running moments, and the weight they hold."""

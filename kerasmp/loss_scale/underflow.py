@@ -93,7 +93,7 @@ class UnderflowLossScale(LossScale):
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        validation.enclosed(self.min_scale, self.initial_scale, self.max_scale)
+        validation.enclosed(self)
 
     def init(self) -> State:
         """Return the state before the first step.

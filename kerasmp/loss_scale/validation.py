@@ -85,12 +85,16 @@ def switch(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def enclosed(low: float, first: float, high: float) -> None:
-    """Check that the initial scale lies inside its bounds."""
-    if not low <= first <= high:
-        raise LossScaleError(
-            "The bounds do not enclose the initial scale.",
-            received=f"min_scale={low:g}, initial_scale={first:g}, max_scale={high:g}",
-            expected="min_scale <= initial_scale <= max_scale",
-            fix="Move the initial scale, or the bound that it crosses.",
-        )
+def enclosed(schedule: Any) -> None:
+    """Check that the initial scale of a schedule lies inside its bounds."""
+    low, first, high = schedule.min_scale, schedule.initial_scale, schedule.max_scale
+    if low <= first <= high:
+        return
+    bound = "max_scale" if first > high else "min_scale"
+    raise LossScaleError(
+        "The bounds do not enclose the initial scale.",
+        received=f"min_scale={low:g}, initial_scale={first:g}, max_scale={high:g}",
+        expected="min_scale <= initial_scale <= max_scale",
+        fix=f"Choose another initial_scale, or move the bound that it crosses: "
+        f"{type(schedule).__name__}(initial_scale={first!r}, {bound}={first!r}).",
+    )

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from keras import ops
 
 from kerasmp.errors import LossScaleError
-from kerasmp.loss_scale import DynamicLossScale
+from kerasmp.loss_scale import DynamicLossScale, LogMaxLossScale, UnderflowLossScale
+from kerasmp.optimizer import LossScaleOptimizer
 
 LARGEST = float(np.finfo(np.float32).max)
 TINY = float(np.finfo(np.float32).tiny)
@@ -269,6 +270,21 @@ def test_refuses_the_value_and_says_received_expected_and_fix(name, value):
 def test_refuses_bounds_that_do_not_enclose_the_initial_scale(settings_):
     with pytest.raises(LossScaleError, match="min_scale <= initial_scale <= max_scale"):
         DynamicLossScale(**settings_)
+
+
+@pytest.mark.parametrize("cls", [DynamicLossScale, LogMaxLossScale, UnderflowLossScale])
+@pytest.mark.parametrize(("scale", "bound"), [(2.0**30, "max_scale"), (2.0**-3, "min_scale")])
+def test_what_that_error_proposes_works(cls, scale, bound):
+    with pytest.raises(LossScaleError) as caught:
+        cls(initial_scale=scale)
+    proposed = f"{cls.__name__}(initial_scale={scale}, {bound}={scale})"
+    assert proposed in caught.value.fix
+    assert cls(**{"initial_scale": scale, bound: scale}).initial_scale == scale
+
+
+def test_the_name_that_keras_has_for_the_first_scale_gets_the_same_proposal():
+    with pytest.raises(LossScaleError, match=r"DynamicLossScale\(.*max_scale=1073741824\.0\)"):
+        LossScaleOptimizer("sgd", initial_scale=2.0**30)
 
 
 @pytest.mark.parametrize("value", [1024, np.float32(1024), np.int64(1024), Fraction(1024)])
