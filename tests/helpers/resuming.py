@@ -23,16 +23,21 @@ STOP, END = 6, 12
 SCHEDULE = mp.DynamicLossScale(2.0**10, growth_factor=4.0, growth_interval=3, hysteresis=2)
 
 
-def compiled():
-    """Return a mixed float16 network under an optimizer that averages, clips and decays; built."""
+def network():
+    """Return a mixed float16 network, always with the same weights."""
     keras.utils.set_random_seed(0)
-    model = mp.Sequential(
+    return mp.Sequential(
         [
             keras.Input((4,)),
             keras.layers.Dense(8, activation="tanh", dtype="mixed_float16"),
             keras.layers.Dense(1, dtype="float32"),
         ]
     )
+
+
+def compiled():
+    """Return the network under an optimizer that averages, clips and decays; built."""
+    model = network()
     rate = keras.optimizers.schedules.ExponentialDecay(0.01, 3, 0.9)
     inner = keras.optimizers.AdamW(rate, use_ema=True, clipnorm=1.0)
     optimizer = mp.LossScaleOptimizer(inner, loss_scale=SCHEDULE)

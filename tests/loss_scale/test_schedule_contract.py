@@ -97,18 +97,49 @@ def test_a_good_step_counts_and_a_bad_one_starts_again(cls):
     assert _numbers(cls().update(state, False))["step_counter"] == 0
 
 
+# Nothing, ordinary, huge, and what no gradient of an applied step should give.
+MEASURED = st.sampled_from([0.0, 2.0**-149, 0.3, 1.0, 1e4, 3e38, np.inf, np.nan, -1.0])
+LOADED = {float: st.floats(width=32), int: st.integers(-5, 2**31 - 10)}
+
+
 @every_schedule
-@settings(max_examples=25, deadline=None)
-@given(
-    start=st.floats(width=32),
-    steps=st.lists(st.booleans(), min_size=1, max_size=8),
-)
-def test_any_scale_whatever_was_loaded_is_inside_the_bounds_after_one_update(cls, start, steps):
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_whatever_was_loaded_and_is_measured_the_scale_is_inside_the_bounds(cls, data):
     schedule = cls()
-    state = {**schedule.init(), "scale": start}
-    for finite in steps:
-        state = schedule.update(state, finite)
+    state = {key: data.draw(LOADED[type(value)]) for key, value in schedule.init().items()}
+    for finite in data.draw(st.lists(st.booleans(), min_size=1, max_size=8)):
+        measured = {name: data.draw(MEASURED) for name in schedule.measures}
+        state = schedule.update(state, finite, **measured)
         assert schedule.min_scale <= _numbers(state)["scale"] <= schedule.max_scale
+
+
+@every_schedule
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_no_measure_breaks_the_state_for_good(cls, data):
+    """After a few good steps with ordinary measures the state holds ordinary numbers again."""
+    short = {"window": 2} if "window" in inspect.signature(cls).parameters else {}
+    schedule = cls(**short)
+    state = schedule.init()
+    for finite in data.draw(st.lists(st.booleans(), max_size=6)):
+        measured = {name: data.draw(MEASURED) for name in schedule.measures}
+        state = schedule.update(state, finite, **measured)
+    for _ in range(3):
+        state = schedule.update(state, True, **dict.fromkeys(schedule.measures, 0.5))
+    assert np.isfinite(list(_numbers(state).values())).all()
+
+
+@every_schedule
+@pytest.mark.parametrize("finite", [True, False])
+def test_what_is_measured_may_be_a_tensor_too(cls, finite):
+    schedule = cls()
+    for value in (0.0, 0.25, np.inf):
+        measured = dict.fromkeys(schedule.measures, value)
+        tensors = {name: ops.convert_to_tensor(v) for name, v in measured.items()}
+        by_tensor = schedule.update(schedule.init(), finite, **tensors)
+        by_number = schedule.update(schedule.init(), finite, **measured)
+        np.testing.assert_equal(_numbers(by_tensor), _numbers(by_number))
 
 
 @every_schedule
