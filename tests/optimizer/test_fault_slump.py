@@ -1,0 +1,80 @@
+"""Fault 5: sixty bad batches, then good ones: stock Keras never learns again, ours does."""
+
+import keras
+import numpy as np
+import pytest
+from helpers.stepping import Stock
+from keras import ops
+
+import kerasmp as mp
+
+ON_JAX = keras.backend.backend() == "jax"
+X = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
+Y = np.tanh(X[:, :1])
+# A loss that is NaN, and one that is finite, for tanh is, while its gradients are not.
+BAD_LOSS, BAD_GRADIENTS = np.full_like(X, np.nan), X.copy()
+BAD_GRADIENTS[:, 0] = np.inf
+# The loss's gradients at a scale of 1 are below float16's range.
+SMALL = 2.0**-26
+
+
+def small_error(target, output):
+    return SMALL * ops.mean(ops.square(ops.cast(target, "float32") - ops.cast(output, "float32")))
+
+
+def trained(module, cls, bad, **settings):
+    """Return the loss before and after the bad and good batches, the lowest scale, the model."""
+    keras.utils.set_random_seed(0)
+    hidden = keras.layers.Dense(8, activation="tanh", dtype="mixed_float16")
+    last = keras.layers.Dense(1, dtype="mixed_float16")
+    model = module.Sequential([keras.Input((4,)), hidden, last])
+    inner = keras.optimizers.Adam(0.02, epsilon=1e-15)
+    model.compile(cls(inner, **settings), small_error)
+    before = float(model.test_on_batch(X, Y)) / SMALL
+    for _ in range(60):
+        model.train_on_batch(bad, Y)
+    lowest = float(ops.convert_to_numpy(model.optimizer.dynamic_scale.value))
+    for _ in range(200):
+        model.train_on_batch(X, Y)
+    return before, float(model.test_on_batch(X, Y)) / SMALL, lowest, model
+
+
+every_bad_batch = pytest.mark.parametrize(
+    "bad", [BAD_LOSS, BAD_GRADIENTS], ids=["loss", "gradients"]
+)
+
+
+@every_bad_batch
+def test_stock_keras_has_not_moved(bad):
+    before, after, lowest, _ = trained(keras, Stock, bad)
+    assert lowest == 2.0**-45
+    assert after == before
+
+
+@every_bad_batch
+def test_ours_has_learned(bad):
+    before, after, lowest, model = trained(mp, mp.LossScaleOptimizer, bad)
+    causes = {cause: n for cause, n in model.optimizer.skip_causes.items() if n}
+    if bad is BAD_LOSS:
+        assert (causes, lowest, model.optimizer.loss_scale) == ({"loss": 60}, 2.0**15, 2.0**15)
+    else:
+        assert (causes, lowest) == ({"gradients": 15, "floor": 45}, 1.0)
+        assert model.optimizer.loss_scale == 2.0**10  # twenty good steps for each doubling
+    assert after < before / 10
+
+
+@every_bad_batch
+def test_ours_in_a_stock_model_has_learned_too(bad):
+    before, after, lowest, model = trained(keras, mp.LossScaleOptimizer, bad)
+    assert lowest == (2.0**15 if bad is BAD_LOSS and not ON_JAX else 1.0)
+    assert model.optimizer.skipped_steps == 60
+    assert after < before / 10
+
+
+def test_without_the_recovery_the_floor_alone_is_not_enough():
+    schedule = mp.DynamicLossScale(recovery_interval=None)
+    before, after, lowest, model = trained(
+        mp, mp.LossScaleOptimizer, BAD_GRADIENTS, loss_scale=schedule
+    )
+    assert lowest == model.optimizer.loss_scale == 1.0
+    assert after == before
