@@ -1,0 +1,159 @@
+"""Faults 12, 13 and 16: what a file, or a move from one optimizer to another, loses in stock Keras.
+
+The policy that is global while a file is loaded, and `auto_scale_loss`, must not matter; and the
+state of a plain optimizer moves into a wrapped one and back through files, with one call each way.
+"""
+
+import keras
+import numpy as np
+import pytest
+from helpers.stepping import Stock, assert_same_bits, numpy
+from keras import ops
+
+import kerasmp as mp
+
+X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
+Y = X[:, :1]
+LOST = "ignore:Skipping variable loading for optimizer:UserWarning"
+
+
+def network(module):
+    keras.utils.set_random_seed(0)
+    hidden = keras.layers.Dense(4, activation="tanh")
+    return module.Sequential([keras.Input((4,)), hidden, keras.layers.Dense(1)])
+
+
+def fit(model):
+    model.fit(X, Y, batch_size=8, shuffle=False, verbose=0)
+    return model
+
+
+def steps(optimizer):
+    return int(ops.convert_to_numpy(ops.convert_to_tensor(optimizer.iterations)))
+
+
+def is_plain(optimizer):
+    """Return whether it is an Adam, torch's own one say, and nothing that scales."""
+    return isinstance(optimizer, keras.optimizers.Adam) and not isinstance(optimizer, Stock)
+
+
+def saved_under_float16(path, module, optimizer, **compiling):
+    """Train under a global mixed_float16, save, and return the model; the global policy goes."""
+    with mp.policy_scope("mixed_float16"):
+        model = network(module)
+        model.compile(optimizer, keras.losses.MeanSquaredError(), **compiling)
+        fit(model).save(path)
+    assert keras.config.dtype_policy().name == "float32"
+    return model
+
+
+# What a user of kerasmp writes: our model and a name, our optimizer in either model.
+OURS = {
+    "our model": (mp, lambda: "adam"),
+    "our optimizer": (mp, lambda: mp.LossScaleOptimizer("adam", loss_scale=2.0**7)),
+    "our optimizer in a stock model": (keras, lambda: mp.LossScaleOptimizer("adam")),
+}
+
+
+class TestLoadedUnderAnotherPolicy:
+    @pytest.mark.filterwarnings(LOST)
+    def test_in_stock_keras_wrapper_and_state_are_lost_and_float16_stays(self, tmp_path):
+        """Fault 12."""
+        model = saved_under_float16(tmp_path / "model.keras", keras, "adam")
+        assert type(model.optimizer) is Stock
+        assert steps(model.optimizer) > 0
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        assert is_plain(loaded.optimizer)
+        assert steps(loaded.optimizer) == 0
+        assert loaded.layers[0].compute_dtype == "float16"
+
+    @pytest.mark.parametrize(("module", "optimizer"), OURS.values(), ids=OURS)
+    def test_ours_goes_on_bit_for_bit(self, module, optimizer, tmp_path):
+        model = saved_under_float16(tmp_path / "model.keras", module, optimizer())
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        assert loaded.optimizer.schedule == model.optimizer.schedule
+        assert [layer.compute_dtype for layer in loaded.layers] == ["float16"] * 2
+        assert steps(loaded.optimizer) == model.optimizer.applied_steps > 0
+        for going_on in (model, loaded):
+            fit(going_on)
+        assert_same_bits(numpy(loaded.variables), numpy(model.variables))
+        assert_same_bits(numpy(loaded.optimizer.variables), numpy(model.optimizer.variables))
+
+    def test_a_file_of_stock_keras_moves_over_with_nothing_lost(self, tmp_path):
+        path = tmp_path / "stock.keras"
+        stock = saved_under_float16(path, keras, "adam").optimizer
+        model = keras.models.load_model(path, compile=False)
+        model.compile(mp.LossScaleOptimizer("adam"), keras.losses.MeanSquaredError())
+        model.optimizer.build(model.trainable_variables)
+        model.load_weights(path)
+        assert steps(model.optimizer) == steps(stock) > 0
+        assert model.optimizer.loss_scale == float(stock.dynamic_scale.numpy())
+        inner = model.optimizer.inner_optimizer
+        assert_same_bits(numpy(inner.variables), numpy(stock.inner_optimizer.variables))
+
+
+class TestAutoScaleLoss:
+    """Fault 13: the policy is the same at loading, and the optimizer shall stay as it was."""
+
+    def loaded(self, module, path):
+        model = saved_under_float16(path, module, "adam", auto_scale_loss=False)
+        assert is_plain(model.optimizer)
+        with mp.policy_scope("mixed_float16"):
+            return model.optimizer, keras.models.load_model(path).optimizer
+
+    @pytest.mark.filterwarnings(LOST)
+    def test_stock_keras_wraps_what_it_loads_and_loses_its_state(self, tmp_path):
+        _, loaded = self.loaded(keras, tmp_path / "model.keras")
+        assert type(loaded) is Stock
+        assert steps(loaded) == 0
+
+    def test_ours_leaves_it_as_it_was(self, tmp_path):
+        optimizer, loaded = self.loaded(mp, tmp_path / "model.keras")
+        assert is_plain(loaded)
+        assert steps(loaded) == 4
+        assert_same_bits(numpy(loaded.variables), numpy(optimizer.variables))
+
+
+def compiled(optimizer):
+    model = network(keras)
+    model.compile(optimizer, keras.losses.MeanSquaredError())
+    return model
+
+
+def wrapped(optimizer):
+    return mp.LossScaleOptimizer(optimizer, loss_scale=2.0**10)
+
+
+class TestMovingBetweenPlainAndWrapped:
+    """Fault 16."""
+
+    def test_a_run_through_two_files_equals_a_plain_run_that_never_stopped(self, tmp_path):
+        straight = compiled("adam")
+        for _ in range(3):
+            fit(straight)
+        first = fit(compiled("adam"))
+        first.save(tmp_path / "plain.keras")
+        second = keras.models.load_model(tmp_path / "plain.keras")
+        second.compile(wrapped(second.optimizer), second.loss)  # the call, one way
+        fit(second).save(tmp_path / "wrapped.keras")
+        third = keras.models.load_model(tmp_path / "wrapped.keras")
+        assert third.optimizer.applied_steps == 4
+        third.compile(third.optimizer.inner_optimizer, third.loss)  # and back
+        fit(third)
+        assert is_plain(third.optimizer)
+        assert steps(third.optimizer) == 12
+        assert_same_bits(numpy(third.variables), numpy(straight.variables))
+        assert_same_bits(numpy(third.optimizer.variables), numpy(straight.optimizer.variables))
+
+    @pytest.mark.filterwarnings(LOST)
+    @pytest.mark.parametrize("inwards", [True, False], ids=["into", "out of"])
+    def test_files_in_stock_keras_lose_the_state_either_way(self, inwards, tmp_path):
+        def stock():
+            return Stock(keras.optimizers.Adam())
+
+        source, target = (keras.optimizers.Adam, stock) if inwards else (stock, "adam")
+        fit(compiled(source())).save(tmp_path / "source.keras")
+        model = compiled(target() if callable(target) else target)
+        model.optimizer.build(model.trainable_variables)
+        model.load_weights(tmp_path / "source.keras")
+        assert steps(model.optimizer) == 0
