@@ -6,11 +6,11 @@ A scenario is one function of the optimizer's class, so that both run the very s
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import Stock, numpy, step_of, tensors, variables_of
+from helpers.stepping import Stock, assert_same_bits, numpy, step_of, tensors, variables_of
 from keras import ops
 
 import kerasmp as mp
-from kerasmp.errors import LossScaleError
+from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.optimizer import LossScaleOptimizer as Ours
 
 X = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
@@ -91,6 +91,23 @@ class TestAFixedScale:
         x[20] = np.inf
         model.fit(x, Y, batch_size=8, verbose=0)
         assert not np.isfinite(model.get_weights()[0]).all()
+
+    def test_under_mixed_float16_stock_swaps_even_that_for_a_dynamic_scale(self):
+        """Fault 10. Silently: a warning would fail the test."""
+        with mp.policy_scope("mixed_float16"):
+            model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        model.compile(keras.optimizers.SGD(0.01, loss_scale_factor=256.0), "mse")
+        assert type(model.optimizer) is Stock
+        assert model.optimizer.inner_optimizer.loss_scale_factor is None
+        assert float(model.optimizer.scale_loss(ops.array(1.0))) == 32768.0
+
+    def test_ours_says_so_and_what_to_write(self):
+        with mp.policy_scope("mixed_float16"):
+            model = mp.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        with pytest.warns(LossScaleWarning, match=r"pass loss_scale=256\.0 here"):
+            model.compile(keras.optimizers.SGD(0.01, loss_scale_factor=256.0), "mse")
+        model.compile(Ours(keras.optimizers.SGD(0.01), loss_scale=256.0), "mse")
+        assert model.optimizer.schedule == mp.FixedLossScale(256.0)
 
     def test_ours_checks_and_skips_and_stays_where_it_is(self):
         model = fixed_scale_through_fit(Ours)
@@ -207,3 +224,32 @@ class TestASkippedStepIsVisible:
         assert logs["skipped_steps"] == [optimizer.skipped_steps]
         assert logs["loss_scale"] == [optimizer.loss_scale]
         assert optimizer.skipped_steps + optimizer.applied_steps == 8
+
+
+class TestNoGradientsAtAll:
+    """Fault 21: to a plain optimizer they are nothing to do."""
+
+    @staticmethod
+    def built(optimizer):
+        variables = variables_of([1.0])
+        optimizer.build(variables)
+        return optimizer, variables
+
+    @pytest.mark.backend("tensorflow", "torch")
+    def test_stock_counts_them_as_a_good_step(self):
+        optimizer, _ = self.built(Stock(keras.optimizers.SGD(0.5)))
+        optimizer.apply([], [])
+        assert int(ops.convert_to_numpy(optimizer.step_counter.value)) == 1
+
+    @pytest.mark.backend("jax")
+    def test_stock_leaks_a_tracer(self):
+        optimizer, _ = self.built(Stock(keras.optimizers.SGD(0.5)))
+        with pytest.raises(Exception, match="tracer"):
+            optimizer.apply([], [])
+
+    def test_a_plain_one_and_ours_change_nothing(self):
+        for optimizer in (keras.optimizers.Adam(0.5), Ours(keras.optimizers.Adam(0.5))):
+            _, variables = self.built(optimizer)
+            before = numpy([*variables, *optimizer.variables])
+            assert optimizer.apply([], []) is None
+            assert_same_bits(numpy([*variables, *optimizer.variables]), before)

@@ -1,0 +1,101 @@
+"""Fault 11: float16 that stock Keras trains without any loss scaling, silently; ours scales it."""
+
+import keras
+import numpy as np
+import pytest
+
+import kerasmp as mp
+
+Stock = keras.optimizers.LossScaleOptimizer
+DTypePolicyMap = keras.dtype_policies.DTypePolicyMap
+
+
+def network(module, **settings):
+    return module.Sequential([keras.Input((4,)), keras.layers.Dense(2, **settings)])
+
+
+def a_layer_alone(module):
+    return network(module, dtype="mixed_float16")
+
+
+def a_map_for_a_layer(module):
+    return network(module, dtype=DTypePolicyMap(default_policy="mixed_float16"))
+
+
+def a_map_that_names_a_part(module):
+    """Return a model whose one float16 layer is inside another layer, which is float32."""
+    policies = DTypePolicyMap(default_policy="float32")
+    policies["attention/query"] = keras.DTypePolicy("mixed_float16")
+    inputs = keras.Input((3, 4))
+    layer = keras.layers.MultiHeadAttention(1, 4, dtype=policies, name="attention")
+    outputs = layer(inputs, inputs)
+    assert layer.compute_dtype == "float32"
+    return module.Model(inputs, outputs)
+
+
+def a_map_for_all(module):
+    keras.config.set_dtype_policy(DTypePolicyMap(default_policy="mixed_float16"))
+    return network(module)
+
+
+def pure_float16(module):
+    keras.config.set_dtype_policy("float16")
+    return network(module)
+
+
+def turned_afterwards(module):
+    model = network(module)
+    model.layers[0].dtype_policy = "mixed_float16"
+    return model
+
+
+MODELS = [
+    a_layer_alone,
+    a_map_for_a_layer,
+    a_map_that_names_a_part,
+    a_map_for_all,
+    pure_float16,
+    turned_afterwards,
+]
+every_model = pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
+
+
+@every_model
+def test_stock_keras_says_nothing_and_scales_nothing(build):
+    model = build(keras)
+    model.compile("adam", "mse")  # a warning would fail the test
+    assert not isinstance(model.optimizer, Stock)
+
+
+@every_model
+def test_ours_scales(build):
+    model = build(mp)
+    model.compile("adam", "mse")
+    assert isinstance(model.optimizer, mp.LossScaleOptimizer)
+
+
+@every_model
+def test_the_monitor_warns_of_it_in_a_stock_model(build):
+    model = build(keras)
+    model.compile("sgd", "mse")
+    x = np.zeros((8, *model.inputs[0].shape[1:]), "float32")
+    with pytest.warns(mp.errors.LossScaleWarning, match="nothing scales the loss"):
+        model.fit(x, model.predict(x, verbose=0), verbose=0, callbacks=[mp.OverflowMonitor()])
+
+
+def test_an_update_that_float16_cannot_hold_is_lost_without_scaling_and_made_with_it():
+    """What it costs: a gradient of 2**-27."""
+
+    def moved(module):
+        # From zero, where float32 sees any update.
+        settings = {"use_bias": False, "kernel_initializer": "zeros"}
+        model = network(module, dtype="mixed_float16", **settings)
+        model.compile(
+            keras.optimizers.SGD(1.0),
+            lambda target, output: 2.0**-27 * keras.ops.cast(output, "float32") + 0 * target,
+        )
+        model.train_on_batch(np.ones((1, 4), "float32"), np.zeros((1, 2), "float32"))
+        return model.get_weights()[0]
+
+    assert not moved(keras).any()
+    assert moved(mp).all()
