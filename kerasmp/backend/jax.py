@@ -36,12 +36,12 @@ def place() -> tuple[Any, Any]:
     return None, get_opaque_trace_state(convention="flax")
 
 
-def agreed(grads: Sequence[Any], variables: Sequence[Any], loss_finite: Any) -> tuple[Any, Any]:  # noqa: ARG001
-    """Return the gradients, and whether the loss was finite, as all replicas see them.
+def agreed(grads: Sequence[Any], variables: Sequence[Any], losses: Any) -> tuple[Any, Any]:  # noqa: ARG001
+    """Return the gradients and the losses as all replicas see them.
 
     On JAX the arrays of a step are global: every device sees the same ones already.
     """
-    return grads, loss_finite
+    return grads, losses
 
 
 def bakes_in(scale: Any) -> bool:
@@ -60,6 +60,26 @@ def start_as(variable: Any, other: Any) -> None:
     if not jnp.any(variable.value):
         # A copy: a train step donates both buffers, and must not donate one twice.
         variable.assign(jnp.copy(other.value))
+
+
+def keep_apart(variable: Any, other: Any) -> None:
+    """Give a variable a buffer of its own where it shares that of another one.
+
+    Keras writes averages into weights by handing the array on, and the first step of the next `fit`
+    then donates one buffer twice, which is an error.
+    """
+    if variable.value is other.value:
+        variable.assign(jnp.copy(other.value))
+
+
+def add_to(variable: Any, value: Any) -> None:
+    """Add to a variable."""
+    variable.assign_add(value)
+
+
+def branch(condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:  # noqa: ARG001
+    """Do what is right in either case: XLA fuses the few sums of `no`, and a branch costs more."""
+    no()
 
 
 def sync(model: Any) -> None:

@@ -51,9 +51,9 @@ def bakes_in(scale: Any) -> bool:  # noqa: ARG001 - one signature for all backen
 
 
 def agreed(
-    grads: Sequence[Any], variables: Sequence[Any], loss_finite: Any
-) -> tuple[list[Any], Any]:
-    """Return the gradients summed over all replicas, and whether the loss was finite in all.
+    grads: Sequence[Any], variables: Sequence[Any], losses: list[Any]
+) -> tuple[list[Any], list[Any]]:
+    """Return the gradients summed over all replicas, and what tells whether all losses were finite.
 
     What the sums hold, all replicas see, and so all decide alike: a replica that branched on its
     own gradients would apply what the others skip (MirroredStrategy) or wait for ever in a
@@ -63,7 +63,11 @@ def agreed(
     Args:
         grads: This replica's gradients, None among them or not.
         variables: The variables that they belong to.
-        loss_finite: Scalar bool tensor of this replica, or None.
+        losses: Those of this replica, or none where they are not known.
+
+    Returns:
+        The gradients, and losses: on several replicas one stand-in, NaN if a loss of any of them is
+        inf or NaN.
 
     Raises:
         BackendError: If called in a cross-replica context, where gradients have no replica.
@@ -77,26 +81,27 @@ def agreed(
             fix="Call it inside the function that you give to strategy.run().",
         )
     if not _several_replicas():
-        return grads, loss_finite
+        return grads, losses
     context = tf.distribute.get_replica_context()
     sent = [
         None if g is None else with_values(g, tf.cast(dense_values(g), "float32")) for g in grads
     ]
-    if loss_finite is not None:
-        sent.append(tf.cast(tf.logical_not(loss_finite), "float32"))
+    if losses:
+        finite = [tf.reduce_all(tf.math.is_finite(loss)) for loss in losses]
+        sent.append(tf.cast(tf.logical_not(tf.reduce_all(finite)), "float32"))
     # One call, so that small tensors are packed together.
     summed = iter(
         context.all_reduce(tf.distribute.ReduceOp.SUM, [g for g in sent if g is not None])
     )
     received = [None if g is None else next(summed) for g in sent]
-    if loss_finite is not None:
-        loss_finite = received.pop() == 0
+    if losses:
+        losses = [tf.where(received.pop() == 0, 0.0, float("nan"))]
     # What is a new value and no gradient, float8's scales say, is averaged.
     share = 1.0 / context.num_replicas_in_sync
     return [
         g * share if g is not None and getattr(v, "overwrite_with_gradient", False) else g
         for g, v in zip(received, variables, strict=True)
-    ], loss_finite
+    ], losses
 
 
 def _several_replicas() -> bool:
@@ -190,6 +195,20 @@ def start_as(variable: Any, other: Any) -> None:
         # made. While a trace makes one, it has none.
         if not variable.value.is_initialized() or not tf.reduce_any(tf.not_equal(variable, 0)):
             variable.assign(other.value)
+
+
+def keep_apart(variable: Any, other: Any) -> None:
+    """Nothing to do: variables of TensorFlow never share their memory."""
+
+
+def add_to(variable: Any, value: Any) -> None:
+    """Add to a variable, in one kernel where Keras takes three."""
+    variable.value.assign_add(tf.constant(value, variable.value.dtype), read_value=False)
+
+
+def branch(condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:
+    """Do one or the other, by a scalar bool tensor."""
+    tf.cond(condition, yes, no)
 
 
 def sync(model: Any) -> None:

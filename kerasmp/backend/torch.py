@@ -28,12 +28,12 @@ def place() -> tuple[Any, Any]:
     return None, None
 
 
-def agreed(grads: Sequence[Any], variables: Sequence[Any], loss_finite: Any) -> tuple[Any, Any]:  # noqa: ARG001
-    """Return the gradients, and whether the loss was finite, as all replicas see them.
+def agreed(grads: Sequence[Any], variables: Sequence[Any], losses: Any) -> tuple[Any, Any]:  # noqa: ARG001
+    """Return the gradients and the losses as all replicas see them.
 
     On torch there is one replica, or the gradients are reduced before they come here.
     """
-    return grads, loss_finite
+    return grads, losses
 
 
 def bakes_in(scale: Any) -> bool:  # noqa: ARG001 - one signature for all backends
@@ -65,6 +65,20 @@ def start_as(variable: Any, other: Any) -> None:
     with torch.no_grad():
         if not variable.value.any():
             variable.assign(other.value)
+
+
+def keep_apart(variable: Any, other: Any) -> None:
+    """Nothing to do: variables of torch never share their memory."""
+
+
+def add_to(variable: Any, value: Any) -> None:
+    """Add to a variable."""
+    variable.assign_add(value)
+
+
+def branch(condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:  # noqa: ARG001
+    """Do what is right in either case: a branch would wait for the device once more."""
+    no()
 
 
 def sync(model: Any) -> None:

@@ -72,6 +72,21 @@ class LossScale(abc.ABC):
             A new dict with the keys of `state`; scalar tensors.
         """
 
+    def only_counts(self, state: State) -> Any:  # noqa: ARG002 - for subclasses
+        """Return whether a good step would do nothing but add 1 to `step_counter`.
+
+        Nearly every step is such a one. Where branches are cheap the optimizer then leaves `update`
+        out, whose many small sums take longer than they look.
+
+        Args:
+            state: The dict of `init`, holding scalar tensors.
+
+        Returns:
+            Scalar bool tensor, never true where `update` would do more; or None, the default, where
+            telling costs no less than `update`.
+        """
+        return None
+
     def bounded(self, scale: Any) -> Any:
         """Return `scale` as a float32 scalar from `min_scale` to `max_scale`.
 

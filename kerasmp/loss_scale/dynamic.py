@@ -117,6 +117,17 @@ class DynamicLossScale(LossScale):
             state["recover_to"] = 0.0
         return state
 
+    def only_counts(self, state: State) -> Any:
+        """Return whether nothing is due: no growth, no recovery, no bound to be kept."""
+        if self.hysteresis > 1 or self.tolerance > 0:  # which count good steps, too
+            return None
+        scale = state["scale"]
+        inside = ops.logical_and(scale >= self.min_scale, scale <= self.max_scale)
+        quiet = ops.logical_and(state["step_counter"] < self.growth_interval - 1, inside)
+        if self.recovery_interval is None:
+            return quiet
+        return ops.logical_and(quiet, ops.equal(state["recover_to"], 0.0))
+
     def update(self, state: State, finite: Any) -> State:
         """Return the state after a step; see the class for the rule."""
         scale = self.bounded(state["scale"])

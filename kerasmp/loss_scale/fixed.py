@@ -73,6 +73,11 @@ class FixedLossScale(LossScale):
         inside = super().bounded(scale)
         return ops.where(inside < self.max_scale, inside, self.scale)
 
+    def only_counts(self, state: State) -> Any:
+        """Return whether the scale is inside the bounds."""
+        scale = state["scale"]
+        return ops.logical_and(scale >= self.min_scale, scale < self.max_scale)
+
     def update(self, state: State, finite: Any) -> State:
         """Return the same scale, brought inside the bounds where it was not."""
         return _hold(self, state, finite)
@@ -98,6 +103,10 @@ class NoLossScale(LossScale):
 
     min_scale = initial_scale
     max_scale = initial_scale
+
+    def only_counts(self, state: State) -> Any:
+        """Return whether the scale is 1."""
+        return ops.equal(state["scale"], 1.0)
 
     def update(self, state: State, finite: Any) -> State:
         """Return `state` with the scale 1."""

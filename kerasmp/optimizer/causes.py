@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from keras import ops
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # In the order of the counts that the optimizer keeps.
 CAUSES = ("loss", "gradients", "floor", "unknown")
@@ -41,30 +44,35 @@ class Forgetful:
         return type(self), ()
 
 
+def all_finite(losses: Sequence[Any]) -> Any:
+    """Return whether nothing in any of these tensors is inf or NaN, as a scalar bool tensor."""
+    return ops.all(ops.stack([ops.all(ops.isfinite(loss)) for loss in losses]))
+
+
 class LossNotes(Forgetful):
-    """Whether the losses of the step that is under way were finite.
+    """The losses of the step that is under way.
+
+    The tensors themselves: a step that is fine need not look at them.
 
     A note is taken by the `apply` of the same replica and the same trace; any other would read a
     tensor of a graph that is not its own.
     """
 
     def __init__(self) -> None:
-        self._notes: dict[Any, tuple[Any, Any]] = {}
+        self._notes: dict[Any, tuple[Any, list[Any]]] = {}
 
-    def add(self, replica: Any, trace: Any, finite: Any) -> None:
-        """Note a loss; the losses of one step must all be finite.
+    def add(self, replica: Any, trace: Any, loss: Any) -> None:
+        """Note a loss.
 
         Args:
             replica: What tells replicas apart that run the same code.
             trace: What is equal within one trace only; None outside of any.
-            finite: Scalar bool tensor.
+            loss: Tensor of any shape.
         """
-        known = self._notes.get(replica)
-        if known is not None and known[0] == trace:
-            finite = ops.logical_and(known[1], finite)
-        self._notes[replica] = (trace, finite)
+        known_trace, losses = self._notes.get(replica, (None, []))
+        self._notes[replica] = (trace, [*losses, loss] if known_trace == trace else [loss])
 
-    def take(self, replica: Any, trace: Any) -> Any:
-        """Return whether all losses noted here were finite; None if there were none."""
-        known_trace, finite = self._notes.pop(replica, (None, None))
-        return finite if known_trace == trace else None
+    def take(self, replica: Any, trace: Any) -> list[Any]:
+        """Return the losses noted here, each once."""
+        known_trace, losses = self._notes.pop(replica, (None, []))
+        return losses if known_trace == trace else []

@@ -10,7 +10,7 @@ from keras import ops
 
 from kerasmp import backend
 from kerasmp.errors import LossScaleError
-from kerasmp.optimizer.causes import cause_of
+from kerasmp.optimizer.causes import all_finite, cause_of
 from kerasmp.optimizer.counters import APPLIED, skipped_last, with_skip
 from kerasmp.optimizer.measures import MEASURES
 from kerasmp.optimizer.state import ScalingState
@@ -28,14 +28,14 @@ class Step:
         grads: One gradient, or None, for each variable.
         variables: The variables that they belong to.
         unscaled: Whether the gradients are those of the unscaled loss already.
-        loss_finite: Scalar bool tensor, whether the loss was finite; None if not known.
+        losses: The losses, as far as they are known; any that is not finite is to blame.
         updates: The gradients of the unscaled loss, which the inner optimizer gets.
     """
 
     grads: Sequence[Any]
     variables: Sequence[Any]
     unscaled: bool
-    loss_finite: Any
+    losses: Sequence[Any]
     updates: Sequence[Any] = ()
 
 
@@ -81,31 +81,52 @@ class SteppingState(ScalingState):
 
     def _advance(self, step: Step, finite: Any, applied: bool) -> None:  # noqa: FBT001 - a callback
         """Move the schedule and the counters after a step that was applied or skipped."""
-        variables = self._schedule_variables()
-        scale = ops.convert_to_tensor(self.dynamic_scale)
-        before = {key: ops.convert_to_tensor(v) for key, v in variables.items()}
-        measured = self._measured(step, scale, applied=applied)
-        after = self.schedule.update(before, applied, **measured)
-        if not applied and step.loss_finite is not None:
-            after = unless_loss_is_to_blame(step.loss_finite, before, after)
-        # Before anything is assigned: what was read may be the variable itself.
-        cause = None if applied else cause_of(step.loss_finite, scale, self.schedule.min_scale)
-        for key, value in after.items():
-            variables[key].assign(ops.cast(value, variables[key].dtype))
-        counts = self.counts_variable
         if applied:
-            counts.assign_add(ops.array(APPLIED, counts.dtype))
+            self._advance_after_update(step)
         else:
-            counts.assign(with_skip(counts, cause))
-            self._count_nonfinite(step, finite)
+            self._advance_after_skip(step, finite)
 
-    def _measured(self, step: Step, scale: Any, *, applied: bool) -> dict[str, Any]:
-        """Return what the schedule wants to know of the gradients; nothing of a bad step's."""
+    def _advance_after_update(self, step: Step) -> None:
+        room = backend.current()
+        room.add_to(self.counts_variable, APPLIED)
+        before = self._schedule_values()
+
+        def move() -> None:
+            measured = self._measured(step)
+            self._assign_schedule(self.schedule.update(before, finite=True, **measured))
+
+        only_counts = self.schedule.only_counts(before)
+        if only_counts is None:
+            move()
+        else:
+            room.branch(only_counts, lambda: room.add_to(self.step_counter, 1), move)
+
+    def _advance_after_skip(self, step: Step, finite: Any) -> None:
+        before = self._schedule_values()
+        nothing = dict.fromkeys(self.schedule.measures, ops.zeros(()))
+        after = self.schedule.update(before, finite=False, **nothing)
+        loss_finite = all_finite(step.losses) if step.losses else None
+        if loss_finite is not None:
+            after = unless_loss_is_to_blame(loss_finite, before, after)
+        # Before anything is assigned: what was read may be the variable itself.
+        cause = cause_of(loss_finite, before["scale"], self.schedule.min_scale)
+        self._assign_schedule(after)
+        self.counts_variable.assign(with_skip(self.counts_variable, cause))
+        self._count_nonfinite(step, finite)
+
+    def _schedule_values(self) -> dict[str, Any]:
+        return {key: ops.convert_to_tensor(v) for key, v in self._schedule_variables().items()}
+
+    def _assign_schedule(self, after: dict[str, Any]) -> None:
+        for key, variable in self._schedule_variables().items():
+            variable.assign(ops.cast(after[key], variable.dtype))
+
+    def _measured(self, step: Step) -> dict[str, Any]:
+        """Return what the schedule wants to know of the gradients."""
         names = self.schedule.measures
         if not names:
             return {}
-        if not applied:
-            return {name: ops.zeros(()) for name in names}
+        scale = ops.convert_to_tensor(self.dynamic_scale)
         grads = [backend.current().dense_values(g) for g in step.grads if g is not None]
         if step.unscaled:
             grads = [ops.cast(g, "float32") * scale for g in grads]

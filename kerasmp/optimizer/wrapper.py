@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.keras_private import learning_rate_functions
+from kerasmp.backend.keras_private import learning_rate_functions, weights_and_averages
 from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.loss_scale import validation
 from kerasmp.optimizer import arguments
@@ -162,7 +162,8 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
         Args:
             loss: The unscaled loss, of any shape.
         """
-        self._losses.add(*backend.current().place(), ops.all(ops.isfinite(loss)))
+        # Nobody differentiates the note, and torch would keep the graph behind it.
+        self._losses.add(*backend.current().place(), ops.stop_gradient(loss))
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Check, unscale and apply the gradients of the scaled loss, or skip the step.
@@ -187,9 +188,9 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
         self.build(variables)
         arguments.refuse_second_scale(self.inner_optimizer)
         self._unscaled.drop(replica, trace)
-        loss_finite = self._losses.take(replica, trace)
-        grads, loss_finite = room.agreed(grads, variables, loss_finite)
-        step = Step(grads, variables, unscaled, loss_finite)
+        losses = self._losses.take(replica, trace)
+        grads, losses = room.agreed(grads, variables, losses)
+        step = Step(grads, variables, unscaled, losses)
         if keras.backend.backend() == "jax":
             # JAX branches only in pure code, so the eager step is the pure one, then assigned.
             self._apply_pure(step)
@@ -201,11 +202,11 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
         touched = [*self._trainable_variables, *self.variables]
         functions = learning_rate_functions(self.inner_optimizer)
         # Not the first step itself, whose gradients would live as long as the program.
-        plan = dataclasses.replace(step, grads=(), loss_finite=None)
+        plan = dataclasses.replace(step, grads=(), losses=())
 
-        def pure(grads: Any, loss_finite: Any, rates: Any, values: Any) -> list[Any]:
+        def pure(grads: Any, losses: Any, rates: Any, values: Any) -> list[Any]:
             with rates_given(functions, rates):
-                this = dataclasses.replace(plan, grads=grads, loss_finite=loss_finite)
+                this = dataclasses.replace(plan, grads=grads, losses=losses)
                 return self._pure_step(this, touched, values)
 
         # Made anew each time, the step would be compiled each time.
@@ -213,7 +214,7 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
         key = (step.unscaled, positions, kept_by_a_trace(self.inner_optimizer))
         compiled = self._compiled_steps.get(key, lambda: backend.current().compiled(pure))
         before = [v.value for v in touched]
-        values = compiled(step.grads, step.loss_finite, rates_now(functions), before)
+        values = compiled(step.grads, step.losses, rates_now(functions), before)
         for variable, value in zip(touched, values, strict=True):
             variable.assign(value)
 
@@ -277,8 +278,8 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
         replica, trace = backend.current().place()
         unscaled = self._unscaled.look(replica, trace, number_of(grads))
         self._unscaled.drop(replica, trace)
-        loss_finite = self._losses.take(replica, trace)
-        step = Step(list(grads), self._trainable_variables, unscaled, loss_finite)
+        losses = self._losses.take(replica, trace)
+        step = Step(list(grads), self._trainable_variables, unscaled, losses)
         new = self._pure_step(step, touched, values)
         return new[:n], new[n:]
 
@@ -324,6 +325,8 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
         """
         if int(ops.convert_to_numpy(self.iterations)) > 0:
             self.inner_optimizer.finalize_variable_values(var_list)
+            for variable, average in weights_and_averages(self.inner_optimizer):
+                backend.current().keep_apart(average, variable)
 
     # ---------------------------------------------------------------- saving
 

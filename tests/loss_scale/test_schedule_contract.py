@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 import kerasmp.loss_scale
-from kerasmp.loss_scale import LossScale
+from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale, NoLossScale
 
 for module in pkgutil.iter_modules(kerasmp.loss_scale.__path__, "kerasmp.loss_scale."):
     importlib.import_module(module.name)
@@ -112,6 +112,29 @@ def test_whatever_was_loaded_and_is_measured_the_scale_is_inside_the_bounds(cls,
         measured = {name: data.draw(MEASURED) for name in schedule.measures}
         state = schedule.update(state, finite, **measured)
         assert schedule.min_scale <= _numbers(state)["scale"] <= schedule.max_scale
+
+
+@every_schedule
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_where_a_step_only_counts_the_whole_update_does_no_more(cls, data):
+    schedule = cls()
+    usual = {float: st.sampled_from([0.0, 1.0, 2.0**15]), int: st.sampled_from([0, 1998, 1999])}
+    state = {
+        key: ops.convert_to_tensor(data.draw(LOADED[type(value)] | usual[type(value)]))
+        for key, value in schedule.init().items()
+    }
+    only_counts = schedule.only_counts(state)
+    if only_counts is not None and bool(only_counts):
+        after = schedule.update(state, True)
+        counted = {**state, "step_counter": state["step_counter"] + 1}
+        assert _numbers(after) == _numbers(counted)
+
+
+@pytest.mark.parametrize("cls", [DynamicLossScale, FixedLossScale, NoLossScale])
+def test_nearly_every_step_only_counts(cls):
+    state = {key: ops.convert_to_tensor(value) for key, value in cls().init().items()}
+    assert bool(cls().only_counts(state))
 
 
 @every_schedule

@@ -127,6 +127,18 @@ def test_swapping_in_a_run_with_a_skipped_batch_equals_swapping_without_it(setti
     assert logs == expected_logs
 
 
+def test_one_fit_after_the_other_goes_on_with_the_averages_of_the_first():
+    """On JAX a plain optimizer fails here: weight and average share a buffer, donated twice."""
+    model, once = compiled(Ours(averaging({}), loss_scale=1.0)), compiled(averaging({}))
+    fit(model, X)
+    fit(once, X)
+    assert_same_bits(numpy(model.variables), numpy(once.variables))
+    fit(model, X)
+    assert model.optimizer.applied_steps == 6
+    averages = numpy(model.optimizer.inner_optimizer._model_variables_moving_average)
+    assert_same_bits(numpy(model.variables), averages)
+
+
 def test_averages_that_an_inner_optimizer_already_has_are_kept():
     variables = variables_of([1.0, 2.0])
     inner = averaging({})
