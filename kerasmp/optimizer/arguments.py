@@ -51,8 +51,8 @@ def refuse(kwargs: dict[str, Any]) -> None:
                 f"LossScaleOptimizer does not take `{name}`.",
                 received=f"{name}={value!r}",
                 expected="nothing, or its default",
-                # On the inner optimizer it would divide once more.
-                fix=f"For a fixed scale pass loss_scale={value!r}."
+                fix=f"For a fixed scale pass loss_scale={value!r}; on the `inner_optimizer` the "
+                "factor would divide every update once more."
                 if name == "loss_scale_factor"
                 else f"Set `{name}` on the `inner_optimizer`.",
             )

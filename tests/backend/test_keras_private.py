@@ -128,3 +128,14 @@ def test_learning_rate_schedules_are_found_and_numbers_are_not():
     optimizer = keras.optimizers.SGD(schedule)
     assert keras_private.learning_rate_schedules(optimizer) == [(optimizer, schedule)]
     assert keras_private.learning_rate_schedules(keras.optimizers.SGD(0.1)) == []
+
+
+def test_learning_rate_functions_are_found_and_schedules_and_numbers_are_not():
+    def rate():
+        return 0.5
+
+    optimizer = keras.optimizers.SGD(rate)
+    assert keras_private.learning_rate_functions(optimizer) == [(optimizer, rate)]
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)
+    for other in (0.1, schedule):
+        assert keras_private.learning_rate_functions(keras.optimizers.SGD(other)) == []
