@@ -136,7 +136,26 @@ class Model(keras.Model):
             self.optimizer = LossScaleOptimizer(self.optimizer)
             self.optimizer.build(self.trainable_variables)
             force = True  # a step that is compiled already holds the optimizer of before
+        self._warn_of_optimizers_of_its_own()
         return super().make_train_function(force)
+
+    def _warn_of_optimizers_of_its_own(self) -> None:
+        """Warn of optimizers that a compile of the user's own has kept: nothing wraps those."""
+        plain = [
+            name
+            for name, value in vars(self).items()
+            if isinstance(value, keras.optimizers.Optimizer)
+            and not isinstance(value, keras.optimizers.LossScaleOptimizer)
+            and value is not self.optimizer
+        ]
+        if plain and self._auto_scale_loss and float16_layers(self):
+            warnings.warn(
+                f"Nothing scales the loss of the model's own optimizers ({', '.join(plain)}), and "
+                "layers compute in float16. Wrap each in kerasmp.LossScaleOptimizer, and call its "
+                "scale_loss in the train step.",
+                LossScaleWarning,
+                stacklevel=3,
+            )
 
     def train_step(self, *args: Any) -> Any:
         """Run one step; if it is skipped, only the optimizer's scale and counters change.

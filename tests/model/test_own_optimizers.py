@@ -1,0 +1,54 @@
+"""Fault 11: a compile of the user's own, with optimizers that nothing wraps."""
+
+import keras
+import numpy as np
+import pytest
+
+import kerasmp as mp
+
+X = np.ones((8, 4), "float32")
+
+
+def adversaries(module, dtype):
+    class Adversaries(module.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(1, dtype=dtype)
+
+        def build(self, input_shape):
+            self.dense.build(input_shape)
+            self.built = True
+
+        def call(self, inputs):
+            return self.dense(inputs)
+
+        def compile(self, d_opt, g_opt):
+            super().compile("sgd", "mse")
+            self.d_opt, self.g_opt = d_opt, g_opt
+
+    model = Adversaries()
+    model.build((None, 4))
+    return model
+
+
+def test_stock_keras_says_nothing():
+    model = adversaries(keras, "mixed_float16")
+    model.compile(keras.optimizers.Adam(), keras.optimizers.Adam())
+    model.fit(X, X[:, :1], verbose=0)
+
+
+def test_ours_names_them():
+    model = adversaries(mp, "mixed_float16")
+    model.compile(keras.optimizers.Adam(), keras.optimizers.Adam())
+    with pytest.warns(mp.errors.LossScaleWarning, match=r"\(d_opt, g_opt\).*Wrap each"):
+        model.fit(X, X[:, :1], verbose=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
+def test_there_is_nothing_to_say_where_they_scale_or_need_not(dtype):
+    model = adversaries(mp, dtype)
+    scaled = [keras.optimizers.Adam() for _ in range(2)]
+    if dtype == "mixed_float16":
+        scaled = [mp.LossScaleOptimizer(optimizer) for optimizer in scaled]
+    model.compile(*scaled)
+    model.fit(X, X[:, :1], verbose=0)
