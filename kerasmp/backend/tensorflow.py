@@ -189,12 +189,13 @@ def start_as(variable: Any, other: Any) -> None:
     """Give a variable that holds nothing but zeros the value of another one."""
     # Now, also while a graph is traced, which would run without this the next time.
     with tf.init_scope():
-        if not other.value.is_initialized():  # the same trace is just making it
+        source = other.value if isinstance(other, keras.Variable) else other
+        if not source.is_initialized():  # the same trace is just making it
             return
         # A checkpoint that was restored before the build gives variables their values as they are
         # made. While a trace makes one, it has none.
         if not variable.value.is_initialized() or not tf.reduce_any(tf.not_equal(variable, 0)):
-            variable.assign(other.value)
+            variable.assign(source)
 
 
 def keep_apart(variable: Any, other: Any) -> None:

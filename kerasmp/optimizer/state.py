@@ -88,7 +88,7 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
     def loss_scale(self) -> float:
         """The current scale; reading it waits for the device, use `dynamic_scale` in a step.
 
-        Settable, within the schedule's bounds; the step counter then starts again.
+        Settable, within the schedule's bounds; the schedule then starts anew from there.
         """
         return float(self._read("dynamic_scale")) if self.built else self.schedule.initial_scale
 
@@ -102,8 +102,8 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
                 expected="a built optimizer",
                 fix="Pass loss_scale= to the constructor, or call build(variables) first.",
             )
+        self._assign_initial(("scale",))
         self.dynamic_scale.assign(number)
-        self.step_counter.assign(0)
 
     scale = loss_scale
 
@@ -221,7 +221,17 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
             f"The saved state of '{self.name}' is left out. {why}", LossScaleWarning, stacklevel=4
         )
 
+    def _assign_initial(self, but: Sequence[str]) -> None:
+        """Give the state of the schedule, but for some of its keys, the values that it begins with."""
+        for key, value in self.schedule.init().items():
+            if key not in but:
+                self._schedule_variables()[key].assign(value)
+
     def _assign(self, assignments: saved.Assignments) -> None:
+        given = {id(variable) for variable, _ in assignments}
+        if id(self.dynamic_scale) in given:  # from a schedule that may have known less than ours
+            names = self._schedule_variables().items()
+            self._assign_initial([key for key, variable in names if id(variable) in given])
         for variable, value in assignments:
             variable.assign(value)
         scale = self.loss_scale

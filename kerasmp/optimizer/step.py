@@ -9,7 +9,6 @@ import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.errors import LossScaleError
 from kerasmp.optimizer.causes import all_finite, cause_of
 from kerasmp.optimizer.counters import APPLIED, skipped_last, with_skip
 from kerasmp.optimizer.measures import MEASURES
@@ -44,13 +43,6 @@ class SteppingState(ScalingState):
 
     def _finite(self, step: Step) -> Any:
         """Return a bool vector, for each gradient (None left out) whether all of it is finite."""
-        if step.grads and all(g is None for g in step.grads):
-            raise LossScaleError(
-                "No gradients provided for any variable.",
-                received=f"{len(step.grads)} gradients, all None",
-                expected="a gradient for at least one variable",
-                fix="Check that the loss depends on the trainable variables.",
-            )
         values = [backend.current().dense_values(g) for g in step.updates if g is not None]
         if not values:
             return ops.ones((1,), dtype="bool")

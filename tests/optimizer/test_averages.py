@@ -186,6 +186,17 @@ def test_a_graph_that_makes_the_optimizers_state_starts_the_averages_too():
 
 
 @pytest.mark.backend("tensorflow")
+def test_averages_of_tensorflows_own_variables_start_as_they_are():
+    import tensorflow as tf
+
+    variables = [tf.Variable([1.0, 2.0])]
+    optimizer = Ours(averaging({}))
+    optimizer.apply([tf.constant([np.inf, 0.0])], variables)
+    averages = numpy(optimizer.inner_optimizer._model_variables_moving_average)
+    assert averages[0].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.backend("tensorflow")
 def test_a_graph_that_makes_the_weights_as_well_still_runs():
     import tensorflow as tf
 

@@ -121,6 +121,19 @@ def test_a_scale_that_slipped_past_the_loader_is_inside_after_one_step(schedule,
     assert schedule.min_scale <= optimizer.loss_scale <= schedule.max_scale
 
 
+def test_what_a_foreign_state_does_not_know_starts_anew():
+    variables = variables_of([1.0])
+    store = {}
+    stock = Stock(keras.optimizers.SGD())
+    stock.build(variables)
+    stock.save_own_variables(store)
+    ours = LossScaleOptimizer("sgd")
+    ours.build(variables)
+    ours.recover_to.assign(-64.0)
+    ours.load_own_variables(store)
+    assert float(ops.convert_to_numpy(ours.recover_to.value)) == 0.0
+
+
 def test_a_file_from_another_schedule_loads_what_both_have():
     variables = variables_of([1.0])
     fixed = LossScaleOptimizer("sgd", loss_scale=64.0)

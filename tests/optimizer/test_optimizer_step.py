@@ -295,6 +295,12 @@ class TestSettingTheScale:
             optimizer.loss_scale = value
         assert optimizer.loss_scale == 2.0**15
 
+    def test_ends_a_recovery(self):
+        optimizer = self._built()
+        optimizer.recover_to.assign(2.0**15)
+        optimizer.loss_scale = 4.0
+        assert float(ops.convert_to_numpy(optimizer.recover_to.value)) == 0.0
+
     def test_refuses_before_build_and_says_what_to_do(self):
         with pytest.raises(LossScaleError, match="Pass loss_scale= to the constructor"):
             LossScaleOptimizer("sgd").loss_scale = 4.0
