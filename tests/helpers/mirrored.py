@@ -1,6 +1,6 @@
 """MirroredStrategy on logical CPU devices, one of which gets the bad part of a batch.
 
-Runs in a process of its own: see `helpers.processes`.
+`train` runs in a process of its own: see `helpers.processes`.
 """
 
 import keras
@@ -17,6 +17,9 @@ def strategy_on(replicas):
     cpu = tf.config.list_physical_devices("CPU")[0]
     devices = [tf.config.LogicalDeviceConfiguration()] * replicas
     tf.config.set_logical_device_configuration(cpu, devices)
+    # Eager collectives hold a thread while they wait for each other: with as few as a small machine
+    # gets by default, steps take seconds.
+    tf.config.threading.set_inter_op_parallelism_threads(4 * replicas)
     return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
 
 
@@ -27,7 +30,13 @@ def per_replica(strategy, parts):
     )
 
 
-def _loop(strategy, model, optimizer, data, *, by_hand=False):
+def copies(strategy, variables):
+    """Return for each replica all numbers that it holds."""
+    held = [strategy.experimental_local_results(v.value) for v in variables]
+    return [flat(each) for each in zip(*held, strict=True)]
+
+
+def _loop(strategy, model, optimizer, *, by_hand=False):
     def replica_step(x):
         with tf.GradientTape() as tape:
             loss = ops.mean(ops.square(model(x, training=True) - 1))
@@ -41,78 +50,65 @@ def _loop(strategy, model, optimizer, data, *, by_hand=False):
     def step(x):
         strategy.run(replica_step, args=(x,))
 
-    for batch in data:
-        step(per_replica(strategy, tf.split(batch, strategy.num_replicas_in_sync)))
+    def run(data):
+        for batch in data:
+            step(per_replica(strategy, tf.split(batch, strategy.num_replicas_in_sync)))
+
+    return run
 
 
 def _unscaling(*arguments):
-    _loop(*arguments, by_hand=True)
+    return _loop(*arguments, by_hand=True)
 
 
-def _fit(_, model, optimizer, data, *, run_eagerly=False):
+def _fit(_, model, optimizer, *, run_eagerly=False):
     model.compile(optimizer, "mse", jit_compile=False, run_eagerly=run_eagerly)
-    x = np.concatenate(data)
-    model.fit(x, targets(x), batch_size=ROWS, shuffle=False, verbose=0)
+
+    def run(data):
+        x = np.concatenate(data)
+        model.fit(x, targets(x), batch_size=ROWS, shuffle=False, verbose=0)
+
+    return run
 
 
 def _eager_fit(*arguments):
-    _fit(*arguments, run_eagerly=True)
+    return _fit(*arguments, run_eagerly=True)
 
 
 WAYS = {"loop": _loop, "unscaling": _unscaling, "fit": _fit, "eager fit": _eager_fit}
 
 
-def _train(strategy, cls, way, data, *, guarded):
+def runs(strategy, cls, way, feeds, *, guarded=False, build=True):
+    """Train on each of `feeds`, each time from the same start, and return the outcomes.
+
+    The traces are made once: they take longer than all that runs in them.
+    """
     with strategy.scope():
         between = [keras.layers.BatchNormalization(dtype="mixed_float16")] if guarded else []
         model = network(mp if guarded else keras, between)
         optimizer = CLASSES[cls](keras.optimizers.Adam(0.1), initial_scale=SCALE)
-        optimizer.build(model.trainable_variables)
-    WAYS[way](strategy, model, optimizer, data)
-    return model, optimizer
+        if build:
+            optimizer.build(model.trainable_variables)
+    train_on = WAYS[way](strategy, model, optimizer)
+    outcomes, start = [], None
+    for data in feeds:
+        for variable, value in start or ():
+            variable.assign(value)
+        if start is None and build:
+            start = [(v, v.numpy()) for v in [*model.variables, *optimizer.variables]]
+        train_on(data)
+        held = copies(strategy, [*model.trainable_variables, *optimizer.variables])
+        outcomes.append(outcome(model, optimizer) | {"copies": held})
+    return outcomes
 
 
-def _copies(strategy, variables):
-    """Return for each replica all numbers that it holds."""
-    held = [strategy.experimental_local_results(v.value) for v in variables]
-    return [flat(copies) for copies in zip(*held, strict=True)]
-
-
-def train(cls, ways, replicas, value, guarded=False):  # noqa: FBT002 - JSON names it
-    """Train in each way without a bad batch, then with its bad row on each replica in turn."""
+def train(replicas, cases, where):
+    """Train for each case without a bad batch, then with its bad row on each replica of `where`."""
     strategy = strategy_on(replicas)
-    rows = [None, *range(0, ROWS, ROWS // replicas)]
-    results = {}
-    for way in ways:
-        clean, *bad = [
-            _run(strategy, cls, way, batches(row, value), guarded=guarded) for row in rows
-        ]
-        results[way] = {"clean": clean, "bad": bad}
+    rows = [None, *(replica * ROWS // replicas for replica in where)]
+    results = []
+    for case in cases:
+        value = case.pop("value")
+        clean, *bad = runs(strategy, feeds=[batches(row, value) for row in rows], **case)
+        results.append({"clean": clean, "bad": bad})
     return results
-
-
-def _run(strategy, cls, way, data, *, guarded):
-    model, optimizer = _train(strategy, cls, way, data, guarded=guarded)
-    variables = [*model.trainable_variables, *optimizer.variables]
-    return outcome(model, optimizer) | {"copies": _copies(strategy, variables)}
-
-
-def apply_once(replicas, cases):
-    """Return, for each of `cases`, what `_apply_once` returns for it."""
-    strategy = strategy_on(replicas)
-    return [_apply_once(strategy, **case) for case in cases]
-
-
-def _apply_once(strategy, parts, cls="ours", **clipping):
-    """Return a weight after SGD(1) was given `parts[i]` as gradient on replica `i`."""
-    with strategy.scope():
-        weight = keras.Variable([0.0] * len(parts[0]))
-        optimizer = CLASSES[cls](keras.optimizers.SGD(1.0, **clipping), initial_scale=SCALE)
-        optimizer.build([weight])
-
-    def replica_step(gradient):
-        optimizer.apply([gradient * optimizer.scale_loss(1.0)], [weight])
-
-    parts = [tf.constant(part) for part in parts]
-    strategy.run(tf.function(replica_step), args=(per_replica(strategy, parts),))
-    return {"weight": weight.numpy().tolist(), "skipped": getattr(optimizer, "skipped_steps", None)}

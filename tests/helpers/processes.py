@@ -18,6 +18,9 @@ TESTS = Path(__file__).parent.parent
 HUNG = "Timeout ("  # faulthandler's word, when a process ends itself
 PORT_TAKEN = re.compile(r"[Aa]ddress already in use|[Ff]ailed to bind|Could not start gRPC server")
 ATTEMPTS = 3
+# On two cores of their own none needs half a minute, most of it to start a framework. On cores that
+# are shared with much else a start alone can take that long.
+SECONDS = 110
 
 
 class ProcessError(AssertionError):
@@ -28,18 +31,19 @@ class HungError(ProcessError):
     """A process did not end within its time."""
 
 
-def call(name, *, env=None, seconds=60, **arguments):
+def call(name, *, env=None, seconds=SECONDS, **arguments):
     """Return what `module:function` of `name` returns in a process of its own."""
-    return _together(name, [arguments], env, seconds)[0]
+    return _together(name, [arguments], env, time.monotonic() + seconds)[0]
 
 
-def cluster(name, ranks, *, env=None, seconds=60, **arguments):
+def cluster(name, ranks, *, env=None, seconds=SECONDS, **arguments):
     """Return what the function returns in each of `ranks` processes, given `rank` and `ports`."""
+    deadline = time.monotonic() + seconds  # of all attempts together
     for attempt in range(1, ATTEMPTS + 1):
         ports = _free_ports(ranks)
         calls = [{"rank": rank, "ports": ports, **arguments} for rank in range(ranks)]
         try:
-            return _together(name, calls, env, seconds)
+            return _together(name, calls, env, deadline)
         except ProcessError as error:
             # Somebody else may take a port between its choice and its use.
             if attempt == ATTEMPTS or not PORT_TAKEN.search(str(error)):
@@ -58,7 +62,8 @@ def _free_ports(count):
             each.close()
 
 
-def _together(name, calls, env, seconds):
+def _together(name, calls, env, deadline):
+    seconds = max(deadline - time.monotonic(), 1)
     with tempfile.TemporaryDirectory() as directory:
         results = [Path(directory, f"{rank}.json") for rank in range(len(calls))]
         logs = [Path(directory, f"{rank}.log") for rank in range(len(calls))]
@@ -67,7 +72,7 @@ def _together(name, calls, env, seconds):
             for arguments, result, log in zip(calls, results, logs, strict=True):
                 child = [str(seconds), name, json.dumps(arguments), str(result)]
                 children.append(_start(child, log, env))
-            in_time = _wait(children, time.monotonic() + seconds)
+            in_time = _wait(children, deadline)
         finally:
             for child in children:
                 child.kill()

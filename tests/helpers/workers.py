@@ -3,6 +3,7 @@
 Each process calls `train`: see `helpers.processes.cluster`.
 """
 
+import faulthandler
 import json
 import os
 
@@ -10,6 +11,8 @@ import keras
 import tensorflow as tf
 from helpers.bad_batch import CLASSES, ROWS, SCALE, batches, network, outcome
 from keras import ops
+
+CLEAN = "trained without a bad batch"
 
 
 def strategy_of(rank, ports):
@@ -20,7 +23,7 @@ def strategy_of(rank, ports):
     return tf.distribute.MultiWorkerMirroredStrategy()
 
 
-def _train(strategy, rank, cls, data):
+def _trainer(strategy, rank, cls):
     with strategy.scope():
         model = network()
         optimizer = CLASSES[cls](keras.optimizers.Adam(0.1), initial_scale=SCALE)
@@ -37,17 +40,31 @@ def _train(strategy, rank, cls, data):
     def step(x):
         strategy.run(replica_step, args=(x,))
 
+    variables = [*model.variables, *optimizer.variables]
+    start = [v.numpy() for v in variables]
     rows = ROWS // strategy.num_replicas_in_sync
-    for batch in data:
-        step(tf.constant(batch[rank * rows : (rank + 1) * rows]))
-    return model, optimizer
+
+    def train_on(data):
+        for variable, value in zip(variables, start, strict=True):
+            variable.assign(value)
+        for batch in data:
+            step(tf.constant(batch[rank * rows : (rank + 1) * rows]))
+        return outcome(model, optimizer)
+
+    return train_on
 
 
-def train(rank, ports, cls, value, bad_rows):
-    """Train once for each of `bad_rows`, None for no bad batch; row 0 is the first worker's."""
-    strategy = strategy_of(rank, ports)
-    runs = []
-    for row in bad_rows:
-        runs.append(outcome(*_train(strategy, rank, cls, batches(row, value))))
-        print(f"trained with bad row {row}", flush=True)  # noqa: T201 - a hung process has no result
-    return runs
+def train(rank, ports, cls, bad, patience=None):
+    """Train without a bad batch, then for each of `bad`: its value and row; row 0 is of worker 0.
+
+    With `patience`, all that comes after the first training must take no more seconds than that.
+    """
+    train_on = _trainer(strategy_of(rank, ports), rank, cls)
+    results = [train_on(batches())]
+    print(CLEAN, flush=True)  # noqa: T201 - a hung process has no result
+    if patience is not None:
+        faulthandler.dump_traceback_later(patience, exit=True)
+    for value, row in bad:
+        results.append(train_on(batches(row, value)))
+        print(f"trained with bad row {row}", flush=True)  # noqa: T201
+    return results

@@ -1,0 +1,264 @@
+"""What two replicas make of given gradients, and what one device makes of their sums.
+
+`run` calls some of the functions below in a process of its own: see `helpers.processes`.
+"""
+
+import tempfile
+from unittest import mock
+
+import keras
+import numpy as np
+import tensorflow as tf
+from helpers.bad_batch import CLASSES, ROWS, SCALE, batches, flat, network, targets
+from helpers.mirrored import copies, per_replica, strategy_on
+from keras import ops
+
+import kerasmp as mp
+from kerasmp import backend
+
+INF = float("inf")
+START = [[1.0, -2.0], [0.5, 3.0]]
+
+
+def _several():
+    adam, sgd = keras.optimizers.Adam(0.5), keras.optimizers.SGD(0.5, momentum=0.5)
+    return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(sgd, {".*v0": adam}))
+
+
+OPTIMIZERS = {
+    "averages": lambda: keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.5),
+    "weight decay": lambda: keras.optimizers.AdamW(0.5, weight_decay=0.25),
+    "constraint": lambda: keras.optimizers.Adam(0.5),
+    "several": _several,
+}
+SCHEDULES = {
+    "fixed": lambda: mp.FixedLossScale(8.0),
+    "none": mp.NoLossScale,
+    "growing": lambda: mp.DynamicLossScale(8.0, growth_interval=2),
+    "log max": lambda: mp.LogMaxLossScale(8.0),
+    "underflow": lambda: mp.UnderflowLossScale(8.0, growth_interval=2),
+}
+
+
+def run(cases, replicas=2):
+    """Return what `function(strategy, **arguments)` returns for each `[function, arguments]`."""
+    strategy = strategy_on(replicas)
+    return [globals()[name](strategy, **arguments) for name, arguments in cases]
+
+
+def apply_once(strategy, parts, cls="ours", **clipping):
+    """Return a weight after SGD(1) was given `parts[i]` as gradient on replica `i`."""
+    with strategy.scope():
+        weight = keras.Variable([0.0] * len(parts[0]))
+        optimizer = CLASSES[cls](keras.optimizers.SGD(1.0, **clipping), initial_scale=SCALE)
+        optimizer.build([weight])
+
+    def replica_step(gradient):
+        optimizer.apply([gradient * optimizer.scale_loss(1.0)], [weight])
+
+    parts = [tf.constant(part) for part in parts]
+    strategy.run(tf.function(replica_step), args=(per_replica(strategy, parts),))
+    return {"weight": weight.numpy().tolist(), "skipped": getattr(optimizer, "skipped_steps", None)}
+
+
+def _variables(*, constrained):
+    variables = [keras.Variable(value, name=f"v{i}") for i, value in enumerate(START)]
+    if constrained:
+        variables[0].constraint = keras.constraints.NonNeg()
+    return variables
+
+
+def _gradients(steps, bad=()):
+    """Return gradients by step, replica and variable: their sums are exact; inf in `bad` steps."""
+    grads = np.random.default_rng(0).integers(-8, 9, (steps, 2, *np.shape(START))) / 4
+    grads[list(bad), 1, 0, 0] = np.inf  # the second replica's first variable
+    return grads.astype("float32")
+
+
+def _trained(strategy, optimizer_of, gradients, *, constrained=False):
+    """Return all that there is after each step; one device gets the replicas' sums."""
+    with strategy.scope():
+        variables = _variables(constrained=constrained)
+        optimizer = optimizer_of()
+        optimizer.build(variables)
+    ours = isinstance(optimizer, mp.LossScaleOptimizer)
+
+    def replica_step(grads):
+        scale = optimizer.scale_loss(1.0) if ours else 1.0
+        optimizer.apply([grads[i] * scale for i in range(len(variables))], variables)
+
+    step = tf.function(lambda grads: strategy.run(replica_step, args=(grads,)))
+    states = []
+    for parts in gradients:
+        several = strategy.num_replicas_in_sync > 1
+        given = parts if several else parts.sum(axis=0, keepdims=True)
+        step(per_replica(strategy, [tf.constant(each) for each in given]))
+        inner = optimizer.inner_optimizer if ours else optimizer
+        trained = copies(strategy, [*variables, *inner.variables])
+        states.append({"trained": trained})
+        if ours:
+            states[-1]["own"] = copies(strategy, optimizer.own_variables)
+            states[-1]["counted"] = [optimizer.applied_steps, optimizer.skipped_steps]
+    return states
+
+
+def companion(strategy, name):
+    """Return a wrapped optimizer's steps, the last one bad, and a plain one's on one device."""
+    make, constrained = OPTIMIZERS[name], name == "constraint"
+    gradients = _gradients(6, bad=[5])
+    ours = _trained(
+        strategy,
+        lambda: mp.LossScaleOptimizer(make(), initial_scale=SCALE),
+        gradients,
+        constrained=constrained,
+    )
+    one = tf.distribute.get_strategy()
+    return ours, _trained(one, make, gradients[:5], constrained=constrained)
+
+
+def schedule(strategy, name):
+    """Return the steps of a schedule on two replicas and on one device, the fifth of them bad."""
+
+    def optimizer():
+        return mp.LossScaleOptimizer(
+            keras.optimizers.SGD(0.5, momentum=0.5), loss_scale=SCHEDULES[name]()
+        )
+
+    gradients = _gradients(7, bad=[4])
+    return [_trained(s, optimizer, gradients) for s in (strategy, tf.distribute.get_strategy())]
+
+
+def sparse(strategy):
+    """Return a table after steps with duplicate rows, the last one bad, and what came to SGD."""
+    seen = []
+
+    class Seeing(keras.optimizers.SGD):
+        def apply(self, grads, trainable_variables=None):
+            seen.extend(type(g).__name__ for g in grads)
+            super().apply(grads, trainable_variables)
+
+    with strategy.scope():
+        table = keras.Variable([[1.0, 2.0]] * 4)
+        optimizer = mp.LossScaleOptimizer(Seeing(0.5), initial_scale=SCALE)
+        optimizer.build([table])
+
+    def replica_step(values, rows):
+        values = values * optimizer.scale_loss(1.0)
+        optimizer.apply([tf.IndexedSlices(values, rows, tf.constant([4, 2]))], [table])
+
+    step = tf.function(lambda *arguments: strategy.run(replica_step, args=arguments))
+    rows = per_replica(strategy, [tf.constant([0, 1, 0]), tf.constant([1, 3, 3])])
+    tables = []
+    for last in (4.0, INF):
+        values = [[[1.0, 2.0]] * 3, [[0.5, 1.0], [2.0, 0.0], [last, 8.0]]]
+        step(per_replica(strategy, [tf.constant(v) for v in values]), rows)
+        tables.append(copies(strategy, [table]))
+    return {"tables": tables, "seen": sorted(set(seen)), "skipped": optimizer.skipped_steps}
+
+
+def sent(strategy, cls):
+    """Return the shapes in each call of `all_reduce` of a step, and its graph's collectives."""
+    calls = []
+    reduce = tf.distribute.ReplicaContext.all_reduce
+
+    def counted(context, op, value, options=None):
+        calls.append([g.shape.as_list() for g in value])
+        return reduce(context, op, value, options)
+
+    with strategy.scope():
+        shapes = [(3, 2), (2,), ()]
+        variables = [keras.Variable(np.zeros(shape, "float32")) for shape in shapes]
+        optimizer = CLASSES[cls](keras.optimizers.Adam(), initial_scale=SCALE)
+        optimizer.build(variables)
+
+    def replica_step():
+        scale = optimizer.scale_loss(1.0)
+        optimizer.apply([ops.ones(shape) * scale for shape in shapes], variables)
+
+    step = tf.function(lambda: strategy.run(replica_step))
+    with mock.patch.object(tf.distribute.ReplicaContext, "all_reduce", counted):
+        graph = step.get_concrete_function().graph.as_graph_def()
+    nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
+    return calls, [n.op for n in nodes if n.op.startswith("Collective")]
+
+
+def refusals(strategy):
+    """Return what BackendError says where nothing can be agreed on, and the state around it."""
+    with strategy.scope():
+        weight = keras.Variable([1.0])
+        optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(1.0), initial_scale=SCALE)
+        optimizer.build([weight])
+        before = copies(strategy, [weight, *optimizer.variables])
+        said = [_refusal(lambda: optimizer.apply([tf.constant([1.0])], [weight]))]
+
+    def replica_step():
+        optimizer.apply([ops.ones(1)], [weight])
+
+    step = tf.function(lambda: strategy.run(replica_step))
+    with mock.patch.object(backend.current(), "REDUCTION", "_moved_elsewhere"):
+        said.append(_refusal(step))
+    return said, before, copies(strategy, [weight, *optimizer.variables])
+
+
+def _refusal(call):
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001 - while tracing, TensorFlow makes another of it
+        return str(error)
+    return None
+
+
+def unbuilt(strategy):
+    """Return the weight after an optimizer's first step built it, and one more that was bad."""
+    with strategy.scope():
+        weight = keras.Variable([1.0])
+        optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(0.5), initial_scale=SCALE)
+
+    def replica_step(gradient):
+        optimizer.apply([gradient * optimizer.scale_loss(1.0)], [weight])
+
+    for second in (2.0, INF):
+        parts = [tf.constant([1.0]), tf.constant([second])]
+        strategy.run(replica_step, args=(per_replica(strategy, parts),))
+    return copies(strategy, [weight]), [optimizer.applied_steps, optimizer.skipped_steps]
+
+
+def saving(strategy):
+    """Return the state after a training, where it was restored, and both after another training."""
+    x = np.concatenate(batches(ROWS - 1))
+
+    def fitted(model):
+        model.fit(x, targets(x), batch_size=ROWS, shuffle=False, verbose=0)
+        return model
+
+    def compiled(*, build):
+        with strategy.scope():
+            model = network()
+            optimizer = mp.LossScaleOptimizer(keras.optimizers.Adam(0.1), initial_scale=SCALE)
+            if build:
+                optimizer.build(model.trainable_variables)
+            model.compile(optimizer, "mse", jit_compile=False)
+        return model
+
+    def held(model):
+        return copies(strategy, [*model.trainable_variables, *model.optimizer.variables])
+
+    model, others = fitted(compiled(build=True)), {}
+    with tempfile.TemporaryDirectory() as directory:
+        model.save(f"{directory}/model.keras")
+        alone = keras.models.load_model(f"{directory}/model.keras")
+        path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(f"{directory}/c")
+        for way, build in (("built", True), ("to be built", False)):
+            others[way] = compiled(build=build)
+            checkpoint = tf.train.Checkpoint(model=others[way], optimizer=others[way].optimizer)
+            checkpoint.restore(path)
+            with strategy.scope():
+                others[way].optimizer.build(others[way].trainable_variables)
+    return {
+        "alone": flat(v.numpy() for v in [*alone.trainable_variables, *alone.optimizer.variables]),
+        "saved": held(model),
+        "restored": {way: held(other) for way, other in others.items()},
+        "counted": [model.optimizer.applied_steps, model.optimizer.skipped_steps],
+        "later": held(fitted(model)),
+        "restored later": {way: held(fitted(other)) for way, other in others.items()},
+    }
