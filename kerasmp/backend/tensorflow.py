@@ -127,8 +127,7 @@ def run_step(
     if not tf.distribute.has_strategy():
         _branch(finite, lambda: update(step), lambda applied: advance(step, finite, applied))
         return
-    reduced = [inner_optimizer, *getattr(inner_optimizer, "optimizers", ())]
-    reduced = reduced if _several_replicas() else []
+    reduced = _optimizers_in(inner_optimizer) if _several_replicas() else []
     if tf.__internal__.distribute.strategy_supports_no_merge_call():
         with _not_reducing(reduced):
             _branch(finite, lambda: update(step), lambda applied: advance(step, finite, applied))
@@ -151,6 +150,25 @@ def run_step(
     # A branch whose body merges, as the inner optimizer's does, must itself be cross-replica.
     context = tf.distribute.get_replica_context()
     context.merge_call(in_cross_replica_context, args=(finite, step))
+
+
+def _optimizers_in(optimizer: Any) -> list[Any]:
+    """Return the optimizer and all that it holds, at any depth: each of them would sum."""
+    found, waiting, seen = [], [optimizer], set()
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        # How an optimizer names or lists those inside it is its own affair.
+        if isinstance(each, keras.optimizers.Optimizer):
+            found.append(each)
+            waiting.extend(vars(each).values())
+        elif isinstance(each, dict):
+            waiting.extend(each.values())
+        elif isinstance(each, (list, tuple)):
+            waiting.extend(each)
+    return found
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ def assert_like_a_plain_optimizer(ours, plain):
 
 
 def test_every_companion_of_an_optimizer_goes_by_the_whole_batch():
-    names = ["averages", "weight decay", "constraint"]
+    names = ["averages", "weight decay", "constraint", "nested", "nested twice"]
     for ours, plain in run(*(["companion", {"name": name}] for name in names)):
         assert_like_a_plain_optimizer(ours, plain)
 

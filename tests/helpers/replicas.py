@@ -20,12 +20,40 @@ INF = float("inf")
 START = [[1.0, -2.0], [0.5, 3.0]]
 
 
+class Outer(keras.optimizers.Optimizer):
+    """A user's optimizer around others, held in any way."""
+
+    def __init__(self, inside, name="outer"):
+        super().__init__(learning_rate=0.0, name=name)
+        self.inside = inside
+
+    def build(self, var_list):
+        super().build(var_list)
+        self.inside.build(var_list)
+
+    def apply(self, grads, trainable_variables=None):
+        self.inside.apply(grads, trainable_variables)
+
+
+class InList(Outer):
+    """The same, around a list of one."""
+
+    def build(self, var_list):
+        keras.optimizers.Optimizer.build(self, var_list)
+        self.inside[0].build(var_list)
+
+    def apply(self, grads, trainable_variables=None):
+        self.inside[0].apply(grads, trainable_variables)
+
+
 def _several():
     adam, sgd = keras.optimizers.Adam(0.5), keras.optimizers.SGD(0.5, momentum=0.5)
     return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(sgd, {".*v0": adam}))
 
 
 OPTIMIZERS = {
+    "nested": lambda: Outer(keras.optimizers.SGD(0.5)),
+    "nested twice": lambda: Outer(InList([keras.optimizers.SGD(0.5)])),
     "averages": lambda: keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.5),
     "weight decay": lambda: keras.optimizers.AdamW(0.5, weight_decay=0.25),
     "constraint": lambda: keras.optimizers.Adam(0.5),
