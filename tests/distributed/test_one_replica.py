@@ -1,0 +1,35 @@
+"""A strategy with one replica: as without any, in steps that are applied and in those skipped."""
+
+import pytest
+from helpers import bad_batch
+
+pytestmark = pytest.mark.backend("tensorflow")
+
+STRATEGIES = ("MirroredStrategy", "OneDeviceStrategy", None)
+
+
+def trained(name, way, *, build=True):
+    """Return what a training leaves behind without a bad batch, and with one."""
+    import tensorflow as tf
+    from helpers import mirrored
+
+    if name is None:
+        strategy = tf.distribute.get_strategy()
+    else:
+        device = ["CPU:0"] if name == "MirroredStrategy" else "CPU:0"
+        strategy = getattr(tf.distribute, name)(device)
+    return [
+        mirrored.runs(strategy, "ours", way, [data], build=build)[0]
+        for data in (bad_batch.batches(), bad_batch.batches(0))
+    ]
+
+
+@pytest.mark.parametrize("build", [True, False])
+@pytest.mark.parametrize("way", ["loop", "fit"])
+def test_one_replica_trains_and_skips_as_without_a_strategy(way, build):
+    mirrored, one_device, none = (trained(name, way, build=build) for name in STRATEGIES)
+    assert mirrored == one_device == none
+    clean, bad = none
+    assert bad["weights"] == clean["weights"]
+    assert (clean["applied"], clean["skipped"], clean["scale"]) == (4, 0, bad_batch.SCALE)
+    assert (bad["applied"], bad["skipped"], bad["scale"]) == (4, 1, bad_batch.SCALE / 2)
