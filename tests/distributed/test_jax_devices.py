@@ -4,28 +4,36 @@ import numpy as np
 import pytest
 from helpers import bad_batch, processes
 
-pytestmark = pytest.mark.backend("jax")
+pytestmark = [pytest.mark.backend("jax"), pytest.mark.timeout(processes.SECONDS + 10)]
 
 OVERFLOW, DATA = 3000.0, float("inf")  # a finite loss whose gradient overflows; a loss that is inf
 FIRST, MIDDLE, LAST = 0, bad_batch.ROWS // 2, bad_batch.ROWS - 1
-FOUR_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-GLOO = {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+CPU = {"JAX_PLATFORMS": "cpu"}
+FOUR_DEVICES = CPU | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+GLOO = CPU | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
 
 
-def train(how, value, bad_rows, env=FOUR_DEVICES, devices=4, **more):
-    env = env | {"JAX_PLATFORMS": "cpu"}
+def train(cases, *, devices=4, function="train", **more):
+    env = CPU if devices == 1 else FOUR_DEVICES
     return processes.call(
-        "helpers.meshes:train",
-        env=env,
-        devices=devices,
-        how=how,
-        value=value,
-        bad_rows=bad_rows,
-        **more,
+        f"helpers.meshes:{function}", env=env, devices=devices, cases=cases, **more
     )
 
 
-def assert_skipped(clean, bad, scale):
+def in_two_processes(cases, **more):
+    first, second = processes.cluster(
+        "helpers.meshes:train_in_cluster", 2, env=GLOO, cases=cases, **more
+    )
+    assert first == second
+    return first
+
+
+def overflows(*rows):
+    """Return cases: no bad batch, then one with the bad value in each of `rows`."""
+    return [None, *((OVERFLOW, row) for row in rows)]
+
+
+def assert_skipped(clean, *bad, scale=bad_batch.SCALE / 2):
     assert np.isfinite(clean["weights"]).all()
     assert (clean["skipped"], clean["applied"]) == (0, 4)
     for run in bad:
@@ -35,22 +43,42 @@ def assert_skipped(clean, bad, scale):
 
 @pytest.mark.parametrize("how", ["data", "model"])
 def test_a_bad_row_on_any_device_is_skipped_on_all(how):
-    clean, *bad = train(how, OVERFLOW, [None, FIRST, MIDDLE, LAST])
-    assert_skipped(clean, bad, bad_batch.SCALE / 2)
+    assert_skipped(*train(overflows(FIRST, MIDDLE, LAST), how=how))
+
+
+def test_a_bad_row_on_any_device_is_skipped_on_all_in_a_loop_of_ones_own():
+    cases = overflows(FIRST, MIDDLE, LAST)
+    four = train(cases, function="loop")
+    assert_skipped(*four)
+    (alone,) = train([None], function="loop", devices=1)
+    np.testing.assert_allclose(four[0]["weights"], alone["weights"], atol=2e-3)
 
 
 def test_a_kerasmp_model_skips_bad_data_with_all_its_traces():
-    clean, *bad = train("data", DATA, [None, FIRST, LAST], guarded=True)
-    assert_skipped(clean, bad, bad_batch.SCALE)  # known to be the loss: the scale stays
+    cases = [None, (DATA, FIRST), (DATA, LAST)]
+    # Known to be the loss: the scale stays.
+    assert_skipped(*train(cases, how="data", guarded=True), scale=bad_batch.SCALE)
+
+
+def test_clipping_and_sums_go_by_the_whole_batch():
+    # Each of the rows by itself has finite gradients: it is the sum over two shards that has not.
+    value = 22.0
+    cases = [None, (value, FIRST), (value, LAST), (value, [FIRST, LAST])]
+    four = train(cases, how="data", clipped=0.5)
+    assert [run["skipped"] for run in four] == [0, 0, 0, 1]
+    alone = train(cases, how="data", clipped=0.5, devices=1)
+    for sharded, whole in zip(four, alone, strict=True):
+        np.testing.assert_allclose(sharded["weights"], whole["weights"], atol=2e-3)
 
 
 def test_a_bad_row_in_either_of_two_processes_is_skipped_in_both():
-    env = GLOO | {"JAX_PLATFORMS": "cpu"}
-    first, second = processes.cluster(
-        "helpers.meshes:train_in_cluster", 2, env=env, value=OVERFLOW, bad_rows=[None, FIRST, LAST]
-    )
-    assert first == second
-    assert_skipped(first[0], first[1:], bad_batch.SCALE / 2)
-    (alone,) = train("data", OVERFLOW, [None], env={}, devices=1)
+    two = in_two_processes(overflows(FIRST, LAST))
+    assert_skipped(*two)
+    (alone,) = train([None], how="data", devices=1)
     # float16 sums over four rows and four rows are not those over eight.
-    np.testing.assert_allclose(first[0]["weights"], alone["weights"], atol=2e-3)
+    np.testing.assert_allclose(two[0]["weights"], alone["weights"], atol=2e-3)
+
+
+def test_a_kerasmp_model_over_two_processes_skips_bad_data_with_all_its_traces():
+    cases = [None, (DATA, FIRST), (DATA, LAST)]
+    assert_skipped(*in_two_processes(cases, guarded=True), scale=bad_batch.SCALE)
