@@ -58,7 +58,9 @@ def agreed(
     What the sums hold, all replicas see, and so all decide alike: a replica that branched on its
     own gradients would apply what the others skip (MirroredStrategy) or wait for ever in a
     collective (MultiWorkerMirroredStrategy). It also means that what overflows only in the sum is
-    seen, and that clipping, which comes later, goes by the gradient of the whole batch.
+    seen, and that clipping, which comes later, goes by the gradient of the whole batch. Rows of
+    sparse gradients are gathered here and not summed: what overflows only where duplicate rows are
+    added, near the largest float32, is not seen.
 
     Args:
         grads: This replica's gradients, None among them or not.
