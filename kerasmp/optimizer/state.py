@@ -222,7 +222,7 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
         )
 
     def _assign_initial(self, but: Sequence[str]) -> None:
-        """Give the state of the schedule, but for some of its keys, the values that it begins with."""
+        """Give the schedule's state, but for some of its keys, the values that it begins with."""
         for key, value in self.schedule.init().items():
             if key not in but:
                 self._schedule_variables()[key].assign(value)
