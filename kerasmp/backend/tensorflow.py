@@ -85,9 +85,7 @@ def agreed(
     if not _several_replicas():
         return grads, losses
     context = tf.distribute.get_replica_context()
-    sent = [
-        None if g is None else with_values(g, tf.cast(dense_values(g), "float32")) for g in grads
-    ]
+    sent = [None if g is None else with_values(g, _widened(dense_values(g))) for g in grads]
     if losses:
         finite = [tf.reduce_all(tf.math.is_finite(loss)) for loss in losses]
         sent.append(tf.cast(tf.logical_not(tf.reduce_all(finite)), "float32"))
@@ -104,6 +102,10 @@ def agreed(
         g * share if g is not None and getattr(v, "overwrite_with_gradient", False) else g
         for g, v in zip(received, variables, strict=True)
     ], losses
+
+
+def _widened(values: Any) -> Any:
+    return values if values.dtype == tf.float64 else tf.cast(values, "float32")
 
 
 def _several_replicas() -> bool:
