@@ -85,7 +85,7 @@ class SteppingState(ScalingState):
 
         def move() -> None:
             measured = self._measured(step)
-            self._assign_schedule(self.schedule.update(before, finite=True, **measured))
+            self._assign_schedule(self.schedule.update(before, True, **measured))
 
         only_counts = self.schedule.only_counts(before)
         if only_counts is None:
@@ -96,7 +96,7 @@ class SteppingState(ScalingState):
     def _advance_after_skip(self, step: Step, finite: Any) -> None:
         before = self._schedule_values()
         nothing = dict.fromkeys(self.schedule.measures, ops.zeros(()))
-        after = self.schedule.update(before, finite=False, **nothing)
+        after = self.schedule.update(before, False, **nothing)
         loss_finite = all_finite(step.losses) if step.losses else None
         if loss_finite is not None:
             after = unless_loss_is_to_blame(loss_finite, before, after)

@@ -1,0 +1,15 @@
+"""What the tests of the monitor share."""
+
+import warnings
+
+import pytest
+
+from kerasmp.errors import LossScaleWarning
+
+
+@pytest.fixture
+def told():
+    """Return the loss-scale warnings given so far; others stay errors."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", LossScaleWarning)
+        yield lambda: [str(w.message) for w in caught if w.category is LossScaleWarning]

@@ -1,0 +1,76 @@
+"""OverflowMonitor: when it speaks, and what it says."""
+
+import keras
+import numpy as np
+from helpers.monitored import OURS_AND_STOCK, STOCK, batches, fit, make
+
+from kerasmp.callbacks import OverflowMonitor
+from kerasmp.loss_scale import DynamicLossScale, FixedLossScale
+from kerasmp.optimizer import LossScaleOptimizer
+
+
+def test_a_healthy_run_is_silent(told):
+    schedule = DynamicLossScale(2.0**20)
+    model = make(LossScaleOptimizer(keras.optimizers.SGD(0.01), loss_scale=schedule))
+    fit(model, "b" * 9 + "g" * 6 + "b" * 9 + "g", [OverflowMonitor(1)], epochs=3)
+    assert told() == []
+
+
+def test_a_streak_and_then_a_stall_are_told_once_each(told):
+    model = make(LossScaleOptimizer("sgd", loss_scale=FixedLossScale(8)))
+    fit(model, "g" + "b" * 80, [OverflowMonitor(5, streak=10, stalled=50)], epochs=2)
+    streak, stalled = told()
+    assert streak.startswith("The last 14 training steps were skipped")
+    assert "the loss scale is now 8." in streak
+    assert stalled.startswith("Training has stalled: the last 54 steps were skipped")
+    kernel, bias = (variable.path for variable in model.trainable_variables)
+    for message in (streak, stalled):
+        assert f"not finite: the gradients of {kernel}, {bias}." in message
+    assert "no lower one would help" not in stalled
+
+
+def test_a_streak_at_the_floor_is_a_stall_at_once(told):
+    model = make(
+        LossScaleOptimizer("sgd", loss_scale=DynamicLossScale(8.0, min_scale=2.0)), loss="mae"
+    )
+    fit(model, "h" * 10, [OverflowMonitor(3)])
+    (message,) = told()
+    assert message.startswith("Training has stalled: the last 10 steps")
+    assert "the loss scale is 2, and no lower one would help" in message
+
+
+def test_each_fit_warns_anew(told):
+    model, monitor = make(), OverflowMonitor(streak=2)
+    for _ in range(2):
+        fit(model, "bbb", [monitor])
+        fit(model, "ggg", [monitor])
+    assert len(told()) == 2
+
+
+def test_the_variable_at_fault_is_named_and_no_other(told):
+    keras.utils.set_random_seed(2)
+    inputs = [keras.Input((3,)), keras.Input((3,))]
+    dense = keras.layers.Dense
+    parts = [dense(1, use_bias=False, name=n)(i) for n, i in zip("pq", inputs, strict=True)]
+    model = keras.Model(inputs, parts)
+    model.compile(LossScaleOptimizer("sgd"), ["mse", "mse"])
+    good, y = batches("g" * 4)
+    huge = np.full_like(good, 1e30)  # its own gradient overflows, the other's does not
+    model.fit([good, huge], [y, y], 1, verbose=0, callbacks=[OverflowMonitor(streak=4)])
+    (message,) = told()
+    (name,) = (v.path for v in model.trainable_variables if "q" in v.path)
+    assert f"not finite: the gradients of {name}." in message
+
+
+def test_the_stock_optimizer_names_no_variable(told):
+    fit(make(STOCK(keras.optimizers.SGD())), "g" + "b" * 12, [OverflowMonitor(1)])
+    (message,) = told()
+    assert message.startswith("The last 10 training steps were skipped")
+    assert "not finite:" not in message
+
+
+@OURS_AND_STOCK
+def test_a_good_step_between_two_looks_ends_the_streak(optimizer, told):
+    model = make(optimizer(keras.optimizers.SGD(0.1)))
+    fit(model, ("b" * 7 + "g") * 4, [OverflowMonitor(1, streak=8)])
+    assert told() == []
