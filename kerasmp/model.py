@@ -141,13 +141,12 @@ class Model(keras.Model):
 
     def _warn_of_optimizers_of_its_own(self) -> None:
         """Warn of optimizers that a compile of the user's own has kept: nothing wraps those."""
-        plain = [
-            name
-            for name, value in vars(self).items()
-            if isinstance(value, keras.optimizers.Optimizer)
-            and not isinstance(value, keras.optimizers.LossScaleOptimizer)
-            and value is not self.optimizer
-        ]
+        wrapper = keras.optimizers.LossScaleOptimizer
+        own = {n: v for n, v in vars(self).items() if isinstance(v, keras.optimizers.Optimizer)}
+        all_of_them = [self.optimizer, *own.values()]
+        scaled = {id(o.inner_optimizer) for o in all_of_them if isinstance(o, wrapper)}
+        scaled |= {id(o) for o in all_of_them if isinstance(o, wrapper)} | {id(self.optimizer)}
+        plain = [name for name, value in own.items() if id(value) not in scaled]
         if plain and self._auto_scale_loss and float16_layers(self):
             warnings.warn(
                 f"Nothing scales the loss of the model's own optimizers ({', '.join(plain)}), and "

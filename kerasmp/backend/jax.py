@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # scale_loss runs inside the function that is differentiated, and what it sees stays there.
 LOSS_MEETS_APPLY = False
 
+# XLA fuses the small sums of a schedule: a branch around them would cost more.
+BRANCHES = False
+
 
 def dense_values(gradient: Any) -> Any:
     """Return the numbers of a gradient."""
@@ -34,6 +37,10 @@ def with_values(gradient: Any, values: Any) -> Any:  # noqa: ARG001 - one signat
 def place() -> tuple[Any, Any]:
     """Return what tells this replica and this trace from others; eager code has one of its own."""
     return None, get_opaque_trace_state(convention="flax")
+
+
+def refuse_no_replica() -> None:
+    """Raise where gradients have no replica: never here."""
 
 
 def agreed(grads: Sequence[Any], variables: Sequence[Any], losses: Any) -> tuple[Any, Any]:  # noqa: ARG001
@@ -75,11 +82,6 @@ def keep_apart(variable: Any, other: Any) -> None:
 def add_to(variable: Any, value: Any) -> None:
     """Add to a variable."""
     variable.assign_add(value)
-
-
-def branch(condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:  # noqa: ARG001
-    """Do what is right in either case: XLA fuses the few sums of `no`, and a branch costs more."""
-    no()
 
 
 def sync(model: Any) -> None:

@@ -16,6 +16,8 @@ from keras.optimizers.schedules import LearningRateSchedule
 from keras.src.models.functional import Functional
 from keras.src.models.model import functional_init_arguments
 
+from kerasmp.backend.nested import optimizers_in
+
 __all__ = [
     "Functional",
     "enclosing_callback_list",
@@ -50,7 +52,7 @@ def weights_and_averages(optimizer: Any) -> list[tuple[Any, Any]]:
     """
     return [
         (variable, average)
-        for inside in getattr(optimizer, "optimizers", [optimizer])
+        for inside in optimizers_in(optimizer)
         if inside.use_ema and inside.built
         for variable, average in zip(
             inside._trainable_variables,  # noqa: SLF001
@@ -68,7 +70,7 @@ def learning_rate_schedules(optimizer: Any) -> list[tuple[Any, Any]]:
     """
     return [
         (inside, inside._learning_rate)  # noqa: SLF001
-        for inside in getattr(optimizer, "optimizers", [optimizer])
+        for inside in optimizers_in(optimizer)
         if isinstance(inside._learning_rate, LearningRateSchedule)  # noqa: SLF001
     ]
 
@@ -80,7 +82,7 @@ def learning_rate_functions(optimizer: Any) -> list[tuple[Any, Any]]:
     """
     return [
         (inside, inside._learning_rate)  # noqa: SLF001
-        for inside in getattr(optimizer, "optimizers", [optimizer])
+        for inside in optimizers_in(optimizer)
         if callable(inside._learning_rate)  # noqa: SLF001
         and not isinstance(inside._learning_rate, LearningRateSchedule)  # noqa: SLF001
     ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import tensorflow as tf
 
+from kerasmp.backend.nested import optimizers_in
 from kerasmp.errors import BackendError
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 # The loss that scale_loss sees can be read when the gradients are applied.
 LOSS_MEETS_APPLY = True
+
+# Many small sums cost more here than a branch around them.
+BRANCHES = True
 
 # Keras's method that sums gradients over replicas; tests/backend tells when it moves.
 REDUCTION = "_all_reduce_sum_gradients"
@@ -50,6 +54,21 @@ def bakes_in(scale: Any) -> bool:  # noqa: ARG001 - one signature for all backen
     return False
 
 
+def refuse_no_replica() -> None:
+    """Raise where gradients have no replica.
+
+    Raises:
+        BackendError: In a cross-replica context.
+    """
+    if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
+        raise BackendError(
+            "apply() has no replica whose gradients it could check.",
+            received="a call in cross-replica context",
+            expected="a call in a replica context",
+            fix="Call it inside the function that you give to strategy.run().",
+        )
+
+
 def agreed(
     grads: Sequence[Any], variables: Sequence[Any], losses: list[Any]
 ) -> tuple[list[Any], list[Any]]:
@@ -70,18 +89,8 @@ def agreed(
     Returns:
         The gradients, and losses: on several replicas one stand-in, NaN if a loss of any of them is
         inf or NaN.
-
-    Raises:
-        BackendError: If called in a cross-replica context, where gradients have no replica.
     """
     grads = list(grads)
-    if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
-        raise BackendError(
-            "apply() has no replica whose gradients it could check.",
-            received="a call in cross-replica context",
-            expected="a call in a replica context",
-            fix="Call it inside the function that you give to strategy.run().",
-        )
     if not _several_replicas():
         return grads, losses
     context = tf.distribute.get_replica_context()
@@ -131,7 +140,7 @@ def run_step(
     if not tf.distribute.has_strategy():
         _branch(finite, lambda: update(step), lambda applied: advance(step, finite, applied))
         return
-    reduced = _optimizers_in(inner_optimizer) if _several_replicas() else []
+    reduced = optimizers_in(inner_optimizer) if _several_replicas() else []
     if tf.__internal__.distribute.strategy_supports_no_merge_call():
         with _not_reducing(reduced):
             _branch(finite, lambda: update(step), lambda applied: advance(step, finite, applied))
@@ -154,25 +163,6 @@ def run_step(
     # A branch whose body merges, as the inner optimizer's does, must itself be cross-replica.
     context = tf.distribute.get_replica_context()
     context.merge_call(in_cross_replica_context, args=(finite, step))
-
-
-def _optimizers_in(optimizer: Any) -> list[Any]:
-    """Return the optimizer and all that it holds, at any depth: each of them would sum."""
-    found, waiting, seen = [], [optimizer], set()
-    while waiting:
-        each = waiting.pop()
-        if id(each) in seen:
-            continue
-        seen.add(id(each))
-        # How an optimizer names or lists those inside it is its own affair.
-        if isinstance(each, keras.optimizers.Optimizer):
-            found.append(each)
-            waiting.extend(vars(each).values())
-        elif isinstance(each, dict):
-            waiting.extend(each.values())
-        elif isinstance(each, (list, tuple)):
-            waiting.extend(each)
-    return found
 
 
 @contextlib.contextmanager
@@ -230,7 +220,7 @@ def add_to(variable: Any, value: Any) -> None:
 
 
 def branch(condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:
-    """Do one or the other, by a scalar bool tensor."""
+    """Do one or the other, by a scalar bool tensor. The host reads it, as Keras's does."""
     tf.cond(condition, yes, no)
 
 

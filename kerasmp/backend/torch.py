@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 # The loss that scale_loss sees can be read when the gradients are applied.
 LOSS_MEETS_APPLY = True
 
+# A branch of eager code waits for the device.
+BRANCHES = False
+
 
 def dense_values(gradient: Any) -> Any:
     """Return the numbers of a gradient."""
@@ -26,6 +29,10 @@ def with_values(gradient: Any, values: Any) -> Any:  # noqa: ARG001 - one signat
 def place() -> tuple[Any, Any]:
     """Return what tells this replica and this trace from others; a trace is None in eager code."""
     return None, None
+
+
+def refuse_no_replica() -> None:
+    """Raise where gradients have no replica: never here."""
 
 
 def agreed(grads: Sequence[Any], variables: Sequence[Any], losses: Any) -> tuple[Any, Any]:  # noqa: ARG001
@@ -74,11 +81,6 @@ def keep_apart(variable: Any, other: Any) -> None:
 def add_to(variable: Any, value: Any) -> None:
     """Add to a variable."""
     variable.assign_add(value)
-
-
-def branch(condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:  # noqa: ARG001
-    """Do what is right in either case: a branch would wait for the device once more."""
-    no()
 
 
 def sync(model: Any) -> None:

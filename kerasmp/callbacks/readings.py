@@ -85,7 +85,7 @@ class StockSource(Source):
         # Not the property `iterations`: with gradient accumulation it counts updates, not steps.
         variables = self.optimizer.inner_optimizer.variables
         iteration = next(variable for variable in variables if variable.name == "iteration")
-        return int(ops.convert_to_numpy(iteration.value))
+        return int(ops.convert_to_numpy(iteration))
 
     def read(self, steps: int) -> Reading:
         """Return the counters, after `steps` steps of this fit."""
@@ -99,7 +99,7 @@ class StockSource(Source):
         optimizer = self.optimizer
         built = optimizer.built
         scale = (
-            float(ops.convert_to_numpy(optimizer.dynamic_scale.value))
+            float(ops.convert_to_numpy(optimizer.dynamic_scale))
             if built
             else optimizer.initial_scale
         )

@@ -48,6 +48,12 @@ class LossScale(abc.ABC):
     min_scale: float
     max_scale: float
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "update" in vars(cls) and "only_counts" not in vars(cls):
+            # What an inherited one says was true of the inherited rule.
+            cls.only_counts = LossScale.only_counts  # type: ignore[method-assign]
+
     def init(self) -> State:
         """Return the state before the first step, as Python numbers.
 
@@ -76,7 +82,8 @@ class LossScale(abc.ABC):
         """Return whether a good step would do nothing but add 1 to `step_counter`.
 
         Nearly every step is such a one. Where branches are cheap the optimizer then leaves `update`
-        out, whose many small sums take longer than they look.
+        out, whose many small sums take longer than they look. A subclass with its own `update`
+        inherits no answer but the default.
 
         Args:
             state: The dict of `init`, holding scalar tensors.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
+from kerasmp.backend.nested import optimizers_in
 from kerasmp.errors import ArgumentTypeError, LossScaleError
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale, resolve
 
@@ -90,7 +91,7 @@ def refuse_second_scale(optimizer: Any) -> None:
     Raises:
         LossScaleError: If its `loss_scale_factor` is set.
     """
-    for inside in (optimizer, *getattr(optimizer, "optimizers", ())):
+    for inside in optimizers_in(optimizer):
         if inside.loss_scale_factor is not None:
             raise LossScaleError(
                 "The inner optimizer scales too, which would make every update tiny.",

@@ -36,6 +36,10 @@ def cause_of(loss_finite: Any, scale: Any, min_scale: float) -> Any:
     return ops.where(loss_finite, with_finite_loss, CAUSES.index("loss"))
 
 
+# So many losses of one step are held as they are.
+_HELD = 16
+
+
 class Forgetful:
     """Holds what belongs to one moment of one process: a copy of it is empty."""
 
@@ -70,9 +74,17 @@ class LossNotes(Forgetful):
             loss: Tensor of any shape.
         """
         known_trace, losses = self._notes.get(replica, (None, []))
-        self._notes[replica] = (trace, [*losses, loss] if known_trace == trace else [loss])
+        if known_trace != trace:
+            losses = []
+        elif len(losses) == _HELD:  # a loop that scales losses and never applies a gradient
+            losses = [ops.where(all_finite(losses), 0.0, float("nan"))]
+        self._notes[replica] = (trace, [*losses, loss])
 
     def take(self, replica: Any, trace: Any) -> list[Any]:
         """Return the losses noted here, each once."""
         known_trace, losses = self._notes.pop(replica, (None, []))
         return losses if known_trace == trace else []
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._notes.clear()

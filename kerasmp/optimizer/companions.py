@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import numbers
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import keras
 from keras import ops
 
+from kerasmp.backend.nested import optimizers_in
 from kerasmp.errors import LossScaleError
 from kerasmp.optimizer.advancing import include_skips
 from kerasmp.optimizer.arguments import INNER_ARGUMENTS
-from kerasmp.optimizer.causes import Forgetful
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-_PLAIN = (numbers.Number, str, type(None))
-# A compiled step holds its program. Loops that take turns, a GAN's say, need a few.
-_KEPT_STEPS = 16
 
 
 class InnerSettings:
@@ -98,102 +87,11 @@ class InnerSettings:
         not count, so that windows end later after it. In a `MultiOptimizer` whose optimizers have
         windows of different lengths, this is the largest number.
         """
-        inside = getattr(self, "optimizers", [self.inner_optimizer])
+        inside = optimizers_in(self.inner_optimizer)
         return max((_accumulated(o) for o in inside if o.gradient_accumulation_steps), default=None)
-
-
-class CompiledSteps(Forgetful):
-    """Eager steps that JAX has compiled, by what they depend on; the last few that were used."""
-
-    def __init__(self) -> None:
-        self._steps: dict[Any, Any] = {}
-
-    def get(self, key: Any, compiled: Callable[[], Any]) -> Any:
-        """Return the step for `key`, or what `compiled` returns, from now on.
-
-        Args:
-            key: What the step depends on.
-            compiled: Called where there is no such step.
-        """
-        step = self._steps.pop(key, None) or compiled()
-        self._steps[key] = step
-        if len(self._steps) > _KEPT_STEPS:
-            del self._steps[next(iter(self._steps))]
-        return step
-
-
-class _Itself:
-    """Stands for a function or a schedule that may not be hashable: equal if it is the same one."""
-
-    def __init__(self, value: Any) -> None:
-        self._value = value  # and keeps it, so that no other one gets its id
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and self._value is other._value
-
-    def __hash__(self) -> int:
-        return id(self._value)
-
-
-def kept_by_a_trace(optimizer: Any) -> tuple[Any, ...]:
-    """Return the settings that a compiled step would keep for ever, to know when it is out of date.
-
-    It cannot know all: what is changed inside of a dict, a schedule or an object of the user's own,
-    and what a function reads that is called while a step is traced, a compiled step does not see.
-    A new object in place of the old one, it sees.
-
-    Args:
-        optimizer: The inner optimizer.
-
-    Returns:
-        Numbers, names, lists of them, schedules and functions.
-    """
-    kept: list[Any] = []
-    for inside in getattr(optimizer, "optimizers", [optimizer]):
-        for name, value in vars(inside).items():
-            if isinstance(value, _PLAIN):
-                kept.append((name, value))
-            elif isinstance(value, list | tuple) and all(isinstance(v, _PLAIN) for v in value):
-                kept.append((name, *value))
-            elif callable(value):
-                kept.append((name, _Itself(value)))
-    return tuple(kept)
-
-
-def rates_now(functions: Sequence[tuple[Any, Any]]) -> list[Any]:
-    """Return what each function gives as learning rate at this step.
-
-    Args:
-        functions: What `learning_rate_functions` returned.
-    """
-    rates = [function() for _, function in functions]
-    return [rate.value if isinstance(rate, keras.Variable) else rate for rate in rates]
-
-
-@contextlib.contextmanager
-def rates_given(functions: Sequence[tuple[Any, Any]], rates: Sequence[Any]) -> Iterator[None]:
-    """Let the optimizers use `rates` in place of what their functions would return.
-
-    A compiled step is given them, and so serves every rate.
-
-    Args:
-        functions: What `learning_rate_functions` returned.
-        rates: One for each.
-    """
-    for (inside, _), rate in zip(functions, rates, strict=True):
-        inside.learning_rate = functools.partial(_returned, rate)
-    try:
-        yield
-    finally:
-        for inside, function in functions:
-            inside.learning_rate = function
-
-
-def _returned(value: Any) -> Any:
-    return value
 
 
 def _accumulated(optimizer: Any) -> int:
     # Not the property `iterations`, which counts full windows.
     steps = next(variable for variable in optimizer.variables if variable.name == "iteration")
-    return int(ops.convert_to_numpy(steps.value)) % int(optimizer.gradient_accumulation_steps)
+    return int(ops.convert_to_numpy(steps)) % int(optimizer.gradient_accumulation_steps)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kerasmp.errors import LossScaleError
+from kerasmp.optimizer.counters import COUNTERS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -58,6 +59,8 @@ def in_file(optimizer: ScalingState, store: Mapping[str, Any]) -> Assignments:
             "Load it into the same kind of inner optimizer, for the same model.",
         )
     pairs = [(v, store[v.name]) for v in optimizer.own_variables if v.name in names]
+    counts = [np.asarray(store[name]) if name in names else 0 for name in COUNTERS]
+    pairs.append((optimizer.counts_variable, np.array(counts)))
     return _checked(pairs, "The saved state")
 
 

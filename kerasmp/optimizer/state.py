@@ -17,7 +17,7 @@ from kerasmp.optimizer.causes import CAUSES
 from kerasmp.optimizer.counters import COUNTERS, consecutive_skips, skipped_last
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from kerasmp.loss_scale import LossScale
 
@@ -82,7 +82,8 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
 
     def _read(self, name: str) -> Any:
         """Return the value of an own variable as a NumPy array."""
-        return ops.convert_to_numpy(getattr(self, name).value)
+        # Not its `value`, which in the scope of a strategy is one for each replica.
+        return ops.convert_to_numpy(getattr(self, name))
 
     @property
     def loss_scale(self) -> float:
@@ -102,7 +103,7 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
                 expected="a built optimizer",
                 fix="Pass loss_scale= to the constructor, or call build(variables) first.",
             )
-        self._assign_initial(("scale",))
+        self._start_anew(self._schedule_variables().keys() - {"scale"})
         self.dynamic_scale.assign(number)
 
     scale = loss_scale
@@ -191,7 +192,12 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
         """Write the scaling state by name; the inner optimizer's is saved beside it."""
         self._inner_is_settled = False
         for variable in self._variables:
-            store[variable.name] = ops.convert_to_numpy(variable.value)
+            value = ops.convert_to_numpy(variable)
+            if variable.name == "counts":  # by name too: a later version may count more
+                for name, count in zip(COUNTERS, value, strict=True):
+                    store[name] = count
+            else:
+                store[variable.name] = value
         store[saved.INNER_SIZES] = saved.sizes(self.inner_optimizer.variables)
 
     def load_own_variables(self, store: Any) -> None:
@@ -221,17 +227,18 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
             f"The saved state of '{self.name}' is left out. {why}", LossScaleWarning, stacklevel=4
         )
 
-    def _assign_initial(self, but: Sequence[str]) -> None:
-        """Give the schedule's state, but for some of its keys, the values that it begins with."""
-        for key, value in self.schedule.init().items():
-            if key not in but:
-                self._schedule_variables()[key].assign(value)
+    def _start_anew(self, keys: Collection[str]) -> None:
+        """Give these parts of the schedule's state the values that they begin with."""
+        initial = self.schedule.init()
+        variables = self._schedule_variables()
+        for key in keys:
+            variables[key].assign(initial[key])
 
     def _assign(self, assignments: saved.Assignments) -> None:
         given = {id(variable) for variable, _ in assignments}
         if id(self.dynamic_scale) in given:  # from a schedule that may have known less than ours
-            names = self._schedule_variables().items()
-            self._assign_initial([key for key, variable in names if id(variable) in given])
+            variables = self._schedule_variables().items()
+            self._start_anew([key for key, variable in variables if id(variable) not in given])
         for variable, value in assignments:
             variable.assign(value)
         scale = self.loss_scale
@@ -241,7 +248,7 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
 
     def get_weights(self) -> list[Any]:
         """Return the values of all of `variables`, the inner optimizer's too, as NumPy arrays."""
-        return [ops.convert_to_numpy(variable.value) for variable in self.variables]
+        return [ops.convert_to_numpy(variable) for variable in self.variables]
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set all of `variables`, the inner optimizer's too.

@@ -9,11 +9,12 @@ import keras
 from keras import ops
 
 from kerasmp import backend
+from kerasmp.backend.nested import optimizers_in
 from kerasmp.optimizer.causes import all_finite, cause_of
 from kerasmp.optimizer.counters import APPLIED, skipped_last, with_skip
 from kerasmp.optimizer.measures import MEASURES
 from kerasmp.optimizer.state import ScalingState
-from kerasmp.optimizer.unscaled import divided
+from kerasmp.optimizer.unscaled import divided, takes_gradient_as_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,7 +44,8 @@ class SteppingState(ScalingState):
 
     def _finite(self, step: Step) -> Any:
         """Return a bool vector, for each gradient (None left out) whether all of it is finite."""
-        values = [backend.current().dense_values(g) for g in step.updates if g is not None]
+        pairs = zip(step.updates, step.variables, strict=True)
+        values = [_as_kept(g, v) for g, v in pairs if g is not None]
         if not values:
             return ops.ones((1,), dtype="bool")
         return ops.stack([ops.all(ops.isfinite(v)) for v in values])
@@ -64,8 +66,7 @@ class SteppingState(ScalingState):
         """Hand the unscaled gradients to the inner optimizer."""
         inner = self.inner_optimizer
         updates = list(step.updates)
-        inside = getattr(inner, "optimizers", [inner])
-        if any(optimizer.gradient_accumulation_steps for optimizer in inside):
+        if any(optimizer.gradient_accumulation_steps for optimizer in optimizers_in(inner)):
             # Keras's accumulators have the dtype of their variable and take no other.
             pairs = zip(updates, step.variables, strict=True)
             updates = [None if u is None else _cast(u, v.dtype) for u, v in pairs]
@@ -87,7 +88,7 @@ class SteppingState(ScalingState):
             measured = self._measured(step)
             self._assign_schedule(self.schedule.update(before, True, **measured))
 
-        only_counts = self.schedule.only_counts(before)
+        only_counts = self.schedule.only_counts(before) if room.BRANCHES else None
         if only_counts is None:
             move()
         else:
@@ -119,7 +120,11 @@ class SteppingState(ScalingState):
         if not names:
             return {}
         scale = ops.convert_to_tensor(self.dynamic_scale)
-        grads = [backend.current().dense_values(g) for g in step.grads if g is not None]
+        grads = [
+            backend.current().dense_values(g)
+            for g, v in zip(step.grads, step.variables, strict=True)
+            if g is not None and not takes_gradient_as_value(v)
+        ]
         if step.unscaled:
             grads = [ops.cast(g, "float32") * scale for g in grads]
         return {name: MEASURES[name](grads, scale) for name in names}
@@ -188,6 +193,14 @@ class SteppingState(ScalingState):
         cause = cause_of(loss_finite, old["scale"], self.schedule.min_scale)
         after[counts] = ops.where(skipped, with_skip(before[counts], cause), after[counts])
         return after
+
+
+def _as_kept(gradient: Any, variable: Any) -> Any:
+    """Return the numbers of a gradient as its variable will see them: float16 ends at 65504."""
+    values = backend.current().dense_values(gradient)
+    if keras.backend.standardize_dtype(variable.dtype) == "float16":
+        return ops.cast(values, "float16")
+    return values
 
 
 def _cast(gradient: Any, dtype: Any) -> Any:

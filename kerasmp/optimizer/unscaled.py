@@ -10,12 +10,17 @@ from keras import ops
 
 from kerasmp import backend
 from kerasmp.errors import LossScaleError
-from kerasmp.optimizer.causes import Forgetful
+from kerasmp.optimizer.causes import Forgetful, LossNotes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kerasmp.loss_scale import LossScale
+
+
+def takes_gradient_as_value(variable: Any) -> bool:
+    """Return whether a variable's gradient is no gradient but its new value, as float8's scales."""
+    return bool(getattr(variable, "overwrite_with_gradient", False))
 
 
 def divided(gradient: Any, variable: Any, scale: Any) -> Any:
@@ -26,8 +31,7 @@ def divided(gradient: Any, variable: Any, scale: Any) -> Any:
         variable: The variable that it belongs to; None where that is not known.
         scale: The scale.
     """
-    # Some variables, float8's scales say, take their gradient as their new value.
-    if gradient is None or getattr(variable, "overwrite_with_gradient", False):
+    if gradient is None or takes_gradient_as_value(variable):
         return gradient
     room = backend.current()
     values = room.dense_values(gradient)
@@ -114,10 +118,12 @@ class UnscaledMarks(Forgetful):
             return True
         # A trace that failed between the two calls is gone, and its mark means nothing.
         self._marks = [mark for mark in self._marks if not _is_gone(mark[1])]
-        if any(other == replica for other, _, _ in self._marks):
+        # Outside of all replicas there is no number, and those of any of them may be meant.
+        if any(None in {other, replica} or other == replica for other, _, _ in self._marks):
             raise LossScaleError(
                 "apply cannot know whether its gradients are unscaled.",
-                received="get_unscaled_gradients and apply in different traced functions",
+                received="get_unscaled_gradients and apply in different traced functions, or one "
+                "of them outside of strategy.run",
                 expected="both in one function, or both outside of any",
                 fix="Move the two calls together. If the unscaled gradients were not meant to be "
                 "applied, or the function failed between the two calls, call "
@@ -135,10 +141,6 @@ class UnscaledMarks(Forgetful):
     def clear(self) -> None:
         """Forget everything."""
         self._marks.clear()
-
-
-def _overwritten(variable: Any) -> bool:
-    return bool(getattr(variable, "overwrite_with_gradient", False))
 
 
 def number_of(grads: Sequence[Any]) -> int:
@@ -163,6 +165,7 @@ class UnscalingByHand:
     dynamic_scale: Any
     built: bool
     _unscaled: UnscaledMarks
+    _losses: LossNotes
     _trainable_variables: Sequence[Any]
 
     def scale_loss(self, loss: Any) -> Any:
@@ -237,7 +240,7 @@ class UnscalingByHand:
         given = list(known if variables is None else variables)
         if len(given) == len(grads):
             return given
-        if variables is not None or any(_overwritten(v) for v in known):
+        if variables is not None or any(takes_gradient_as_value(v) for v in known):
             raise LossScaleError(
                 "Which gradients are to be unscaled, and which are new values, cannot be known.",
                 received=f"{len(grads)} gradients for {len(given)} variables",
@@ -247,5 +250,6 @@ class UnscalingByHand:
         return [None] * len(grads)
 
     def forget_unscaled(self) -> None:
-        """Forget gradients that were unscaled and shall not be applied."""
+        """Forget gradients that were unscaled, and losses that were noted, for a step not taken."""
         self._unscaled.clear()
+        self._losses.clear()

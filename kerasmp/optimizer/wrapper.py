@@ -16,9 +16,9 @@ from kerasmp.loss_scale import validation
 from kerasmp.optimizer import arguments
 from kerasmp.optimizer.advancing import include_skips
 from kerasmp.optimizer.causes import LossNotes
-from kerasmp.optimizer.companions import (
+from kerasmp.optimizer.companions import InnerSettings
+from kerasmp.optimizer.compiled_steps import (
     CompiledSteps,
-    InnerSettings,
     kept_by_a_trace,
     rates_given,
     rates_now,
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
     """Wraps an optimizer: the loss is scaled, the gradients are unscaled, bad steps are skipped.
 
-    Each step: gradients of the scaled loss are checked for inf and NaN, all replicas agree, and
-    then either the gradients are unscaled in float32 and handed to the inner optimizer, or the
-    step is skipped: no weight, no slot and no `iterations` change. The schedule then moves the
-    scale. Everything is counted on the device.
+    Each step: gradients of the scaled loss are summed over replicas, unscaled in float32 and
+    checked for inf and NaN. Then either the inner optimizer gets them, or the step is skipped: no
+    weight, no slot and no `iterations` change. The schedule moves the scale. Everything is counted
+    on the device.
 
     It is a `keras.optimizers.LossScaleOptimizer`, so `compile` does not wrap it a second time.
 
@@ -163,10 +163,11 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
             loss: The unscaled loss, of any shape.
         """
         # Nobody differentiates the note, and torch would keep the graph behind it.
-        self._losses.add(*backend.current().place(), ops.stop_gradient(loss))
+        replica, trace = backend.current().place()
+        self._losses.add(replica, trace, ops.stop_gradient(loss))
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Check, unscale and apply the gradients of the scaled loss, or skip the step.
+        """Unscale, check and apply the gradients of the scaled loss, or skip the step.
 
         Args:
             grads: Gradients of the scaled loss; None for a variable without one.
@@ -178,15 +179,17 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
                 every gradient is None, or if the inner optimizer got a `loss_scale_factor`.
         """
         grads = list(grads)
-        if not grads:
+        given = None if trainable_variables is None else list(trainable_variables)
+        if not grads and not given:
             return
-        variables = self._variables_of(grads, trainable_variables)
+        variables = self._variables_of(grads, given)
         room = backend.current()
         replica, trace = room.place()
         # What is wrong is told before anything is made, taken or changed.
+        room.refuse_no_replica()
+        arguments.refuse_second_scale(self.inner_optimizer)
         unscaled = self._unscaled.look(replica, trace, number_of(grads))
         self.build(variables)
-        arguments.refuse_second_scale(self.inner_optimizer)
         self._unscaled.drop(replica, trace)
         losses = self._losses.take(replica, trace)
         grads, losses = room.agreed(grads, variables, losses)
@@ -321,7 +324,7 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Write averages (`use_ema`) into the weights at the end of `fit`.
 
-        Keras's averages start at zero: before the first applied step there is nothing to write.
+        Before the first applied step there are none: they are what the weights were at `build`.
         """
         if int(ops.convert_to_numpy(self.iterations)) > 0:
             self.inner_optimizer.finalize_variable_values(var_list)

@@ -6,10 +6,9 @@ Each case trains without the bad batch, and then with it, its bad row on each re
 import numpy as np
 import pytest
 from helpers import bad_batch, processes
+from helpers.bad_batch import DATA, OVERFLOW
 
 pytestmark = [pytest.mark.backend("tensorflow"), pytest.mark.timeout(processes.SECONDS + 10)]
-
-OVERFLOW, DATA = 3000.0, float("inf")  # a finite loss whose gradient overflows; a loss that is inf
 
 
 def train(replicas, *cases, where=None):

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from helpers import bad_batch, processes
+from helpers.bad_batch import DATA, OVERFLOW
 
 pytestmark = [pytest.mark.backend("tensorflow"), pytest.mark.timeout(processes.SECONDS + 10)]
 
-OVERFLOW, DATA = 3000.0, float("inf")  # a finite loss whose gradient overflows; a loss that is inf
 FIRST_WORKER, SECOND_WORKER = 0, bad_batch.ROWS - 1
 
 

@@ -62,7 +62,8 @@ def test_an_optimizer_that_its_first_step_builds_and_steps_that_are_refused():
     # Collectives of eager code clash with those of a graph before it: what is unbuilt comes first.
     unbuilt, refused = run(["unbuilt", {}], ["refusals", {}])
     assert unbuilt == [[[-0.5]] * 2, [1, 1]]
-    (cross_replica, unknown), before, after = refused
+    (cross_replica, unknown, outside), before, after = refused
+    assert "cannot know whether its gradients are unscaled" in outside
     assert "no replica whose gradients" in cross_replica
     assert "inside the function that you give to strategy.run()" in cross_replica
     assert "sums gradients over replicas in a way that kerasmp does not know" in unknown
@@ -142,6 +143,6 @@ def test_state_goes_on_after_files_and_checkpoints(results):
     assert saving["counted"] == [4, 1]
     assert saving["saved"] == [saving["alone"]] * 2
     assert saving["later"] != saving["saved"]
-    for way in ("built", "to be built"):
+    for way in ("built", "to be built", "loaded"):
         assert saving["restored"][way] == saving["saved"]
         assert saving["restored later"][way] == saving["later"]

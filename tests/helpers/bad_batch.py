@@ -9,6 +9,7 @@ import numpy as np
 import kerasmp as mp
 
 CLASSES = {"ours": mp.LossScaleOptimizer, "stock": keras.optimizers.LossScaleOptimizer}
+OVERFLOW, DATA = 3000.0, float("inf")
 ROWS = 8
 SCALE = 2.0**10
 GOOD = np.random.default_rng(0).normal(size=(4, ROWS, 4)).astype("float32")

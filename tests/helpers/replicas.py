@@ -225,6 +225,13 @@ def refusals(strategy):
     step = tf.function(lambda: strategy.run(replica_step))
     with mock.patch.object(backend.current(), "REDUCTION", "_moved_elsewhere"):
         said.append(_refusal(step))
+
+    def unscaled_outside(gradient):
+        grads = optimizer.get_unscaled_gradients([gradient])
+        strategy.run(lambda: optimizer.apply(grads, [weight]))
+
+    said.append(_refusal(tf.function(lambda: unscaled_outside(tf.ones(1)))))
+    optimizer.forget_unscaled()
     return said, before, copies(strategy, [weight, *optimizer.variables])
 
 
@@ -275,6 +282,9 @@ def saving(strategy):
     with tempfile.TemporaryDirectory() as directory:
         model.save(f"{directory}/model.keras")
         alone = keras.models.load_model(f"{directory}/model.keras")
+        with strategy.scope():
+            model.save(f"{directory}/within.keras")
+            others["loaded"] = keras.models.load_model(f"{directory}/within.keras")
         path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(f"{directory}/c")
         for way, build in (("built", True), ("to be built", False)):
             others[way] = compiled(build=build)

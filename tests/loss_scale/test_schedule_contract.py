@@ -114,18 +114,17 @@ def test_whatever_was_loaded_and_is_measured_the_scale_is_inside_the_bounds(cls,
         assert schedule.min_scale <= _numbers(state)["scale"] <= schedule.max_scale
 
 
-@every_schedule
-@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize("cls", [DynamicLossScale, FixedLossScale, NoLossScale])
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_where_a_step_only_counts_the_whole_update_does_no_more(cls, data):
     schedule = cls()
+    state = schedule.init()
+    changed = data.draw(st.sampled_from(sorted(state)))
     usual = {float: st.sampled_from([0.0, 1.0, 2.0**15]), int: st.sampled_from([0, 1998, 1999])}
-    state = {
-        key: ops.convert_to_tensor(data.draw(LOADED[type(value)] | usual[type(value)]))
-        for key, value in schedule.init().items()
-    }
-    only_counts = schedule.only_counts(state)
-    if only_counts is not None and bool(only_counts):
+    state[changed] = data.draw(LOADED[type(state[changed])] | usual[type(state[changed])])
+    state = {key: ops.convert_to_tensor(value) for key, value in state.items()}
+    if bool(schedule.only_counts(state)):
         after = schedule.update(state, True)
         counted = {**state, "step_counter": state["step_counter"] + 1}
         assert _numbers(after) == _numbers(counted)
@@ -135,6 +134,13 @@ def test_where_a_step_only_counts_the_whole_update_does_no_more(cls, data):
 def test_nearly_every_step_only_counts(cls):
     state = {key: ops.convert_to_tensor(value) for key, value in cls().init().items()}
     assert bool(cls().only_counts(state))
+
+
+def test_a_step_in_which_the_scale_grows_does_not_only_count():
+    schedule = DynamicLossScale(growth_interval=5)
+    state = {key: ops.convert_to_tensor(value) for key, value in schedule.init().items()}
+    due = [bool(schedule.only_counts({**state, "step_counter": n})) for n in range(6)]
+    assert due == [True] * 4 + [False] * 2
 
 
 @every_schedule

@@ -52,3 +52,12 @@ def test_there_is_nothing_to_say_where_they_scale_or_need_not(dtype):
         scaled = [mp.LossScaleOptimizer(optimizer) for optimizer in scaled]
     model.compile(*scaled)
     model.fit(X, X[:, :1], verbose=0)
+
+
+@pytest.mark.parametrize("wrap", [lambda o: o, mp.LossScaleOptimizer], ids=["by us", "by the user"])
+def test_there_is_nothing_to_say_of_one_that_is_kept_and_compiled(wrap):
+    model = mp.Sequential([keras.Input((4,)), keras.layers.Dense(1, dtype="mixed_float16")])
+    model.base = keras.optimizers.Adam()
+    model.compile(wrap(model.base), "mse")
+    model.fit(X, X[:, :1], verbose=0)
+    assert model.optimizer.inner_optimizer is model.base

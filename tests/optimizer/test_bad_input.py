@@ -10,6 +10,7 @@ from kerasmp.optimizer import LossScaleOptimizer
 
 GOOD, BAD = ([64.0, 64.0], [64.0]), ([np.nan, 1.0], [1.0])
 CALLS = {
+    "no gradients for variables": lambda o, v: o.apply([], v),
     "too few gradients": lambda o, v: o.apply(tensors(GOOD[0]), v),
     "too few, no variables": lambda o, _: o.apply(tensors(GOOD[0])),
     "too many gradients": lambda o, v: o.apply(tensors(*GOOD, [1.0]), v),

@@ -5,6 +5,7 @@ import gc
 import weakref
 
 import keras
+import numpy as np
 import pytest
 from helpers.stepping import EXACT_WAYS, eager, numpy, tensors, variables_of
 from helpers.twins import SCALE, Twins
@@ -135,6 +136,21 @@ class TestWhatChangesBetweenEagerSteps:
             optimizer.inner_optimizer.clipvalue = 0.5
 
         assert self.stepped(keras.optimizers.SGD(1.0), clip) == [-0.5]
+
+    @pytest.mark.backend("tensorflow", "jax")  # on torch Keras's SGD has an update of its own
+    def test_an_array_in_place_of_another(self):
+        class Weighted(keras.optimizers.SGD):
+            factor = np.float32(1.0)
+
+            def update_step(self, gradient, variable, learning_rate):
+                super().update_step(gradient * self.factor, variable, learning_rate)
+
+        def weigh(optimizer):
+            optimizer.inner_optimizer.factor = np.array([0.25], "float32")
+
+        inner = Weighted(1.0)
+        inner.factor = np.array([1.0], "float32")
+        assert self.stepped(inner, weigh) == [-0.25]
 
     def test_a_schedule_in_place_of_a_number(self):
         def schedule(optimizer):

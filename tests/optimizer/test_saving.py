@@ -93,13 +93,29 @@ def test_weights_files_hold_the_optimizer_by_name():
     store = {}
     optimizer = trained().optimizer
     optimizer.save_own_variables(store)
-    assert {"dynamic_scale", "step_counter", "counts"} <= store.keys()
+    assert {"dynamic_scale", "step_counter", "skipped_steps"} <= store.keys()
     other = mp.LossScaleOptimizer(keras.optimizers.Adam(0.01), loss_scale=SCHEDULE)
     other.build(optimizer.target_variables)
     other.load_own_variables(store)
     assert [getattr(other, name) for name in COUNTERS] == [
         getattr(optimizer, name) for name in COUNTERS
     ]
+
+
+def test_a_counter_that_a_file_does_not_know_starts_anew():
+    optimizer = trained().optimizer
+    store = {}
+    optimizer.save_own_variables(store)
+    del store["loss"], store["gradients"]
+    other = mp.LossScaleOptimizer(keras.optimizers.Adam(0.01), loss_scale=SCHEDULE)
+    other.build(optimizer.target_variables)
+    other.load_own_variables(store)
+    assert (other.loss_scale, other.skipped_steps) == (
+        optimizer.loss_scale,
+        optimizer.skipped_steps,
+    )
+    assert sum(optimizer.skip_causes.values()) > 0
+    assert other.skip_causes["loss"] == other.skip_causes["gradients"] == 0
 
 
 def test_state_of_stock_keras_loads():

@@ -10,7 +10,7 @@ from keras import ops
 
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, NoLossScale
 from kerasmp.optimizer import LossScaleOptimizer
-from kerasmp.optimizer.causes import CAUSES, LossNotes
+from kerasmp.optimizer.causes import CAUSES, LossNotes, all_finite
 
 ON_JAX = keras.backend.backend() == "jax"
 NAN, INF = float("nan"), float("inf")
@@ -257,6 +257,24 @@ def test_notes_of_replicas_are_kept_apart_and_copies_are_empty():
     assert notes.take(1, None) == [2.0]
     assert notes.take(0, None) == [1.0, 3.0]
     assert notes.take(0, None) == []
+
+
+@pytest.mark.parametrize(("one", "finite"), [(1.0, True), (np.nan, False)])
+def test_losses_without_a_step_are_held_as_one(one, finite):
+    notes = LossNotes()
+    for loss in (one, *[1.0] * 99):
+        notes.add(0, None, ops.convert_to_tensor(loss, dtype="float32"))
+    held = notes.take(0, None)
+    assert len(held) < 20
+    assert bool(all_finite(held)) == finite
+
+
+def test_a_loss_of_a_step_that_is_not_taken_can_be_forgotten():
+    optimizer, variables = LossScaleOptimizer("sgd"), variables_of([1.0])
+    optimizer.note_loss(ops.convert_to_tensor(np.nan))
+    optimizer.forget_unscaled()
+    eager(optimizer, tensors([np.inf]), variables)
+    assert optimizer.skip_causes == causes(unknown=1)
 
 
 def test_before_build_nothing_was_skipped():

@@ -52,3 +52,14 @@ def test_float64_keeps_what_float32_cannot_hold(step):
     step(optimizer, [ops.array([1e200], "float64")], [variable])
     assert numpy([variable])[0].tolist() == [-1e200 / SCALE]
     assert optimizer.applied_steps == 1
+
+
+@every_way
+@pytest.mark.parametrize("accumulation", [None, 2])
+def test_what_a_float16_variable_cannot_take_is_skipped(step, accumulation):
+    variable = keras.Variable(tensor([1.0], "float16"), dtype="float16")
+    inner = keras.optimizers.SGD(1.0, gradient_accumulation_steps=accumulation)
+    optimizer = LossScaleOptimizer(inner, loss_scale=None)
+    step(optimizer, [tensor([1e5], "float32")], [variable])
+    assert (optimizer.applied_steps, optimizer.skipped_steps) == (0, 1)
+    assert numpy([variable])[0].tolist() == [1.0]
