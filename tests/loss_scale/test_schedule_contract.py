@@ -103,7 +103,7 @@ LOADED = {float: st.floats(width=32), int: st.integers(-5, 2**31 - 10)}
 
 
 @every_schedule
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_whatever_was_loaded_and_is_measured_the_scale_is_inside_the_bounds(cls, data):
     schedule = cls()
@@ -144,7 +144,7 @@ def test_a_step_in_which_the_scale_grows_does_not_only_count():
 
 
 @every_schedule
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_no_measure_breaks_the_state_for_good(cls, data):
     """After a few good steps with ordinary measures the state holds ordinary numbers again."""
