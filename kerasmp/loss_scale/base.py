@@ -52,7 +52,7 @@ class LossScale(abc.ABC):
         super().__init_subclass__(**kwargs)
         if "update" in vars(cls) and "only_counts" not in vars(cls):
             # What an inherited one says was true of the inherited rule.
-            cls.only_counts = LossScale.only_counts  # type: ignore[method-assign]
+            cls.only_counts = LossScale.only_counts  # type: ignore[method-assign]  # of one class
 
     def init(self) -> State:
         """Return the state before the first step, as Python numbers.

@@ -99,7 +99,8 @@ def test_a_good_step_counts_and_a_bad_one_starts_again(cls):
 
 # Nothing, ordinary, huge, and what no gradient of an applied step should give.
 MEASURED = st.sampled_from([0.0, 2.0**-149, 0.3, 1.0, 1e4, 3e38, np.inf, np.nan, -1.0])
-LOADED = {float: st.floats(width=32), int: st.integers(-5, 2**31 - 10)}
+# Without subnormal numbers, which TensorFlow compares as zeros.
+LOADED = {float: st.floats(width=32, allow_subnormal=False), int: st.integers(-5, 2**31 - 10)}
 
 
 @every_schedule
