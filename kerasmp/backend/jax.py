@@ -34,6 +34,11 @@ def with_values(gradient: Any, values: Any) -> Any:  # noqa: ARG001 - one signat
     return values
 
 
+def checked(values: Sequence[Any], exactly: Callable[[], Any]) -> Any:  # noqa: ARG001
+    """Return which values are finite, as `exactly` does: nothing here is quicker."""
+    return exactly()
+
+
 def place() -> tuple[Any, Any]:
     """Return what tells this replica and this trace from others; eager code has one of its own."""
     return None, get_opaque_trace_state(convention="flax")

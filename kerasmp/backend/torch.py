@@ -26,6 +26,11 @@ def with_values(gradient: Any, values: Any) -> Any:  # noqa: ARG001 - one signat
     return values
 
 
+def checked(values: Sequence[Any], exactly: Callable[[], Any]) -> Any:  # noqa: ARG001
+    """Return which values are finite, as `exactly` does: nothing here is quicker."""
+    return exactly()
+
+
 def place() -> tuple[Any, Any]:
     """Return what tells this replica and this trace from others; a trace is None in eager code."""
     return None, None
