@@ -14,6 +14,7 @@ from kerasmp.model import Model, Sequential
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.policy import (
     Policy,
+    convert,
     global_policy,
     policy_scope,
     recommend_policy,
@@ -34,6 +35,7 @@ __all__ = [
     "Policy",
     "Sequential",
     "UnderflowLossScale",
+    "convert",
     "errors",
     "global_policy",
     "layers",
