@@ -2,6 +2,7 @@
 
 from kerasmp import errors, layers, loss_scale
 from kerasmp.callbacks import OverflowMonitor
+from kerasmp.diagnosis import Finding, LintReport, lint
 from kerasmp.loss_scale import (
     DynamicLossScale,
     FixedLossScale,
@@ -25,7 +26,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DynamicLossScale",
+    "Finding",
     "FixedLossScale",
+    "LintReport",
     "LogMaxLossScale",
     "LossScale",
     "LossScaleOptimizer",
@@ -39,6 +42,7 @@ __all__ = [
     "errors",
     "global_policy",
     "layers",
+    "lint",
     "loss_scale",
     "policy_scope",
     "recommend_policy",

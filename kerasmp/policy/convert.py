@@ -25,6 +25,7 @@ class ConversionReport:
         policy: The policy with its rules.
         rows: One row for the model and for each layer in it.
         changed: The layers that were changed, with the policies that they had.
+        output_dtype: The dtype that a model of ours had for its outputs.
     """
 
     def __init__(
@@ -33,17 +34,20 @@ class ConversionReport:
         policy: Policy,
         rows: Iterable[Assignment],
         changed: Iterable[tuple[Any, keras.DTypePolicy]] = (),
+        output_dtype: str | None = None,
     ) -> None:
         self.model = model
         self.policy = policy
         self.rows = tuple(rows)
         self._changed = tuple(changed)
+        self._output_dtype = output_dtype
 
     def restore(self) -> None:
         """Give every layer the policy that it had; once, and after a dry run, nothing happens."""
         changed, self._changed = self._changed, ()
         if changed:
             put_back(self.model, changed)
+            _set_output_dtype(self.model, self._output_dtype)
             forget_compiled_steps(self.model)
 
     def __str__(self) -> str:
@@ -109,8 +113,18 @@ def convert(
         return ConversionReport(model, checked, rows)
     _warn(model, checked, rows)
     changed = apply(model, rows)
+    output_before = _set_output_dtype(model, checked.output_dtype)
     forget_compiled_steps(model)
-    return ConversionReport(model, checked, rows, changed)
+    return ConversionReport(model, checked, rows, changed, output_before)
+
+
+def _set_output_dtype(model: Any, dtype: str | None) -> str | None:
+    """Set the dtype to which a model of ours casts its outputs; return the one before."""
+    if not is_ours(model):
+        return None
+    before: str | None = model._output_dtype  # noqa: SLF001 - ours; its room is above this one
+    model._output_dtype = dtype  # noqa: SLF001
+    return before
 
 
 def _warn(model: Any, policy: Policy, rows: list[Assignment]) -> None:
