@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 from keras.optimizers.schedules import LearningRateSchedule
+from keras.src.backend import get_keras_mask, set_keras_mask
 from keras.src.models.functional import Functional
 from keras.src.models.model import functional_init_arguments
 
@@ -27,6 +28,7 @@ __all__ = [
     "learning_rate_functions",
     "learning_rate_schedules",
     "weights_and_averages",
+    "with_mask_of",
 ]
 
 # A subclass that calls super() adds a frame or two; more would be somebody else's call.
@@ -35,6 +37,17 @@ _FRAMES = 8
 # Functional: the class of `keras.Model(inputs, outputs)` has no public name, and a model of ours
 # that is built from inputs and outputs must inherit from it. functional_init_arguments: what
 # tells `keras.Model` that it was given inputs and outputs; a copy of it could come to differ.
+
+
+def with_mask_of(tensor: Any, other: Any) -> Any:
+    """Return `other` with the mask that a layer has left on `tensor`.
+
+    Losses and metrics go by it, and `keras.ops.cast` drops it. Publicly there is no way to it.
+    """
+    mask = get_keras_mask(tensor)
+    if mask is not None:
+        set_keras_mask(other, mask)
+    return other
 
 
 def flatten_layers(model: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,12 @@ LOSS_MEETS_APPLY = True
 
 # A branch of eager code waits for the device.
 BRANCHES = False
+
+
+MIXED_DTYPES = re.compile(
+    r"to have the same dtype, but got|expected scalar type (Half|BFloat16|Float) but found"
+    r"|Input type \(.*\) and (weight|bias) type \(.*\) should be the same"
+)
 
 
 def dense_values(gradient: Any) -> Any:
@@ -87,22 +94,36 @@ def sync(model: Any) -> None:
     """Make the variables current: torch's always are."""
 
 
-def train_step(model: Any, parent: Callable[..., Any], data: Any) -> Any:
-    """Run the parent's train step and undo its traces if the optimizer skipped."""
+def mixes_dtypes(error: Exception) -> bool:
+    """Return whether an error says that operands of different float dtypes met."""
+    return isinstance(error, RuntimeError) and MIXED_DTYPES.search(str(error)) is not None
+
+
+def train_step(
+    model: Any,
+    optimizers: Sequence[Any],
+    step: Callable[..., Any],
+    logs_after: Callable[[Any, Any], Any],
+    data: Any,
+) -> Any:
+    """Run a train step and undo its traces if an optimizer skipped; see TensorFlow's."""
     guarded = [*model.non_trainable_variables, *model.metrics_variables]
     before = [v.value.detach().clone() for v in guarded]
     # Dropout without a seed draws from torch's own generators, not from a Keras variable.
     generators = _generators()
     states = [generator.get_state() for generator in generators]
-    logs = parent(data)
-    if not model.optimizer.last_step_skipped:
+    skips = [o.skips() for o in optimizers]
+    logs = step(data)
+    pairs = [(o, n) for o, n in zip(optimizers, skips, strict=True) if o.built]
+    skipped = any(bool(o.skips() > (0 if n is None else n)) for o, n in pairs)
+    if not skipped:
         return logs
     with torch.no_grad():
         for variable, value in zip(guarded, before, strict=True):
             variable.assign(value)
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
-    return model.get_metrics_result()
+    return logs_after(logs, skipped)
 
 
 def _generators() -> list[Any]:

@@ -8,23 +8,33 @@ from typing import Any
 
 import keras
 
-from kerasmp import backend
 from kerasmp.backend.keras_private import Functional, float16_layers, functional_init_arguments
 from kerasmp.errors import LossScaleWarning
+from kerasmp.model.float32 import (
+    at_least_float32,
+    cast,
+    float32_activity_regularizers,
+)
+from kerasmp.model.guards import with_guards
+from kerasmp.model.hints import dtype_hints
+from kerasmp.model.steps import note_kerass_own, optimizers_of
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.policy import global_policy
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
+@with_guards
 class Model(keras.Model):
     """`keras.Model` for mixed precision: a drop-in with the same three ways of use.
 
-    It differs in five points. `compile` wraps the optimizer in `LossScaleOptimizer` as soon as
+    It differs in six points. `compile` wraps the optimizer in `LossScaleOptimizer` as soon as
     any layer computes in float16, not only where the model's own policy is "mixed_float16". A
     skipped step leaves everything as if it had not been: BatchNormalization statistics, seeds,
-    the averages of loss and metrics, every other non-trainable variable. float16 and bfloat16
-    outputs reach the metrics in float32. Under a policy with `output=` the model's outputs have
-    that dtype. And `auto_scale_loss` is kept in saved files.
+    the averages of loss and metrics, every other non-trainable variable; also where `train_step`
+    is the user's own. float16 and bfloat16 outputs reach losses and metrics in float32, and extra
+    losses (`add_loss`, activity regularizers) are added up in it. An error of mixed dtypes comes
+    with a hint. Under a policy with `output=` the model's outputs have that dtype. And
+    `auto_scale_loss` is kept in saved files.
 
     Args:
         *args: As for `keras.Model`: `inputs, outputs` or nothing.
@@ -42,8 +52,14 @@ class Model(keras.Model):
 
     optimizer: Any
     _auto_scale_loss = True
+    _output_dtype: str | None = None
     _guards_steps = False
     _looked_for_late_layers = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Guard what a user's subclass, or a mixin in it, has of its own."""
+        super().__init_subclass__(**kwargs)
+        with_guards(cls)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the class says it
         # As keras.Model does. A subclass is told apart in __init__, by what it passes on.
@@ -63,17 +79,19 @@ class Model(keras.Model):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs, in the `output` dtype of the policy that the model was made under."""
-        return self._in_output_dtype(super().__call__(*args, **kwargs))
+        with dtype_hints(), float32_activity_regularizers(self):
+            return self._in_output_dtype(super().__call__(*args, **kwargs))
 
     def stateless_call(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return the outputs and the new state; see `keras.Model.stateless_call`."""
-        outputs, *state = super().stateless_call(*args, **kwargs)
+        with dtype_hints(), float32_activity_regularizers(self):
+            outputs, *state = super().stateless_call(*args, **kwargs)
         return self._in_output_dtype(outputs), *state
 
     def _in_output_dtype(self, outputs: Any) -> Any:
         if self._output_dtype is None:
             return outputs
-        return keras.tree.map_structure(functools.partial(_cast, dtype=self._output_dtype), outputs)
+        return keras.tree.map_structure(functools.partial(cast, dtype=self._output_dtype), outputs)
 
     def get_config(self) -> dict[str, Any]:
         """Return the parent's config, and the dtype of the outputs where a policy gave one."""
@@ -142,11 +160,10 @@ class Model(keras.Model):
     def _warn_of_optimizers_of_its_own(self) -> None:
         """Warn of optimizers that a compile of the user's own has kept: nothing wraps those."""
         wrapper = keras.optimizers.LossScaleOptimizer
-        own = {n: v for n, v in vars(self).items() if isinstance(v, keras.optimizers.Optimizer)}
-        all_of_them = [self.optimizer, *own.values()]
-        scaled = {id(o.inner_optimizer) for o in all_of_them if isinstance(o, wrapper)}
-        scaled |= {id(o) for o in all_of_them if isinstance(o, wrapper)} | {id(self.optimizer)}
-        plain = [name for name, value in own.items() if id(value) not in scaled]
+        own = optimizers_of(self)
+        scaled = [o for o in own.values() if isinstance(o, wrapper)]
+        known = {id(o) for o in (self.optimizer, *scaled, *(o.inner_optimizer for o in scaled))}
+        plain = [name for name, value in own.items() if id(value) not in known]
         if plain and self._auto_scale_loss and float16_layers(self):
             warnings.warn(
                 f"Nothing scales the loss of the model's own optimizers ({', '.join(plain)}), and "
@@ -159,18 +176,14 @@ class Model(keras.Model):
     def train_step(self, *args: Any) -> Any:
         """Run one step; if it is skipped, only the optimizer's scale and counters change.
 
+        A subclass may replace it. Its own step is guarded as this one is, whether it calls
+        `super().train_step` or not, as long as it applies its gradients by `self.optimizer`.
+
         Args:
             *args: `data`, and before it on JAX `state`, as for `keras.Model.train_step`.
         """
-        if not isinstance(self.optimizer, LossScaleOptimizer):
-            logs = super().train_step(*args)
-            self._warn_if_too_late()
-            return logs
-        # Not within the step: the logs of one bad batch must not stop TerminateOnNaN's good run.
-        self._guards_steps = False
-        logs = backend.current().train_step(self, super().train_step, *args)
-        self._guards_steps = True
-        return logs
+        note_kerass_own(self)
+        return super().train_step(*args)
 
     def _warn_if_too_late(self) -> None:
         """Warn once if the first step has built float16 layers, as it does on TensorFlow."""
@@ -185,11 +198,25 @@ class Model(keras.Model):
                     stacklevel=2,
                 )
 
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,  # noqa: FBT001, FBT002
+    ) -> Any:
+        """Return the loss of float32 predictions; see `keras.Model.compute_loss`."""
+        return super().compute_loss(x, y, y_pred, sample_weight, training=training)
+
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """Update the metrics from float32 predictions; see `keras.Model.compute_metrics`."""
-        return super().compute_metrics(
-            x, y, keras.tree.map_structure(_at_least_float32, y_pred), sample_weight=sample_weight
-        )
+        return super().compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    @property
+    def losses(self) -> list[Any]:
+        """The extra losses of `add_loss` and regularizers, each at least in float32."""
+        return [at_least_float32(loss) for loss in super().losses]
 
     def get_metrics_result(self) -> Any:
         """Return the metrics; all NaN where every step since the last reset was skipped.
@@ -263,14 +290,3 @@ def _functional_subclass(cls: Any) -> Any:
         for registered in (functional, cls):
             keras.saving.register_keras_serializable(package, name)(registered)
     return functional
-
-
-def _cast(tensor: Any, dtype: str) -> Any:
-    is_float = keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
-    return keras.ops.cast(tensor, dtype) if is_float else tensor
-
-
-def _at_least_float32(tensor: Any) -> Any:
-    if keras.backend.standardize_dtype(tensor.dtype) in {"float16", "bfloat16"}:
-        return keras.ops.cast(tensor, "float32")
-    return tensor
