@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from kerasmp.backend.keras_private import Functional, float16_layers, functional_init_arguments
-from kerasmp.errors import LossScaleWarning
+from kerasmp.errors import ArgumentTypeError, LossScaleWarning
 from kerasmp.model.float32 import (
     at_least_float32,
     cast,
@@ -18,6 +18,7 @@ from kerasmp.model.float32 import (
 from kerasmp.model.guards import with_guards
 from kerasmp.model.hints import dtype_hints
 from kerasmp.model.steps import note_kerass_own, optimizers_of
+from kerasmp.model.turning import class_between, ours_for
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.policy import global_policy
 
@@ -111,6 +112,59 @@ class Model(keras.Model):
         model._output_dtype = output_dtype  # noqa: SLF001 - not the global policy of this moment
         return model
 
+    @classmethod
+    def from_keras(cls, model: Any, *, auto_scale_loss: bool = True) -> Any:
+        """Turn a stock Keras model into one of ours, in place: nothing is built or compiled again.
+
+        Weights, the state of the optimizer and of metrics, and what `compile` was given stay. If
+        the model is compiled and has float16 layers, its optimizer is wrapped in
+        `LossScaleOptimizer`; stock Keras's wrapper is replaced by ours, with its scale. A model
+        of ours is returned as it is.
+
+        Args:
+            model: A functional model, a `keras.Sequential`, or a user's subclass of `keras.Model`,
+                built or not, compiled or not. It keeps being an instance of its class.
+            auto_scale_loss: False leaves the optimizer as it is.
+
+        Returns:
+            The same object.
+
+        Raises:
+            ArgumentTypeError: If it is no Keras model.
+
+        Example:
+
+        >>> inputs = keras.Input((4,))
+        >>> outputs = keras.layers.Dense(2, dtype="mixed_float16")(inputs)
+        >>> model = keras.Model(inputs, outputs)
+        >>> model.compile("sgd", "mse")
+        >>> model = Model.from_keras(model)
+        >>> isinstance(model, Model), type(model.optimizer).__name__
+        (True, 'LossScaleOptimizer')
+        """
+        if not isinstance(model, keras.Model):
+            raise ArgumentTypeError(
+                "from_keras turns Keras models.",
+                received=f"{model!r} of type {type(model).__name__}",
+                expected="a keras.Model",
+                fix="Put layers into a keras.Sequential first.",
+            )
+        if not isinstance(model, Model):
+            object.__setattr__(model, "__class__", _ours_of(model))
+            model._scale_as_turned(auto_scale_loss)  # noqa: SLF001 - one of ours, now
+        return model
+
+    def _scale_as_turned(self, auto_scale_loss: bool) -> None:  # noqa: FBT001 - one caller
+        self._auto_scale_loss = auto_scale_loss
+        stock = keras.optimizers.LossScaleOptimizer
+        if self.compiled and (
+            self._must_wrap(self.optimizer)
+            or (self._auto_scale_loss and type(self.optimizer) is stock)
+        ):
+            self.optimizer = ours_for(self.optimizer, self.trainable_variables)
+        # What is compiled holds the step and the optimizer of before.
+        self.train_function = self.test_function = self.predict_function = None
+
     def compile(
         self, optimizer: Any = "rmsprop", *args: Any, auto_scale_loss: bool = True, **kwargs: Any
     ) -> None:
@@ -151,7 +205,7 @@ class Model(keras.Model):
     def make_train_function(self, force: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's
         """Return the compiled step; wrap the optimizer first if layers came after `compile`."""
         if self._must_wrap(self.optimizer):
-            self.optimizer = LossScaleOptimizer(self.optimizer)
+            self.optimizer = ours_for(self.optimizer, self.trainable_variables)
             self.optimizer.build(self.trainable_variables)
             force = True  # a step that is compiled already holds the optimizer of before
         self._warn_of_optimizers_of_its_own()
@@ -235,8 +289,12 @@ class Model(keras.Model):
 
     def get_compile_config(self) -> dict[str, Any]:
         """Return what `compile` was called with, serialised."""
-        config = super().get_compile_config()
-        return {**config, "auto_scale_loss": self._auto_scale_loss} if config else config
+        config: dict[str, Any] = super().get_compile_config()
+        if not config:
+            return config
+        # The optimizer of now, which may have been wrapped after `compile`.
+        optimizer = keras.saving.serialize_keras_object(self.optimizer)
+        return {**config, "optimizer": optimizer, "auto_scale_loss": self._auto_scale_loss}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile with what `get_compile_config` returned."""
@@ -290,3 +348,15 @@ def _functional_subclass(cls: Any) -> Any:
         for registered in (functional, cls):
             keras.saving.register_keras_serializable(package, name)(registered)
     return functional
+
+
+def _ours_of(model: Any) -> Any:
+    """Return the class that makes a stock model one of ours."""
+    theirs: Any = type(model)
+    ours: Any = Model
+    if isinstance(model, keras.Sequential):
+        ours = Sequential
+    elif isinstance(model, Functional):
+        ours = FunctionalModel
+    stock = theirs in {Functional, keras.Sequential, keras.Model}
+    return ours if stock else class_between(theirs, ours, Model.from_keras)

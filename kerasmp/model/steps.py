@@ -100,10 +100,13 @@ def _logs(model: Any, logs: Any, skipped: Any, *, by_keras: bool) -> Any:
         return {key: after.get(key, value) for key, value in logs.items()}
     # What is averaged over nothing was never asked, or no step was good yet: NaN says more than 0.
     counts = {m.name: m.count for m in model.metrics if isinstance(m, keras.metrics.Mean)}
-    return {
-        key: _put_back(skipped, after[key], value, counts.get(key)) if key in after else value
-        for key, value in logs.items()
-    }
+
+    def put_back(key: str, value: Any) -> Any:
+        if isinstance(value, dict):  # of Keras's metric that holds those of `compile`
+            return {key: put_back(key, inner) for key, inner in value.items()}
+        return _put_back(skipped, after[key], value, counts.get(key)) if key in after else value
+
+    return {key: put_back(key, value) for key, value in logs.items()}
 
 
 def _put_back(skipped: Any, after: Any, value: Any, count: Any) -> Any:
