@@ -112,10 +112,11 @@ def train_step(
     # Dropout without a seed draws from torch's own generators, not from a Keras variable.
     generators = _generators()
     states = [generator.get_state() for generator in generators]
-    skips = [o.skips() for o in optimizers]
+    # A copy: what is read is a view of the variable. Before the first step there may be none.
+    skips = [o.skips().clone() if o.built else 0 for o in optimizers]
     logs = step(data)
-    pairs = [(o, n) for o, n in zip(optimizers, skips, strict=True) if o.built]
-    skipped = any(bool(o.skips() > (0 if n is None else n)) for o, n in pairs)
+    pairs = zip(optimizers, skips, strict=True)
+    skipped = any(bool(o.skips() > number) for o, number in pairs if o.built)
     if not skipped:
         return logs
     with torch.no_grad():
