@@ -58,11 +58,18 @@ WAYS = {
     "jax": [{}, {"steps_per_execution": 2}],
     "torch": [{}],
 }[keras.backend.backend()]
+
+
+def _name(value):
+    return getattr(value, "__name__", str(value))
+
+
 OWN = [written_in_the_class, from_a_mixin]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-@pytest.mark.parametrize("build", OWN, ids=lambda build: build.__name__)
+@pytest.mark.parametrize(
+    ("build", "way"), [*((OWN[0], way) for way in WAYS), (OWN[1], {})], ids=_name
+)
 def test_as_if_it_had_not_been(build, way):
     _, clean_logs, clean = train(build, GOOD_X, GOOD_Y, **way)
     model, logs, values = train(build, BAD_X, BAD_Y, **way)
