@@ -27,6 +27,7 @@ __all__ = [
     "functional_init_arguments",
     "learning_rate_functions",
     "learning_rate_schedules",
+    "states_of",
     "weights_and_averages",
     "with_mask_of",
 ]
@@ -99,6 +100,17 @@ def learning_rate_functions(optimizer: Any) -> list[tuple[Any, Any]]:
         if callable(inside._learning_rate)  # noqa: SLF001
         and not isinstance(inside._learning_rate, LearningRateSchedule)  # noqa: SLF001
     ]
+
+
+def states_of(model: Any) -> list[Any]:
+    """Return all variables that a step changes and training does not, metrics left out.
+
+    The states of stateful RNN layers are among them, which Keras keeps out of a model's variables.
+    On JAX it does so too, where `fit` therefore never changes them.
+    """
+    recurrent = [x for x in flatten_layers(model) if isinstance(x, keras.layers.RNN) and x.stateful]
+    kept = [layer.states for layer in recurrent if layer.states is not None]
+    return [*model.non_trainable_variables, *keras.tree.flatten(kept)]
 
 
 def float16_layers(model: Any) -> list[Any]:

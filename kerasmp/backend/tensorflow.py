@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import tensorflow as tf
 
+from kerasmp.backend.keras_private import states_of
 from kerasmp.backend.nested import optimizers_in
 from kerasmp.errors import BackendError
 
@@ -268,9 +269,7 @@ def train_step(
     if tf.executing_eagerly() and not model.built:
         # What the step itself would make could not be put back. A graph is traced again instead.
         model(keras.utils.unpack_x_y_sample_weight(data)[0], training=False)
-    guarded = [
-        v for v in (*model.non_trainable_variables, *model.metrics_variables) if v.dtype != "string"
-    ]
+    guarded = [v for v in (*states_of(model), *model.metrics_variables) if v.dtype != "string"]
     before = [tf.identity(v.value) for v in guarded]
     skips = [o.skips() for o in optimizers]
     known = {id(v) for v in model.metrics_variables}

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kerasmp.backend.keras_private import states_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -107,7 +109,7 @@ def train_step(
     data: Any,
 ) -> Any:
     """Run a train step and undo its traces if an optimizer skipped; see TensorFlow's."""
-    guarded = [*model.non_trainable_variables, *model.metrics_variables]
+    guarded = [*states_of(model), *model.metrics_variables]
     before = [v.value.detach().clone() for v in guarded]
     # Dropout without a seed draws from torch's own generators, not from a Keras variable.
     generators = _generators()

@@ -239,6 +239,24 @@ class Model(keras.Model):
         note_kerass_own(self)
         return super().train_step(*args)
 
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one step; see `keras.Model.train_on_batch`. All NaN where it was skipped.
+
+        Its metrics are those of this batch alone, and there is nothing to average.
+        """
+        logs = super().train_on_batch(*args, **kwargs)
+        skipped = (
+            isinstance(self.optimizer, LossScaleOptimizer) and self.optimizer.last_step_skipped
+        )
+        if skipped and all(float(count) == 0 for count in self._loss_counts()):
+            return keras.tree.map_structure(lambda _: float("nan"), logs)
+        return logs
+
+    def _loss_counts(self) -> list[Any]:
+        """Return how many samples the average of the loss is over, in a list if there is one."""
+        loss = next((m for m in self.metrics if m.name == "loss"), None)
+        return [loss.count] if isinstance(loss, keras.metrics.Mean) else []
+
     def _warn_if_too_late(self) -> None:
         """Warn once if the first step has built float16 layers, as it does on TensorFlow."""
         if not self._looked_for_late_layers:
@@ -278,11 +296,11 @@ class Model(keras.Model):
         Keras averages over no step at all to 0, which would look like a perfect loss.
         """
         result = super().get_metrics_result()
-        loss = next((m for m in self.metrics if m.name == "loss"), None)
+        counts = self._loss_counts()
         # A user's own train step may never touch the loss metric: only ours says what 0 means.
-        if not self._guards_steps or not isinstance(loss, keras.metrics.Mean):
+        if not self._guards_steps or not counts:
             return result
-        nothing = keras.ops.equal(loss.count, 0)
+        nothing = keras.ops.equal(counts[0], 0)
         return keras.tree.map_structure(
             lambda value: keras.ops.where(nothing, float("nan"), value), result
         )

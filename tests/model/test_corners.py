@@ -17,7 +17,6 @@ GOOD = np.setdiff1d(np.arange(5 * BATCH), BAD)
 
 
 def layers(**settings):
-    keras.utils.set_random_seed(0)
     return [
         keras.layers.Flatten(),
         keras.layers.Dense(4, activation="relu", **settings),
@@ -46,7 +45,6 @@ def many_to_many(module):
 
 
 def stateful(module):
-    keras.utils.set_random_seed(0)
     inputs = keras.Input((3, 4), batch_size=BATCH)
     cells = keras.layers.LSTM(2, stateful=True, dtype="mixed_float16")
     return module.Model(inputs, keras.layers.Dense(1)(cells(inputs)))
@@ -63,14 +61,15 @@ def rows(arrays, chosen):
 
 
 def train(build, chosen, *, x, fit=(), accumulate=None, on_batch=False, module=mp):
+    keras.utils.set_random_seed(0)
     model = build(module)
     adam = keras.optimizers.Adam(0.01, gradient_accumulation_steps=accumulate)
-    model.compile(mp.LossScaleOptimizer(adam, loss_scale=64.0), "mse", weighted_metrics=["mae"])
+    model.compile(mp.LossScaleOptimizer(adam, loss_scale=64.0), "mse")
     x, y = rows(data_of(model, x), chosen)
     more = {k: v[chosen] if k == "sample_weight" else v for k, v in dict(fit).items()}
     if on_batch:
         for start in range(0, len(chosen), BATCH):
-            batch = rows((x, y, more.get("sample_weight", WEIGHTS)), slice(start, start + BATCH))
+            batch = rows((x, y, WEIGHTS[chosen]), slice(start, start + BATCH))
             logs = model.train_on_batch(*batch, return_dict=True)
     else:
         logs = model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0, **more).history
@@ -99,7 +98,8 @@ def test_as_if_the_bad_batches_had_not_been(build, way):
     (clean_model, clean_logs), (model, logs) = both(build, way)
     assert model.optimizer.skipped_steps == 2
     assert model.optimizer.applied_steps == clean_model.optimizer.applied_steps == 3
-    assert logs == clean_logs
+    if "on_batch" not in way:  # whose last batch is a bad one: see below
+        assert logs == clean_logs
     ours = [*model.variables, *model.optimizer.inner_optimizer.variables]
     theirs = [*clean_model.variables, *clean_model.optimizer.inner_optimizer.variables]
     for one, other in zip(ours, theirs, strict=True):
@@ -108,8 +108,26 @@ def test_as_if_the_bad_batches_had_not_been(build, way):
         )
 
 
-@pytest.mark.parametrize(("build", "way"), [CORNERS["stateful"]], ids=["stateful"])
-def test_in_a_stock_model_a_state_of_nan_stays(build, way):
-    _, (model, _) = both(build, way, module=keras)
-    states = [keras.ops.convert_to_numpy(v.value) for v in model.layers[1].non_trainable_variables]
-    assert not all(np.isfinite(state).all() for state in states)
+@pytest.mark.backend("tensorflow")  # elsewhere Keras forgets the states after each step of `fit`
+def test_states_of_rnn_layers_are_as_before_which_stock_models_change():
+    way = CORNERS["stateful"][1]
+    states = {}
+    for module in (mp, keras):
+        for model, _ in both(stateful, way, module):
+            held = [keras.ops.convert_to_numpy(v.value) for v in model.layers[1].states]
+            states.setdefault(module, []).append(np.concatenate(held))
+    assert np.abs(states[mp][0]).min() > 0
+    np.testing.assert_array_equal(*states[mp])
+    assert not np.array_equal(*states[keras])
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_train_on_batch_has_no_loss_of_a_skipped_batch(return_dict):
+    model = one_to_one(mp)
+    model.compile(mp.LossScaleOptimizer("sgd", loss_scale=64.0), "mse", metrics=["mae"])
+    bad = np.full((BATCH, 3, 4), np.inf, "float32")
+    for x, finite in ((bad, False), (X[:BATCH], True)):
+        logs = model.train_on_batch(x, Y[:BATCH], return_dict=return_dict)
+        assert isinstance(logs, dict if return_dict else list)
+        values = np.array(list(logs.values()) if return_dict else logs)
+        assert np.isfinite(values).all() if finite else np.isnan(values).all()
