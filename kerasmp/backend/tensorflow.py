@@ -26,6 +26,9 @@ BRANCHES = True
 # So few tensors are checked in no more time than a branch takes.
 FEW = 8
 
+# The gradient of what is broadcast or used in each step of a loop is summed in float32.
+NARROW_SUMS = False
+
 # Keras's method that sums gradients over replicas; tests/backend tells when it moves.
 REDUCTION = "_all_reduce_sum_gradients"
 
@@ -39,6 +42,21 @@ MIXED_DTYPES = re.compile(
     rf"|containing a tensor of dtype <dtype: '{_FLOAT}'> to <dtype: '{_FLOAT}'>"
     rf"|have types? \[?{_FLOAT}.* that don't all match"
 )
+
+
+def convolution_dtype(dtype: str) -> str:
+    """Return the dtype in which convolutions compute whose inputs have `dtype`.
+
+    TensorFlow's kernels for the CPU add float16 up in float16: the gradient of a kernel is then off
+    by 10 to 70 times the rounding, and takes several times as long as in float32.
+    """
+    on_cpu = dtype == "float16" and not tf.config.list_logical_devices("GPU")
+    return "float32" if on_cpu else dtype
+
+
+def recurrence_dtype(dtype: str) -> str:
+    """Return the dtype for a whole LSTM or GRU that computes in `dtype`."""
+    return dtype
 
 
 def dense_values(gradient: Any) -> Any:

@@ -10,6 +10,22 @@ from kerasmp.layers.attention import (
     AdditiveAttention,
     Attention,
 )
+from kerasmp.layers.convolutional import (
+    Conv1D,
+    Conv1DTranspose,
+    Conv2D,
+    Conv2DTranspose,
+    Conv3D,
+    Conv3DTranspose,
+    DepthwiseConv1D,
+    DepthwiseConv2D,
+    SeparableConv1D,
+    SeparableConv2D,
+)
+from kerasmp.layers.dense import (
+    Dense,
+    EinsumDense,
+)
 from kerasmp.layers.head import (
     DenseHead,
 )
@@ -30,6 +46,15 @@ from kerasmp.layers.pooling import (
     AveragePooling3D,
     GlobalAveragePooling1D,
 )
+from kerasmp.layers.recurrent import (
+    GRU,
+    LSTM,
+    RNN,
+)
+from kerasmp.layers.recurrent_cells import (
+    GRUCell,
+    LSTMCell,
+)
 from kerasmp.layers.regularization import (
     ActivityRegularization,
 )
@@ -37,12 +62,18 @@ from kerasmp.layers.scaling import (
     Normalization,
     UnitNormalization,
 )
+from kerasmp.layers.spectral import (
+    SpectralNormalization,
+)
 from kerasmp.layers.wrapper import (
     WithDtype,
 )
 
 __all__ = [
     "ELU",
+    "GRU",
+    "LSTM",
+    "RNN",
     "Activation",
     "ActivityRegularization",
     "AdditiveAttention",
@@ -52,14 +83,29 @@ __all__ = [
     "AveragePooling2D",
     "AveragePooling3D",
     "BatchNormalization",
+    "Conv1D",
+    "Conv1DTranspose",
+    "Conv2D",
+    "Conv2DTranspose",
+    "Conv3D",
+    "Conv3DTranspose",
+    "Dense",
     "DenseHead",
+    "DepthwiseConv1D",
+    "DepthwiseConv2D",
     "Dot",
+    "EinsumDense",
+    "GRUCell",
     "GlobalAveragePooling1D",
     "GroupQueryAttention",
+    "LSTMCell",
     "MultiHeadAttention",
     "Normalization",
     "PReLU",
+    "SeparableConv1D",
+    "SeparableConv2D",
     "Softmax",
+    "SpectralNormalization",
     "UnitNormalization",
     "WithDtype",
 ]
