@@ -51,6 +51,10 @@ class ArgumentTypeError(KerasMPError, TypeError):
     """An argument of the wrong type."""
 
 
+class ArgumentError(KerasMPError, ValueError):
+    """Arguments that do not fit each other, shapes among them."""
+
+
 class BackendError(KerasMPError, RuntimeError):
     """A Keras backend, or a place in a step, in which kerasmp cannot work."""
 

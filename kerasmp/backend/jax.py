@@ -84,6 +84,22 @@ def add_to(variable: Any, value: Any) -> None:
     variable.assign_add(value)
 
 
+def matmul_wide(left: Any, right: Any, dtype: str) -> Any:
+    """Return the matrix product in `dtype`, without rounding it to that of the factors.
+
+    The factors stay as they are, so that a GPU multiplies float16 numbers in its tensor cores.
+    """
+    return jnp.matmul(left, right, preferred_element_type=dtype)
+
+
+def has_flash_attention(query: Any, key: Any, value: Any, *, is_causal: bool) -> bool:  # noqa: ARG001
+    """Return whether Keras would use flash attention here if it were left to choose."""
+    # Only Keras knows, and has no public name for it.
+    from keras.src.backend.jax.nn import _can_use_flash_attention
+
+    return bool(_can_use_flash_attention(query, key, value, None))
+
+
 def sync(model: Any) -> None:
     """Make the variables current: during `fit` on JAX their values travel outside them."""
     model.jax_state_sync()

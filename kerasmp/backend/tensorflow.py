@@ -219,6 +219,20 @@ def add_to(variable: Any, value: Any) -> None:
     variable.value.assign_add(tf.constant(value, variable.value.dtype), read_value=False)
 
 
+def matmul_wide(left: Any, right: Any, dtype: str) -> Any:
+    """Return the matrix product in `dtype`, without rounding it to that of the factors.
+
+    The factors are cast first. `tf.matmul(..., output_type=)` takes float16 and gives float32 under
+    XLA alone, and has no gradient then; on a CPU it is no faster.
+    """
+    return tf.matmul(tf.cast(left, dtype), tf.cast(right, dtype))
+
+
+def has_flash_attention(query: Any, key: Any, value: Any, *, is_causal: bool) -> bool:  # noqa: ARG001
+    """Return whether Keras would use flash attention here: it has none on TensorFlow."""
+    return False
+
+
 def branch(condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:
     """Do one or the other, by a scalar bool tensor. The host reads it, as Keras's does."""
     tf.cond(condition, yes, no)

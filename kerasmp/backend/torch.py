@@ -83,6 +83,22 @@ def add_to(variable: Any, value: Any) -> None:
     variable.assign_add(value)
 
 
+def matmul_wide(left: Any, right: Any, dtype: str) -> Any:
+    """Return the matrix product in `dtype`, without rounding it to that of the factors."""
+    # No kernel of torch's that has a gradient takes float16 and gives float32.
+    wide = getattr(torch, dtype)
+    return torch.matmul(left.to(wide), right.to(wide))
+
+
+def has_flash_attention(query: Any, key: Any, value: Any, *, is_causal: bool) -> bool:
+    """Return whether Keras would use flash attention here if it were left to choose."""
+    # Only Keras knows, and has no public name for it.
+    from keras.src.backend.torch.nn import _can_use_flash_attention
+
+    heads_first = [x.transpose(1, 2) for x in (query, key, value)]
+    return bool(_can_use_flash_attention(*heads_first, None, is_causal))
+
+
 def sync(model: Any) -> None:
     """Make the variables current: torch's always are."""
 

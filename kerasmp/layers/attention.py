@@ -1,0 +1,124 @@
+"""Attention and AdditiveAttention with float32 scores, softmax and scale."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import keras
+from keras import ops
+
+from kerasmp.ops.attention import masked_softmax, wide_dtype
+
+_VECTOR_PER_BATCH = 2  # the rank of a mask of the values, (batch, values)
+
+if TYPE_CHECKING:  # at run time the mixin stands in front of a layer
+    from keras.layers import Layer as _Base
+else:
+    _Base = object
+
+
+class _WideScores(_Base):
+    """What makes either of Keras's two layers safe.
+
+    The two methods with an underscore are Keras's own, documented there for layers that inherit;
+    `tests/backend` tells when they move.
+    """
+
+    def add_weight(self, *args: Any, **kwargs: Any) -> Any:
+        """Add a weight that no autocast narrows: its gradient is a sum over all scores."""
+        return super().add_weight(*args, **{**kwargs, "autocast": False})
+
+    def _calculate_scores(self, query: Any, key: Any) -> Any:
+        wide = wide_dtype(self.compute_dtype)
+        return super()._calculate_scores(ops.cast(query, wide), ops.cast(key, wide))
+
+    def _apply_scores(
+        self,
+        scores: Any,
+        value: Any,
+        scores_mask: Any = None,
+        training: bool = False,  # noqa: FBT001, FBT002 - Keras's signature
+    ) -> tuple[Any, Any]:
+        if scores_mask is not None:
+            scores_mask = ops.cast(scores_mask, "bool")
+            if len(scores_mask.shape) == _VECTOR_PER_BATCH:
+                scores_mask = ops.expand_dims(scores_mask, axis=-2)
+        weights = masked_softmax(scores, scores_mask)
+        if training and self.dropout > 0:
+            weights = keras.random.dropout(weights, self.dropout, seed=self.seed_generator)
+        outputs = ops.matmul(weights, ops.cast(value, weights.dtype))
+        return ops.cast(outputs, self.compute_dtype), ops.cast(weights, self.compute_dtype)
+
+
+@keras.saving.register_keras_serializable(package="kerasmp")
+class Attention(_WideScores, keras.layers.Attention):
+    """`keras.layers.Attention` with scores, softmax and scale in float32.
+
+    The stock layer multiplies queries and keys in float16 and does not scale the products down:
+    with 64 dimensions and a standard deviation of 30 they overflow, and the outputs are NaN. It
+    also subtracts 65504 from masked scores, which is -inf for negative ones. Here nothing is
+    rounded to float16 but the outputs, and a query whose keys are all masked gets zeros and gives
+    zero gradients. Scale variables are float32 and are not cast.
+
+    Args:
+        use_scale: Whether to multiply the scores by a trainable scalar. Default False.
+        score_mode: "dot" (default) or "concat".
+        dropout: Fraction of the weights to drop while training. Default 0.
+        seed: For the dropout; default None.
+        **kwargs: As for `keras.layers.Layer`: `dtype`, `name`, `trainable`.
+
+    Input shape:
+        A list: query `(batch, queries, depth)`, value `(batch, keys, value_depth)` and, if it is
+        not the value, key `(batch, keys, depth)`, of any float dtype.
+
+    Output shape:
+        `(batch, queries, value_depth)`, and with `return_attention_scores=True` the weights
+        `(batch, queries, keys)`, both in the policy's compute dtype.
+
+    References:
+        Luong, Pham and Manning, Effective Approaches to Attention-based Neural Machine
+        Translation, 2015, https://arxiv.org/abs/1508.04025.
+
+    Example:
+
+    >>> layer = Attention(dtype="mixed_float16")
+    >>> x = keras.ops.full((1, 2, 64), 300.0)
+    >>> y = layer([x, x])  # the scores are 5760000
+    >>> keras.backend.standardize_dtype(y.dtype), float(keras.ops.max(y))
+    ('float16', 300.0)
+    """
+
+
+@keras.saving.register_keras_serializable(package="kerasmp")
+class AdditiveAttention(_WideScores, keras.layers.AdditiveAttention):
+    """`keras.layers.AdditiveAttention` with tanh, scores, softmax and scale in float32.
+
+    The stock layer sums the scores, and in the backward pass the gradients of its scale, in
+    float16. Here nothing is rounded to float16 but the outputs, and a query whose keys are all
+    masked gets zeros and gives zero gradients. The sums of queries and keys, which are as many
+    numbers as batch, queries, keys and depth multiplied, take twice the memory.
+
+    Args:
+        use_scale: Whether to multiply by a trainable vector. Default True.
+        dropout: Fraction of the weights to drop while training. Default 0.
+        **kwargs: As for `keras.layers.Layer`: `dtype`, `name`, `trainable`; and `seed`.
+
+    Input shape:
+        A list: query `(batch, queries, depth)`, value `(batch, keys, value_depth)` and, if it is
+        not the value, key `(batch, keys, depth)`, of any float dtype.
+
+    Output shape:
+        `(batch, queries, value_depth)`, and with `return_attention_scores=True` the weights
+        `(batch, queries, keys)`, both in the policy's compute dtype.
+
+    References:
+        Bahdanau, Cho and Bengio, Neural Machine Translation by Jointly Learning to Align and
+        Translate, 2014, https://arxiv.org/abs/1409.0473.
+
+    Example:
+
+    >>> layer = AdditiveAttention(dtype="mixed_float16")
+    >>> y = layer([keras.ops.ones((1, 2, 4)), keras.ops.ones((1, 3, 4))])
+    >>> keras.backend.standardize_dtype(y.dtype), tuple(y.shape), layer.scale.dtype
+    ('float16', (1, 2, 4), 'float32')
+    """
