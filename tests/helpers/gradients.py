@@ -37,32 +37,26 @@ def float64():
         yield
 
 
-def differentiate(function, variables, inputs, upstream=None, way=WAYS[0]):
-    """Return the outputs, and the gradients for the float inputs and for the variables.
+def compile_(function, variables, way, optimizer=None):
+    """Return a function that returns the outputs, then the gradients of inputs and variables.
+
+    It takes arrays: the inputs, of which only floats are differentiated, and the gradients of the
+    outputs, which are cast to their dtypes and by default are ones.
 
     Args:
         function: Takes tensors, returns one or a list of them.
         variables: Keras variables that it reads.
-        inputs: Arrays; those that hold no floats are not differentiated.
-        upstream: Arrays, the gradients of the outputs, cast to their dtypes; ones by default.
-        way: One of WAYS, or "eager".
+        way: One of WAYS, "eager", or "quick": what compiles fastest, for a function that runs once.
+        optimizer: If given, takes a step, and the new values of the variables are returned too.
     """
-    compiled = compile_(function, variables, way)
-    outputs, gradients = compiled(inputs, upstream)
-    return outputs, gradients
-
-
-def compile_(function, variables, way):
-    """Return a function of inputs and upstream gradients that does what `differentiate` does."""
     run = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[keras.backend.backend()]
-    step = run(_listed(function), variables, way)
+    step = run(_listed(function), variables, way, optimizer)
 
     def compiled(inputs, upstream=None):
         tensors = [ops.convert_to_tensor(x, dtype=x.dtype.name) for x in map(np.asarray, inputs)]
         # In the widest float: each is cast to its output's dtype, which is not known before.
         wide = None if upstream is None else [np.asarray(u, "float32") for u in upstream]
-        outputs, gradients = step(tensors, wide)
-        return [numpy(y) for y in outputs], [numpy(g) for g in gradients]
+        return tuple([numpy(y) for y in results] for results in step(tensors, wide))
 
     return compiled
 
@@ -79,7 +73,15 @@ def _ones_or(upstream, outputs):
     return [ops.cast(u, y.dtype) for u, y in zip(given, outputs, strict=True)]
 
 
-def _tensorflow(function, variables, way):
+def _applied(optimizer, gradients, variables):
+    """Return what a step adds to the results; not for JAX, where nothing may be assigned."""
+    if optimizer is None:
+        return ()
+    optimizer.apply(gradients[-len(variables) :], variables)
+    return ([v.value for v in variables],)
+
+
+def _tensorflow(function, variables, way, optimizer):
     import tensorflow as tf
 
     def step(inputs, upstream):
@@ -93,14 +95,14 @@ def _tensorflow(function, variables, way):
             output_gradients=_ones_or(upstream, outputs),
             unconnected_gradients="zero",
         )
-        return outputs, gradients
+        return outputs, gradients, *_applied(optimizer, gradients, variables)
 
-    if way == "eager":
+    if way in {"eager", "quick"}:
         return step
     return tf.function(step, jit_compile=way == "xla")
 
 
-def _jax(function, variables, way):
+def _jax(function, variables, way, optimizer):
     import jax
 
     def step(inputs, upstream, values):
@@ -116,13 +118,18 @@ def _jax(function, variables, way):
 
         outputs, pull = jax.vjp(of, [inputs[i] for i in places], values)
         for_inputs, for_values = pull(_ones_or(upstream, outputs))
-        return outputs, [*for_inputs, *for_values]
+        results = (outputs, [*for_inputs, *for_values])
+        if optimizer is None:
+            return results
+        state = [v.value for v in optimizer.variables]
+        return *results, optimizer.stateless_apply(state, for_values, values)[0]
 
-    compiled = step if way == "eager" else jax.jit(step)
+    options = {"xla_backend_optimization_level": 0} if way == "quick" else None
+    compiled = step if way == "eager" else jax.jit(step, compiler_options=options)
     return lambda inputs, upstream: compiled(inputs, upstream, [v.value for v in variables])
 
 
-def _torch(function, variables, way):  # noqa: ARG001 - torch has the one way
+def _torch(function, variables, way, optimizer):  # noqa: ARG001 - torch has the one way
     import torch
 
     def step(inputs, upstream):
@@ -135,8 +142,8 @@ def _torch(function, variables, way):  # noqa: ARG001 - torch has the one way
             [y for y, _ in pairs], sources, [u for _, u in pairs], allow_unused=True
         )
         found = zip(sources, gradients, strict=True)
-        return [y.detach() for y in outputs], [
-            torch.zeros_like(s) if g is None else g for s, g in found
-        ]
+        gradients = [torch.zeros_like(s) if g is None else g for s, g in found]
+        outputs = [y.detach() for y in outputs]
+        return outputs, gradients, *_applied(optimizer, gradients, variables)
 
     return step
