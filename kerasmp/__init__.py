@@ -1,6 +1,6 @@
 """Mixed-precision training for Keras 3 in which every step is either right or explained."""
 
-from kerasmp import errors, layers, loss_scale
+from kerasmp import errors, layers, loss_scale, ops
 from kerasmp.callbacks import OverflowMonitor
 from kerasmp.loss_scale import (
     DynamicLossScale,
@@ -38,6 +38,7 @@ __all__ = [
     "global_policy",
     "layers",
     "loss_scale",
+    "ops",
     "policy_scope",
     "recommend_policy",
     "set_global_policy",

@@ -10,9 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-WAYS = {"tensorflow": ["graph", "xla"], "jax": ["jit"], "torch": ["eager"]}[
-    keras.backend.backend()
-]
+WAYS = {"tensorflow": ["graph", "xla"], "jax": ["jit"], "torch": ["eager"]}[keras.backend.backend()]
 
 
 def numpy(tensor):
@@ -23,6 +21,9 @@ def numpy(tensor):
 
 def is_float(value):
     return keras.backend.is_float_dtype(keras.backend.standardize_dtype(value.dtype))
+
+
+QUICK = {"xla_backend_optimization_level": 0}  # for JAX, where compiling takes most of the time
 
 
 @contextlib.contextmanager
@@ -59,6 +60,16 @@ def compile_(function, variables, way, optimizer=None):
         return tuple([numpy(y) for y in results] for results in step(tensors, wide))
 
     return compiled
+
+
+def evaluate(function, inputs):
+    """Return the outputs of a function of tensors, by what is quickest."""
+    tensors = [ops.convert_to_tensor(x) for x in inputs]
+    if keras.backend.backend() == "jax":
+        import jax
+
+        function = jax.jit(function, compiler_options=QUICK)
+    return [numpy(y) for y in keras.tree.flatten(function(*tensors))]
 
 
 def _listed(function):
@@ -124,7 +135,7 @@ def _jax(function, variables, way, optimizer):
         state = [v.value for v in optimizer.variables]
         return *results, optimizer.stateless_apply(state, for_values, values)[0]
 
-    options = {"xla_backend_optimization_level": 0} if way == "quick" else None
+    options = QUICK if way == "quick" else None
     compiled = step if way == "eager" else jax.jit(step, compiler_options=options)
     return lambda inputs, upstream: compiled(inputs, upstream, [v.value for v in variables])
 

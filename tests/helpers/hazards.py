@@ -249,8 +249,10 @@ HAZARDS = [
         5,
         "Attention, nothing unmasked, negative scores",
         "Attention",
-        beside(lambda _: [np.full((2, 16, 64), 8, "float16"), np.full((2, 16, 64), -8, "float16")],
-               _no_row),
+        beside(
+            lambda _: [np.full((2, 16, 64), 8, "float16"), np.full((2, 16, 64), -8, "float16")],
+            _no_row,
+        ),
         call=masked_attention,
         reference_call=nothing_where_all_is_masked,
         ordinary=(0.25, 1.0),

@@ -1,0 +1,272 @@
+"""Activations whose values and gradients are right in float16.
+
+Each is that of `keras.activations`, with the same arguments and defaults, computed in float32; its
+argument `x` is a tensor of any float dtype, and so is the result. Stock activations in float16
+overflow on the way back (the product of a large gradient with `x` is inf, times 0 is NaN), or
+compute their gradient from an output that was rounded to float16. They are registered with Keras:
+a model with `Dense(8, activation=kerasmp.ops.gelu)` is saved and loaded like any other.
+
+The rest of `keras.activations`, the relu family and the piecewise linear ones, is right as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import keras
+from keras import ops
+
+from kerasmp.ops.precision import in_float32
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _activation(function: F) -> F:
+    registered: F = keras.saving.register_keras_serializable(package="kerasmp")(
+        in_float32(function)
+    )
+    return registered
+
+
+@_activation
+def sigmoid(x: Any) -> Any:
+    """Return `1 / (1 + exp(-x))`.
+
+    Example:
+
+    >>> float(sigmoid(keras.ops.array(0.0, "float16")))
+    0.5
+    """
+    return ops.sigmoid(x)
+
+
+@_activation
+def log_sigmoid(x: Any) -> Any:
+    """Return `log(sigmoid(x))`.
+
+    Example:
+
+    >>> float(log_sigmoid(keras.ops.array(-1000.0, "float16")))
+    -1000.0
+    """
+    return ops.log_sigmoid(x)
+
+
+@_activation
+def tanh(x: Any) -> Any:
+    """Return the hyperbolic tangent.
+
+    Example:
+
+    >>> float(tanh(keras.ops.array(0.0, "float16")))
+    0.0
+    """
+    return ops.tanh(x)
+
+
+@_activation
+def tanh_shrink(x: Any) -> Any:
+    """Return `x - tanh(x)`.
+
+    Example:
+
+    >>> float(tanh_shrink(keras.ops.array(9.0, "float16")))
+    8.0
+    """
+    return ops.tanh_shrink(x)
+
+
+@_activation
+def gelu(x: Any, approximate: bool = False) -> Any:  # noqa: FBT001, FBT002 - as in Keras
+    """Return `x` times the normal distribution function of `x`.
+
+    As in `keras.activations`, and not as in `keras.ops`, the default is the exact form.
+
+    Args:
+        x: A tensor of any float dtype.
+        approximate: Whether to use the approximation by tanh; default False.
+
+    Example:
+
+    >>> float(gelu(keras.ops.array(100.0, "float16")))
+    100.0
+    """
+    return ops.gelu(x, approximate=approximate)
+
+
+@_activation
+def silu(x: Any) -> Any:
+    """Return `x * sigmoid(x)`, which is also called swish.
+
+    Example:
+
+    >>> float(silu(keras.ops.array(100.0, "float16")))
+    100.0
+    """
+    return ops.silu(x)
+
+
+@_activation
+def hard_silu(x: Any) -> Any:
+    """Return `x * hard_sigmoid(x)`, which is also called hard swish.
+
+    Example:
+
+    >>> float(hard_silu(keras.ops.array(3.0, "float16")))
+    3.0
+    """
+    return ops.hard_silu(x)
+
+
+@_activation
+def mish(x: Any) -> Any:
+    """Return `x * tanh(softplus(x))`.
+
+    Example:
+
+    >>> float(mish(keras.ops.array(100.0, "float16")))
+    100.0
+    """
+    return x * ops.tanh(ops.softplus(x))
+
+
+@_activation
+def glu(x: Any, axis: int = -1) -> Any:
+    """Return one half of `x` times the sigmoid of the other.
+
+    Args:
+        x: A tensor of any float dtype, of even length along `axis`.
+        axis: The axis to halve; default the last.
+
+    Example:
+
+    >>> float(glu(keras.ops.array([3.0, 0.0], "float16"))[0])
+    1.5
+    """
+    return ops.glu(x, axis=axis)
+
+
+@_activation
+def softplus(x: Any) -> Any:
+    """Return `log(exp(x) + 1)`.
+
+    Example:
+
+    >>> float(softplus(keras.ops.array(100.0, "float16")))
+    100.0
+    """
+    return ops.softplus(x)
+
+
+@_activation
+def softsign(x: Any) -> Any:
+    """Return `x / (abs(x) + 1)`.
+
+    Example:
+
+    >>> float(softsign(keras.ops.array(3.0, "float16")))
+    0.75
+    """
+    return ops.softsign(x)
+
+
+@_activation
+def squareplus(x: Any, b: float = 4) -> Any:
+    """Return `(x + sqrt(x**2 + b)) / 2`.
+
+    Args:
+        x: A tensor of any float dtype.
+        b: The smoothness; default 4.
+
+    Example:
+
+    >>> float(squareplus(keras.ops.array(1000.0, "float16")))
+    1000.0
+    """
+    return ops.squareplus(x, b=b)
+
+
+@_activation
+def sparse_plus(x: Any) -> Any:
+    """Return 0 up to -1, `(x + 1)**2 / 4` up to 1, and `x` from there.
+
+    Example:
+
+    >>> float(sparse_plus(keras.ops.array(0.0, "float16")))
+    0.25
+    """
+    return ops.sparse_plus(x)
+
+
+@_activation
+def sparse_sigmoid(x: Any) -> Any:
+    """Return 0 up to -1, `(x + 1) / 2` up to 1, and 1 from there.
+
+    Example:
+
+    >>> float(sparse_sigmoid(keras.ops.array(0.0, "float16")))
+    0.5
+    """
+    return ops.sparse_sigmoid(x)
+
+
+@_activation
+def elu(x: Any, alpha: float = 1.0) -> Any:
+    """Return `x` where it is positive, `alpha * (exp(x) - 1)` elsewhere.
+
+    Args:
+        x: A tensor of any float dtype.
+        alpha: The slope at 0 from below; default 1.
+
+    Example:
+
+    >>> float(elu(keras.ops.array(-100.0, "float16")))
+    -1.0
+    """
+    return ops.elu(x, alpha=alpha)
+
+
+@_activation
+def celu(x: Any, alpha: float = 1.0) -> Any:
+    """Return `x` where it is positive, `alpha * (exp(x / alpha) - 1)` elsewhere.
+
+    Args:
+        x: A tensor of any float dtype.
+        alpha: Minus the least value; default 1.
+
+    Example:
+
+    >>> float(celu(keras.ops.array(-100.0, "float16")))
+    -1.0
+    """
+    return ops.celu(x, alpha=alpha)
+
+
+@_activation
+def selu(x: Any) -> Any:
+    """Return `1.0507 * elu(x, 1.6733)`.
+
+    Example:
+
+    >>> round(float(selu(keras.ops.array(-100.0, "float16"))), 2)
+    -1.76
+    """
+    return ops.selu(x)
+
+
+@_activation
+def exponential(x: Any) -> Any:
+    """Return `exp(x)`.
+
+    Example:
+
+    >>> float(exponential(keras.ops.array(0.0, "float16")))
+    1.0
+    """
+    return ops.exp(x)
+
+
+# Keras knows these under both names.
+swish = silu
+hard_swish = hard_silu

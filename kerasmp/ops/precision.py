@@ -1,0 +1,91 @@
+"""Narrow tensors outside, float32 inside: the one rule that all of this room stands on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import keras
+from keras import ops
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def is_narrow(dtype: Any) -> bool:
+    """Return whether `dtype` is a float that holds less than float32.
+
+    Args:
+        dtype: A dtype of the running backend, or its name.
+
+    Example:
+
+    >>> is_narrow("bfloat16"), is_narrow("float32"), is_narrow("int8")
+    (True, False, False)
+    """
+    name = keras.backend.standardize_dtype(dtype)
+    return keras.backend.is_float_dtype(name) and name not in ("float32", "float64")
+
+
+def as_tensors(x: Any) -> Any:
+    """Return tensors and structures of tensors as they are, and one tensor for anything else.
+
+    Example:
+
+    >>> len(as_tensors([1.0, 2.0, 3.0]).shape)
+    1
+    """
+    return x if all(map(_is_tensor, keras.tree.flatten(x))) else ops.convert_to_tensor(x)
+
+
+def widen(tensors: Any) -> Any:
+    """Cast tensors that are narrower than float32 to float32, and leave the others.
+
+    Args:
+        tensors: A tensor or a structure of tensors.
+
+    Example:
+
+    >>> half, whole = widen([keras.ops.ones(2, "float16"), keras.ops.ones(2, "int32")])
+    >>> keras.backend.standardize_dtype(half.dtype), keras.backend.standardize_dtype(whole.dtype)
+    ('float32', 'int32')
+    """
+    return keras.tree.map_structure(
+        lambda x: ops.cast(x, "float32") if is_narrow(x.dtype) else x, tensors
+    )
+
+
+def in_float32(function: F) -> F:
+    """Make a function compute in float32 and give back the dtype of its first argument.
+
+    The gradient is computed in float32 too, since the casts are part of the function. What is
+    wider than float32 stays so, and what is no float is passed on as it is. A result beyond the
+    range of the dtype that was given is inf there, as it must be.
+
+    Args:
+        function: Takes a tensor, or a structure of tensors, as its first argument, and returns a
+            tensor. The other arguments are not cast.
+
+    Returns:
+        The function with the same arguments.
+
+    Example:
+
+    >>> variance = in_float32(lambda x: keras.ops.mean(keras.ops.square(x)))
+    >>> x = keras.ops.array([300.0, 0.0, 0.0, 0.0], "float16")  # 300² is inf in float16
+    >>> float(variance(x))
+    22496.0
+    """
+
+    @functools.wraps(function)
+    def wide(x: Any, *args: Any, **kwargs: Any) -> Any:
+        x = as_tensors(x)
+        dtype = keras.tree.flatten(x)[0].dtype
+        outputs = function(widen(x), *args, **kwargs)
+        return ops.cast(outputs, dtype) if is_narrow(dtype) else outputs
+
+    return wide  # type: ignore[return-value] # the same arguments, which no type can say here
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, keras.KerasTensor) or ops.is_tensor(x)
