@@ -26,7 +26,7 @@ class Row:
 
     tensor: str
     stock: float | None
-    ours: float
+    ours: float | None
     best: float
 
     def good(self, contestant):
@@ -97,7 +97,7 @@ class Measured:
         _assign(layer, self._weights)
         return run
 
-    def rows(self, arrays=None):
+    def rows(self, arrays=None, contestants=("stock", "ours")):
         """Return the errors of the outputs, then those of the gradients."""
         arrays = self.arrays if arrays is None else arrays
         outputs, wanted, upstream = self._wanted(arrays)
@@ -106,11 +106,13 @@ class Measured:
         names += [f"d {name}" for name in self._names]
         found = {
             contestant: self._errors(contestant, arrays, upstream, [*outputs, *wanted])
-            for contestant in ("stock", "ours", "best")
+            for contestant in (*contestants, "best")
         }
+        nothing = [None] * len(names)
+        columns = (found.get(c, nothing) for c in ("stock", "ours", "best"))
         rows = [
             Row(name, stock, ours, max(best, LEAST)) if best is not None else None
-            for name, stock, ours, best in zip(names, *found.values(), strict=True)
+            for name, stock, ours, best in zip(names, *columns, strict=True)
         ]
         forward, backward = rows[: len(outputs)], rows[len(outputs) :]
         return [r for r in forward if r], [r for r in backward if r]
