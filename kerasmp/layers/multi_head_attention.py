@@ -187,7 +187,8 @@ class MultiHeadAttention(_WideScores, keras.layers.MultiHeadAttention):
             for _ in range(len(scores.shape) - len(mask.shape)):
                 mask = ops.expand_dims(mask, axis=heads)
             mask = ops.cast(mask, "bool")
-        axes = tuple(range(-len(self.attention_axes), 0))
+        rank = len(scores.shape)
+        axes = tuple(range(rank - len(self.attention_axes), rank))
         weights = masked_softmax(scores, mask, axis=axes)
         outputs = ops.einsum(self._combine_equation, self._dropped(weights, training), value)
         return ops.cast(outputs, self.compute_dtype), ops.cast(weights, self.compute_dtype)

@@ -1,0 +1,348 @@
+"""MultiHeadAttention and GroupQueryAttention: float16 projections, float32 between them."""
+
+import keras
+import numpy as np
+import pytest
+from helpers.half import MODES, error, numpy_of, run
+from helpers.multi_head64 import multi_head, weights_of
+from keras import ops
+
+import kerasmp as mp
+from kerasmp.errors import ArgumentError
+from kerasmp.layers import GroupQueryAttention, MultiHeadAttention
+
+BATCH, QUERIES, KEYS, FEATURES, HEADS = 2, 5, 7, 24, 4
+ALLOWED = 4.0  # times the error of the best that float16 projections can do
+MULTI = (MultiHeadAttention, keras.layers.MultiHeadAttention)
+GROUP = (GroupQueryAttention, keras.layers.GroupQueryAttention)
+PAIRS = [MULTI, GROUP]
+# What sends a call along each path: constructor arguments, and call arguments. So small a rate
+# drops nothing, but makes the layer do what it does to drop.
+PATHS = {
+    "fused": ({}, {}),
+    "scores": ({}, {"return_attention_scores": True}),
+    "dropout": ({"dropout": 1e-7}, {"training": True}),
+}
+
+
+def made(cls, depth=8, dtype="mixed_float16", **settings):
+    """Return a layer, ours or stock, of four heads."""
+    grouped = issubclass(cls, keras.layers.GroupQueryAttention)
+    sizes = {"head_dim": depth, "num_query_heads": HEADS, "num_key_value_heads": 2}
+    if not grouped:
+        sizes = {"num_heads": HEADS, "key_dim": depth}
+    keras.utils.set_random_seed(2)
+    return cls(**sizes, dtype=dtype, **settings)
+
+
+def drawn(std=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = [(BATCH, QUERIES, FEATURES), (BATCH, KEYS, FEATURES)]
+    query, value = (rng.normal(0, std, s).astype("float16").astype("float64") for s in shapes)
+    return query, value, rng.normal(size=query.shape).astype("float16")
+
+
+def outputs_of(layer, **call):
+    """Return a function of query and value that gives the outputs only."""
+
+    def function(query, value):
+        outputs = layer(query, value, **call)
+        return outputs[0] if isinstance(outputs, tuple) else outputs
+
+    return function
+
+
+def results(layer, inputs, upstream, mode, **call):
+    """Return outputs, gradients of the inputs, and those of the kernels by name."""
+    if not layer.built:
+        layer.build(*(x.shape for x in inputs))
+    variables = layer.trainable_variables
+    outputs, gradients = run(mode, outputs_of(layer, **call), inputs, upstream, variables)
+    names = [v.path.split("/")[-2] for v in variables]
+    return outputs, {"inputs": gradients[:2]} | dict(zip(names, gradients[2:], strict=True))
+
+
+def flattened(outputs, gradients):
+    names = ["query", "key", "value", "attention_output"]
+    return [outputs, *gradients["inputs"], *(gradients[name] for name in names)]
+
+
+def assert_as_good_as_float16_projections(layer, std, mode, mask=None, **call):
+    query, value, upstream = drawn(std)
+    got = flattened(*results(layer, (query, value), upstream, mode, **call))
+    settings = {"mask": mask, "kernels": weights_of(layer), "upstream": upstream.astype("float64")}
+    exact, best = (
+        flattened(*multi_head(query, value, rounded=rounded, **settings))
+        for rounded in (False, True)
+    )
+    for ours, want, least in zip(got, exact, best, strict=True):
+        bound = error(least, want)
+        if bound is not None:
+            assert error(ours, want) <= ALLOWED * bound
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("std", "depth"), [(0.1, 8), (1, 8), (10, 8), (60, 64)])
+@pytest.mark.parametrize("pair", PAIRS, ids=["multi", "group"])
+def test_outputs_and_gradients_are_within_four_times_the_best(pair, std, depth, path, mode):
+    if path != "fused" and pair is GROUP and std in {0.1, 1}:
+        return  # the same code as in "multi"
+    settings, call = PATHS[path]
+    layer = made(pair[0], depth, use_bias=False, **settings)
+    assert_as_good_as_float16_projections(layer, std, mode, **call)
+
+
+@pytest.mark.backend("tensorflow", "jax")
+@pytest.mark.parametrize("path", ["fused", "scores"])
+@pytest.mark.parametrize("mode", MODES)
+def test_stock_gives_nan_or_does_not_run(mode, path):
+    layer = made(MULTI[1], 64, use_bias=False)
+    *inputs, upstream = drawn(300)
+    if mode == "jit" and path == "fused":
+        with pytest.raises(ValueError, match="not supported"):
+            results(layer, inputs, upstream, mode, **PATHS[path][1])
+        return
+    outputs, gradients = results(layer, inputs, upstream, mode, **PATHS[path][1])
+    assert not np.isfinite(outputs).all()
+    assert not np.isfinite(gradients["query"]).all()
+    ours = made(MULTI[0], 64, use_bias=False)
+    outputs, gradients = results(ours, inputs, upstream, mode, **PATHS[path][1])
+    assert np.isfinite(outputs).all()
+    assert np.isfinite(gradients["query"]).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("pair", PAIRS, ids=["multi", "group"])
+def test_masks_of_every_kind_are_those_of_stock_in_float32(pair, path):
+    query, value, _ = drawn()
+    query_mask = np.array([[True] * 4 + [False]] * BATCH)
+    value_mask = np.array([[True] * 5 + [False] * 2] * BATCH)
+    attention_mask = np.random.default_rng(1).random((BATCH, QUERIES, KEYS)) < 0.8
+    attention_mask[:, :, 0] = True
+    # With Keras's own masks on the tensors MultiHeadAttention ignores the arguments.
+    kinds = [
+        {},
+        {"use_causal_mask": True},
+        {"attention_mask": attention_mask},
+        {"value_mask": value_mask},
+        {"value_mask": value_mask, "attention_mask": attention_mask, "use_causal_mask": True},
+    ]
+    settings, call = PATHS[path]
+    ours, stock = (made(cls, dtype="float32", **settings) for cls in pair)
+    for layer in (ours, stock):
+        layer.build(query.shape, value.shape)
+    ours.set_weights(stock.get_weights())
+    query, value = (x.astype("float32") for x in (query, value))
+    for masks in kinds:
+        got, want = (outputs_of(layer, **masks, **call)(query, value) for layer in (ours, stock))
+        np.testing.assert_allclose(numpy_of(got), numpy_of(want), rtol=2e-5, atol=2e-6)
+    if pair is GROUP:
+        got, want = (
+            outputs_of(layer, query_mask=query_mask, **call)(query, value)
+            for layer in (ours, stock)
+        )
+        np.testing.assert_allclose(
+            numpy_of(got)[:, :4], numpy_of(want)[:, :4], rtol=2e-5, atol=2e-6
+        )
+        assert not numpy_of(got)[:, 4].any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_without_any_key_give_zeros_and_zero_gradients(path, mode):
+    mask = np.ones((BATCH, QUERIES, KEYS), bool)
+    mask[0, 3] = False
+    mask[1] = False
+    settings, call = PATHS[path]
+    layer = made(MultiHeadAttention, use_bias=False, **settings)
+    *inputs, upstream = drawn(10)
+    call = {**call, "attention_mask": mask}
+    outputs, gradients = results(layer, inputs, upstream, mode, **call)
+    assert not outputs[0, 3].any()
+    assert not outputs[1].any()
+    assert outputs[0, 2].any()
+    assert not gradients["inputs"][0][1].any()
+    assert not gradients["inputs"][1][1].any()
+    assert_as_good_as_float16_projections(layer, 10, mode, mask=mask[:, None], **call)
+
+
+def test_scores_of_masked_keys_are_zero_and_the_others_add_up_to_one():
+    query, value, _ = drawn(30)
+    mask = np.ones((BATCH, QUERIES, KEYS), bool)
+    mask[:, 1, 2:] = False
+    mask[:, 3] = False
+    layer = made(MultiHeadAttention)
+    outputs, scores = layer(query, value, attention_mask=mask, return_attention_scores=True)
+    assert {keras.backend.standardize_dtype(x.dtype) for x in (outputs, scores)} == {"float16"}
+    scores = numpy_of(scores)
+    assert not scores[:, :, 1, 2:].any()
+    sums = np.ones((BATCH, HEADS, QUERIES))
+    sums[..., 3] = 0
+    np.testing.assert_allclose(scores.sum(-1), sums, atol=4e-3)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=["multi", "group"])
+def test_a_causal_mask_alone_is_left_to_the_op_so_that_it_can_be_flash(pair, monkeypatch):
+    seen = []
+
+    def recorded(*tensors, **settings):
+        seen.append(settings)
+        return tensors[0]
+
+    from kerasmp.layers import multi_head_attention
+
+    monkeypatch.setattr(multi_head_attention, "dot_product_attention", recorded)
+    query, value, _ = drawn()
+    layer = made(pair[0])
+    layer(query, value, use_causal_mask=True)
+    layer(query, value, use_causal_mask=True, attention_mask=np.ones((1, QUERIES, KEYS), bool))
+    assert [s["is_causal"] for s in seen] == [True, False]
+    assert [s["mask"] is None for s in seen] == [True, False]
+
+
+def test_a_subclass_that_computes_attention_itself_is_given_a_mask():
+    masks = []
+
+    class Own(MultiHeadAttention):
+        def _compute_attention(self, query, key, value, attention_mask=None, *settings):
+            masks.append(attention_mask)
+            return super()._compute_attention(query, key, value, attention_mask, *settings)
+
+    query, value, _ = drawn()
+    Own(2, 4)(query, value, use_causal_mask=True)
+    assert tuple(masks[0].shape) == (1, QUERIES, KEYS)
+
+
+@pytest.mark.keras("3.15")
+@pytest.mark.parametrize("extra", [{"use_gate": True}, {"sliding_window": 2}], ids=str)
+@pytest.mark.parametrize("pair", PAIRS, ids=["multi", "group"])
+def test_gate_and_window_of_newer_keras(pair, extra):
+    query, value, _ = drawn()
+    query, value = query.astype("float32"), value.astype("float32")
+    ours, stock = (made(cls, dtype="float32", **extra) for cls in pair)
+    for layer in (ours, stock):
+        layer.build(query.shape, value.shape)
+    ours.set_weights(stock.get_weights())
+    for causal in (False, True):
+        got, want = (layer(query, value, use_causal_mask=causal) for layer in (ours, stock))
+        np.testing.assert_allclose(numpy_of(got), numpy_of(want), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("axes", [(1, 2), (2,)])
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_over_several_axes(axes, training):
+    rng = np.random.default_rng(0)
+    query, value = (rng.normal(size=(2, 3, 4, 8)).astype("float32") for _ in range(2))
+    settings = {"attention_axes": axes, "dropout": 1e-7}
+    ours, stock = (cls(2, 4, dtype="float32", **settings) for cls in MULTI)
+    for layer in (ours, stock):
+        layer.build(query.shape, value.shape)
+    ours.set_weights(stock.get_weights())
+    length = 12 if axes == (1, 2) else 4
+    shape = (2, 3, 4, 3, 4) if axes == (1, 2) else (2, 3, length, length)
+    mask = rng.random(shape) < 0.8
+    mask[..., 0] = True
+    for masks in ({}, {"attention_mask": mask}):
+        got, want = (layer(query, value, training=training, **masks) for layer in (ours, stock))
+        np.testing.assert_allclose(numpy_of(got), numpy_of(want), rtol=2e-5, atol=2e-6)
+    low = MultiHeadAttention(2, 4, attention_axes=axes, dtype="mixed_float16")
+    assert np.isfinite(numpy_of(low(300 * query, 300 * value))).all()
+
+
+def test_dropout_drops_while_training_and_only_then():
+    query, value, _ = drawn()
+    layer = made(MultiHeadAttention, dropout=0.5, seed=1)
+    plain = numpy_of(layer(query, value, training=False))
+    np.testing.assert_array_equal(numpy_of(layer(query, value, training=False)), plain)
+    one, two = (numpy_of(layer(query, value, training=True)) for _ in range(2))
+    assert np.any(one != plain)
+    assert np.any(one != two)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=["multi", "group"])
+def test_scores_and_flash_attention_exclude_each_other_as_in_stock(pair):
+    query, value, _ = drawn()
+    for cls, expected in zip(pair, (ArgumentError, ValueError), strict=True):
+        with pytest.raises(expected, match="Returning attention scores is not supported"):
+            made(cls, flash_attention=True)(query, value, return_attention_scores=True)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=["multi", "group"])
+def test_it_takes_what_stock_takes_and_saves_and_loads(pair, tmp_path):
+    arguments = {
+        "dropout": 0.25,
+        "use_bias": False,
+        "kernel_initializer": "he_normal",
+        "kernel_regularizer": keras.regularizers.L2(0.25),
+        "activity_regularizer": keras.regularizers.L2(0.125),
+        "kernel_constraint": "non_neg",
+        "seed": 3,
+        "name": "attention",
+    }
+    ours, stock = (made(cls, **arguments) for cls in pair)
+    assert isinstance(ours, pair[1])
+    assert ours.get_config() == stock.get_config()
+    inputs = [keras.Input((None, FEATURES)), keras.Input((None, FEATURES))]
+    model = keras.Model(inputs, ours(*inputs))
+    assert model.output.dtype == "float16"
+    query, value, _ = drawn()
+    x = [query.astype("float32"), value.astype("float32")]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    layer = loaded.get_layer("attention")
+    assert type(layer) is pair[0]
+    assert layer.get_config() == ours.get_config()
+    assert {v.dtype for v in layer.trainable_variables} == {"float32"}
+    np.testing.assert_array_equal(numpy_of(loaded(x)), numpy_of(model(x)))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=["multi", "group"])
+def test_weights_come_from_stock_models_and_go_back(pair, tmp_path):
+    ours, stock = (made(cls) for cls in pair)
+    models = []
+    for layer in (ours, stock):
+        inputs = [keras.Input((None, FEATURES)), keras.Input((None, FEATURES))]
+        models.append(keras.Model(inputs, layer(*inputs)))
+    for source, target in (models[::-1], models):
+        source.set_weights([w + 1 for w in source.get_weights()])
+        source.save_weights(tmp_path / "source.weights.h5")
+        target.load_weights(tmp_path / "source.weights.h5")
+        for got, want in zip(target.get_weights(), source.get_weights(), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=["multi", "group"])
+def test_a_model_of_padded_sentences_trains(pair):
+    keras.config.set_dtype_policy("mixed_float16")
+    words = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(10, FEATURES, mask_zero=True)(words)
+    x = made(pair[0], dropout=0.1)(x, x, use_causal_mask=True)
+    model = mp.Model(words, mp.layers.DenseHead(1)(ops.max(x, axis=1)))
+    model.compile(mp.LossScaleOptimizer(keras.optimizers.Adam(0.01)), "mse")
+    x = np.random.default_rng(0).integers(1, 10, (16, 6))
+    x[:, 4:] = 0
+    x[0] = 0  # nothing but padding
+    history = model.fit(x, x[:, :1] / 5, batch_size=8, epochs=8, verbose=0)
+    assert model.optimizer.skipped_steps == 0
+    assert history.history["loss"][-1] < 0.5 * history.history["loss"][0]
+    predicted = model.predict(x, verbose=0)
+    assert np.isfinite(predicted).all()
+
+
+def test_masks_of_keras_pass_through():
+    embed = keras.layers.Embedding(5, FEATURES, mask_zero=True, dtype="mixed_float16")
+    x = embed(np.array([[1, 2, 0]]))
+    outputs = made(MultiHeadAttention, use_bias=False)(x, x)
+    assert numpy_of(outputs._keras_mask).tolist() == [[1, 1, 0]]
+    assert not numpy_of(outputs)[0, 2].any()
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float16", "float32"])
+def test_other_policies(policy):
+    query, value, _ = drawn()
+    layer = made(MultiHeadAttention, dtype=policy)
+    outputs, scores = layer(query, value, return_attention_scores=True)
+    for tensor in (outputs, scores, layer(query, value)):
+        assert keras.backend.standardize_dtype(tensor.dtype) == layer.compute_dtype
+        assert np.isfinite(numpy_of(ops.cast(tensor, "float32"))).all()
