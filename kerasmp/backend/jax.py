@@ -23,6 +23,19 @@ LOSS_MEETS_APPLY = False
 # XLA fuses the small sums of a schedule: a branch around them would cost more.
 BRANCHES = False
 
+# The gradient of what is broadcast or used in each step of a loop is summed in its own dtype.
+NARROW_SUMS = True
+
+
+def convolution_dtype(dtype: str) -> str:
+    """Return the dtype in which convolutions compute whose inputs have `dtype`."""
+    return dtype
+
+
+def recurrence_dtype(dtype: str) -> str:
+    """Return the dtype for a whole LSTM or GRU that computes in `dtype`."""
+    return dtype
+
 
 def dense_values(gradient: Any) -> Any:
     """Return the numbers of a gradient."""

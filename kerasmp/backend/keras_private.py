@@ -13,12 +13,14 @@ from typing import Any
 
 import keras
 from keras.optimizers.schedules import LearningRateSchedule
+from keras.src.backend.common.variables import AutocastScope
 from keras.src.models.functional import Functional
 from keras.src.models.model import functional_init_arguments
 
 from kerasmp.backend.nested import optimizers_in
 
 __all__ = [
+    "AutocastScope",
     "Functional",
     "enclosing_callback_list",
     "flatten_layers",
@@ -32,6 +34,8 @@ __all__ = [
 # A subclass that calls super() adds a frame or two; more would be somebody else's call.
 _FRAMES = 8
 
+# AutocastScope: with None, variables are read in their own dtype inside a layer's `call`, with a
+# dtype in that one; `autocast=False` of a variable does the former only, and for good.
 # Functional: the class of `keras.Model(inputs, outputs)` has no public name, and a model of ours
 # that is built from inputs and outputs must inherit from it. functional_init_arguments: what
 # tells `keras.Model` that it was given inputs and outputs; a copy of it could come to differ.

@@ -21,8 +21,26 @@ LOSS_MEETS_APPLY = True
 # Many small sums cost more here than a branch around them.
 BRANCHES = True
 
+# The gradient of what is broadcast or used in each step of a loop is summed in float32.
+NARROW_SUMS = False
+
 # Keras's method that sums gradients over replicas; tests/backend tells when it moves.
 REDUCTION = "_all_reduce_sum_gradients"
+
+
+def convolution_dtype(dtype: str) -> str:
+    """Return the dtype in which convolutions compute whose inputs have `dtype`.
+
+    TensorFlow's kernels for the CPU add float16 up in float16: the gradient of a kernel is then off
+    by 10 to 70 times the rounding, and takes several times as long as in float32.
+    """
+    on_cpu = dtype == "float16" and not tf.config.list_logical_devices("GPU")
+    return "float32" if on_cpu else dtype
+
+
+def recurrence_dtype(dtype: str) -> str:
+    """Return the dtype for a whole LSTM or GRU that computes in `dtype`."""
+    return dtype
 
 
 def dense_values(gradient: Any) -> Any:

@@ -15,6 +15,22 @@ LOSS_MEETS_APPLY = True
 # A branch of eager code waits for the device.
 BRANCHES = False
 
+# The gradient of what is broadcast or used in each step of a loop is summed in float32.
+NARROW_SUMS = False
+
+
+def convolution_dtype(dtype: str) -> str:
+    """Return the dtype in which convolutions compute whose inputs have `dtype`."""
+    return dtype
+
+
+def recurrence_dtype(dtype: str) -> str:
+    """Return the dtype for a whole LSTM or GRU that computes in `dtype`.
+
+    torch's own loop for the CPU sums the gradients of kernels in float16 over the time steps.
+    """
+    return "float32" if dtype == "float16" and not torch.cuda.is_available() else dtype
+
 
 def dense_values(gradient: Any) -> Any:
     """Return the numbers of a gradient."""

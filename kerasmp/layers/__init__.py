@@ -1,17 +1,51 @@
 """Layers with float32 variables and float16 compute, and float32 where it must be."""
 
 from kerasmp.layers.attention import AdditiveAttention, Attention
+from kerasmp.layers.convolutional import (
+    Conv1D,
+    Conv1DTranspose,
+    Conv2D,
+    Conv2DTranspose,
+    Conv3D,
+    Conv3DTranspose,
+    DepthwiseConv1D,
+    DepthwiseConv2D,
+    SeparableConv1D,
+    SeparableConv2D,
+)
+from kerasmp.layers.dense import Dense, EinsumDense
 from kerasmp.layers.head import DenseHead
 from kerasmp.layers.multi_head_attention import GroupQueryAttention, MultiHeadAttention
 from kerasmp.layers.normalization import BatchNormalization
+from kerasmp.layers.recurrent import GRU, LSTM, RNN
+from kerasmp.layers.recurrent_cells import GRUCell, LSTMCell
+from kerasmp.layers.spectral import SpectralNormalization
 from kerasmp.layers.wrapper import WithDtype
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
     "AdditiveAttention",
     "Attention",
     "BatchNormalization",
+    "Conv1D",
+    "Conv1DTranspose",
+    "Conv2D",
+    "Conv2DTranspose",
+    "Conv3D",
+    "Conv3DTranspose",
+    "Dense",
     "DenseHead",
+    "DepthwiseConv1D",
+    "DepthwiseConv2D",
+    "EinsumDense",
+    "GRUCell",
     "GroupQueryAttention",
+    "LSTMCell",
     "MultiHeadAttention",
+    "SeparableConv1D",
+    "SeparableConv2D",
+    "SpectralNormalization",
     "WithDtype",
 ]

@@ -1,0 +1,59 @@
+"""Dense layers whose bias gradient, a sum over all rows, is summed in float32."""
+
+from __future__ import annotations
+
+import keras
+
+from kerasmp.layers.bias import WideProduct
+
+
+@keras.saving.register_keras_serializable(package="kerasmp")
+class Dense(WideProduct, keras.layers.Dense):
+    """`keras.layers.Dense` whose bias gradient is summed in float32.
+
+    On JAX stock Keras sums it in the compute dtype, over all rows and positions. On TensorFlow and
+    torch this layer computes what the stock one does. For the last layer of a model see
+    `kerasmp.layers.DenseHead`.
+
+    Args:
+        units: Size of the last axis of the output.
+        **kwargs: As for `keras.layers.Dense`.
+
+    Input shape:
+        `(batch, ..., features)`, any float dtype.
+
+    Output shape:
+        `(batch, ..., units)`, in the policy's compute dtype.
+
+    Example:
+
+    >>> layer = Dense(2, activation="relu", dtype="mixed_float16")
+    >>> layer(keras.ops.ones((1, 3))).shape == (1, 2)
+    True
+    """
+
+
+@keras.saving.register_keras_serializable(package="kerasmp")
+class EinsumDense(WideProduct, keras.layers.EinsumDense):
+    """`keras.layers.EinsumDense` whose bias gradient is summed in float32.
+
+    On JAX stock Keras sums it in the compute dtype, over all rows and positions. On TensorFlow and
+    torch this layer computes what the stock one does.
+
+    Args:
+        equation: Einsum equation of the inputs and the kernel.
+        output_shape: Shape of the output without the batch axis.
+        **kwargs: As for `keras.layers.EinsumDense`, `bias_axes` among them.
+
+    Input shape:
+        As the equation says, any float dtype.
+
+    Output shape:
+        As the equation says, in the policy's compute dtype.
+
+    Example:
+
+    >>> layer = EinsumDense("abc,cd->abd", (None, 2), bias_axes="d", dtype="mixed_float16")
+    >>> layer(keras.ops.ones((1, 4, 3))).shape == (1, 4, 2)
+    True
+    """

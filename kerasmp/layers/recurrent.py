@@ -1,0 +1,169 @@
+"""Recurrent layers that cast each kernel once a call, not once a time step."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import keras
+from keras import ops
+
+from kerasmp.backend import current
+from kerasmp.backend.keras_private import AutocastScope, flatten_layers
+from kerasmp.layers.recurrent_cells import EarlyCast, GRUCell, LSTMCell
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@keras.saving.register_keras_serializable(package="kerasmp")
+class RNN(keras.layers.RNN):
+    """`keras.layers.RNN` that reads the weights of kerasmp's cells before the loop.
+
+    Stock Keras casts float32 kernels to float16 in each time step. Here they are cast once, and
+    their gradients are still summed over the steps in float32. Other cells run as in stock Keras.
+
+    Args:
+        cell: A cell or a list of cells, `kerasmp.layers.LSTMCell` and `GRUCell` among them.
+        **kwargs: As for `keras.layers.RNN`.
+
+    Input shape:
+        `(batch, steps, ...)`, any float dtype.
+
+    Output shape:
+        As in stock Keras, in the policy's compute dtype.
+
+    Example:
+
+    >>> layer = RNN(LSTMCell(3), dtype="mixed_float16")
+    >>> layer(keras.ops.ones((1, 4, 5))).shape == (1, 3)
+    True
+    """
+
+    def inner_loop(
+        self,
+        sequences: Any,
+        initial_state: Any,
+        mask: Any,
+        training: bool = False,  # noqa: FBT001, FBT002 - Keras's
+    ) -> Any:
+        """Run the cell over the time steps; see `keras.layers.RNN`."""
+        with contextlib.ExitStack() as stack:
+            for cell in flatten_layers(self.cell) if isinstance(self.cell, keras.Layer) else ():
+                if isinstance(cell, EarlyCast):
+                    stack.enter_context(cell.read_early())
+            if isinstance(self.cell, EarlyCast):
+                sequences = stack.enter_context(self.cell.projecting(sequences, training=training))
+            return super().inner_loop(sequences, initial_state, mask=mask, training=training)
+
+
+@keras.saving.register_keras_serializable(package="kerasmp")
+class LSTM(keras.layers.LSTM, RNN):
+    """`keras.layers.LSTM` that casts each kernel once a call, not once a time step.
+
+    In stock Keras a layer of 32 steps under "mixed_float16" casts its kernels and bias 33 times
+    over. Here they are cast once, and the inputs are multiplied by their kernel in one product for
+    all steps, unless there is dropout. Gradients of kernels are summed over the steps in float32.
+    Where Keras finds cuDNN, it is used as in stock Keras.
+
+    Args:
+        units: Size of the output.
+        **kwargs: As for `keras.layers.LSTM`.
+
+    Input shape:
+        `(batch, steps, features)`, any float dtype.
+
+    Output shape:
+        `(batch, units)`, or `(batch, steps, units)` with `return_sequences=True`, and two states
+        `(batch, units)` with `return_state=True`, in the policy's compute dtype.
+
+    References:
+        Hochreiter and Schmidhuber, Long Short-Term Memory, 1997.
+
+    Example:
+
+    >>> layer = LSTM(3, dtype="mixed_float16")
+    >>> layer(keras.ops.ones((1, 4, 5))).shape == (1, 3)
+    True
+    """
+
+    def __init__(self, units: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(units, *args, **kwargs)
+        # Keras's constructor makes a cell of its own class and offers no other.
+        self.cell.__class__ = LSTMCell
+
+    def inner_loop(
+        self,
+        sequences: Any,
+        initial_state: Any,
+        mask: Any,
+        training: bool = False,  # noqa: FBT001, FBT002 - Keras's
+    ) -> Any:
+        """Run the cell over the time steps; see `keras.layers.RNN`."""
+        return _widened(self, super().inner_loop, (sequences, initial_state), mask, training)
+
+
+@keras.saving.register_keras_serializable(package="kerasmp")
+class GRU(keras.layers.GRU, RNN):
+    """`keras.layers.GRU` that casts each kernel once a call, not once a time step.
+
+    In stock Keras a layer of 32 steps under "mixed_float16" casts its kernels and bias 33 times
+    over. Here they are cast once, and the inputs are multiplied by their kernel in one product for
+    all steps, unless there is dropout or `reset_after=False`. Gradients of kernels are summed over
+    the steps in float32. Where Keras finds cuDNN, it is used as in stock Keras.
+
+    Args:
+        units: Size of the output, which is the state.
+        **kwargs: As for `keras.layers.GRU`.
+
+    Input shape:
+        `(batch, steps, features)`, any float dtype.
+
+    Output shape:
+        `(batch, units)`, or `(batch, steps, units)` with `return_sequences=True`, and the state
+        `(batch, units)` with `return_state=True`, in the policy's compute dtype.
+
+    References:
+        Cho et al., Learning Phrase Representations using RNN Encoder-Decoder, 2014,
+        https://arxiv.org/abs/1406.1078.
+
+    Example:
+
+    >>> layer = GRU(3, dtype="mixed_float16")
+    >>> layer(keras.ops.ones((1, 4, 5))).shape == (1, 3)
+    True
+    """
+
+    def __init__(self, units: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(units, *args, **kwargs)
+        self.cell.__class__ = GRUCell
+
+    def inner_loop(
+        self,
+        sequences: Any,
+        initial_state: Any,
+        mask: Any,
+        training: bool = False,  # noqa: FBT001, FBT002 - Keras's
+    ) -> Any:
+        """Run the cell over the time steps; see `keras.layers.RNN`."""
+        if current().NARROW_SUMS and self.cell.compute_dtype != self.cell.variable_dtype:
+            # Keras has a loop of its own here, no cuDNN, that sums gradients in float16.
+            mask = mask[0] if keras.tree.is_nested(mask) else mask
+            return RNN.inner_loop(self, sequences, initial_state, mask, training)
+        return _widened(self, super().inner_loop, (sequences, initial_state), mask, training)
+
+
+def _widened(
+    layer: Any,
+    loop: Callable[..., Any],
+    tensors: tuple[Any, Any],
+    mask: Any,
+    training: bool,  # noqa: FBT001 - as Keras passes it
+) -> Any:
+    """Run Keras's loop, which may be the backend's own, in the dtype that the latter needs."""
+    dtype = current().recurrence_dtype(layer.cell.compute_dtype)
+    if dtype == layer.cell.compute_dtype:
+        return loop(*tensors, mask, training=training)
+    with AutocastScope(dtype):
+        tensors = keras.tree.map_structure(lambda x: ops.cast(x, dtype), tensors)
+        return loop(*tensors, mask, training=training)

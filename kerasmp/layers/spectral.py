@@ -1,0 +1,48 @@
+"""SpectralNormalization that leaves the float32 kernel float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from kerasmp.backend.keras_private import AutocastScope
+
+
+@keras.saving.register_keras_serializable(package="kerasmp")
+class SpectralNormalization(keras.layers.SpectralNormalization):
+    """`keras.layers.SpectralNormalization` that normalizes the float32 kernel in float32.
+
+    Stock Keras under "mixed_float16" reads the kernel as float16, normalizes it in float16 and
+    assigns the result back: one training step rounds the float32 kernel to float16, and small
+    updates are lost from then on. The layer inside computes in its own compute dtype as before.
+
+    Args:
+        layer: A layer with a `kernel` or an `embeddings` attribute.
+        power_iterations: Number of iterations in each call, default 1.
+        **kwargs: As for `keras.layers.SpectralNormalization`.
+
+    Input shape:
+        That of the layer.
+
+    Output shape:
+        That of the layer, in the dtype of the inputs after they were cast.
+
+    Raises:
+        ValueError: If `power_iterations` is not positive, or the layer has no kernel.
+
+    References:
+        Miyato et al., Spectral Normalization for Generative Adversarial Networks, 2018,
+        https://arxiv.org/abs/1802.05957.
+
+    Example:
+
+    >>> layer = SpectralNormalization(keras.layers.Dense(2), dtype="mixed_float16")
+    >>> layer(keras.ops.ones((1, 3)), training=True).shape == (1, 2)
+    True
+    """
+
+    def call(self, inputs: Any, training: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's
+        """Normalize the kernel if `training`, and call the layer."""
+        with AutocastScope(None):  # The layer inside opens its own.
+            return super().call(inputs, training=training)
