@@ -1,0 +1,228 @@
+"""Attention and AdditiveAttention: nothing is rounded to float16 but the outputs."""
+
+import keras
+import numpy as np
+import pytest
+from helpers.attention64 import softmax, softmax_gradient
+from helpers.half import MODES, error, half, numpy_of, run
+from keras import ops
+
+import kerasmp as mp
+from kerasmp.layers import AdditiveAttention, Attention
+
+BATCH, QUERIES, KEYS = 2, 4, 6
+ALLOWED = 4.0  # times the error of the best that float16 can do
+DOT = (Attention, keras.layers.Attention)
+ADD = (AdditiveAttention, keras.layers.AdditiveAttention)
+PAIRS = [DOT, ADD]
+# Constructor arguments of Attention; None is AdditiveAttention.
+KINDS = [{}, {"use_scale": True}, {"score_mode": "concat", "use_scale": True}, None]
+SCALE = 1 + 2.0**-12  # no number of float16
+
+
+def made(kind, which=0, depth=16, dtype="mixed_float16", **settings):
+    pair, arguments = (ADD, {}) if kind is None else (DOT, kind)
+    layer = pair[which](**arguments, **settings, dtype=dtype)
+    layer.build([(BATCH, QUERIES, depth), (BATCH, KEYS, depth)])
+    for variable in layer.trainable_variables:
+        spread = np.random.default_rng(5).normal(size=variable.shape) if variable.shape else 0.0
+        variable.assign(SCALE + spread)
+    return layer
+
+
+def drawn(std, depth=16, seed=0):
+    rng = np.random.default_rng(seed)
+    query, value = (half(rng.normal(0, std, (BATCH, n, depth))) for n in (QUERIES, KEYS))
+    return query, value, rng.normal(size=query.shape).astype("float16")
+
+
+def reference(kind, layer, inputs, upstream, *, mask=None, dtype="float64"):
+    """Return outputs, and gradients of query, value and the layer's variables, in NumPy."""
+    weights_in = {v.name: np.array(v).astype(dtype) for v in layer.trainable_variables}
+    query, value, upstream = (x.astype(dtype) for x in (*inputs, upstream))
+    scale = weights_in.get("scale", np.ones((), dtype))
+    summed = query[:, :, None] + value[:, None]
+    if kind is None:
+        inner, factor = np.tanh(summed), scale
+        scores = (factor * inner).sum(-1)
+    elif "score_mode" in kind:
+        inner, factor = np.tanh(scale * summed), weights_in["concat_score_weight"]
+        scores = factor * inner.sum(-1)
+    else:
+        products = query @ value.swapaxes(1, 2)
+        scores = scale * products
+    weights = softmax(scores, mask)
+    outputs = weights @ value
+    to_scores = softmax_gradient(weights, upstream @ value.swapaxes(1, 2))
+    to_value = weights.swapaxes(1, 2) @ upstream
+    if kind is None or "score_mode" in kind:
+        each = to_scores[..., None]
+        to_sum = each * factor * (1 - inner**2)
+        if kind is None:
+            of_variables = [(each * inner).sum((0, 1, 2))]
+        else:
+            of_variables = [(to_sum * summed).sum(), (each * inner).sum()]
+            to_sum *= scale
+        return outputs, [to_sum.sum(2), to_value + to_sum.sum(1), *of_variables]
+    to_products = to_scores * scale
+    of_variables = [(to_scores * products).sum()] if kind else []
+    to_value += to_products.swapaxes(1, 2) @ query
+    return outputs, [to_products @ value, to_value, *of_variables]
+
+
+def assert_as_good_as_float16_can_be(kind, layer, std, mode, *, seen=None, **call):
+    *inputs, upstream = drawn(std)
+    outputs, gradients = run(
+        mode,
+        lambda *x: layer(list(x), **call),
+        inputs,
+        upstream,
+        layer.trainable_variables,
+    )
+    exact, best = (
+        reference(kind, layer, inputs, upstream, mask=seen, dtype=dtype)
+        for dtype in ("float64", "float32")
+    )
+    for ours, want, least in zip(
+        [outputs, *gradients], [exact[0], *exact[1]], [best[0], *best[1]], strict=True
+    ):
+        bound = error(half(least), want)
+        if bound is not None:
+            assert error(ours, want) <= ALLOWED * bound + 1e-7  # a scalar can be exact by chance
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("std", [0.5, 5, 60])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_outputs_and_gradients_are_within_four_times_the_best(kind, std, mode):
+    assert_as_good_as_float16_can_be(kind, made(kind), std, mode)
+
+
+@pytest.mark.backend("tensorflow", "jax")
+@pytest.mark.parametrize("mode", MODES)
+def test_stock_gives_nan_and_loses_the_gradient_of_the_scale(mode):
+    layer = made({}, which=1, depth=64)
+    query, value, upstream = drawn(60, depth=64)
+    outputs, _ = run(mode, lambda *x: layer(list(x)), [query, value], upstream)
+    assert np.isnan(outputs).any()
+    layer = made(None, which=1)
+    query, value, upstream = drawn(5)
+    _, gradients = run(
+        mode, lambda *x: layer(list(x)), [query, value], upstream, layer.trainable_variables
+    )
+    _, want = reference(None, layer, (query, value), upstream)
+    assert error(gradients[2], want[2]) > ALLOWED * error(half(want[2]), want[2])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", [{}, None], ids=str)
+def test_rows_without_any_key_give_zeros_and_zero_gradients(kind, mode):
+    """Batch entry 1 sees no value; with negative scores stock gives NaN there."""
+    seen = np.ones((BATCH, KEYS), bool)
+    seen[0, 3:] = False
+    seen[1] = False
+    layer = made(kind)
+    masks = [None, seen]
+    assert_as_good_as_float16_can_be(kind, layer, 30, mode, seen=seen[:, None], mask=masks)
+    query, value, upstream = drawn(30)
+    outputs, gradients = run(mode, lambda *x: layer(list(x), mask=masks), [query, value], upstream)
+    for array in (outputs, *gradients):
+        assert not array[1].any()
+
+
+def test_a_mask_hides_values_however_low_the_scores_of_the_others_are():
+    query, value = np.full((1, 1, 1), 6e4), np.array([5e4, -5e4]).reshape(1, 2, 1)
+    outputs = Attention(dtype="mixed_float16")(
+        [query, value], mask=[None, np.array([[False, True]])]
+    )
+    assert numpy_of(outputs).item() == half(-5e4)
+    stock = keras.layers.Attention(dtype="float32")  # even in float32: it subtracts 1e9
+    outputs = stock([query, value], mask=[None, np.array([[False, True]])])
+    assert numpy_of(outputs).item() != half(-5e4)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_masks_of_every_kind_are_those_of_stock_in_float32(kind):
+    query, value, _ = drawn(0.5)
+    query, value = query.astype("float32"), value.astype("float32")
+    key = np.random.default_rng(1).normal(size=value.shape).astype("float32")
+    query_mask = np.array([[True] * 3 + [False]] * BATCH)
+    value_mask = np.array([[True] * 4 + [False] * 2] * BATCH)
+    ours, stock = (made(kind, which, dtype="float32") for which in (0, 1))
+    calls = [
+        {},
+        {"use_causal_mask": True},
+        {"mask": [query_mask, value_mask]},
+        {"mask": [None, value_mask], "use_causal_mask": True},
+    ]
+    for call in calls:
+        got, want = (
+            layer([query, value, key], return_attention_scores=True, **call)
+            for layer in (ours, stock)
+        )
+        for one, other in zip(got, want, strict=True):
+            np.testing.assert_allclose(numpy_of(one), numpy_of(other), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_dropout_drops_while_training_and_only_then(pair):
+    query, value, _ = drawn(1)
+    layer = pair[0](dropout=0.5, seed=1, dtype="mixed_float16")
+    plain = numpy_of(layer([query, value]))
+    one, two = (numpy_of(layer([query, value], training=True)) for _ in range(2))
+    assert np.any(one != plain)
+    assert np.any(one != two)
+    _, scores = layer([query, value], training=True, return_attention_scores=True)
+    assert (numpy_of(scores) == 0).any()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16", "float32"])
+def test_dtypes_are_the_same_in_symbols_and_in_numbers(kind, policy):
+    layer = made(kind, dtype=policy)
+    query, value, _ = drawn(1)
+    symbols = [keras.Input((None, 16)), keras.Input((None, 16))]
+    outputs = layer([query, value], return_attention_scores=True)
+    symbolic = layer(symbols, return_attention_scores=True)
+    for one, other in zip(outputs, symbolic, strict=True):
+        assert keras.backend.standardize_dtype(one.dtype) == other.dtype == layer.compute_dtype
+        assert one.shape[1:] == other.shape[1:] or None in other.shape[1:]
+    expected = "float16" if policy == "float16" else "float32"
+    assert {v.dtype for v in layer.trainable_variables} <= {expected}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_config_weights_and_files_are_interchangeable_with_stock(kind, tmp_path):
+    models = []
+    for which in (0, 1):
+        layer = made(kind, which, dropout=0.25, seed=3, name="attention")
+        inputs = [keras.Input((None, 16)), keras.Input((None, 16))]
+        models.append(keras.Model(inputs, layer(inputs)))
+    ours, stock = (model.get_layer("attention") for model in models)
+    assert ours.get_config() == stock.get_config()
+    assert isinstance(ours, type(stock))
+    for source, target in (models[::-1], models):
+        source.set_weights([w + 1 for w in source.get_weights()])
+        source.save_weights(tmp_path / "source.weights.h5")
+        target.load_weights(tmp_path / "source.weights.h5")
+        for got, want in zip(target.get_weights(), source.get_weights(), strict=True):
+            np.testing.assert_array_equal(got, want)
+    models[0].save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded.get_layer("attention")) is type(ours)
+    x = [array.astype("float32") for array in drawn(1)[:2]]
+    np.testing.assert_array_equal(numpy_of(loaded(x)), numpy_of(models[0](x)))
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_training_moves_the_float32_scale_by_less_than_float16_can_tell(pair):
+    keras.config.set_dtype_policy("mixed_float16")
+    layer = pair[0](use_scale=True)
+    inputs = [keras.Input((None, 16)), keras.Input((None, 16))]
+    model = keras.Model(inputs, ops.cast(ops.mean(layer(inputs), axis=(1, 2)), "float32"))
+    model.compile(mp.LossScaleOptimizer(keras.optimizers.SGD(1e-3), loss_scale=64), "mse")
+    before = np.array(layer.scale)
+    query, value, _ = drawn(1)
+    model.fit([query, value], np.ones(BATCH), verbose=0)
+    moved = np.abs(np.array(layer.scale) - before)
+    assert 0 < moved.min() < 2.0**-12
