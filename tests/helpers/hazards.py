@@ -109,6 +109,7 @@ class Hazard:
         reference_call: Does so in float64, if there is a simpler way with the same result.
         upstream: Standard deviation of the gradients that come from above.
         subnormal: Whether numbers below float16's normal ones count.
+        wide: Whether the outputs have to be good float32 numbers.
         products: Whether it multiplies matrices in float16; `helpers.best` then has its best.
         ordinary: Standard deviations of further inputs, on which ours must be as good.
     """
@@ -124,6 +125,7 @@ class Hazard:
     reference_call: Callable[..., Any] | None = None
     upstream: float = 1.0
     subnormal: bool = False
+    wide: bool = False
     products: bool = False
     ordinary: tuple[float, ...] = (2.0**-5, 1.0, 2.0**5)
 
@@ -166,33 +168,34 @@ def _no_row(_):
     return mask
 
 
+def _opposite(random):
+    """Return queries and values whose products are far below 0."""
+    return [normal((2, 16, 64), mean=mean)(random)[0] for mean in (4, -4)]
+
+
 def _some(_):
     """Return a mask that lets the first eight of sixteen through."""
     return np.arange(32).reshape(2, 16) % 16 < 8
 
 
-def _attention(number, name, spreads):
-    """Return the hazards of the attention layers with projections."""
-    layers = {
+def _attention(number, layer, std, call):
+    """Return a hazard of an attention layer with projections."""
+    arguments = {
         "MultiHeadAttention": {"num_heads": 2, "key_dim": 128},
         "GroupQueryAttention": {"head_dim": 128, "num_query_heads": 2, "num_key_value_heads": 1},
-    }
-    call = self_attention if name == "fused" else with_scores
-    return [
-        Hazard(
-            number,
-            f"{layer}, {name}, inputs of std {std}",
-            layer,
-            normal((4, 32, 64), std=std),
-            arguments,
-            call=call,
-            reference_call=with_scores,
-            products=True,
-            ordinary=(0.25, 1.0, 4.0) if std == spreads[0] else (),
-        )
-        for std in spreads
-        for layer, arguments in layers.items()
-    ]
+    }[layer]
+    path = "fused" if call is self_attention else "with scores"
+    return Hazard(
+        number,
+        f"{layer}, {path}, inputs of std {std}",
+        layer,
+        normal((4, 32, 64), std=std),
+        arguments,
+        call=call,
+        reference_call=with_scores,
+        products=True,
+        ordinary=(0.25, 1.0, 4.0),
+    )
 
 
 def _activation(function):
@@ -227,8 +230,11 @@ HAZARDS = [
         call=binary_cross_entropy,
         ordinary=(2.0**-5, 1.0),
     ),
-    *_attention(2, "fused", (20, 60)),
-    *_attention(3, "with scores", (10, 100)),
+    _attention(2, "MultiHeadAttention", 20, self_attention),
+    _attention(2, "MultiHeadAttention", 60, self_attention),
+    _attention(2, "GroupQueryAttention", 60, self_attention),
+    _attention(3, "MultiHeadAttention", 100, with_scores),
+    _attention(3, "GroupQueryAttention", 30, with_scores),
     Hazard(
         4,
         "Attention, 64 features of std 30",
@@ -250,7 +256,10 @@ HAZARDS = [
         "Attention, nothing unmasked, negative scores",
         "Attention",
         beside(
-            lambda _: [np.full((2, 16, 64), 8, "float16"), np.full((2, 16, 64), -8, "float16")],
+            lambda random: [
+                *normal((2, 16, 64), mean=4)(random),
+                *normal((2, 16, 64), mean=-4)(random),
+            ],
             _no_row,
         ),
         call=masked_attention,
@@ -350,8 +359,9 @@ HAZARDS = [
         "SpectralNormalization, the kernel after a training step",
         "SpectralNormalization",
         normal((8, 16)),
-        lambda: {"layer": keras.layers.Dense(32)},
+        lambda: {"layer": keras.layers.Dense(32, name="dense")},
         call=kernel_after_training,
+        wide=True,
     ),
     Hazard(14, "Softmax(axis=(1, 2))", "Softmax", normal((4, 8, 8, 2)), {"axis": (1, 2)}),
     Hazard(
