@@ -196,6 +196,7 @@ def average_pool(
     >>> float(average_pool(x, 112)[0, 0, 0, 0])
     10.0
     """
+    strides = pool_size if strides is None else strides  # None fails in Keras 3.15 on JAX
     return ops.average_pool(
         inputs, pool_size, strides=strides, padding=padding, data_format=data_format
     )

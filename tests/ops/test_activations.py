@@ -1,0 +1,135 @@
+"""Activations of float16 tensors, forward and back, against NumPy in float64."""
+
+import keras
+import numpy as np
+import pytest
+from helpers.float16 import MODES, assert_near_best, draw, errors, numpy_of, step
+from helpers.references import ACTIVATIONS, TANH_GELU
+from keras import ops
+
+import kerasmp
+from kerasmp.ops import activations
+
+# Scale of the inputs, and of the gradients that come from above.
+MAGNITUDES = [(0.02, 1.0), (1.0, 1.0), (10.0, 1000.0), (1000.0, 1.0), (15000.0, 200.0)]
+
+
+def approximate_gelu(x):
+    return kerasmp.ops.gelu(x, approximate=True)
+
+
+CASES = {name: (getattr(kerasmp.ops, name), *case) for name, case in ACTIVATIONS.items()}
+CASES["tanh gelu"] = (approximate_gelu, *TANH_GELU)
+
+
+def drawn(seed, scale, upstream):
+    x = draw(seed, (2000,), scale)
+    kinks = np.isin(np.abs(x), [0, 1, 3])  # where some have no derivative
+    return np.where(kinks, 1.125 * scale, x), draw(seed + 1, (2000,), upstream)
+
+
+def near_best(mode, function, value, slope):
+    for seed, (scale, upstream) in enumerate(MAGNITUDES):
+        x, dy = drawn(seed, scale, upstream)
+        outputs, (gradient,) = step(mode, function, [x], dy)
+        with np.errstate(over="ignore"):
+            assert_near_best(outputs, value(x))
+            assert_near_best(gradient, slope(x) * dy)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_within_four_times_the_best(name, mode):
+    near_best(mode, *CASES[name])
+
+
+def test_no_activation_is_left_out():
+    public = {name for name, thing in vars(activations).items() if hasattr(thing, "__wrapped__")}
+    assert public - {"glu"} == set(ACTIVATIONS) | {"swish", "hard_swish"}
+
+
+# What stock Keras gives on TensorFlow and JAX: each of these is why ours is there.
+STOCK_NAN = {"tensorflow": ["gelu", "mish", "hard_silu"], "jax": ["gelu", "silu", "mish"]}
+
+
+@pytest.mark.backend("tensorflow", "jax")
+def test_stock_gradients_are_nan_where_large_ones_come_from_above():
+    mode = next(iter(MODES))
+    x, dy = drawn(4, *MAGNITUDES[4])
+    for name in STOCK_NAN[keras.backend.backend()]:
+        _, (gradient,) = step(mode, getattr(keras.activations, name), [x], dy)
+        assert np.any(np.isnan(gradient)), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_gradients_in_the_tails_do_not_come_from_rounded_outputs(name, mode):
+    """Where the output is 1 - 2**-11 or more, one step of float16 is all of the gradient."""
+    value, slope = ACTIVATIONS[name]
+    low, high = (4, 9) if name == "sigmoid" else (2, 5)
+    x = ops.cast(np.random.default_rng(0).uniform(low, high, 2000), "float16")
+    x, dy = numpy_of(x), draw(1, (2000,))
+    outputs, (gradient,) = step(mode, getattr(kerasmp.ops, name), [x], dy)
+    assert_near_best(outputs, value(x))
+    assert_near_best(gradient, slope(x) * dy)
+    if keras.backend.backend() != "torch":
+        _, (gradient,) = step(mode, getattr(keras.activations, name), [x], dy)
+        error, best = errors(gradient, slope(x) * dy)
+        assert error > 40 * best
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_glu_is_one_half_times_the_sigmoid_of_the_other(mode):
+    a, b, dy = (draw(seed, (100, 20), scale) for seed, scale in enumerate([1000.0, 3.0, 50.0]))
+    outputs, (gradient,) = step(mode, kerasmp.ops.glu, [np.concatenate([a, b], -1)], dy)
+    gate, slope = (part(b) for part in ACTIVATIONS["sigmoid"])
+    assert_near_best(outputs, a * gate)
+    assert_near_best(gradient, np.concatenate([dy * gate, dy * a * slope], -1))
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"tanh gelu", "mish"}))
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_values_and_dtypes_are_those_of_keras_else(name, dtype):
+    x = ops.cast(np.linspace(-4, 4, 33, dtype="float32"), dtype)
+    ours = CASES[name][0](x)
+    stock = getattr(keras.activations, name)(ops.cast(x, "float32"))
+    assert keras.backend.standardize_dtype(ours.dtype) == dtype
+    np.testing.assert_array_equal(numpy_of(ours), numpy_of(ops.cast(stock, dtype)))
+
+
+def test_arguments_reach_keras():
+    x = ops.convert_to_tensor([-2.0, 3.0])
+    for ours, stock in [
+        (kerasmp.ops.elu(x, 2.0), keras.activations.elu(x, 2.0)),
+        (kerasmp.ops.celu(x, alpha=2.0), keras.activations.celu(x, alpha=2.0)),
+        (kerasmp.ops.squareplus(x, b=1), keras.activations.squareplus(x, b=1)),
+        (kerasmp.ops.glu(x, axis=0), keras.activations.glu(x, axis=0)),
+    ]:
+        np.testing.assert_array_equal(numpy_of(ours), numpy_of(stock))
+
+
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "swish", "hard_swish", "softmax", "log_softmax"])
+def test_a_layer_with_one_is_saved_and_loaded(name, tmp_path):
+    function = getattr(kerasmp.ops, name)
+    dense = keras.layers.Dense(3, activation=function, dtype="mixed_float16")
+    model = keras.Sequential([keras.Input((2,)), dense])
+    assert keras.layers.Dense.from_config(dense.get_config()).activation is function
+    if name != "gelu":
+        return
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.layers[0].activation is function
+    assert loaded.layers[0].dtype_policy.name == "mixed_float16"
+
+
+@pytest.mark.parametrize("name", ["gelu", "mish", "softmax"])
+def test_functional_models_take_them_as_operations(name, tmp_path):
+    inputs = keras.Input((4,), dtype="float16")
+    outputs = getattr(kerasmp.ops, name)(inputs)
+    assert outputs.dtype == "float16"
+    model = keras.Model(inputs, outputs)
+    model.save(tmp_path / "model.keras")
+    x = draw(0, (2, 4)).astype("float16")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    expected = numpy_of(getattr(kerasmp.ops, name)(ops.convert_to_tensor(x)))
+    np.testing.assert_array_equal(numpy_of(loaded(x)), expected)

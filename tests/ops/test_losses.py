@@ -1,0 +1,157 @@
+"""Losses of float16 tensors against NumPy in float64."""
+
+import keras
+import numpy as np
+import pytest
+from helpers.float16 import MODES, assert_near_best, draw, numpy_of, rounded, step
+from helpers.references import log_softmax, normalize, normalize_gradient, sigmoid, softmax
+from keras import ops
+
+import kerasmp
+
+LABELS = np.array([0, 3, 2, 1, 4, 0])
+ONE_HOT = np.eye(5)[LABELS]
+
+
+def near_float32(outputs, reference):
+    """A loss is float32: its error is that of float32, whatever the inputs are."""
+    np.testing.assert_allclose(outputs, reference, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scale", [1.0, 100.0, 20000.0])
+@pytest.mark.parametrize("target", ["one-hot", "integer"])
+def test_cross_entropy_from_logits(target, scale, mode):
+    logits, dy = draw(0, (6, 5), scale), draw(1, (6,), 100.0)
+
+    def loss(x):
+        if target == "one-hot":
+            return kerasmp.ops.categorical_crossentropy(ONE_HOT.astype(int), x, from_logits=True)
+        return kerasmp.ops.sparse_categorical_crossentropy(LABELS, x, from_logits=True)
+
+    outputs, (gradient,) = step(mode, loss, [logits], dy)
+    near_float32(outputs, -log_softmax(logits)[np.arange(6), LABELS])
+    assert_near_best(gradient, dy[:, None] * (softmax(logits) - ONE_HOT))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("target", ["one-hot", "integer"])
+def test_cross_entropy_from_probabilities(target, mode):
+    p = rounded(softmax(draw(0, (6, 5), 3.0)))
+    dy = draw(1, (6,))
+
+    def loss(x):
+        if target == "one-hot":
+            return kerasmp.ops.categorical_crossentropy(ONE_HOT, x)
+        return kerasmp.ops.sparse_categorical_crossentropy(LABELS, x)
+
+    outputs, (gradient,) = step(mode, loss, [p], dy)
+    total = p.sum(-1)
+    near_float32(outputs, np.log(total / p[np.arange(6), LABELS]))
+    assert_near_best(gradient, dy[:, None] * (1 / total[:, None] - ONE_HOT / p))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_probabilities_of_0_and_1_give_finite_losses(mode):
+    p = np.array([0.0, 1.0, 0.0, 1.0])
+    y = np.array([0.0, 1.0, 1.0, 0.0])
+    outputs, (gradient,) = step(mode, lambda x: kerasmp.ops.binary_crossentropy(y, x), [p], y)
+    np.testing.assert_allclose(outputs, [0, 0, 16.118, 15.942], atol=2e-3)
+    assert np.all(np.isfinite(gradient))
+    if keras.backend.backend() != "torch":
+        stock, _ = step(mode, lambda x: ops.binary_crossentropy(ops.cast(y, x.dtype), x), [p], y)
+        assert not np.all(np.isfinite(stock))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_binary_cross_entropy(from_logits, mode):
+    x = draw(0, (40,), 100.0) if from_logits else rounded(sigmoid(draw(0, (40,), 2.0)))
+    y, dy = np.arange(40) % 2, draw(1, (40,))
+
+    def loss(x):
+        return kerasmp.ops.binary_crossentropy(y, x, from_logits=from_logits)
+
+    outputs, (gradient,) = step(mode, loss, [x], dy)
+    if from_logits:
+        near_float32(outputs, np.logaddexp(0, np.where(y == 1, -x, x)))
+        assert_near_best(gradient, dy * np.where(y == 1, -sigmoid(-x), sigmoid(x)))
+    else:
+        near_float32(outputs, -np.log(np.where(y == 1, x, 1 - x)))
+        assert_near_best(gradient, dy / np.where(y == 1, -x, 1 - x))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 15000.0])
+def test_cosine_similarity(scale, mode):
+    a, b = draw(0, (6, 50), scale), draw(1, (6, 50), scale)
+    b[2] = 0
+    dy = np.full(6, 100.0)
+    outputs, gradients = step(mode, kerasmp.ops.cosine_similarity, [a, b], dy)
+    near_float32(outputs, -(normalize(a) * normalize(b)).sum(-1))
+    assert_near_best(gradients[0], normalize_gradient(a, -dy[:, None] * normalize(b)))
+    assert_near_best(gradients[1], normalize_gradient(b, -dy[:, None] * normalize(a)))
+
+
+P, Q = (softmax(draw(seed, (4, 6), 4.0)) for seed in (0, 1))
+LARGE, HUGE = draw(2, (4, 6), 500.0), draw(3, (4, 6), 10000.0)
+SIGNS = np.sign(draw(4, (4, 6)))
+COUNTS = np.floor(np.abs(HUGE))
+# Name, targets, predictions, loss. Stock float16 misses each by more than float32 does.
+OTHERS = {
+    "mean_squared_error": (HUGE, LARGE, lambda y, p: ((y - p) ** 2).mean(-1)),
+    "mean_absolute_percentage_error": (
+        SIGNS,
+        HUGE,
+        lambda y, p: 100 * np.abs((y - p) / y).mean(-1),
+    ),
+    "squared_hinge": (SIGNS, LARGE, lambda y, p: (np.maximum(1 - y * p, 0) ** 2).mean(-1)),
+    "poisson": (COUNTS, np.abs(LARGE), lambda y, p: (p - y * np.log(p + 1e-7)).mean(-1)),
+    "kl_divergence": (
+        P,
+        Q,
+        lambda y, p: (np.clip(y, 1e-7, 1) * np.log(np.clip(y, 1e-7, 1) / np.clip(p, 1e-7, 1))).sum(
+            -1
+        ),
+    ),
+    "binary_focal_crossentropy": (
+        (SIGNS + 1) / 2,
+        P,
+        lambda y, p: -(np.where(y == 1, (1 - p) ** 2 * np.log(p), p**2 * np.log(1 - p))).mean(-1),
+    ),
+    "categorical_focal_crossentropy": (
+        np.eye(6)[:4],
+        P,
+        lambda y, p: -(0.25 * y * (1 - p) ** 2 * np.log(p)).sum(-1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_losses_are_those_of_float64(name):
+    y, p, loss = OTHERS[name]
+    y, p = rounded(y), rounded(p)
+    if name == "categorical_focal_crossentropy":
+        p = p / p.sum(-1, keepdims=True)  # as Keras does
+    reference = loss(y, p)
+    tensors = [ops.cast(x.astype("float32"), "float16") for x in (y, p)]
+    ours = getattr(kerasmp.ops, name)(*tensors)
+    assert keras.backend.standardize_dtype(ours.dtype) == "float32"
+    np.testing.assert_allclose(numpy_of(ours), reference, rtol=5e-4)
+    near_float32(numpy_of(getattr(kerasmp.ops, name)(tensors[0], p.astype("float32"))), reference)
+    stock = numpy_of(getattr(keras.losses, name)(*tensors))
+    assert not np.allclose(stock, reference, rtol=5e-4)
+
+
+def test_losses_of_float32_are_those_of_keras():
+    p = ops.convert_to_tensor(softmax(draw(0, (6, 5))).astype("float32"))
+    for room in (kerasmp.ops, ops):
+        assert room.categorical_crossentropy(ops.cast(ONE_HOT, "float32"), p).shape == (6,)
+    ours, stock = (room.sparse_categorical_crossentropy(LABELS, p) for room in (kerasmp.ops, ops))
+    np.testing.assert_array_equal(numpy_of(ours), numpy_of(stock))
+
+
+def test_symbolic_tensors_are_taken():
+    y, p = keras.KerasTensor((2, 3), "float16"), keras.KerasTensor((2, 3), "float16")
+    loss = kerasmp.ops.categorical_crossentropy(y, p, from_logits=True)
+    assert (loss.shape, loss.dtype) == ((2,), "float32")

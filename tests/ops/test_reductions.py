@@ -1,0 +1,178 @@
+"""Reductions and softmax of float16 tensors, forward and back, against NumPy in float64."""
+
+from functools import cache
+
+import keras
+import numpy as np
+import pytest
+from helpers.float16 import MODES, assert_near_best, draw, numpy_of, rounded, step
+from helpers.references import REDUCTIONS, softmax, softmax_gradient
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+import kerasmp
+
+ELEMENTWISE = {"cumsum", "log_softmax", "normalize", "softmax"}  # the shape is kept
+
+
+@cache
+def over_the_last_axis(name):
+    function = getattr(kerasmp.ops, name)
+    return lambda x: function(x, axis=-1)
+
+
+def near_best(mode, name, x, upstream, seed=7):
+    value, gradient_of = REDUCTIONS[name]
+    dy = draw(seed, x.shape if name in ELEMENTWISE else x.shape[:-1], upstream)
+    outputs, (gradient,) = step(mode, over_the_last_axis(name), [x], dy)
+    assert_near_best(outputs, value(x))
+    # Where one probability is nearly 1, softmax's gradient is a difference that float32 rounds too.
+    slack = 2.0**-22 * np.linalg.norm(softmax(x) * dy) if name == "softmax" else 0.0
+    assert_near_best(gradient, gradient_of(x, dy), slack)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_values_and_gradients_are_within_four_times_the_best(name, mode):
+    for seed, (shape, scale, upstream) in enumerate(
+        [((2, 3000), 1.0, 1.0), ((3, 40), 300.0, 1.0), ((3, 40), 0.03, 50.0)]
+    ):
+        near_best(mode, name, rounded(draw(seed, shape, scale) + scale), upstream)
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    seed=st.integers(0, 2**16),
+    shape=st.sampled_from([(1, 2), (4, 300)]),  # each is compiled once
+    exponent=st.integers(-8, 12),
+    upstream=st.integers(-2, 8),
+)
+@example(seed=0, shape=(1, 2), exponent=-14, upstream=0)
+def test_any_magnitude_is_within_four_times_the_best(name, seed, shape, exponent, upstream):
+    x = draw(seed, shape, 2.0**exponent)
+    near_best(next(iter(MODES)), name, x, 2.0**upstream, seed + 1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["norm", "normalize", "std"])
+def test_rows_of_zeros_have_no_gradient_and_stay_zero(name, mode):
+    x = draw(0, (4, 8), 300.0)
+    x[1] = 0
+    near_best(mode, name, x, 1.0)
+    if name == "normalize":
+        return
+    _, (gradient,) = step(mode, over_the_last_axis(name), [x], np.ones(4))
+    assert not np.any(gradient[1])
+    if keras.backend.backend() != "torch":
+        _, (gradient,) = step(mode, lambda x: getattr(ops, name)(x, axis=-1), [x], np.ones(4))
+        assert np.any(np.isnan(gradient))  # in stock Keras
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_normalize_takes_other_orders_and_axes(mode):
+    x = draw(0, (3, 4, 5), 2000.0)
+    x[0] = 0
+    dy = draw(1, x.shape)
+    outputs, (gradient,) = step(mode, lambda x: kerasmp.ops.normalize(x, order=3), [x], dy)
+    length = (np.abs(x) ** 3).sum(-1, keepdims=True) ** (1 / 3)
+    assert_near_best(outputs, x / np.where(length == 0, 1, length))
+    assert not np.any(gradient[0])
+    assert np.all(np.isfinite(gradient))
+    outputs, _ = step(mode, lambda x: kerasmp.ops.normalize(x, axis=(1, 2)), [x], dy)
+    length = np.sqrt((x**2).sum((1, 2), keepdims=True))
+    assert_near_best(outputs, x / np.where(length == 0, 1, length))
+    with pytest.raises(ValueError, match="order"):
+        kerasmp.ops.normalize(ops.ones((2,)), order=0)
+
+
+@pytest.mark.parametrize("keepdims", [False, True])
+@pytest.mark.parametrize("axis", [None, 0, (0, 1)])
+@pytest.mark.parametrize("name", ["sum", "mean", "var", "std", "logsumexp", "norm"])
+def test_axes_and_keepdims_are_those_of_keras(name, axis, keepdims):
+    x = ops.convert_to_tensor(draw(0, (3, 4)).astype("float32"))
+    ours = getattr(kerasmp.ops, name)(x, axis=axis, keepdims=keepdims)
+    stock = getattr(ops, name)(x, axis=axis, keepdims=keepdims)
+    assert ours.shape == stock.shape
+    np.testing.assert_allclose(numpy_of(ours), numpy_of(stock), rtol=1e-6)
+
+
+@pytest.mark.parametrize("order", [1, 2, float("inf"), "fro"])
+def test_orders_of_the_norm_are_those_of_keras(order):
+    x = ops.convert_to_tensor(draw(0, (3, 4)).astype("float32"))
+    axis = (0, 1) if order == "fro" else -1
+    ours, stock = (f(x, ord=order, axis=axis) for f in (kerasmp.ops.norm, ops.norm))
+    np.testing.assert_allclose(numpy_of(ours), numpy_of(stock), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*REDUCTIONS, "average_pool"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int32"])
+def test_dtypes_are_those_of_keras(name, dtype):
+    if dtype == "int32" and name not in ("sum", "mean", "var", "std", "cumsum"):
+        return
+    x = ops.ones((1, 4, 4, 1), dtype)
+    argument = {"pool_size": 2, "strides": 2} if name == "average_pool" else {"axis": 1}
+    ours, stock = (getattr(room, name)(x, **argument) for room in (kerasmp.ops, ops))
+    assert ours.dtype == stock.dtype
+    symbol = keras.KerasTensor((1, 4, 4, 1), dtype)
+    assert getattr(kerasmp.ops, name)(symbol, **argument).dtype == keras.backend.standardize_dtype(
+        stock.dtype
+    )
+
+
+def test_plain_lists_and_arrays_are_taken():
+    assert float(kerasmp.ops.sum([1.0, 2.0])) == 3.0
+    assert float(kerasmp.ops.mean(np.full(4096, 100.0, "float16"))) == 100.0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [(2048,), (112, 112)])
+def test_large_windows_are_averaged_near_best(size, mode):
+    x = rounded(draw(0, (1, *size, 2)) + 8)
+    dy = np.full((1, *(1 for _ in size), 2), 1000.0)
+    outputs, (gradient,) = step(mode, lambda x: kerasmp.ops.average_pool(x, size), [x], dy)
+    axes = tuple(range(1, len(size) + 1))
+    assert_near_best(outputs, x.mean(axes, keepdims=True))
+    assert_near_best(gradient, dy / np.prod(size) + 0 * x)
+
+
+# --------------------------------------------------------------------------------------- softmax
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_softmax_over_two_axes(mode):
+    x, dy = draw(0, (3, 20, 30), 3.0), draw(1, (3, 20, 30))
+    outputs, (gradient,) = step(mode, lambda x: kerasmp.ops.softmax(x, axis=(1, 2)), [x], dy)
+    flat = x.reshape(3, 600)
+    assert_near_best(outputs, softmax(flat).reshape(x.shape))
+    assert_near_best(gradient, softmax_gradient(flat, dy.reshape(3, 600)).reshape(x.shape))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_masked_entries_have_no_share_and_empty_rows_are_zero(mode):
+    x = draw(0, (5, 8), 10000.0)
+    mask = np.random.default_rng(0).random((5, 8)) > 0.5
+    mask[2] = False
+    x[0] = np.where(mask[0], -60000.0 + np.arange(8) * 32, 60000.0)
+    dy = draw(1, x.shape)
+    kept = ops.convert_to_tensor(mask)
+    outputs, (gradient,) = step(mode, lambda x: kerasmp.ops.softmax(x, mask=kept), [x], dy)
+    masked = np.where(mask, x, -1e9)
+    assert_near_best(outputs, np.where(mask, softmax(masked), 0))
+    assert_near_best(gradient, np.where(mask, softmax_gradient(masked, dy * mask), 0))
+    assert np.all(outputs[~mask] == 0)
+    logs, (gradient,) = step(mode, lambda x: kerasmp.ops.log_softmax(x, mask=kept), [x], dy)
+    assert np.all(np.isneginf(logs[~mask]))
+    assert np.all(np.isfinite(logs[mask]))
+    assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_many_classes_are_as_good_as_float16_holds_them(mode):
+    x = draw(0, (2, 100000))
+    outputs, _ = step(mode, kerasmp.ops.softmax, [x], np.ones((2, 100000)))
+    exact = softmax(x)
+    held = numpy_of(ops.cast(exact.astype("float32"), "float16"))
+    error, best = (np.linalg.norm(y - exact) for y in (outputs, held))
+    assert error <= 1.01 * best
