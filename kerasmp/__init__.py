@@ -2,6 +2,7 @@
 
 from kerasmp import errors, layers, loss_scale, ops
 from kerasmp.callbacks import OverflowMonitor
+from kerasmp.diagnosis import Finding, LintReport, lint
 from kerasmp.loss_scale import (
     DynamicLossScale,
     FixedLossScale,
@@ -14,6 +15,7 @@ from kerasmp.model import Model, Sequential
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.policy import (
     Policy,
+    convert,
     global_policy,
     policy_scope,
     recommend_policy,
@@ -24,7 +26,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DynamicLossScale",
+    "Finding",
     "FixedLossScale",
+    "LintReport",
     "LogMaxLossScale",
     "LossScale",
     "LossScaleOptimizer",
@@ -34,9 +38,11 @@ __all__ = [
     "Policy",
     "Sequential",
     "UnderflowLossScale",
+    "convert",
     "errors",
     "global_policy",
     "layers",
+    "lint",
     "loss_scale",
     "ops",
     "policy_scope",

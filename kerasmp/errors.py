@@ -80,7 +80,7 @@ class KerasMPWarning(UserWarning):
 
 
 class PolicyWarning(KerasMPWarning):
-    """A policy will not do all that it says, or a model ignores it."""
+    """A policy will not do all that it says, or a model ignores it or is not safe under it."""
 
 
 class LossScaleWarning(KerasMPWarning):

@@ -13,18 +13,20 @@ from kerasmp.backend.keras_private import Functional, float16_layers, functional
 from kerasmp.errors import LossScaleWarning
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.policy import global_policy
+from kerasmp.policy.follow import RulesToFollow
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
 class Model(keras.Model):
     """`keras.Model` for mixed precision: a drop-in with the same three ways of use.
 
-    It differs in five points. `compile` wraps the optimizer in `LossScaleOptimizer` as soon as
+    It differs in six points. `compile` wraps the optimizer in `LossScaleOptimizer` as soon as
     any layer computes in float16, not only where the model's own policy is "mixed_float16". A
     skipped step leaves everything as if it had not been: BatchNormalization statistics, seeds,
     the averages of loss and metrics, every other non-trainable variable. float16 and bfloat16
     outputs reach the metrics in float32. Under a policy with `output=` the model's outputs have
-    that dtype. And `auto_scale_loss` is kept in saved files.
+    that dtype. Under one with class rules or `rules="safe"` its layers follow them. And
+    `auto_scale_loss` is kept in saved files.
 
     Args:
         *args: As for `keras.Model`: `inputs, outputs` or nothing.
@@ -59,14 +61,19 @@ class Model(keras.Model):
             cls: Any = type(self)
             object.__setattr__(self, "__class__", _functional_subclass(cls))
         super().__init__(*args, **kwargs)
-        self._output_dtype = global_policy().output_dtype
+        policy = global_policy()
+        self._output_dtype = policy.output_dtype
+        self._rules = RulesToFollow(policy)
+        self._rules.follow(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs, in the `output` dtype of the policy that the model was made under."""
+        self._rules.follow(self, *args)
         return self._in_output_dtype(super().__call__(*args, **kwargs))
 
     def stateless_call(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return the outputs and the new state; see `keras.Model.stateless_call`."""
+        self._rules.follow(self)
         outputs, *state = super().stateless_call(*args, **kwargs)
         return self._in_output_dtype(outputs), *state
 

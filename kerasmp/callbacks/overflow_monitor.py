@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import collections
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 
 from kerasmp import backend
 from kerasmp.backend.keras_private import enclosing_callback_list, float16_layers
 from kerasmp.callbacks.readings import Reading, source_of
-from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning, NotCompiledError
+from kerasmp.diagnosis.lint import cheap_findings
+from kerasmp.errors import (
+    ArgumentTypeError,
+    LossScaleError,
+    LossScaleWarning,
+    NotCompiledError,
+    PolicyWarning,
+)
+
+if TYPE_CHECKING:
+    from kerasmp.diagnosis import Finding
 
 
 class OverflowMonitor(keras.callbacks.Callback):
@@ -28,6 +38,9 @@ class OverflowMonitor(keras.callbacks.Callback):
       epoch by cause (int), see `LossScaleOptimizer.skip_causes`.
     - `accumulated_steps`: only where gradients are accumulated, the steps that wait at the end of
       the epoch for the rest of their window (int); each skipped step shifts the windows by one.
+
+    When training begins, it also warns of the errors and warnings that `kerasmp.lint` finds without
+    data and without tracing the model.
 
     The device is read at epoch ends and every `check_every` batches, never each step.
 
@@ -70,6 +83,7 @@ class OverflowMonitor(keras.callbacks.Callback):
         self.streak = _at_least_one("streak", streak)
         self.stalled = _at_least_one("stalled", stalled)
         self._source: Any = None
+        self._told: set[Finding] = set()
         # The last batches that ended, in any order: Keras may have a few dozen threads tell us.
         self._ends: collections.deque[int] = collections.deque(maxlen=256)
 
@@ -93,6 +107,7 @@ class OverflowMonitor(keras.callbacks.Callback):
             self._warn_if_unscaled()
         else:
             self._epoch_start = self._source.read(0)
+        self._tell_findings()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
         """Start counting this epoch's steps."""
@@ -156,6 +171,21 @@ class OverflowMonitor(keras.callbacks.Callback):
                 f"{len(float16)} layers compute in float16 ({_few(float16)}) and nothing scales "
                 "the loss: gradients below 6e-8 become 0, and an overflow destroys the weights. "
                 "Compile with kerasmp.LossScaleOptimizer(optimizer), or build a kerasmp.Model.",
+            )
+
+    def _tell_findings(self) -> None:
+        """Warn of what `kerasmp.lint` finds without data; of each finding once, in any `fit`."""
+        if not float16_layers(self.model):
+            return
+        found = [each for each in cheap_findings(self.model) if each.severity != "hint"]
+        new = [each for each in dict.fromkeys(found) if each not in self._told]
+        self._told.update(new)
+        if new:
+            lines = "\n".join(map(str, new))
+            warnings.warn(
+                f"Before the first step (kerasmp.lint tells more):\n{lines}",
+                PolicyWarning,
+                stacklevel=2,
             )
 
     def _warn_once(self, kind: str, message: str) -> None:

@@ -47,6 +47,9 @@ class WithDtype(keras.layers.Wrapper):
     >>> keras.config.set_dtype_policy("float32")
     """
 
+    # For rules and conversions, which leave it and its parts alone.
+    keeps_its_dtype = True
+
     def __init__(
         self, layer: Any, dtype: Any = "float32", output_dtype: str | None = None, **kwargs: Any
     ) -> None:

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import keras
 
-from kerasmp.errors import ArgumentTypeError
+from kerasmp.errors import ArgumentTypeError, PolicyError
 from kerasmp.policy import rules as rules_
 from kerasmp.policy import spec as spec_
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 PolicyLike: TypeAlias = "Policy | keras.DTypePolicy | str"
-RulesLike: TypeAlias = "Mapping[str | type, PolicyLike] | str | None"
+RuleSetLike: TypeAlias = "Mapping[str | type, PolicyLike] | str | None"
+RulesLike: TypeAlias = "RuleSetLike | Sequence[RulesLike] | rules_.Rules"
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -40,13 +41,14 @@ class Policy:
             - a `keras.DTypePolicy` or `DTypePolicyMap` (a map's members become rules), or a policy.
         rules: Exceptions, as a mapping from layer path patterns (regular expressions that must
             match a layer's whole path, as in `keras.dtype_policies.DTypePolicyMap`) or layer
-            classes to anything that `spec` accepts, without `output` and without rules. They
-            replace the rules of `spec`; None keeps those. The name of the built-in rule set,
-            "safe", is reserved and refused until that set exists.
+            classes to anything that `spec` accepts, without `output` and without rules; or "safe",
+            the built-in set of stock layers and places that compute in float32 under a half
+            precision policy; or a list of both, where the mapping wins. They replace the rules of
+            `spec`; None keeps those.
 
     Raises:
         PolicyError: If a name or dtype is unknown, Keras cannot express the pair of variable and
-            compute dtype, or a rule is invalid.
+            compute dtype, a rule is invalid, or "safe" is asked for over half precision variables.
         ArgumentTypeError: If `spec` or `rules` has the wrong type.
 
     Example:
@@ -65,6 +67,13 @@ class Policy:
         given = inherited if rules is None else rules
         object.__setattr__(self, "_spec", own)
         object.__setattr__(self, "_rules", rules_.normalise(given, Policy))
+        if self.safe and self.variable_dtype in spec_.HALVES:
+            raise PolicyError(
+                'The rule set "safe" lets layers compute in float32 over float32 variables.',
+                received=f"{str(self)!r}, whose variables are {self.variable_dtype}",
+                expected="a policy with float32 variables",
+                fix=f'"mixed_{self.variable_dtype}" is one.',
+            )
 
     @property
     def name(self) -> str:
@@ -89,7 +98,12 @@ class Policy:
     @property
     def rules(self) -> Mapping[str | type, Policy]:
         """Exceptions: layer path patterns, then layer classes, each with its policy. Read-only."""
-        return MappingProxyType(dict(self._rules))
+        return MappingProxyType(dict(self._rules.exceptions))
+
+    @property
+    def safe(self) -> bool:
+        """Whether the built-in rule set "safe" applies where no exception does."""
+        return self._rules.safe
 
     @property
     def beyond_keras(self) -> tuple[str, ...]:
@@ -100,8 +114,9 @@ class Policy:
         ('the rule for the class Softmax',)
         """
         output = () if self.output_dtype is None else (f"output={self.output_dtype}",)
+        safe = (f'the rule set "{rules_.SAFE}"',) if self.safe else ()
         classes = (cls.__name__ for cls in rules_.classes(self._rules))
-        return (*output, *(f"the rule for the class {name}" for name in classes))
+        return (*output, *safe, *(f"the rule for the class {name}" for name in classes))
 
     def to_keras(self) -> keras.DTypePolicy:
         """Return a new Keras policy with all that Keras can express.
@@ -156,14 +171,14 @@ class Policy:
         return str(self._spec)
 
     def __repr__(self) -> str:
-        rules = f", rules={dict(self._rules)!r}" if self._rules else ""
+        rules = f", rules={rules_.shown(self._rules)}" if self._rules else ""
         return f"Policy({str(self)!r}{rules})"
 
 
 def _read(spec: object) -> tuple[spec_.Spec, RulesLike]:
     """Return what a spec says, and the rules that come with it."""
     if isinstance(spec, Policy):
-        return spec._spec, spec.rules  # noqa: SLF001 (its own class)
+        return spec._spec, spec._rules  # noqa: SLF001 (its own class)
     if isinstance(spec, keras.dtype_policies.DTypePolicyMap):
         return spec_.from_keras(spec.default_policy), dict(spec.items())
     if isinstance(spec, keras.DTypePolicy):

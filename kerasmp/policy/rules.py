@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import keras
 
@@ -14,58 +14,70 @@ if TYPE_CHECKING:
     from kerasmp.policy.policy import Policy
 
 SAFE = "safe"
-"""The name of the built-in rule set. It is reserved: the set has no content yet."""
+"""The name of the built-in rule set, which `kerasmp.policy.safe` holds."""
 
 Key: TypeAlias = str | type
-Rules: TypeAlias = tuple[tuple[Key, "Policy"], ...]
 
-_EXPECTED = "a dict from layer path patterns or layer classes to policies"
+_EXPECTED = (
+    f'a dict from layer path patterns or layer classes to policies, "{SAFE}", or a list of both'
+)
+
+
+class Rules(NamedTuple):
+    """Rules, checked.
+
+    Args:
+        safe: Whether the built-in rule set applies where no exception does.
+        exceptions: Pairs of a pattern or class and its policy, patterns first.
+    """
+
+    safe: bool = False
+    exceptions: tuple[tuple[Key, Policy], ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.safe or bool(self.exceptions)
 
 
 def normalise(rules: object, make_policy: Callable[[Any], Policy]) -> Rules:
     """Check rules and bring them into one order, so that equal rules compare equal.
 
     Args:
-        rules: What the user gave: None, a mapping, or the name of a built-in rule set.
+        rules: What the user gave: None, a mapping, the name of the built-in rule set, a list or
+            tuple of these, or rules that are normalised already.
         make_policy: Turns a value of the mapping into a policy (the class `Policy`, which this
             module cannot import because that one imports this).
 
-    Returns:
-        Pairs of a pattern or class and its policy, patterns first.
-
     Raises:
-        ArgumentTypeError: If `rules` is not a mapping, or a key is neither text nor a layer class.
-        PolicyError: If the rule set is unknown or not available yet, a pattern is no regular
-            expression, or a rule's policy has an output or rules of its own.
+        ArgumentTypeError: If `rules` is none of these, or a key is neither text nor a layer class.
+        PolicyError: If the rule set is unknown, a pattern is no regular expression, a rule's policy
+            has an output or rules of its own, or two mappings disagree on a key.
 
     Example:
     >>> from kerasmp.policy import Policy
-    >>> normalise({"head/.*": "float32"}, Policy)
-    (('head/.*', Policy('float32')),)
+    >>> normalise(["safe", {"head/.*": "float32"}], Policy)
+    Rules(safe=True, exceptions=(('head/.*', Policy('float32')),))
     """
-    if rules is None:
-        return ()
-    if isinstance(rules, str):
-        raise _no_rule_set(rules)
-    if not isinstance(rules, Mapping):
-        raise ArgumentTypeError(
-            "rules is not a mapping.",
-            received=repr(rules),
-            expected=_EXPECTED,
-            fix='For example rules={"head/.*": "float32"}.',
-        )
-    pairs = ((_key(key), _value(key, make_policy(value))) for key, value in rules.items())
-    return tuple(sorted(pairs, key=_order))
+    safe = False
+    exceptions: dict[Key, Policy] = {}
+    for given in _flat(rules):
+        if isinstance(given, str):
+            _check_name(given)
+            safe = True
+        elif given is not None:
+            for key, policy in _read(given, make_policy).items():
+                if exceptions.setdefault(key, policy) != policy:
+                    raise _disagreement(key, exceptions[key], policy)
+    return Rules(safe, tuple(sorted(exceptions.items(), key=_order)))
 
 
 def patterns(rules: Rules) -> dict[str, Policy]:
     """Return the rules that Keras can express: those with a layer path pattern."""
-    return {key: policy for key, policy in rules if isinstance(key, str)}
+    return {key: policy for key, policy in rules.exceptions if isinstance(key, str)}
 
 
 def classes(rules: Rules) -> dict[type, Policy]:
     """Return the rules that Keras cannot express: those with a layer class."""
-    return {key: policy for key, policy in rules if isinstance(key, type)}
+    return {key: policy for key, policy in rules.exceptions if isinstance(key, type)}
 
 
 def to_config(rules: Rules) -> list[dict[str, str]]:
@@ -75,21 +87,24 @@ def to_config(rules: Rules) -> list[dict[str, str]]:
         rules: Normalised rules.
 
     Returns:
-        One dict for each rule: "path" or "layer", and "policy".
+        One dict for each rule: "path" or "layer", and "policy"; for the built-in set, "set".
 
     Raises:
         PolicyError: If a class is neither one of Keras's layers nor registered with Keras: the
             file could not be read back.
     """
     return [
-        {"path": key, "policy": str(policy)}
-        if isinstance(key, str)
-        else {"layer": _class_name(key), "policy": str(policy)}
-        for key, policy in rules
+        *([{"set": SAFE}] if rules.safe else []),
+        *(
+            {"path": key, "policy": str(policy)}
+            if isinstance(key, str)
+            else {"layer": _class_name(key), "policy": str(policy)}
+            for key, policy in rules.exceptions
+        ),
     ]
 
 
-def from_config(config: Iterable[Mapping[str, str]]) -> dict[Key, str]:
+def from_config(config: Iterable[Mapping[str, str]]) -> list[str | dict[Key, str]]:
     """Read what `to_config` wrote.
 
     Args:
@@ -101,24 +116,62 @@ def from_config(config: Iterable[Mapping[str, str]]) -> dict[Key, str]:
     Raises:
         PolicyError: If a layer class is not known in this process.
     """
-    return {
-        rule["path"] if "path" in rule else _find_class(rule["layer"]): rule["policy"]
+    return [
+        rule["set"]
+        if "set" in rule
+        else {
+            rule["path"] if "path" in rule else _find_class(rule["layer"]): rule["policy"],
+        }
         for rule in config
-    }
+    ]
 
 
-def _no_rule_set(name: str) -> PolicyError:
-    if name == SAFE:
-        return PolicyError(
-            'The built-in rule set "safe" is not available yet: only its name is reserved.',
+def shown(rules: Rules) -> str:
+    """Return rules as text that makes them again."""
+    exceptions = dict(rules.exceptions)
+    if not rules.safe:
+        return repr(exceptions)
+    return repr([SAFE, exceptions]) if exceptions else repr(SAFE)
+
+
+def _flat(rules: object) -> Iterator[object]:
+    if isinstance(rules, Rules):
+        yield from [SAFE] if rules.safe else []
+        yield dict(rules.exceptions)
+    elif isinstance(rules, list | tuple):
+        for each in rules:
+            yield from _flat(each)
+    else:
+        yield rules
+
+
+def _read(rules: object, make_policy: Callable[[Any], Policy]) -> dict[Key, Policy]:
+    if not isinstance(rules, Mapping):
+        raise ArgumentTypeError(
+            "rules is not a mapping.",
+            received=repr(rules),
             expected=_EXPECTED,
-            fix="Until then, name the layers that must stay in float32 yourself.",
+            fix='For example rules={"head/.*": "float32"}.',
         )
+    return {_key(key): _value(key, make_policy(value)) for key, value in rules.items()}
+
+
+def _check_name(name: str) -> None:
+    if name != SAFE:
+        raise PolicyError(
+            "Unknown rule set.",
+            received=repr(name),
+            expected=_EXPECTED,
+            fix=did_you_mean(name, [SAFE]),
+        )
+
+
+def _disagreement(key: Key, one: Policy, other: Policy) -> PolicyError:
     return PolicyError(
-        "Unknown rule set.",
-        received=repr(name),
-        expected=f'{_EXPECTED}, or the name of the built-in rule set, "{SAFE}"',
-        fix=did_you_mean(name, [SAFE]),
+        "Two rules give different policies for the same key.",
+        received=f"{key!r}: {str(one)!r} and {key!r}: {str(other)!r}",
+        expected="one policy for each key",
+        fix="Leave one of them out.",
     )
 
 

@@ -130,8 +130,8 @@ def _warn(policy: Policy) -> None:
     if policy.beyond_keras:
         warnings.warn(
             f"Stock Keras models will not follow {' and '.join(policy.beyond_keras)}: Keras has "
-            "no word for it. kerasmp.Model and kerasmp.Sequential follow `output`; class rules are "
-            "only recorded for now.",
+            "no word for it. kerasmp.Model and kerasmp.Sequential do; kerasmp.convert makes the "
+            "layers of a stock model that is built follow the rules.",
             PolicyWarning,
             stacklevel=3,
         )

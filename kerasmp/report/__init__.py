@@ -4,7 +4,7 @@ from kerasmp.report.files import check_folder, write_demo
 from kerasmp.report.html import demo_html
 from kerasmp.report.progress import ProgressDisplay
 from kerasmp.report.stderr import stderr_held_back
-from kerasmp.report.table import demo_table, environment_table
+from kerasmp.report.table import demo_table, environment_table, lint_table
 
 __all__ = [
     "ProgressDisplay",
@@ -12,6 +12,7 @@ __all__ = [
     "demo_html",
     "demo_table",
     "environment_table",
+    "lint_table",
     "stderr_held_back",
     "write_demo",
 ]

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from kerasmp.demo import DemoResult, Environment
+    from kerasmp.diagnosis import LintReport
 
 _CAPTION = (
     "accuracy and loss: on the test images, at the end. time a step: wall time through fit, "
@@ -70,4 +71,26 @@ def environment_table(environment: Environment) -> Table:
     table.add_row("system", environment.system)
     table.add_row("recommended policy", environment.recommended)
     table.add_row("because", environment.reason)
+    return table
+
+
+def lint_table(report: LintReport) -> Table:
+    """Return what lint found as a table: one row for each finding.
+
+    Args:
+        report: What `kerasmp.lint` returned.
+
+    Returns:
+        A table to print with a Rich console.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for column in ("", "place", "rule", "what is wrong, and what to do"):
+        table.add_column(column, overflow="fold")
+    for each in report:
+        words = (each.severity, each.place, each.rule, f"{each.reason} {each.remedy}")
+        table.add_row(*map(Text, words))
     return table

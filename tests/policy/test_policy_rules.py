@@ -131,8 +131,8 @@ def test_stock_layers_follow_path_rules():
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ("safe", r'"safe" is not available yet: only its name is reserved\. Expected: a dict.*'),
-        ("safe", r"name the layers that must stay in float32 yourself"),
+        (["head"], r"Unknown rule set\. Received: 'head'\."),
+        ([{"a": "float32"}, {"a": "bfloat16"}], r"Two rules.*same key.*'a': 'bfloat16'"),
         ("saef", r"Unknown rule set\. Received: 'saef'\..*Did you mean \"safe\"\?"),
         ({"head/(": "float32"}, r"not a regular expression\. Received: 'head/\('.*Python says"),
         ({"head": "flaot32"}, r'Unknown policy name.*Did you mean "float32"\?'),
@@ -148,7 +148,7 @@ def test_rules_with_bad_values_are_refused(rules, message):
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        (["head"], r"rules is not a mapping\. Received: \['head'\]\. Expected: a dict"),
+        ([3], r"rules is not a mapping\. Received: 3\. Expected: a dict"),
         ({3: "float32"}, r"neither a layer path pattern nor a layer class\. Received: 3"),
         ({int: "float32"}, r"neither a layer path pattern nor a layer class.*'int'"),
         ({"head": None}, r"A policy cannot be made from this\. Received: None of type NoneType"),

@@ -1,0 +1,155 @@
+"""The graph of calls inside a model, all of it private in Keras, and the policies of its layers.
+
+`tests/backend/test_keras_graph.py` tells when one of the private names moves.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import keras
+
+from kerasmp.backend.keras_private import Functional
+
+MAP = keras.dtype_policies.DTypePolicyMap
+
+
+class Call(NamedTuple):
+    """One call in the graph of a model.
+
+    Args:
+        operation: The layer or operation that is called.
+        node: Keras's record of the call.
+        inputs: The symbolic tensors that go in.
+        outputs: The symbolic tensors that come out.
+    """
+
+    operation: Any
+    node: Any
+    inputs: list[Any]
+    outputs: list[Any]
+
+
+def children(layer: Any) -> list[Any]:
+    """Return the layers directly inside a layer.
+
+    Public `layers` exists on models alone, and not for the parts of wrappers or of attention.
+    """
+    return list(layer._flatten_layers(include_self=False, recursive=False))  # noqa: SLF001 - no public way
+
+
+def graph_of(model: Any) -> Any | None:
+    """Return the functional model that holds the graph of calls, or None if there is no graph.
+
+    A `Sequential` keeps one inside, once it knows the shape of its input.
+    """
+    if isinstance(model, Functional):
+        return model
+    if isinstance(model, keras.Sequential):
+        return model._functional  # noqa: SLF001 - its `inputs` are public, its calls are not
+    return None
+
+
+def calls(model: Any) -> list[Call]:
+    """Return the calls of a model's graph, from the inputs to the outputs; none without a graph."""
+    graph = graph_of(model)
+    if graph is None:
+        return []
+    by_depth = graph._nodes_by_depth  # noqa: SLF001 - no public way to the calls
+    return [
+        Call(node.operation, node, list(node.input_tensors), list(node.output_tensors))
+        for depth in sorted(by_depth, reverse=True)
+        for node in by_depth[depth]
+    ]
+
+
+def producer(tensor: Any) -> Any:
+    """Return the layer or operation that a symbolic tensor comes from."""
+    return tensor._keras_history.operation  # noqa: SLF001 - no public way
+
+
+def has_mask(tensor: Any) -> bool:
+    """Return whether a mask comes with a symbolic tensor."""
+    return getattr(tensor, "_keras_mask", None) is not None
+
+
+def symbolic_dtypes(model: Any) -> dict[int, str]:
+    """Return the dtype that each tensor of a model's graph has under its layers' present policies.
+
+    Keras notes the dtypes when the layers are called, and never again.
+
+    Args:
+        model: A model; one without a graph has no tensors.
+
+    Returns:
+        From `id(tensor)` to a dtype. Of a nested model's tensors, too.
+    """
+    dtypes: dict[int, str] = {}
+    for operation, node, inputs, outputs in calls(model):
+        nested = graph_of(operation)
+        if not inputs:
+            now = [tensor.dtype for tensor in outputs]
+        elif nested is not None:
+            inside = symbolic_dtypes(operation)
+            dtypes |= inside
+            now = [inside[id(tensor)] for tensor in nested.outputs]
+        elif not isinstance(operation, keras.Layer) and all(
+            dtypes[id(tensor)] == tensor.dtype for tensor in inputs
+        ):
+            now = [tensor.dtype for tensor in outputs]
+        else:
+            now = _dtypes_of_call(operation, node, dtypes)
+        dtypes |= {id(tensor): dtype for tensor, dtype in zip(outputs, now, strict=True)}
+    return dtypes
+
+
+def refresh_symbolic_dtypes(model: Any) -> None:
+    """Let the tensors of a model's graph say the dtypes that the layers' present policies give."""
+    dtypes = symbolic_dtypes(model)
+    for graph in _graphs(model):
+        for call in calls(graph):
+            for tensor in call.outputs:
+                tensor._dtype = dtypes[id(tensor)]  # noqa: SLF001 - `dtype` refuses to be set
+
+
+def set_policy(layer: Any, policy: keras.DTypePolicy) -> None:
+    """Give a layer a policy, and no other layer.
+
+    The public setter writes into a `DTypePolicyMap`, which all layers that were given it share.
+    """
+    if isinstance(layer.dtype_policy, MAP):
+        layer._dtype_policy = policy  # noqa: SLF001 - see above
+    else:
+        layer.dtype_policy = policy
+
+
+def policy_of(layer: Any) -> keras.DTypePolicy:
+    """Return the policy that a layer follows: of a `DTypePolicyMap`, the member for its path."""
+    policy = layer.dtype_policy
+    if not isinstance(policy, MAP):
+        return policy
+    return policy[layer.path] if layer.path else policy.default_policy
+
+
+def _graphs(model: Any) -> list[Any]:
+    nested = [graph for call in calls(model) for graph in _graphs(call.operation)]
+    graph = graph_of(model)
+    return [] if graph is None else [graph, *nested]
+
+
+def _dtypes_of_call(operation: Any, node: Any, dtypes: dict[int, str]) -> list[str]:
+    """Call once more on new symbolic tensors, and leave no trace of it."""
+
+    def anew(value: Any) -> Any:
+        if not isinstance(value, keras.KerasTensor):
+            return value
+        return keras.KerasTensor(value.shape, dtypes.get(id(value), value.dtype), value.sparse)
+
+    args, kwargs = keras.tree.map_structure(anew, (node.arguments.args, node.arguments.kwargs))
+    inbound = operation._inbound_nodes  # noqa: SLF001 - `layer.output` counts on one call each
+    before = len(inbound)
+    try:
+        outputs = operation(*args, **kwargs)
+    finally:
+        del inbound[before:]
+    return [tensor.dtype for tensor in keras.tree.flatten(outputs)]

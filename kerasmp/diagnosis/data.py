@@ -1,0 +1,76 @@
+"""A batch of data that float16 cannot hold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+
+from kerasmp.backend.constants import LARGEST
+from kerasmp.backend.keras_graph import calls, graph_of
+from kerasmp.backend.keras_private import flatten_layers
+from kerasmp.diagnosis.dtypes import HALVES
+from kerasmp.diagnosis.finding import Finding
+from kerasmp.diagnosis.sizes import MULTIPLE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def findings(model: Any, x: Any) -> Iterator[Finding]:
+    """Yield what is wrong with a batch for a model.
+
+    Args:
+        model: A Keras model.
+        x: A batch of NumPy arrays, in the structure that the model takes.
+    """
+    arrays = keras.tree.flatten(x)
+    graph = graph_of(model)
+    for number, array in enumerate(arrays):
+        largest = np.max(np.abs(array), initial=0.0) if array.dtype.kind == "f" else 0.0
+        if largest > LARGEST and _reaches_float16(model, graph, number, len(arrays)):
+            name = graph.inputs[number].name if graph is not None else str(number)
+            yield Finding(
+                "error",
+                f"input {name}",
+                "input-range",
+                f"It has values up to {largest:g}, and a float16 layer takes them: above "
+                f"{LARGEST:g} they are inf.",
+                "Scale the data, or begin with a Normalization or Rescaling layer with "
+                'dtype="float32".',
+            )
+    batch = min((len(array) for array in arrays if array.ndim), default=0)
+    if batch % MULTIPLE and any(layer.compute_dtype in HALVES for layer in flatten_layers(model)):
+        yield Finding(
+            "hint",
+            model.name,
+            "sizes",
+            f"batch size {batch}: Tensor Cores want multiples of {MULTIPLE}.",
+            "Round up.",
+        )
+
+
+def _reaches_float16(model: Any, graph: Any, number: int, count: int) -> bool:
+    """Return whether an input arrives at a float16 layer before any layer in float32."""
+    if graph is None or len(graph.inputs) != count:
+        return str(model.compute_dtype) == "float16"  # a model casts what its `call` is given
+    if graph.inputs[number].dtype == "float16":
+        return True
+    waiting = [graph.inputs[number]]
+    while waiting:
+        tensor = waiting.pop()
+        for call in calls(graph):
+            if not any(each is tensor for each in call.inputs):
+                continue
+            layer = call.operation
+            nested = graph_of(layer)
+            if nested is not None:
+                place = next(i for i, each in enumerate(call.inputs) if each is tensor)
+                if _reaches_float16(layer, nested, place, len(call.inputs)):
+                    return True
+            elif not isinstance(layer, keras.Layer):
+                waiting += call.outputs
+            elif layer.compute_dtype == "float16":
+                return True
+    return False

@@ -1,0 +1,171 @@
+"""Layers and variables whose dtype is not what the policy means."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+
+from kerasmp.backend.keras_graph import calls, graph_of, symbolic_dtypes
+from kerasmp.backend.keras_private import flatten_layers
+from kerasmp.diagnosis.finding import Finding
+from kerasmp.policy import Policy, global_policy
+from kerasmp.policy.assign import assign
+from kerasmp.policy.safe import is_ours
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HALVES = ("float16", "bfloat16")
+
+# Up to here every whole number has a value of its own.
+_EXACT = {"float16": 2**11, "bfloat16": 2**8}
+# Safe rules whose layers go on training, with a lower loss scale or less accuracy in the tails.
+_BEARABLE = ("activation", "probabilities")
+
+
+def findings(model: Any) -> list[Finding]:
+    """Return the layers and variables with a dtype that will hurt.
+
+    Args:
+        model: A Keras model.
+    """
+    return [
+        *_unsafe_layers(model),
+        *_masters(model),
+        *_vanishing_epsilons(model),
+        *_float_ids(model),
+        *_ignoring(model),
+        *_going_their_own_way(model),
+    ]
+
+
+def is_custom(layer: Any) -> bool:
+    """Return whether a layer is of a user's own class, and no model."""
+    stock = type(layer).__module__.partition(".")[0] == "keras"
+    return not (stock or is_ours(layer) or isinstance(layer, keras.Model))
+
+
+def _unsafe_layers(model: Any) -> Iterator[Finding]:
+    for row in assign(model, Policy("mixed_float16", rules="safe")):
+        rule, colon, reason = row.reason.removeprefix('"safe", ').partition(": ")
+        if row.layer.compute_dtype != "float16" or row.after != "float32" or not colon:
+            continue
+        if rule != "head":  # of which we can say more
+            yield Finding(
+                "hint" if rule in _BEARABLE else "warning",
+                row.path,
+                "unsafe-layer",
+                f"In float16, {reason}.",
+                'Convert the model with kerasmp.convert, use rules="safe", or the layer of '
+                "kerasmp.layers.",
+            )
+
+
+def _masters(model: Any) -> Iterator[Finding]:
+    for variable in model.trainable_variables:
+        if variable.dtype in HALVES:
+            yield Finding(
+                "error",
+                variable.path,
+                "half-master",
+                f"The weight is stored in {variable.dtype}: updates below its rounding are lost.",
+                'Leave out the dtype of add_weight, and use a "mixed_" policy.',
+            )
+
+
+def _vanishing_epsilons(model: Any) -> Iterator[Finding]:
+    for layer in flatten_layers(model):
+        if not is_custom(layer) or layer.compute_dtype != "float16":
+            continue
+        for name, value in vars(layer).items():
+            if "eps" in name.lower() and isinstance(value, float) and vanishes(value):
+                yield Finding(
+                    "warning",
+                    layer.path or layer.name,
+                    "vanishing-epsilon",
+                    f"`{name}` = {value:g} is 0 in float16, and protects from nothing.",
+                    "Take 1e-6 or more, or compute this part in float32.",
+                )
+
+
+def vanishes(value: float) -> bool:
+    """Return whether a number that is not 0 becomes 0 in float16.
+
+    Example:
+
+    >>> vanishes(1e-8), vanishes(1e-7), vanishes(0.0)
+    (True, False, False)
+    """
+    return value != 0 and float(np.float16(value)) == 0
+
+
+def _float_ids(model: Any) -> Iterator[Finding]:
+    dtypes = symbolic_dtypes(model)
+    for call in _all_calls(model):
+        layer = call.operation
+        if not isinstance(layer, keras.layers.Embedding) or layer.compute_dtype not in _EXACT:
+            continue
+        exact = _EXACT[layer.compute_dtype]
+        given = dtypes.get(id(call.inputs[0]), call.inputs[0].dtype)
+        if keras.backend.is_float_dtype(given) and layer.input_dim > exact + 1:
+            yield Finding(
+                "error",
+                layer.path or layer.name,
+                "float-ids",
+                f"Its ids come as {given} and are rounded to {layer.compute_dtype}: above {exact} "
+                "they become others.",
+                'Feed whole numbers, through keras.Input(..., dtype="int32").',
+            )
+
+
+def _ignoring(model: Any) -> Iterator[Finding]:
+    with_weights = [layer for layer in flatten_layers(model)[1:] if layer.weights]
+    if not with_weights or any(layer.compute_dtype in HALVES for layer in with_weights):
+        return
+    if model.compute_dtype in HALVES:
+        yield Finding(
+            "warning",
+            model.name,
+            "ignores-policy",
+            f"The model says {model.compute_dtype}, and none of its layers computes in it.",
+            "Setting a model's own dtype_policy relabels it: use kerasmp.convert(model, policy).",
+        )
+    elif (policy := global_policy()).compute_dtype in HALVES:
+        yield Finding(
+            "warning",
+            model.name,
+            "ignores-policy",
+            f"The global policy computes in {policy.compute_dtype}, and no layer does: they were "
+            "made, loaded or cloned with a dtype of their own.",
+            "Use kerasmp.convert(model, policy).",
+        )
+
+
+def _going_their_own_way(model: Any) -> Iterator[Finding]:
+    dtypes = symbolic_dtypes(model)
+    for call in _all_calls(model):
+        layer = call.operation
+        if not isinstance(layer, keras.Layer) or not is_custom(layer):
+            continue
+        wide = {dtypes[id(t)] for t in call.outputs if id(t) in dtypes} & {"float32", "float64"}
+        if layer.compute_dtype in HALVES and wide:
+            yield Finding(
+                "warning",
+                layer.path or layer.name,
+                "ignores-policy",
+                f"Its policy computes in {layer.compute_dtype}, and its output is "
+                f"{' and '.join(sorted(wide))}.",
+                'Cast to self.compute_dtype at the end, or say dtype="float32".',
+            )
+
+
+def _all_calls(model: Any) -> list[Any]:
+    found = calls(model)
+    return found + [
+        inner
+        for call in found
+        if graph_of(call.operation) is not None
+        for inner in _all_calls(call.operation)
+    ]

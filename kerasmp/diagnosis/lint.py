@@ -1,0 +1,61 @@
+"""Looks over a model before its first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from kerasmp.diagnosis import data, dtypes, outputs, sizes, source, traced, training
+from kerasmp.diagnosis.finding import Finding, LintReport, sorted_report
+
+
+def lint(model: Any, x: Any = None) -> LintReport:
+    """Say what to mend in a model before its first float16 step.
+
+    Nothing is changed and no step is run. Without `x` the model is only looked at. With `x` the
+    range of the data is checked too, and on TensorFlow and JAX the model is traced, to find
+    constants that are infinite in float16. A model that is not built is first called with `x`.
+
+    Args:
+        model: A Keras model, stock or ours; compiled, if its loss and optimizer are to be checked.
+        x: A batch of input, as for `model.predict_on_batch`; default None.
+
+    Returns:
+        The findings, the worst first. Printed, it has one line for each. Their rules are described
+        in docs/lint.md.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((8,)), keras.layers.Dense(8, activation="softmax", dtype="mixed_float16")]
+    ... )
+    >>> report = lint(model)
+    >>> [(each.severity, each.rule) for each in report]
+    [('error', 'float16-head')]
+    """
+    if x is not None:
+        x = keras.tree.map_structure(np.asarray, x)
+        if not model.built:
+            model(x)
+    findings = [*cheap_findings(model), *training.unscaled(model), *sizes.findings(model)]
+    if x is not None:
+        constants = traced.findings(model, x)
+        findings += [*data.findings(model, x), *(constants or [])]
+        if constants is not None:  # the graph has told for certain
+            findings = [each for each in findings if each.rule != source.POSSIBLY_INFINITE]
+    return sorted_report(findings)
+
+
+def cheap_findings(model: Any) -> list[Finding]:
+    """Return what a look at the layers tells, without data, and without hints about speed.
+
+    Args:
+        model: A Keras model.
+    """
+    return [
+        *outputs.findings(model),
+        *dtypes.findings(model),
+        *source.findings(model),
+    ]

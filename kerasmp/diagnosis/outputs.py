@@ -1,0 +1,113 @@
+"""Outputs in float16, and losses that take them for probabilities."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from kerasmp.backend.keras_graph import graph_of, symbolic_dtypes
+from kerasmp.diagnosis.finding import Finding
+from kerasmp.policy.places import final_layers
+from kerasmp.policy.safe import PROBABILITIES, activation_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_REMEDY = (
+    'Let it compute in float32: kerasmp.layers.DenseHead, dtype="float32", or '
+    "kerasmp.convert(model)."
+)
+# From probabilities unless `from_logits` says otherwise.
+_CROSS_ENTROPIES = (
+    keras.losses.BinaryCrossentropy,
+    keras.losses.BinaryFocalCrossentropy,
+    keras.losses.CategoricalCrossentropy,
+    keras.losses.CategoricalFocalCrossentropy,
+    keras.losses.SparseCategoricalCrossentropy,
+)
+
+
+def findings(model: Any) -> list[Finding]:
+    """Return what is wrong with the outputs of a model; nothing where no graph tells.
+
+    Args:
+        model: A Keras model.
+    """
+    return [*_heads(model), *_losses(model)]
+
+
+def _heads(model: Any) -> Iterator[Finding]:
+    graph = graph_of(model)
+    if graph is None or not _half_outputs(model):
+        return
+    cast_later = getattr(model, "_output_dtype", None) == "float32"  # kerasmp.Model, by its policy
+    for layer in final_layers(model):
+        if layer.compute_dtype != "float16" or _gives_float32(model, layer):
+            continue
+        probabilities = _gives_probabilities(layer)
+        if probabilities or not cast_later:
+            yield Finding(
+                "error" if probabilities else "warning",
+                layer.path or layer.name,
+                "float16-head",
+                "Its probabilities are float16: small ones become 0, and the gradient of their "
+                "logarithm overflows."
+                if probabilities
+                else "It makes a final output in float16, which rounds what losses, metrics and "
+                "predictions see.",
+                _REMEDY,
+            )
+
+
+def _losses(model: Any) -> Iterator[Finding]:
+    half = _half_outputs(model)
+    losses = keras.tree.flatten(getattr(model, "loss", None))
+    for number, loss in enumerate(losses):
+        fits = len(losses) == len(half)
+        if any(half[number : number + 1] if fits else half) and _from_probabilities(loss):
+            name = loss if isinstance(loss, str) else getattr(loss, "name", None) or loss.__name__
+            yield Finding(
+                "error",
+                model.name,
+                "float16-probabilities",
+                f'The loss "{name}" takes probabilities, and they are float16: its gradients '
+                "overflow as soon as the loss is scaled.",
+                "Give it float32 probabilities, or better logits, with from_logits=True.",
+            )
+
+
+def _half_outputs(model: Any) -> list[bool]:
+    """Return for each output of a model whether it is made in float16."""
+    graph = graph_of(model)
+    if graph is None:
+        return []
+    dtypes = symbolic_dtypes(model)
+    return [dtypes[id(tensor)] == "float16" for tensor in graph.outputs]
+
+
+def _gives_float32(model: Any, layer: Any) -> bool:
+    dtypes = symbolic_dtypes(model)
+    tensors = [t for t in keras.tree.flatten(_output(layer)) if id(t) in dtypes]
+    return bool(tensors) and all(dtypes[id(tensor)] != "float16" for tensor in tensors)
+
+
+def _output(layer: Any) -> Any:
+    try:
+        return layer.output
+    except (AttributeError, ValueError):  # called more than once, or not on its own
+        return []
+
+
+def _gives_probabilities(layer: Any) -> bool:
+    return isinstance(layer, keras.layers.Softmax) or activation_name(layer) in PROBABILITIES
+
+
+def _from_probabilities(loss: Any) -> bool:
+    if isinstance(loss, str):
+        loss = keras.losses.get(loss)
+    if isinstance(loss, _CROSS_ENTROPIES):
+        return not loss.from_logits
+    names = {cls.__name__ for cls in _CROSS_ENTROPIES}
+    plain = str(getattr(loss, "__name__", "")).replace("_", "")
+    return plain in {name.lower() for name in names}

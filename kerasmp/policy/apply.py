@@ -1,0 +1,96 @@
+"""Makes layers follow the policies that were assigned to them, in place, and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from kerasmp.backend.keras_graph import policy_of, refresh_symbolic_dtypes, set_policy
+from kerasmp.backend.keras_private import flatten_layers
+from kerasmp.errors import PolicyError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kerasmp.policy.assign import Assignment
+
+# The compiled steps that Keras keeps: they would go on in the dtypes of before.
+_COMPILED = ("train_function", "test_function", "predict_function")
+
+
+def apply(model: Any, assignments: Iterable[Assignment]) -> list[tuple[Any, keras.DTypePolicy]]:
+    """Let layers follow the policies assigned to them. Weights stay as they are.
+
+    Args:
+        model: The model.
+        assignments: What to do; rows whose policy does not change are passed over.
+
+    Returns:
+        The layers that were changed, with the policy of each before, for `put_back`.
+
+    Raises:
+        PolicyError: If a layer's weights would have to change their dtype; nothing has changed.
+    """
+    todo = [row for row in assignments if row.before != row.after]
+    for row in todo:
+        _check_variables(row)
+    changed = [(row.layer, row.layer.dtype_policy) for row in todo]
+    for row in todo:
+        set_policy(row.layer, keras.dtype_policies.get(row.after))
+    if changed:
+        _renew(model, [layer for layer, _ in changed])
+    return changed
+
+
+def put_back(model: Any, changed: Iterable[tuple[Any, keras.DTypePolicy]]) -> None:
+    """Give layers the policies that they had.
+
+    Args:
+        model: The model.
+        changed: What `apply` returned.
+    """
+    pairs = list(changed)
+    for layer, policy in pairs:
+        set_policy(layer, policy)
+    _renew(model, [layer for layer, _ in pairs])
+
+
+def forget_compiled_steps(model: Any) -> None:
+    """Let a model, and all models inside it, compile their steps anew.
+
+    Args:
+        model: The model.
+    """
+    for layer in flatten_layers(model):
+        if isinstance(layer, keras.Model):
+            for name in _COMPILED:
+                setattr(layer, name, None)
+
+
+def _check_variables(row: Assignment) -> None:
+    have = policy_of(row.layer).variable_dtype
+    want = keras.dtype_policies.get(row.after).variable_dtype
+    if have != want and row.layer.weights:
+        raise PolicyError(
+            "The layer is built, and its weights stay in the dtype they have.",
+            received=f'"{row.path}" with weights in {have}, and a policy that wants {want}',
+            expected=f"a policy with {have} variables",
+            fix='For half precision over float32 variables use a "mixed_" policy.',
+        )
+
+
+def _renew(model: Any, changed: list[Any]) -> None:
+    """Renew the constants and symbolic tensors that are kept in the dtypes of before."""
+    for layer in changed:
+        if isinstance(layer, keras.layers.Normalization):
+            _renew_statistics(layer)
+    refresh_symbolic_dtypes(model)
+
+
+def _renew_statistics(layer: Any) -> None:
+    """Normalization casts its mean and variance once, when it is built or adapted."""
+    if layer.input_mean is None:
+        layer.finalize_state()
+    elif layer.built:
+        layer.build(**layer.get_build_config())

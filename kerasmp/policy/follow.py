@@ -1,0 +1,58 @@
+"""Lets a model follow the rules, of the policy that it is made under, that Keras cannot express."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from kerasmp.backend.keras_private import flatten_layers
+from kerasmp.policy.apply import apply
+from kerasmp.policy.assign import assign
+
+if TYPE_CHECKING:
+    from kerasmp.policy.policy import Policy
+
+
+class RulesToFollow:
+    """The rules that one model follows.
+
+    Layers that were given a dtype of their own keep it: only those that have the policy's own
+    dtypes are changed.
+
+    Args:
+        policy: The policy that the model was made under.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._rules_at_all = any(not what.startswith("output=") for what in policy.beyond_keras)
+        self._seen: list[int] = []
+
+    def follow(self, model: Any, *inputs: Any) -> None:
+        """Apply the rules, if layers have come since the last time.
+
+        Args:
+            model: The model.
+            *inputs: What it is about to be called with; builds the model where it is not built.
+        """
+        if not self._rules_at_all:
+            return
+        if inputs and not model.built:
+            # Layers make parts of their own when they are built, attention its softmax.
+            # What cannot be traced is built by the call itself, as in Keras, and followed after it.
+            with contextlib.suppress(Exception):
+                keras.Model.__call__(model, *keras.tree.map_structure(_symbol, inputs))
+        present = [id(layer) for layer in flatten_layers(model)]
+        if present == self._seen:
+            return
+        self._seen = present
+        rows = assign(model, self._policy)
+        apply(model, [row for row in rows if row.before == self._policy.name])
+
+
+def _symbol(value: Any) -> Any:
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        return value
+    return keras.KerasTensor(value.shape, keras.backend.standardize_dtype(value.dtype))

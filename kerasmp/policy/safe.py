@@ -1,0 +1,239 @@
+"""The rule set "safe": which stock layers, and which places, compute in float32 and not in half.
+
+Only where a whole layer in float32 is right and cheap. Products of matrices, which are what half
+precision is for, stay in it, but for heads and for what `ACTIVATED` lists; for those that it hurts
+there are layers in `kerasmp.layers`. The numbers are those of docs/rules.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import keras
+
+from kerasmp.backend.keras_graph import children
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kerasmp.policy.places import Place
+
+layers = keras.layers
+
+_PACKAGE = __name__.partition(".")[0]
+
+# Up to this size the error of a float16 sum stays within four times the best possible one.
+LARGEST_WINDOW = 16
+
+ATTENTION = (layers.MultiHeadAttention, layers.GroupQueryAttention)
+POOLING = (layers.AveragePooling1D, layers.AveragePooling2D, layers.AveragePooling3D)
+ACTIVATED = (
+    layers.Dense,
+    layers.EinsumDense,
+    layers.Conv1D,
+    layers.Conv2D,
+    layers.Conv3D,
+    layers.Conv1DTranspose,
+    layers.Conv2DTranspose,
+    layers.Conv3DTranspose,
+    layers.DepthwiseConv1D,
+    layers.DepthwiseConv2D,
+    layers.SeparableConv1D,
+    layers.SeparableConv2D,
+)
+PROBABILITIES = ("softmax", "sigmoid")
+UNSAFE_ACTIVATIONS = (
+    *PROBABILITIES,
+    "tanh",
+    "gelu",
+    "silu",
+    "mish",
+    "hard_silu",
+    "squareplus",
+)
+
+
+class SafeRule(NamedTuple):
+    """One rule of the set: what it claims computes in float32.
+
+    Args:
+        name: Its name.
+        hazard: The number in the table of docs/rules.md.
+        reason: What goes wrong in half precision.
+        claims: Whether a layer at a place is meant.
+        inside: Whether the layers inside are meant, too.
+    """
+
+    name: str
+    hazard: str
+    reason: str
+    claims: Callable[[Any, Place], bool]
+    inside: bool = False
+
+
+def safe_rule(layer: Any, place: Place) -> SafeRule | None:
+    """Return the first rule that claims a layer, or None.
+
+    Args:
+        layer: A layer.
+        place: Where it stands.
+
+    Example:
+
+    >>> from kerasmp.policy.places import Place
+    >>> safe_rule(keras.layers.Softmax(), Place("softmax")).hazard
+    '3, 14, 18, 19'
+    >>> safe_rule(keras.layers.Dense(2), Place("dense")) is None
+    True
+    """
+    return next((rule for rule in RULES if rule.claims(layer, place)), None)
+
+
+def is_ours(layer: Any) -> bool:
+    """Return whether a layer is of this package, or derived: those look after themselves."""
+    return any(cls.__module__.partition(".")[0] == _PACKAGE for cls in type(layer).__mro__)
+
+
+def activation_name(layer: Any) -> str:
+    """Return the name of the activation that a layer applies, "linear" for none, "" for ours."""
+    activation = getattr(layer, "activation", None)
+    if getattr(activation, "__module__", "").partition(".")[0] == _PACKAGE:
+        return ""
+    return "linear" if activation is None else str(getattr(activation, "__name__", ""))
+
+
+def _is(*classes: type) -> Callable[[Any, Place], bool]:
+    return lambda layer, _: isinstance(layer, classes)
+
+
+def _is_head(layer: Any, place: Place) -> bool:
+    # What a user's layer with layers inside gives back is theirs to say: no rule can reach it.
+    return place.final and (_is_stock(layer) or not children(layer))
+
+
+def _is_stock(layer: Any) -> bool:
+    return type(layer).__module__.partition(".")[0] == "keras"
+
+
+def _sums_outputs(layer: Any, _: Place) -> bool:
+    regularizer = getattr(layer, "activity_regularizer", None)
+    return regularizer is not None or isinstance(layer, layers.ActivityRegularization)
+
+
+def _is_scores_part(layer: Any, place: Place) -> bool:
+    """With a float32 query the scores are float32; keys, values and the output stay as they are."""
+    return isinstance(place.holder, ATTENTION) and (
+        isinstance(layer, (layers.Softmax, layers.Dropout)) or layer.name == "query"
+    )
+
+
+def _has_large_window(layer: Any, _: Place) -> bool:
+    return isinstance(layer, POOLING) and math.prod(layer.pool_size) > LARGEST_WINDOW
+
+
+def _may_be_masked(layer: Any, place: Place) -> bool:
+    return isinstance(layer, layers.GlobalAveragePooling1D) and place.masked is not False
+
+
+def _interpolates(layer: Any, _: Place) -> bool:
+    return isinstance(layer, (layers.UpSampling2D, layers.Resizing)) and (
+        layer.interpolation != "nearest"
+    )
+
+
+def _ends_in_probabilities(layer: Any, _: Place) -> bool:
+    return isinstance(layer, ACTIVATED) and activation_name(layer) in PROBABILITIES
+
+
+def _is_unsafe_activation(layer: Any, _: Place) -> bool:
+    return isinstance(layer, layers.Activation) and activation_name(layer) in UNSAFE_ACTIVATIONS
+
+
+RULES = (
+    SafeRule(
+        "head",
+        "1, 18",
+        "losses, metrics and predictions see the model's outputs, and half precision rounds them",
+        _is_head,
+        inside=True,
+    ),
+    SafeRule(
+        "activity",
+        "6",
+        "the sum over a layer's outputs overflows",
+        _sums_outputs,
+    ),
+    SafeRule(
+        "softmax",
+        "3, 14, 18, 19",
+        "a softmax in half precision loses small probabilities, and its mask is not low enough",
+        _is(layers.Softmax),
+    ),
+    SafeRule(
+        "scores",
+        "2, 3",
+        "attention's scores overflow, and its softmax rounds",
+        _is_scores_part,
+    ),
+    SafeRule(
+        "attention",
+        "4, 5, 17",
+        "the scores overflow, and sums over them lose small terms",
+        _is(layers.Attention, layers.AdditiveAttention),
+    ),
+    SafeRule(
+        "probabilities",
+        "1, 15",
+        "the gradient of softmax and sigmoid is computed from the rounded probability",
+        _ends_in_probabilities,
+    ),
+    SafeRule(
+        "activation",
+        "11, 15",
+        "its gradient overflows, or is computed from the rounded output",
+        _is_unsafe_activation,
+    ),
+    SafeRule(
+        "normalization",
+        "7, 8",
+        "statistics and sums of squares overflow or vanish",
+        _is(layers.Normalization, layers.UnitNormalization),
+    ),
+    SafeRule(
+        "cosine",
+        "8",
+        "sums of squares overflow or vanish",
+        lambda layer, _: isinstance(layer, layers.Dot) and bool(layer.normalize),
+    ),
+    SafeRule(
+        "pooling",
+        "9",
+        f"the sum over a window of more than {LARGEST_WINDOW} values loses small terms",
+        _has_large_window,
+    ),
+    SafeRule(
+        "masked-pooling",
+        "10",
+        "the sum over a masked sequence overflows",
+        _may_be_masked,
+    ),
+    SafeRule(
+        "average",
+        "16",
+        "the sum overflows before it is divided",
+        _is(layers.Average),
+    ),
+    SafeRule(
+        "spectral",
+        "13",
+        "the float32 kernel is rounded to half precision by one training step",
+        _is(layers.SpectralNormalization),
+    ),
+    SafeRule(
+        "interpolation",
+        "20",
+        "under TensorFlow's XLA its gradient mixes two dtypes, which is an error",
+        _interpolates,
+    ),
+)

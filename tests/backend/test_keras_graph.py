@@ -1,0 +1,69 @@
+"""The private names of Keras's graph that kerasmp reads."""
+
+import keras
+import pytest
+
+from kerasmp.backend import keras_graph
+
+layers = keras.layers
+
+
+def model():
+    inputs = keras.Input((4,), name="in")
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(4, name="inner")], name="nested")
+    return keras.Model(inputs, 2 * layers.Dense(2, name="last")(inner(inputs)))
+
+
+def test_calls_are_in_order_with_their_tensors():
+    found = keras_graph.calls(model())
+    assert [call.operation.name for call in found[:3]] == ["in", "nested", "last"]
+    assert found[0].inputs == []
+    assert found[1].inputs == found[0].outputs
+    assert keras_graph.producer(found[1].outputs[0]).name == "nested"
+    assert keras_graph.calls(layers.Dense(2)) == []
+    assert keras_graph.calls(keras.Sequential([layers.Dense(2)])) == []
+
+
+def test_children_are_one_level():
+    assert {child.name for child in keras_graph.children(model())} == {"in", "nested", "last"}
+
+
+def test_masks_are_seen():
+    inputs = keras.Input((4, 2))
+    assert keras_graph.has_mask(layers.Masking()(inputs))
+    assert not keras_graph.has_mask(inputs)
+
+
+def test_dtypes_follow_policies_and_leave_no_trace():
+    built = model()
+    last = built.get_layer("last")
+    last.dtype_policy = "mixed_float16"
+    assert built.outputs[0].dtype == "float32"
+    nodes = [len(layer._inbound_nodes) for layer in built.layers]
+    now = keras_graph.symbolic_dtypes(built)
+    assert now[id(built.outputs[0])] == "float16"
+    assert now[id(last.output)] == "float16"
+    assert built.outputs[0].dtype == "float32"
+    keras_graph.refresh_symbolic_dtypes(built)
+    assert built.outputs[0].dtype == last.output.dtype == "float16"
+    assert [len(layer._inbound_nodes) for layer in built.layers] == nodes
+    built.get_layer("nested").layers[0].dtype_policy = "mixed_bfloat16"
+    keras_graph.refresh_symbolic_dtypes(built)
+    assert built.get_layer("nested").outputs[0].dtype == "bfloat16"
+    assert built.get_layer("nested").output.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("path", ["a", None])
+def test_a_policy_in_a_map_is_read_and_replaced_for_one_layer_only(path):
+    policies = keras.dtype_policies.DTypePolicyMap(default_policy="float32")
+    policies["a"] = keras.DTypePolicy("mixed_float16")
+    one, other = (layers.Dense(2, name="a", dtype=policies) for _ in range(2))
+    if path:
+        one.build((None, 2))
+        other.build((None, 2))
+    assert keras_graph.policy_of(one).name == ("mixed_float16" if path else "float32")
+    keras_graph.set_policy(one, keras.DTypePolicy("bfloat16"))
+    assert one.compute_dtype == "bfloat16"
+    assert keras_graph.policy_of(one).name == "bfloat16"
+    assert other.compute_dtype == ("float16" if path else "float32")
+    assert dict(policies.items()) == {"a": keras.DTypePolicy("mixed_float16")}

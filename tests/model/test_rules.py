@@ -1,0 +1,134 @@
+"""Models of ours follow the rules of the policy that they are made under; stock ones do not."""
+
+import keras
+import numpy as np
+import pytest
+
+import kerasmp as mp
+
+layers = keras.layers
+SAFE = mp.Policy("mixed_float16", rules="safe")
+X = np.ones((2, 6, 4), "float32")
+
+
+def sequential(module):
+    return module.Sequential([keras.Input((6, 4)), layers.Dense(8), layers.Dense(3)])
+
+
+def not_built(module):
+    return module.Sequential([layers.Dense(8), layers.Dense(3)])
+
+
+def functional(module):
+    inputs = keras.Input((6, 4))
+    return module.Model(inputs, layers.Dense(3)(layers.Dense(8)(inputs)))
+
+
+KINDS = pytest.mark.parametrize("build", [sequential, not_built, functional])
+
+
+def made_under(policy, build, module=mp):
+    with pytest.warns(mp.errors.PolicyWarning), mp.policy_scope(policy):
+        return build(module)
+
+
+@KINDS
+def test_the_head_is_float32_and_the_body_is_not(build):
+    model = made_under(SAFE, build)
+    output = model(X)
+    assert [layer.compute_dtype for layer in model.layers[-2:]] == ["float16", "float32"]
+    assert keras.backend.standardize_dtype(output.dtype) == "float32"
+    assert model.outputs[0].dtype == "float32"
+    assert {v.dtype for v in model.variables} == {"float32"}
+
+
+@KINDS
+def test_stock_models_do_not_follow(build):
+    model = made_under(SAFE, build, keras)
+    model(X)
+    assert {layer.compute_dtype for layer in model.layers[-2:]} == {"float16"}
+
+
+@KINDS
+def test_class_rules_are_followed(build):
+    model = made_under(mp.Policy("mixed_float16", rules={layers.Dense: "float32"}), build)
+    model(X)
+    assert {layer.compute_dtype for layer in model.layers[-2:]} == {"float32"}
+
+
+class Own(mp.Model):
+    def __init__(self):
+        super().__init__()
+        self.attend = layers.MultiHeadAttention(2, 4)
+        self.pool = layers.Softmax()
+
+    def call(self, inputs):
+        return self.pool(self.attend(inputs, inputs))
+
+
+def test_parts_that_are_made_when_the_model_is_built_follow_at_once():
+    model = made_under(SAFE, lambda _: Own())
+    output = model(X)
+    assert keras.backend.standardize_dtype(output.dtype) == "float32"
+    assert model.attend._softmax.compute_dtype == "float32"
+    assert model.attend.query_dense.compute_dtype == "float32"
+    assert model.attend.key_dense.compute_dtype == "float16"
+
+
+def test_they_follow_when_fit_builds_the_model():
+    model = made_under(SAFE, lambda _: Own())
+    model.compile("sgd", "mse")
+    model.fit(X, np.ones((2, 6, 4)), epochs=2, verbose=0)
+    assert isinstance(model.optimizer, mp.LossScaleOptimizer)
+    assert model.attend.query_dense.compute_dtype == "float32"
+
+
+def test_layers_with_a_dtype_of_their_own_keep_it():
+    def build(module):
+        return module.Sequential(
+            [keras.Input((4,)), layers.Dense(2), layers.Softmax(dtype="bfloat16"), layers.ReLU()]
+        )
+
+    model = made_under(SAFE, build)
+    assert [layer.compute_dtype for layer in model.layers] == ["float16", "bfloat16", "float32"]
+
+
+def test_path_rules_of_the_policy_win():
+    def build(module):
+        inputs = keras.Input((4,))
+        return module.Model(inputs, layers.Dense(2, name="head")(inputs))
+
+    rules = ["safe", {"head": "mixed_float16"}]
+    model = made_under(mp.Policy("mixed_float16", rules=rules), build)
+    assert model.layers[-1].compute_dtype == "float16"
+
+
+def test_layers_added_later_follow():
+    model = made_under(SAFE, sequential)
+    model.add(layers.Softmax(dtype="mixed_float16"))
+    model(np.ones((2, 6, 4)))
+    assert model.layers[-1].compute_dtype == "float32"
+
+
+def test_what_is_saved_computes_the_same_when_loaded(tmp_path):
+    model = made_under(SAFE, functional)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+    assert [layer.compute_dtype for layer in loaded.layers[-2:]] == ["float16", "float32"]
+
+
+def test_what_cannot_be_traced_is_built_by_its_call_and_follows_after():
+    class Eager(mp.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2, activation="softmax")
+
+        def call(self, inputs):
+            if float(keras.ops.sum(inputs)) < 0:
+                inputs = -inputs
+            return self.dense(inputs)
+
+    model = made_under(SAFE, lambda _: Eager())
+    assert model(np.ones((2, 4), "float32")).shape == (2, 2)
+    assert model.dense.compute_dtype == "float32"

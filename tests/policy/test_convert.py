@@ -1,0 +1,235 @@
+"""Converting models that are built: in place, weights kept, and back."""
+
+import keras
+import numpy as np
+import pytest
+
+import kerasmp as mp
+from kerasmp.backend.keras_private import flatten_layers
+
+layers = keras.layers
+X = np.random.default_rng(0).normal(size=(8, 6, 4)).astype("float32")
+
+
+def sequential():
+    return keras.Sequential(
+        [
+            keras.Input((6, 4)),
+            layers.Dense(8, activation="relu"),
+            layers.BatchNormalization(),
+            layers.Flatten(),
+            layers.Dense(3),
+        ]
+    )
+
+
+def functional():
+    inputs = keras.Input((6, 4))
+    inner = keras.Sequential([keras.Input((6, 4)), layers.Dense(8), layers.LayerNormalization()])
+    x = inner(inputs)
+    x = layers.MultiHeadAttention(2, 4)(x, x)
+    shared = layers.Dense(8, activation="relu")
+    x = layers.TimeDistributed(layers.Dense(8))(shared(shared(x)))
+    return keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(x)))
+
+
+class Own(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.attend = layers.MultiHeadAttention(2, 4)
+        self.dense = layers.Dense(3)
+
+    def call(self, inputs):
+        return self.dense(self.attend(inputs, inputs))
+
+
+def subclassed():
+    model = Own()
+    model(X)
+    return model
+
+
+MODELS = pytest.mark.parametrize("build", [sequential, functional, subclassed])
+
+
+@MODELS
+def test_weights_are_kept_and_restored_is_as_before(build):
+    model = build()
+    before, weights = model.predict(X, verbose=0), model.get_weights()
+    policies = [layer.dtype_policy for layer in flatten_layers(model)]
+    report = mp.convert(model)
+    half = model.predict(X, verbose=0)
+    assert {v.dtype for v in model.variables if "seed" not in v.path} == {"float32"}
+    for one, other in zip(model.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not np.array_equal(half, before)  # the compiled step is a new one
+    np.testing.assert_allclose(half.astype("float32"), before, rtol=0.05, atol=0.02)
+    assert "float16" in {layer.compute_dtype for layer in flatten_layers(model)}
+    report.restore()
+    np.testing.assert_array_equal(model.predict(X, verbose=0), before)
+    assert [layer.dtype_policy for layer in flatten_layers(model)] == policies
+    mp.convert(model)
+    report.restore()  # a second time nothing happens
+    assert "float16" in {layer.compute_dtype for layer in flatten_layers(model)}
+
+
+@pytest.mark.parametrize("build", [sequential, functional])
+def test_symbolic_outputs_follow(build):
+    model = build()
+    # JAX has no fused attention in float16 on a CPU.
+    attention = {layers.MultiHeadAttention: "float32"}
+    report = mp.convert(model, mp.Policy("mixed_float16", rules=attention), rules=None)
+    assert model.outputs[0].dtype == "float16"
+    assert model.layers[-2].output.dtype == "float16"
+    assert model.inputs[0].dtype == "float32"
+    further = keras.Model(model.inputs, layers.Dense(2, dtype="float32")(model.outputs[0]))
+    assert further.predict(X, verbose=0).dtype == np.float32
+    report.restore()
+    assert model.outputs[0].dtype == "float32"
+    mp.convert(model)
+    assert model.outputs[0].dtype == "float32"  # the head
+    assert model.layers[-2].output.dtype == "float16"
+
+
+def test_test_and_train_steps_follow_too():
+    model = sequential()
+    model.compile(mp.LossScaleOptimizer(keras.optimizers.SGD(0.0)), "mse")
+    y = np.zeros((8, 3), "float32")
+    losses = [model.evaluate(X, y, verbose=0)]
+    report = mp.convert(model)
+    losses.append(model.evaluate(X, y, verbose=0))
+    assert losses[0] != losses[1]
+    model.fit(X, y, verbose=0)
+    assert model.layers[0].compute_dtype == "float16"
+    report.restore()
+    assert model.train_function is None
+
+
+def test_nested_models_forget_their_steps_too():
+    model = functional()
+    inner = next(layer for layer in model.layers if isinstance(layer, keras.Sequential))
+    before = inner.predict(X, verbose=0)
+    assert before.dtype == np.float32
+    mp.convert(model)
+    assert inner.predict(X, verbose=0).dtype == np.float16
+    assert inner.outputs[0].dtype == "float16"
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_statistics_of_normalization_are_exact_after_any_way(given):
+    mean, variance = [1000.3, 1e-9], [1e6, 1e-8]
+    x = np.array([[1001.0, 2e-4], [2000.0, -1e-4]], "float32")
+    layer = layers.Normalization(mean=mean, variance=variance) if given else layers.Normalization()
+    model = keras.Sequential([keras.Input((2,)), layer, layers.ReLU(), layers.ReLU()])
+    if not given:
+        layer.adapt(x)
+    exact = keras.ops.convert_to_numpy(layer(x))
+    with np.errstate(over="ignore"):
+        broken = mp.convert(model, rules=None)
+        mp.convert(model, rules="safe")
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(layer(x)), exact)
+        broken.restore()
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(layer(x)), exact)
+
+
+def test_parts_of_wrappers_and_of_cells_follow():
+    inputs = keras.Input((6, 4))
+    x = layers.Bidirectional(layers.LSTM(2, return_sequences=True))(inputs)
+    x = layers.RNN([layers.GRUCell(2), layers.SimpleRNNCell(2)])(x)
+    model = keras.Model(inputs, layers.Dense(2)(x))
+    before = keras.ops.convert_to_numpy(model(X[:1]))
+    report = mp.convert(model)
+    assert {layer.compute_dtype for layer in flatten_layers(model)[1:-1]} == {"float16", "float32"}
+    assert all(p.compute_dtype == "float16" for p in flatten_layers(model) if "cell" in p.name)
+    half = keras.ops.convert_to_numpy(model(X[:1]))
+    np.testing.assert_allclose(half, before, atol=1e-2)
+    report.restore()
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(model(X[:1])), before)
+
+
+def test_a_dry_run_says_the_same_and_does_nothing():
+    model = functional()
+    before = model.predict(X, verbose=0)
+    dry = mp.convert(model, dry_run=True)
+    np.testing.assert_array_equal(model.predict(X, verbose=0), before)
+    dry.restore()
+    wet = mp.convert(model)
+    assert [row[1:] for row in dry.rows] == [row[1:] for row in wet.rows]
+    assert {row.after for row in wet.rows} == {"mixed_float16", "float32"}
+
+
+def test_the_report_names_the_exceptions_and_their_reasons():
+    model = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(4), layers.Softmax(name="soft"), layers.Dense(2)]
+    )
+    text = str(mp.convert(model, dry_run=True))
+    assert "1 layers mixed_float16, 2 otherwise" in text
+    assert "soft: float32" in text
+    assert "hazard" in text
+
+
+def test_rules_of_the_policy_and_of_the_call_are_put_together():
+    model = functional()
+    policy = mp.Policy("mixed_float16", rules={layers.LayerNormalization: "float32"})
+    report = mp.convert(model, policy)
+    assert report.policy.safe
+    assert report.policy.rules == policy.rules
+    report.restore()
+    assert not mp.convert(model, policy, rules=None, dry_run=True).policy.safe
+    safe = mp.Policy(policy, rules=["safe", policy.rules])
+    assert mp.convert(model, safe, rules=None, dry_run=True).policy == safe
+    both = mp.convert(model, policy, rules=["safe", {layers.Dense: "float32"}], dry_run=True)
+    assert set(both.policy.rules) == {layers.Dense, layers.LayerNormalization}
+
+
+def test_a_shared_policy_map_is_not_written_into():
+    policies = keras.dtype_policies.DTypePolicyMap(default_policy="float32")
+    keras.config.set_dtype_policy(policies)
+    model = sequential()
+    report = mp.convert(model)
+    assert model.layers[0].compute_dtype == "float16"
+    assert keras.layers.Dense(2).compute_dtype == "float32"
+    assert not list(policies.items())
+    report.restore()
+    assert not list(policies.items())
+    assert isinstance(model.layers[0].dtype_policy, keras.dtype_policies.DTypePolicyMap)
+
+
+def test_a_model_that_is_not_built_is_refused():
+    with pytest.raises(mp.errors.PolicyError, match="not built"):
+        mp.convert(Own())
+
+
+def test_weights_of_another_dtype_are_refused_and_nothing_changes():
+    model = sequential()
+    model.layers[-1].dtype_policy = "float16"
+    with pytest.raises(mp.errors.PolicyError, match="weights in float16"):
+        mp.convert(model)
+    assert model.layers[0].compute_dtype == "float32"
+
+
+def test_a_compiled_stock_model_without_scaling_earns_a_warning():
+    model = sequential()
+    model.compile("sgd", "mse")
+    with pytest.warns(mp.errors.LossScaleWarning, match="Compile it again"):
+        mp.convert(model).restore()
+    mp.convert(model, "mixed_bfloat16").restore()
+    model.compile(mp.LossScaleOptimizer("sgd"), "mse")
+    mp.convert(model)
+
+
+def test_our_models_wrap_their_optimizer_by_themselves_and_follow_the_output():
+    model = mp.Sequential(sequential().layers)
+    model(X)
+    model.compile("sgd", "mse")
+    report = mp.convert(model, "compute=float16,output=float32", rules=None)
+    model.fit(X, np.zeros((8, 3)), verbose=0)
+    assert isinstance(model.optimizer, mp.LossScaleOptimizer)
+    assert model.predict(X, verbose=0).dtype == np.float32
+    report.restore()
+    assert model.predict(X, verbose=0).dtype == np.float32
+
+
+def test_stock_models_cannot_follow_the_output():
+    with pytest.warns(mp.errors.PolicyWarning, match="output=float32"):
+        mp.convert(sequential(), "compute=float16,output=float32")

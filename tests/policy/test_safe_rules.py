@@ -1,0 +1,409 @@
+"""The rule set "safe": what it claims, what it leaves alone, and what it is good for."""
+
+import keras
+import numpy as np
+import pytest
+
+import kerasmp as mp
+from kerasmp.policy.assign import assign
+from kerasmp.policy.safe import RULES
+
+layers = keras.layers
+POLICY = mp.Policy("mixed_float16", rules="safe")
+
+
+def relu_after(layer, shape, count=1):
+    """Return a model in which `layer` is not the last one."""
+    inputs = [keras.Input(shape) for _ in range(count)]
+    outputs = layer(inputs if count > 1 else inputs[0])
+    outputs = layers.Concatenate(axis=0)(outputs) if isinstance(outputs, list) else outputs
+    return keras.Model(inputs, layers.ReLU()(layers.ReLU()(outputs)))
+
+
+def row_of(model, layer, policy=POLICY):
+    return next(row for row in assign(model, policy) if row.layer is layer)
+
+
+def attends(layer):
+    inputs = keras.Input((4, 8))
+    return keras.Model(inputs, layers.ReLU()(layers.ReLU()(layer([inputs, inputs]))))
+
+
+def masked(layer):
+    inputs = keras.Input((4, 8))
+    return keras.Model(inputs, layers.ReLU()(layers.ReLU()(layer(layers.Masking()(inputs)))))
+
+
+class Custom(layers.Layer):
+    activation = staticmethod(keras.activations.softmax)
+
+    def call(self, inputs):
+        return inputs
+
+
+def named(name, **settings):
+    return layers.Activation(name, **settings)
+
+
+# name of the rule: layers that it claims, and near misses that it leaves alone.
+CASES = {
+    "activity": (
+        [
+            lambda: relu_after(layers.Dense(2, activity_regularizer="l2"), (4,)),
+            lambda: relu_after(layers.ActivityRegularization(l2=0.1), (4,)),
+        ],
+        [lambda: relu_after(layers.Dense(2, kernel_regularizer="l2"), (4,))],
+    ),
+    "softmax": (
+        [lambda: relu_after(layers.Softmax(), (4,))],
+        [lambda: relu_after(layers.ReLU(), (4,)), lambda: relu_after(Custom(), (4,))],
+    ),
+    "attention": (
+        [lambda: attends(layers.Attention()), lambda: attends(layers.AdditiveAttention())],
+        [lambda: attends(layers.Dot(axes=2))],
+    ),
+    "probabilities": (
+        [
+            lambda: relu_after(layers.Dense(2, activation="sigmoid"), (4,)),
+            lambda: relu_after(layers.Conv2D(2, 1, activation="softmax"), (4, 4, 2)),
+        ],
+        [
+            lambda: relu_after(layers.Dense(2, activation="gelu"), (4,)),
+            lambda: relu_after(layers.LSTM(2), (4, 2)),
+            lambda: relu_after(mp.layers.DenseHead(2, activation="softmax"), (4,)),
+        ],
+    ),
+    "activation": (
+        [
+            lambda name=name: relu_after(named(name), (4,))
+            for name in ("gelu", "swish", "mish", "hard_silu", "squareplus", "tanh", "sigmoid")
+        ]
+        + [lambda: relu_after(named("softmax"), (4,))],
+        [
+            lambda name=name: relu_after(named(name), (4,))
+            for name in ("relu", "elu", "selu", "softplus", "log_softmax", "linear", "relu6")
+        ],
+    ),
+    "normalization": (
+        [
+            lambda: relu_after(layers.Normalization(), (4,)),
+            lambda: relu_after(layers.UnitNormalization(), (4,)),
+        ],
+        [
+            lambda: relu_after(layers.LayerNormalization(), (4,)),
+            lambda: relu_after(layers.BatchNormalization(), (4,)),
+            lambda: relu_after(mp.layers.BatchNormalization(), (4,)),
+        ],
+    ),
+    "cosine": (
+        [lambda: attends(layers.Dot(axes=2, normalize=True))],
+        [lambda: attends(layers.Dot(axes=2))],
+    ),
+    "pooling": (
+        [
+            lambda: relu_after(layers.AveragePooling1D(17), (34, 2)),
+            lambda: relu_after(layers.AveragePooling2D((3, 6)), (12, 12, 2)),
+            lambda: relu_after(layers.AveragePooling3D(3), (6, 6, 6, 2)),
+        ],
+        [
+            lambda: relu_after(layers.AveragePooling1D(16), (32, 2)),
+            lambda: relu_after(layers.AveragePooling2D(4), (8, 8, 2)),
+            lambda: relu_after(layers.MaxPooling2D(7), (14, 14, 2)),
+        ],
+    ),
+    "masked-pooling": (
+        [lambda: masked(layers.GlobalAveragePooling1D())],
+        [
+            lambda: relu_after(layers.GlobalAveragePooling1D(), (4, 2)),
+            lambda: relu_after(layers.GlobalAveragePooling2D(), (4, 4, 2)),
+        ],
+    ),
+    "average": (
+        [lambda: relu_after(layers.Average(), (4,), count=2)],
+        [lambda: relu_after(layers.Maximum(), (4,), count=2)],
+    ),
+    "spectral": (
+        [lambda: relu_after(layers.SpectralNormalization(layers.Dense(2)), (4,))],
+        [lambda: relu_after(layers.TimeDistributed(layers.Dense(2)), (4, 2))],
+    ),
+    "interpolation": (
+        [
+            lambda: relu_after(layers.UpSampling2D(interpolation="bilinear"), (4, 4, 2)),
+            lambda: relu_after(layers.Resizing(8, 8), (4, 4, 2)),
+        ],
+        [
+            lambda: relu_after(layers.UpSampling2D(), (4, 4, 2)),
+            lambda: relu_after(layers.Resizing(8, 8, interpolation="nearest"), (4, 4, 2)),
+        ],
+    ),
+}
+
+
+def third_from_the_end(model):
+    return model.layers[-3]
+
+
+def pairs(which):
+    return [
+        pytest.param(name, build, id=f"{name}-{number}")
+        for name, cases in CASES.items()
+        for number, build in enumerate(cases[which])
+    ]
+
+
+@pytest.mark.parametrize(("name", "build"), pairs(0))
+def test_what_a_rule_claims(name, build):
+    model = build()
+    row = row_of(model, third_from_the_end(model))
+    rule = next(rule for rule in RULES if rule.name == name)
+    assert row.after == "float32"
+    assert rule.name in row.reason
+    assert rule.hazard in row.reason
+    assert "hazard" in row.reason
+
+
+@pytest.mark.parametrize(("name", "build"), pairs(1))
+def test_what_it_leaves_alone(name, build):
+    model = build()
+    row = row_of(model, third_from_the_end(model))
+    assert (row.after, row.reason) == ("mixed_float16", "the policy"), name
+
+
+def test_every_rule_is_tested():
+    assert {rule.name for rule in RULES} == {*CASES, "head", "scores"}
+
+
+@pytest.mark.parametrize("cls", [layers.MultiHeadAttention, layers.GroupQueryAttention])
+def test_attention_computes_scores_in_float32_and_projects_in_float16(cls):
+    layer = cls(2, 4) if cls is layers.MultiHeadAttention else cls(4, 2, 2)
+    model = attends_itself(layer)
+    after = {row.path: row.after for row in assign(model, POLICY) if layer.name in row.path}
+    float32 = {path.rpartition("/")[2] for path, name in after.items() if name == "float32"}
+    assert "query" in float32
+    assert len(float32) == 3  # the others are softmax and dropout
+    rest = {path.rpartition("/")[2] for path, name in after.items() if name != "float32"}
+    assert rest == {layer.name, "key", "value", "attention_output"}
+
+
+def attends_itself(layer, shape=(4, 8)):
+    inputs = keras.Input(shape)
+    return keras.Model(inputs, layers.ReLU()(layers.ReLU()(layer(inputs, inputs))))
+
+
+def heads(model, policy=POLICY):
+    rows = assign(model, policy)
+    return [row.path for row in rows if row.after == "float32" and "head" in row.reason]
+
+
+def test_the_head_is_what_makes_an_output():
+    inputs = keras.Input((4,))
+    body = layers.Dense(8, name="body")(inputs)
+    first = layers.Dense(4, name="first")(body)
+    second = layers.Dense(6, name="second")(body)
+    shaped = layers.Dropout(0.5, name="drop")(layers.Reshape((2, 3), name="shape")(second))
+    model = keras.Model(inputs, [first, shaped])
+    assert set(heads(model)) == {"first", "second", "shape", "drop"}
+
+
+def test_a_softmax_of_its_own_is_the_head_and_the_layer_before_is_not():
+    model = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(4, name="logits"), layers.Softmax(name="probabilities")]
+    )
+    assert heads(model) == ["probabilities"]
+
+
+def test_the_head_is_found_through_operations_and_inside_of_models():
+    inputs = keras.Input((4,))
+    inner = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(4, name="a"), layers.Dense(4, name="b")]
+    )
+    outer = keras.Model(inputs, 2 * inner(inputs))
+    assert [path.rpartition("/")[2] for path in heads(outer)] == ["b"]
+
+
+def test_a_head_with_parts_takes_them_along():
+    inputs = keras.Input((3, 4))
+    model = keras.Model(inputs, layers.TimeDistributed(layers.Dense(2, name="inner"))(inputs))
+    assert {row.after for row in assign(model, POLICY)[1:]} == {"float32"}
+
+
+def test_what_a_users_layer_holds_is_not_taken_along():
+    class Block(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2)
+
+        def build(self, shape):
+            self.dense.build(shape)
+
+        def call(self, inputs):
+            return self.dense(inputs)
+
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, Block()(inputs))
+    assert not heads(model)
+
+
+@pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "mixed_bfloat16"])
+def test_policies_that_need_no_rules_have_none_and_bfloat16_has_all(name):
+    if name == "bfloat16":
+        with pytest.raises(mp.errors.PolicyError, match="mixed_bfloat16"):
+            mp.Policy(name, rules="safe")
+        return
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2), layers.Softmax()])
+    after = [row.after for row in assign(model, mp.Policy(name, rules="safe"))]
+    assert after == [name, name, "float32" if "mixed" in name else name]
+
+
+# What it is good for: an input that breaks the stock layer, and the layer under the rules.
+
+
+def normalized(x):
+    return x / np.sqrt(np.sum(np.square(x), -1, keepdims=True))
+
+
+def softmax(x, axis):
+    e = np.exp(x - x.max(axis, keepdims=True))
+    return e / e.sum(axis, keepdims=True)
+
+
+def dot_attention(query, value, scale=1.0):
+    return softmax(scale * query @ value.swapaxes(1, 2), -1) @ value
+
+
+def rounded(*shape, scale=1.0, shift=0.0):
+    values = np.random.default_rng(0).normal(shift, scale, shape)
+    return values.astype("float16").astype("float64")
+
+
+def far_from_zero(size):
+    """Return queries and values whose scores differ by little, and are large."""
+    x = rounded(2, 4, 6, 64, scale=0.5)
+    x[..., 0] = size
+    return x
+
+
+HAZARDS = {
+    "normalization": (
+        lambda: relu_after(layers.Normalization(mean=[0.0] * 4, variance=[9e4] * 4), (4,)),
+        rounded(8, 4, scale=300),
+        lambda x: x / 300,
+    ),
+    "unit": (
+        lambda: relu_after(layers.UnitNormalization(), (64,)),
+        rounded(8, 64, scale=100),
+        normalized,
+    ),
+    "pooling": (
+        lambda: relu_after(layers.AveragePooling1D(1024), (1024, 4)),
+        rounded(2, 1024, 4, shift=1),
+        lambda x: x.mean(1, keepdims=True),
+    ),
+    "softmax": (
+        lambda: relu_after(layers.Softmax(axis=(1, 2)), (8, 8)),
+        rounded(4, 8, 8, scale=2),
+        lambda x: softmax(x.reshape(4, -1), 1).reshape(4, 8, 8),
+    ),
+    "attention": (
+        lambda: relu_after(layers.Attention(), (6, 64), count=2),
+        far_from_zero(30),
+        lambda x: dot_attention(*x),
+    ),
+}
+
+
+def error(output, reference):
+    return np.linalg.norm(output - reference) / np.linalg.norm(reference)
+
+
+@pytest.mark.parametrize("name", HAZARDS)
+def test_the_rule_mends_the_hazard(name):
+    build, x, reference = HAZARDS[name]
+    expected = reference(x)
+    best = error(expected.astype("float16"), expected)
+
+    def measured(rules):
+        model = build()
+        mp.convert(model, "mixed_float16", rules=rules)
+        layer = third_from_the_end(model)
+        given = x.astype("float32")
+        output = layer([*given] if name == "attention" else given)
+        return error(keras.ops.convert_to_numpy(output).astype("float64"), expected)
+
+    assert not measured(None) <= 4 * best
+    assert measured("safe") <= best
+
+
+def test_averages_do_not_overflow():
+    x = np.full((1, 4), 4e4, "float32")
+
+    def averaged(rules):
+        model = relu_after(layers.Average(), (4,), count=2)
+        mp.convert(model, "mixed_float16", rules=rules)
+        return model.predict([x, x], verbose=0)
+
+    assert np.all(np.isinf(averaged(None)))
+    assert np.all(averaged("safe") == 4e4)
+
+
+def test_spectral_normalization_keeps_its_float32_kernel():
+    def kernel(rules):
+        keras.utils.set_random_seed(0)
+        layer = layers.SpectralNormalization(layers.Dense(8, use_bias=False))
+        model = relu_after(layer, (4,))
+        mp.convert(model, "mixed_float16", rules=rules)
+        assert layer.layer.compute_dtype == "float16"
+        with np.errstate(over="ignore"):  # JAX's cast of 1e-12, in float16
+            layer(np.ones((2, 4), "float32"), training=True)
+        return keras.ops.convert_to_numpy(layer.layer.kernel)
+
+    def is_rounded(values):
+        return np.array_equal(values, values.astype("float16").astype("float32"))
+
+    assert is_rounded(kernel(None))
+    assert not is_rounded(kernel("safe"))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_scores_do_not_overflow(fused):
+    x = far_from_zero(64)
+    expected = dot_attention(*x, scale=1 / 8)
+    eye = np.eye(64, dtype="float32")
+
+    def attended(rules):
+        # With dropout Keras cannot use the fused operation; it drops nothing outside of training.
+        layer = layers.MultiHeadAttention(1, 64, use_bias=False, dropout=0.0 if fused else 0.5)
+        model = attends_itself(layer, (6, 64))
+        weights = [w for w in layer.weights if w.path.endswith("kernel")]
+        for weight in weights:
+            weight.assign(eye.reshape(weight.shape))
+        mp.convert(model, "mixed_float16", rules=rules)
+        return keras.ops.convert_to_numpy(layer(*x.astype("float32"))).astype("float64")
+
+    best = error(expected.astype("float16"), expected)
+    assert error(attended("safe"), expected) <= 4 * best
+    if not fused or keras.backend.backend() == "tensorflow":  # elsewhere no CPU kernel does it
+        assert not error(attended(None), expected) <= 4 * best
+
+
+@pytest.mark.backend("tensorflow")
+@pytest.mark.parametrize(
+    "build", [lambda: layers.UpSampling2D(interpolation="bilinear"), lambda: layers.Resizing(8, 8)]
+)
+def test_interpolation_compiles_under_xla(build):
+    import tensorflow as tf
+
+    inputs = keras.Input((4, 4, 2))
+    x = build()(layers.Conv2D(2, 3, activation="relu")(inputs))
+    model = keras.Model(inputs, layers.GlobalAveragePooling2D()(layers.Conv2D(1, 1)(x)))
+
+    def trained(rules):
+        report = mp.convert(model, "mixed_float16", rules=rules)
+        optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD())
+        model.compile(optimizer, "mse", jit_compile=True)
+        model.train_on_batch(np.ones((2, 4, 4, 2)), np.ones((2, 1)))
+        report.restore()
+
+    with pytest.raises(tf.errors.InternalError, match="mixed precision is disallowed"):
+        trained(None)
+    trained("safe")
