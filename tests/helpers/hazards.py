@@ -10,87 +10,10 @@ from typing import Any
 import keras
 import numpy as np
 from helpers import best
-from keras import ops
+from helpers import hazard_calls as calls
+from helpers import hazard_inputs as inputs
 
 from kerasmp import layers as safe
-
-SCALE = 2.0**15  # what loss scaling starts with
-
-
-def plain(layer, *inputs):
-    return layer(*inputs)
-
-
-def together(layer, *inputs):
-    return layer(list(inputs))
-
-
-def masked(layer, x, mask):
-    return layer(x, mask=mask)
-
-
-def self_attention(layer, x):
-    return layer(x, x)
-
-
-def with_scores(layer, x):
-    return layer(x, x, return_attention_scores=True)[0]
-
-
-def masked_attention(layer, query, value, mask):
-    return layer([query, value], mask=[None, mask])
-
-
-def nothing_where_all_is_masked(layer, query, value, mask):
-    some = ops.any(mask, axis=-1)[:, None, None]
-    return ops.where(some, masked_attention(layer, query, value, mask), 0)
-
-
-def mean_of_unmasked(_, x, mask):
-    weights = ops.cast(mask, x.dtype)[..., None]
-    return ops.sum(x * weights, 1) / ops.maximum(ops.sum(weights, 1), 1)
-
-
-def extra_losses(layer, x):
-    layer(x)
-    return layer.losses
-
-
-def kernel_after_training(layer, x):
-    layer(x, training=True)
-    return ops.convert_to_tensor(layer.layer.kernel)
-
-
-def cross_entropy(layer, x, labels):
-    loss = keras.losses.SparseCategoricalCrossentropy()(labels, layer(x))
-    return ops.multiply(loss, SCALE)
-
-
-def binary_cross_entropy(layer, x, targets):
-    return ops.multiply(keras.losses.BinaryCrossentropy()(targets, layer(x)), SCALE)
-
-
-def normal(*shapes, std=1.0, mean=0.0):
-    """Return a maker of float16 arrays."""
-
-    def make(random):
-        return [(random.normal(size=s) * std + mean).astype("float16") for s in shapes]
-
-    return make
-
-
-def spread(low, high, count=4000):
-    """Return a maker of one array of all values between two."""
-
-    def make(_):
-        return [np.linspace(low, high, count).astype("float16")[None]]
-
-    return make
-
-
-def beside(make, *others):
-    """Return a maker that adds arrays which hold no floats."""
-    return lambda random: [*make(random), *(other(random) for other in others)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +44,7 @@ class Hazard:
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ours: str | None = None
     remedy: Mapping[str, Any] | None = None
-    call: Callable[..., Any] = plain
+    call: Callable[..., Any] = calls.plain
     reference_call: Callable[..., Any] | None = None
     upstream: float = 1.0
     subnormal: bool = False
@@ -144,38 +67,10 @@ class Hazard:
         for std in self.ordinary:
             random = np.random.default_rng(2)
             made = self.inputs(random)
-            yield [normal(x.shape, std=std)(random)[0] if x.dtype.kind == "f" else x for x in made]
-
-
-def _labels(random):
-    return random.integers(0, 1000, 64).astype("int32")
-
-
-def _targets(random):
-    return random.integers(0, 2, (64, 8)).astype("int32")
-
-
-def _half_masked(random):
-    """Return a mask whose first row lets nothing through."""
-    mask = random.random((4, 2000)) < 0.5
-    mask[0] = False
-    return mask
-
-
-def _no_row(_):
-    mask = np.ones((2, 16), bool)
-    mask[0] = False
-    return mask
-
-
-def _opposite(random):
-    """Return queries and values whose products are far below 0."""
-    return [normal((2, 16, 64), mean=mean)(random)[0] for mean in (4, -4)]
-
-
-def _some(_):
-    """Return a mask that lets the first eight of sixteen through."""
-    return np.arange(32).reshape(2, 16) % 16 < 8
+            yield [
+                inputs.normal(x.shape, std=std)(random)[0] if x.dtype.kind == "f" else x
+                for x in made
+            ]
 
 
 def _attention(number, layer, std, call):
@@ -184,15 +79,15 @@ def _attention(number, layer, std, call):
         "MultiHeadAttention": {"num_heads": 2, "key_dim": 128},
         "GroupQueryAttention": {"head_dim": 128, "num_query_heads": 2, "num_key_value_heads": 1},
     }[layer]
-    path = "fused" if call is self_attention else "with scores"
+    path = "fused" if call is calls.self_attention else "with scores"
     return Hazard(
         number,
         f"{layer}, {path}, inputs of std {std}",
         layer,
-        normal((4, 32, 64), std=std),
+        inputs.normal((4, 32, 64), std=std),
         arguments,
         call=call,
-        reference_call=with_scores,
+        reference_call=calls.with_scores,
         products=True,
         ordinary=(0.25, 1.0, 4.0),
     )
@@ -203,7 +98,7 @@ def _activation(function):
         11,
         f'Activation("{function}"), large upstream gradients',
         "Activation",
-        spread(-30, 30),
+        inputs.spread(-30, 30),
         {"activation": function},
         upstream=2.0**12,
     )
@@ -214,81 +109,81 @@ HAZARDS = [
         1,
         "Dense(1000, softmax), cross-entropy of probabilities",
         "Dense",
-        beside(normal((64, 32)), _labels),
+        inputs.beside(inputs.normal((64, 32)), inputs.labels),
         {"units": 1000, "activation": "softmax"},
         ours="DenseHead",
-        call=cross_entropy,
+        call=calls.cross_entropy,
         ordinary=(2.0**-5, 1.0),
     ),
     Hazard(
         1,
         "Dense(8, sigmoid), cross-entropy of probabilities",
         "Dense",
-        beside(normal((64, 32), std=2), _targets),
+        inputs.beside(inputs.normal((64, 32), std=2), inputs.targets),
         {"units": 8, "activation": "sigmoid"},
         ours="DenseHead",
-        call=binary_cross_entropy,
+        call=calls.binary_cross_entropy,
         ordinary=(2.0**-5, 1.0),
     ),
-    _attention(2, "MultiHeadAttention", 20, self_attention),
-    _attention(2, "MultiHeadAttention", 60, self_attention),
-    _attention(2, "GroupQueryAttention", 60, self_attention),
-    _attention(3, "MultiHeadAttention", 100, with_scores),
-    _attention(3, "GroupQueryAttention", 30, with_scores),
+    _attention(2, "MultiHeadAttention", 20, calls.self_attention),
+    _attention(2, "MultiHeadAttention", 60, calls.self_attention),
+    _attention(2, "GroupQueryAttention", 60, calls.self_attention),
+    _attention(3, "MultiHeadAttention", 100, calls.with_scores),
+    _attention(3, "GroupQueryAttention", 30, calls.with_scores),
     Hazard(
         4,
         "Attention, 64 features of std 30",
         "Attention",
-        normal((2, 16, 64), (2, 16, 64), std=30),
-        call=together,
+        inputs.normal((2, 16, 64), (2, 16, 64), std=30),
+        call=calls.together,
         ordinary=(0.25, 1.0),
     ),
     Hazard(
         4,
         "Attention, 64 features of std 5",
         "Attention",
-        normal((2, 16, 64), (2, 16, 64), std=5),
-        call=together,
+        inputs.normal((2, 16, 64), (2, 16, 64), std=5),
+        call=calls.together,
         ordinary=(),
     ),
     Hazard(
         5,
         "Attention, nothing unmasked, negative scores",
         "Attention",
-        beside(
+        inputs.beside(
             lambda random: [
-                *normal((2, 16, 64), mean=4)(random),
-                *normal((2, 16, 64), mean=-4)(random),
+                *inputs.normal((2, 16, 64), mean=4)(random),
+                *inputs.normal((2, 16, 64), mean=-4)(random),
             ],
-            _no_row,
+            inputs.no_row,
         ),
-        call=masked_attention,
-        reference_call=nothing_where_all_is_masked,
+        call=calls.masked_attention,
+        reference_call=calls.nothing_where_all_is_masked,
         ordinary=(0.25, 1.0),
     ),
     Hazard(
         6,
         "Dense(400), activity_regularizer",
         "Dense",
-        normal((200, 16), std=8),
+        inputs.normal((200, 16), std=8),
         lambda: {"units": 400, "activity_regularizer": keras.regularizers.L2(1e-3)},
-        call=extra_losses,
+        call=calls.extra_losses,
         upstream=2.0**5,
     ),
     Hazard(
         6,
         "ActivityRegularization",
         "ActivityRegularization",
-        normal((200, 400)),
+        inputs.normal((200, 400)),
         {"l1": 1e-3, "l2": 1e-3},
-        call=extra_losses,
+        call=calls.extra_losses,
         upstream=2.0**5,
     ),
     Hazard(
         7,
         "Normalization, a variance of 1e-8",
         "Normalization",
-        normal((64, 8), std=1e-4, mean=0.01),
+        inputs.normal((64, 8), std=1e-4, mean=0.01),
         {"mean": 0.01, "variance": 1e-8},
         ordinary=(),
     ),
@@ -296,7 +191,7 @@ HAZARDS = [
         7,
         "Normalization, a standard deviation of 1000",
         "Normalization",
-        normal((64, 8), std=1e3, mean=1e3),
+        inputs.normal((64, 8), std=1e3, mean=1e3),
         {"mean": 1e3, "variance": 1e6},
         ordinary=(1.0, 100.0),
     ),
@@ -304,103 +199,110 @@ HAZARDS = [
         7,
         "Normalization, a mean of 70000",
         "Normalization",
-        normal((64, 8), std=5e3, mean=4e4),
+        inputs.normal((64, 8), std=5e3, mean=4e4),
         {"mean": 7e4, "variance": 1e8},
         ordinary=(1.0, 100.0),
     ),
-    Hazard(8, "UnitNormalization, a norm of 2000", "UnitNormalization", normal((8, 400), std=100)),
+    Hazard(
+        8,
+        "UnitNormalization, a norm of 2000",
+        "UnitNormalization",
+        inputs.normal((8, 400), std=100),
+    ),
     Hazard(
         8,
         "Dot(normalize=True), norms of 2000",
         "Dot",
-        normal((8, 400), (8, 400), std=100),
+        inputs.normal((8, 400), (8, 400), std=100),
         {"axes": 1, "normalize": True},
-        call=together,
+        call=calls.together,
     ),
     Hazard(
         9,
         "AveragePooling2D(56)",
         "AveragePooling2D",
-        normal((1, 112, 112, 2), mean=1),
+        inputs.normal((1, 112, 112, 2), mean=1),
         {"pool_size": 56},
     ),
     Hazard(
         9,
         "AveragePooling1D(2048), a mean of 40",
         "AveragePooling1D",
-        normal((2, 4096, 2), mean=40),
+        inputs.normal((2, 4096, 2), mean=40),
         {"pool_size": 2048},
     ),
     Hazard(
         10,
         "GlobalAveragePooling1D with a mask, 2000 steps, a mean of 100",
         "GlobalAveragePooling1D",
-        beside(normal((4, 2000, 3), mean=100), _half_masked),
-        call=masked,
-        reference_call=mean_of_unmasked,
+        inputs.beside(inputs.normal((4, 2000, 3), mean=100), inputs.half_masked),
+        call=calls.masked,
+        reference_call=calls.mean_of_unmasked,
     ),
     *map(_activation, ("gelu", "silu", "mish", "hard_silu", "squareplus")),
     Hazard(
         12,
         "Conv2D, maps of 112 x 112, the bias",
         "Conv2D",
-        normal((2, 112, 112, 1)),
+        inputs.normal((2, 112, 112, 1)),
         {"filters": 2, "kernel_size": 3, "padding": "same"},
     ),
     Hazard(
         12,
         "Dense on 20000 positions, the bias",
         "Dense",
-        normal((2, 10000, 4)),
+        inputs.normal((2, 10000, 4)),
         {"units": 4},
     ),
     Hazard(
         13,
         "SpectralNormalization, the kernel after a training step",
         "SpectralNormalization",
-        normal((8, 16)),
+        inputs.normal((8, 16)),
         lambda: {"layer": keras.layers.Dense(32, name="dense")},
-        call=kernel_after_training,
+        call=calls.kernel_after_training,
         wide=True,
     ),
-    Hazard(14, "Softmax(axis=(1, 2))", "Softmax", normal((4, 8, 8, 2)), {"axis": (1, 2)}),
+    Hazard(14, "Softmax(axis=(1, 2))", "Softmax", inputs.normal((4, 8, 8, 2)), {"axis": (1, 2)}),
     Hazard(
         15,
         'Activation("sigmoid"), tails',
         "Activation",
-        spread(4, 9),
+        inputs.spread(4, 9),
         {"activation": "sigmoid"},
     ),
-    Hazard(15, 'Activation("tanh"), tails', "Activation", spread(2, 4.5), {"activation": "tanh"}),
-    Hazard(15, "Softmax, tails", "Softmax", normal((64, 10), std=4)),
+    Hazard(
+        15, 'Activation("tanh"), tails', "Activation", inputs.spread(2, 4.5), {"activation": "tanh"}
+    ),
+    Hazard(15, "Softmax, tails", "Softmax", inputs.normal((64, 10), std=4)),
     Hazard(
         16,
         "Average of three inputs of 30000",
         "Average",
-        normal((8, 16), (8, 16), (8, 16), mean=30000, std=100),
-        call=together,
+        inputs.normal((8, 16), (8, 16), (8, 16), mean=30000, std=100),
+        call=calls.together,
     ),
     Hazard(
         17,
         "AdditiveAttention, its scale",
         "AdditiveAttention",
-        normal((4, 32, 64), (4, 32, 64)),
-        call=together,
+        inputs.normal((4, 32, 64), (4, 32, 64)),
+        call=calls.together,
     ),
     Hazard(
         17,
         "Attention(use_scale=True), its scale",
         "Attention",
-        normal((4, 32, 64), (4, 32, 64)),
+        inputs.normal((4, 32, 64), (4, 32, 64)),
         {"use_scale": True},
-        call=together,
+        call=calls.together,
         ordinary=(0.25, 1.0),
     ),
     Hazard(
         18,
         "Softmax over 100,000 classes",
         "Softmax",
-        normal((2, 100_000)),
+        inputs.normal((2, 100_000)),
         remedy={"dtype": "float32"},
         subnormal=True,
     ),
@@ -408,7 +310,7 @@ HAZARDS = [
         19,
         "Softmax with a mask, logits of -40000",
         "Softmax",
-        beside(lambda _: [np.full((2, 16), -4e4, "float16")], _some),
-        call=masked,
+        inputs.beside(lambda _: [np.full((2, 16), -4e4, "float16")], inputs.some),
+        call=calls.masked,
     ),
 ]
