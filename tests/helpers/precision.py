@@ -82,13 +82,13 @@ class Measured:
         function = functools.partial(call, layer)
         dtypes = [dtype if x.dtype.kind == "f" else x.dtype.name for x in self.arrays]
         # Called with symbols, since some layers of stock Keras do not run in float16 on JAX.
-        function(
-            *(
-                keras.Input(batch_shape=x.shape, dtype=d)
-                for x, d in zip(self.arrays, dtypes, strict=True)
-            )
-        )
-        way = gradients.WAYS[0] if dtype == "float64" else self.way
+        symbols = [
+            keras.Input(batch_shape=x.shape, dtype=d)
+            for x, d in zip(self.arrays, dtypes, strict=True)
+        ]
+        # What a call adds to a layer's losses has no symbol: it is one number.
+        self._shapes = [y.shape for y in keras.tree.flatten(function(*symbols))] or [()]
+        way = "quick" if dtype == "float64" else self.way
         return gradients.compile_(function, layer.trainable_variables, way)
 
     @functools.cache  # noqa: B019 - as long-lived as this object
@@ -126,12 +126,9 @@ class Measured:
 
     def _wanted(self, arrays):
         wide = [x.astype("float64") if x.dtype.kind == "f" else x for x in arrays]
+        random = np.random.default_rng(1)
+        upstream = [rounded(random.normal(size=s) * self.hazard.upstream) for s in self._shapes]
         with gradients.float64():
-            outputs, _ = self._wide(wide)
-            random = np.random.default_rng(1)
-            upstream = [
-                rounded(random.normal(size=y.shape) * self.hazard.upstream) for y in outputs
-            ]
             outputs, wanted = self._wide(wide, upstream)
         return outputs, wanted, upstream
 
