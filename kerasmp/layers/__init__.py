@@ -1,5 +1,6 @@
 """Layers with float32 variables and float16 compute, and float32 where it must be."""
 
+from kerasmp.layers.activations import ELU, Activation, PReLU, Softmax
 from kerasmp.layers.attention import AdditiveAttention, Attention
 from kerasmp.layers.convolutional import (
     Conv1D,
@@ -15,19 +16,35 @@ from kerasmp.layers.convolutional import (
 )
 from kerasmp.layers.dense import Dense, EinsumDense
 from kerasmp.layers.head import DenseHead
+from kerasmp.layers.merging import Average, Dot
 from kerasmp.layers.multi_head_attention import GroupQueryAttention, MultiHeadAttention
 from kerasmp.layers.normalization import BatchNormalization
+from kerasmp.layers.pooling import (
+    AveragePooling1D,
+    AveragePooling2D,
+    AveragePooling3D,
+    GlobalAveragePooling1D,
+)
 from kerasmp.layers.recurrent import GRU, LSTM, RNN
 from kerasmp.layers.recurrent_cells import GRUCell, LSTMCell
+from kerasmp.layers.regularization import ActivityRegularization
+from kerasmp.layers.scaling import Normalization, UnitNormalization
 from kerasmp.layers.spectral import SpectralNormalization
 from kerasmp.layers.wrapper import WithDtype
 
 __all__ = [
+    "ELU",
     "GRU",
     "LSTM",
     "RNN",
+    "Activation",
+    "ActivityRegularization",
     "AdditiveAttention",
     "Attention",
+    "Average",
+    "AveragePooling1D",
+    "AveragePooling2D",
+    "AveragePooling3D",
     "BatchNormalization",
     "Conv1D",
     "Conv1DTranspose",
@@ -39,13 +56,19 @@ __all__ = [
     "DenseHead",
     "DepthwiseConv1D",
     "DepthwiseConv2D",
+    "Dot",
     "EinsumDense",
     "GRUCell",
+    "GlobalAveragePooling1D",
     "GroupQueryAttention",
     "LSTMCell",
     "MultiHeadAttention",
+    "Normalization",
+    "PReLU",
     "SeparableConv1D",
     "SeparableConv2D",
+    "Softmax",
     "SpectralNormalization",
+    "UnitNormalization",
     "WithDtype",
 ]

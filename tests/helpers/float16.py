@@ -78,12 +78,12 @@ def _compiled(mode, function):
     return MODES[mode](function)
 
 
-def step(mode, function, inputs, upstream):
+def step(mode, function, inputs, upstream, dtype="float16"):
     """Return the outputs of `function` and the gradients of its inputs, as float64 arrays.
 
-    The inputs are cast to float16, the upstream gradient to the dtype of the outputs.
+    The inputs are cast to `dtype`, the upstream gradient to the dtype of the outputs.
     """
-    tensors = [ops.convert_to_tensor(np.asarray(x, "float16")) for x in inputs]
+    tensors = [ops.convert_to_tensor(np.asarray(x, dtype)) for x in inputs]
     upstream = ops.convert_to_tensor(np.asarray(upstream, "float32"))
     outputs, gradients = _compiled(mode, function)(tensors, upstream)
     return numpy_of(outputs), [numpy_of(gradient) for gradient in gradients]

@@ -1,0 +1,67 @@
+"""Merging layers that overflow in float16, mended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from kerasmp.layers.in_float32 import CallInFloat32
+from kerasmp.ops import normalize
+
+
+@keras.saving.register_keras_serializable(package="kerasmp")
+class Average(CallInFloat32, keras.layers.Average):
+    """`keras.layers.Average`, summed in float32 between tensors of the compute dtype.
+
+    Args:
+        **kwargs: As for `keras.layers.Average`: `dtype`, `name`.
+
+    Input shape:
+        A list of tensors that broadcast, of any float dtype.
+
+    Output shape:
+        As for Keras, in the policy's compute dtype.
+
+    Example:
+
+    >>> x = keras.ops.array([[40000.0]])
+    >>> float(Average(dtype="mixed_float16")([x, x])[0, 0])  # their sum is inf in float16
+    40000.0
+    """
+
+
+@keras.saving.register_keras_serializable(package="kerasmp")
+class Dot(keras.layers.Dot):
+    """`keras.layers.Dot` that normalizes in float32; the products stay in the compute dtype.
+
+    Without `normalize` it is that of Keras. With it, vectors longer than 256 do not overflow, and
+    the product with a zero vector is 0, and so is its gradient.
+
+    Args:
+        axes: Axis, or an axis for each input, of the vectors.
+        normalize: Whether to make the vectors of length 1 first; default False.
+        **kwargs: As for `keras.layers.Dot`: `dtype`, `name`.
+
+    Input shape:
+        A list of two tensors, of any float dtype.
+
+    Output shape:
+        As for Keras, in the policy's compute dtype.
+
+    Example:
+
+    >>> x = keras.ops.array([[300.0, 400.0], [0.0, 0.0]])
+    >>> y = Dot(axes=1, normalize=True, dtype="mixed_float16")([x, x])
+    >>> keras.ops.convert_to_numpy(y).round(2).tolist()
+    [[1.0], [0.0]]
+    """
+
+    def call(self, inputs: Any) -> Any:
+        """Return the products."""
+        if not self.normalize:
+            return super().call(inputs)
+        axes = [self.axes] * 2 if isinstance(self.axes, int) else self.axes
+        units = [normalize(x, axis=axis) for x, axis in zip(inputs, axes, strict=True)]
+        # The name keeps Keras from counting this one among the layers it has to name.
+        return keras.layers.Dot(self.axes, name=self.name).call(units)

@@ -1,0 +1,353 @@
+"""Layers that compute in float32 between float16 tensors: near the best where stock ones are not."""
+
+import keras
+import numpy as np
+import pytest
+from helpers.float16 import MODES, assert_near_best, draw, errors, numpy_of, rounded, step
+from helpers.references import (
+    ACTIVATIONS,
+    normalize,
+    normalize_gradient,
+    softmax,
+    softmax_gradient,
+)
+from keras import ops
+
+from kerasmp import layers
+
+RNG = np.random.default_rng(0)
+
+
+def elementwise(name):
+    value, slope = ACTIVATIONS[name]
+    return value, lambda x, dy: (slope(x) * dy,)
+
+
+def pooled(*axes):
+    def gradient(x, dy):
+        return (dy / np.prod([x.shape[axis] for axis in axes]) + 0 * x,)
+
+    return lambda x: x.mean(axes, keepdims=True), gradient
+
+
+def flat_softmax(x):
+    return softmax(x.reshape(len(x), -1)).reshape(x.shape)
+
+
+def flat_softmax_gradient(x, dy):
+    flat = softmax_gradient(x.reshape(len(x), -1), dy.reshape(len(x), -1))
+    return (flat.reshape(x.shape),)
+
+
+def dot_gradient(x, y, dy):
+    return (
+        normalize_gradient(x, dy * normalize(y)),
+        normalize_gradient(y, dy * normalize(x)),
+    )
+
+
+def cosine(x, y):
+    return (normalize(x) * normalize(y)).sum(-1, keepdims=True)
+
+
+ALPHA = 0.25
+# Class, arguments, inputs, scale of the upstream gradient, value, gradients. Each input is such
+# that the stock layer is far off, or NaN, on the backends named.
+HAZARDS = {
+    "gelu": ("Activation", ["gelu"], [draw(0, (4000,), 5.0)], 40000.0, *elementwise("gelu")),
+    "squareplus": (
+        "Activation",
+        ["squareplus"],
+        [draw(0, (4000,), 2000.0)],
+        1.0,
+        *elementwise("squareplus"),
+    ),
+    "tanh": (
+        "Activation",
+        ["tanh"],
+        [rounded(RNG.uniform(2, 5, 4000))],
+        1.0,
+        *elementwise("tanh"),
+    ),
+    "elu": ("ELU", [], [draw(0, (4000,), 0.05)], 1.0, *elementwise("elu")),
+    "prelu": (
+        "PReLU",
+        [ALPHA],
+        [draw(0, (4, 50))],
+        1.0,
+        lambda x: np.where(x > 0, x, ALPHA * x),
+        lambda x, dy: (np.where(x > 0, dy, ALPHA * dy),),
+    ),
+    "softmax": (
+        "Softmax",
+        [(1, 2)],
+        [draw(0, (4, 30, 30), 3.0)],
+        100.0,
+        flat_softmax,
+        flat_softmax_gradient,
+    ),
+    "pool 1": (
+        "AveragePooling1D",
+        [2048],
+        [rounded(draw(0, (1, 2048, 3)) + 40)],
+        2000.0,
+        *pooled(1),
+    ),
+    "pool 2": (
+        "AveragePooling2D",
+        [112],
+        [rounded(draw(0, (1, 112, 112, 2)) + 10)],
+        8000.0,
+        *pooled(1, 2),
+    ),
+    "pool 3": (
+        "AveragePooling3D",
+        [20],
+        [rounded(draw(0, (1, 20, 20, 20, 2)) + 10)],
+        8000.0,
+        *pooled(1, 2, 3),
+    ),
+    "average": (
+        "Average",
+        [],
+        [np.abs(draw(seed, (4, 50), 20000.0)) for seed in range(5)],
+        1.0,
+        lambda *x: sum(x) / 5,
+        lambda *x: (x[-1] / 5,) * 5,
+    ),
+    "unit": (
+        "UnitNormalization",
+        [],
+        [draw(0, (6, 300), 60.0) * (np.arange(6) != 2)[:, None]],
+        3000.0,
+        normalize,
+        lambda x, dy: (normalize_gradient(x, dy),),
+    ),
+    "dot": (
+        "Dot",
+        [1, True],
+        [draw(0, (6, 300), 60.0) * (np.arange(6) != 2)[:, None], draw(1, (6, 300), 60.0)],
+        3000.0,
+        cosine,
+        dot_gradient,
+    ),
+}
+STOCK_IS_RIGHT = {"tensorflow": {"prelu"}, "jax": {"prelu", "elu"}}
+
+
+def make(room, case):
+    name, arguments = case[:2]
+    if name == "PReLU":
+        alpha = keras.initializers.Constant(arguments[0])
+        return room.PReLU(alpha, dtype="mixed_float16")
+    return getattr(room, name)(*arguments, dtype="mixed_float16")
+
+
+def call(layer, inputs):
+    if not layer.built:
+        shapes = [x.shape for x in inputs]
+        layer.build(shapes if len(shapes) > 1 else shapes[0])
+    return lambda *x: layer(list(x) if len(x) > 1 else x[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", HAZARDS)
+def test_errors_are_within_four_times_the_best(name, mode):
+    _, _, inputs, upstream, value, gradient = case = HAZARDS[name]
+    expected = value(*inputs)
+    dy = draw(9, expected.shape, upstream)
+    references = [expected, *gradient(*inputs, dy)]
+    outputs, gradients = step(mode, call(make(layers, case), inputs), inputs, dy)
+    for got, reference in zip([outputs, *gradients], references, strict=True):
+        assert_near_best(got, reference)
+
+    backend = keras.backend.backend()
+    if backend == "torch" or name in STOCK_IS_RIGHT[backend]:
+        return
+    outputs, gradients = step(mode, call(make(keras.layers, case), inputs), inputs, dy)
+    pairs = zip([outputs, *gradients], references, strict=True)
+    ratios = [error / best for error, best in (errors(*pair) for pair in pairs)]
+    assert any(not ratio < 4 for ratio in ratios), ratios  # also NaN
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_gradient_of_alpha_is_summed_in_float32(mode):
+    x, dy = rounded(np.full((2, 112, 112, 1), -1.0)), rounded(np.full((2, 112, 112, 1), 0.375))
+
+    def gradient(room):
+        layer = room.PReLU(shared_axes=[1, 2], dtype="mixed_float16")
+        layer.build(x.shape)
+
+        def loss(alpha):
+            with keras.StatelessScope(state_mapping=[(layer.alpha, alpha)]):
+                return layer(ops.convert_to_tensor(x.astype("float16")))
+
+        _, (of_alpha,) = step(mode, loss, [np.zeros((1, 1, 1))], dy, dtype="float32")
+        return of_alpha.item()
+
+    assert abs(gradient(layers) / -(0.375 * 2 * 112 * 112) - 1) < 1e-5
+    if keras.backend.backend() == "jax":
+        assert abs(gradient(keras.layers) / -(0.375 * 2 * 112 * 112) - 1) > 1e-3
+
+
+# ----------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_softmax_gives_masked_logits_nothing(mode):
+    x, dy = draw(0, (5, 8), 10000.0), draw(1, (5, 8))
+    mask = np.random.default_rng(0).random((5, 8)) > 0.5
+    mask[2] = False
+    x[0] = np.where(mask[0], -60000.0 + np.arange(8) * 32, 60000.0)
+    kept = ops.convert_to_tensor(mask)
+    layer = layers.Softmax(dtype="mixed_float16")
+    outputs, (gradient,) = step(mode, lambda x: layer(x, mask=kept), [x], dy)
+    masked = np.where(mask, x, -1e9)
+    assert_near_best(outputs, np.where(mask, softmax(masked), 0))
+    assert_near_best(gradient, np.where(mask, softmax_gradient(masked, dy * mask), 0))
+    stock = keras.layers.Softmax(dtype="mixed_float16")
+    outputs, _ = step(mode, lambda x: stock(x, mask=kept), [x], dy)
+    assert outputs[0].sum() < 0.5  # the masked ones took it
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("keepdims", [False, True])
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_global_pooling_of_masked_steps(data_format, keepdims, mode):
+    x = draw(0, (3, 2000, 4), 1.0)
+    x = rounded(x + 50)
+    mask = np.arange(2000) < np.array([[1500], [0], [2000]])
+    dy = draw(1, (3, 4), 5000.0)
+    count = np.maximum(mask.sum(-1), 1)[:, None]
+    expected = (x * mask[..., None]).sum(1) / count
+    wanted = mask[..., None] * (dy / count)[:, None]
+    axis = 1 if data_format == "channels_last" else 2
+    if axis == 2:
+        x, wanted = x.swapaxes(1, 2), wanted.swapaxes(1, 2)
+    if keepdims:
+        expected, dy = np.expand_dims(expected, axis), np.expand_dims(dy, axis)
+    arguments = {"data_format": data_format, "keepdims": keepdims, "dtype": "mixed_float16"}
+    kept = ops.convert_to_tensor(mask)
+    layer = layers.GlobalAveragePooling1D(**arguments)
+    outputs, (gradient,) = step(mode, lambda x: layer(x, mask=kept), [x], dy)
+    assert outputs.shape == expected.shape
+    assert_near_best(outputs, expected)
+    assert_near_best(gradient, wanted)
+    stock = keras.layers.GlobalAveragePooling1D(**arguments)
+    outputs, _ = step(mode, lambda x: stock(x, mask=kept), [x], dy)
+    assert np.all(np.isnan(outputs[1]))
+    unmasked, _ = step(mode, layer, [x], dy)
+    assert_near_best(unmasked, x.mean(axis, keepdims=keepdims))
+
+
+def test_a_mask_from_an_embedding_reaches_pooling_and_softmax():
+    ids = np.array([[1, 2, 0], [0, 0, 0]])
+    embed = keras.layers.Embedding(3, 4, mask_zero=True, dtype="mixed_float16")
+    inputs = keras.Input((3,), dtype="int32")
+    outputs = layers.GlobalAveragePooling1D(dtype="mixed_float16")(
+        layers.Activation("tanh", dtype="mixed_float16")(embed(inputs))
+    )
+    pooled = numpy_of(keras.Model(inputs, outputs)(ids))
+    rows = np.tanh(numpy_of(embed.embeddings))
+    np.testing.assert_allclose(pooled[0], (rows[1] + rows[2]) / 2, atol=1e-3)
+    assert not np.any(pooled[1])
+
+
+# ------------------------------------------------------------------- penalties on activations
+
+
+@pytest.mark.parametrize("factors", [{"l2": 0.01}, {"l1": 0.01}, {"l1": 0.5, "l2": 0.25}])
+def test_activity_penalties_are_float32(factors):
+    x = np.abs(draw(0, (32, 2000), 300.0))
+    layer = layers.ActivityRegularization(**factors, dtype="mixed_float16")
+    layer(ops.convert_to_tensor(x.astype("float32")))
+    (loss,) = layer.losses
+    assert keras.backend.standardize_dtype(loss.dtype) == "float32"
+    expected = (factors.get("l1", 0) * x + factors.get("l2", 0) * x**2).sum() / 32
+    np.testing.assert_allclose(numpy_of(loss), expected, rtol=1e-5)
+    stock = keras.layers.ActivityRegularization(**factors, dtype="mixed_float16")
+    stock(ops.convert_to_tensor(x.astype("float32")))
+    assert not np.isfinite(numpy_of(stock.losses[0]))
+
+
+def test_a_model_with_a_penalty_trains():
+    def history(room):
+        model = keras.Sequential(
+            [
+                keras.Input((4,)),
+                keras.layers.Dense(8, dtype="mixed_float16", kernel_initializer="ones"),
+                room.ActivityRegularization(l2=0.1, dtype="mixed_float16"),
+                keras.layers.Dense(1, dtype="float32"),
+            ]
+        )
+        model.compile("sgd", "mse")
+        return model.fit(np.ones((8, 4)), np.ones((8, 1)), verbose=0).history["loss"][0]
+
+    assert history(layers) > 12  # 0.1 * 8 * 4² is 12.8
+    if keras.backend.backend() == "tensorflow":
+        with pytest.raises(TypeError, match="float16"):
+            history(keras.layers)
+
+
+# ------------------------------------------------------------------------------------- contracts
+
+KWARGS = {"dtype": "mixed_float16", "name": "ours"}
+MADE = {
+    "Activation": lambda **k: layers.Activation("gelu", **k),
+    "ActivityRegularization": lambda **k: layers.ActivityRegularization(l1=0.1, l2=0.2, **k),
+    "Average": layers.Average,
+    "AveragePooling1D": lambda **k: layers.AveragePooling1D(2, strides=1, padding="same", **k),
+    "AveragePooling2D": lambda **k: layers.AveragePooling2D((2, 1), padding="same", **k),
+    "AveragePooling3D": lambda **k: layers.AveragePooling3D(2, **k),
+    "Dot": lambda **k: layers.Dot((1, -1), normalize=True, **k),
+    "ELU": lambda **k: layers.ELU(0.5, **k),
+    "GlobalAveragePooling1D": lambda **k: layers.GlobalAveragePooling1D(keepdims=True, **k),
+    "PReLU": lambda **k: layers.PReLU("ones", shared_axes=[1], **k),
+    "Softmax": lambda **k: layers.Softmax(axis=[1, 2], **k),
+    "UnitNormalization": lambda **k: layers.UnitNormalization(axis=[1, 2], **k),
+}
+SHAPES = {"AveragePooling2D": (4, 4, 3), "AveragePooling3D": (4, 4, 4, 3), "Dot": (5, 5)}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32"])
+@pytest.mark.parametrize("name", MADE)
+def test_it_is_the_stock_layer_else(name, policy, training, tmp_path):
+    layer = MADE[name](dtype=policy, name="ours")
+    stock = getattr(keras.layers, name).from_config({**layer.get_config(), "dtype": "float32"})
+    assert isinstance(layer, getattr(keras.layers, name))
+    assert {**layer.get_config(), "dtype": 0} == {**stock.get_config(), "dtype": 0}
+    shape = SHAPES.get(name, (4, 3))
+    count = 2 if name in ("Average", "Dot") else 1
+    sizes = (None, *shape[1:]) if name in ("AveragePooling1D", "Activation") else shape
+    inputs = [keras.Input(sizes) for _ in range(count)]
+    outputs = layer(inputs if count > 1 else inputs[0])
+    assert outputs.dtype == layer.compute_dtype
+    assert {v.dtype for v in layer.variables} <= {"float32"}
+    model = keras.Model(inputs, outputs)
+    x = [draw(seed, (2, *shape)).astype("float32") for seed in range(count)]
+    got = model(x if count > 1 else x[0], training=training)
+    assert keras.backend.standardize_dtype(got.dtype) == layer.compute_dtype
+    assert got.shape[1:] == tuple(n or m for n, m in zip(outputs.shape[1:], got.shape[1:]))
+    expected = stock(x if count > 1 else x[0])
+    tolerance = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-6}[layer.compute_dtype]
+    np.testing.assert_allclose(numpy_of(got), numpy_of(expected), rtol=tolerance, atol=tolerance)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded.get_layer("ours")) is type(layer)
+    assert loaded.get_layer("ours").get_config() == layer.get_config()
+    again = loaded(x if count > 1 else x[0], training=training)
+    np.testing.assert_array_equal(numpy_of(again), numpy_of(got))
+
+
+def test_dot_without_normalize_is_that_of_keras_and_leaves_names_alone():
+    x = ops.convert_to_tensor(draw(0, (2, 4)).astype("float16"))
+    for normalized in (False, True):
+        layer = layers.Dot(1, normalize=normalized, dtype="mixed_float16")
+        outputs = layer([x, x])
+        if not normalized:
+            stock = keras.layers.Dot(1, dtype="mixed_float16")([x, x])
+            np.testing.assert_array_equal(numpy_of(outputs), numpy_of(stock))
+    assert keras.layers.Dot(1).name == "dot_1"
+    with pytest.raises(ValueError, match="2 inputs"):
+        layers.Dot(1, normalize=True)([x, x, x])
