@@ -14,8 +14,6 @@ from typing import Any
 import keras
 from keras.optimizers.schedules import LearningRateSchedule
 from keras.src.backend import get_keras_mask, set_keras_mask
-
-
 from keras.src.backend.common.variables import AutocastScope
 from keras.src.models.functional import Functional
 from keras.src.models.model import functional_init_arguments

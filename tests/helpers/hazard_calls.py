@@ -1,0 +1,59 @@
+"""How the layers of hazards are called."""
+
+import keras
+from keras import ops
+
+SCALE = 2.0**15  # what loss scaling starts with
+
+
+def plain(layer, *inputs):
+    return layer(*inputs)
+
+
+def together(layer, *inputs):
+    return layer(list(inputs))
+
+
+def masked(layer, x, mask):
+    return layer(x, mask=mask)
+
+
+def self_attention(layer, x):
+    return layer(x, x)
+
+
+def with_scores(layer, x):
+    return layer(x, x, return_attention_scores=True)[0]
+
+
+def masked_attention(layer, query, value, mask):
+    return layer([query, value], mask=[None, mask])
+
+
+def nothing_where_all_is_masked(layer, query, value, mask):
+    some = ops.any(mask, axis=-1)[:, None, None]
+    return ops.where(some, masked_attention(layer, query, value, mask), 0)
+
+
+def mean_of_unmasked(_, x, mask):
+    weights = ops.cast(mask, x.dtype)[..., None]
+    return ops.sum(x * weights, 1) / ops.maximum(ops.sum(weights, 1), 1)
+
+
+def extra_losses(layer, x):
+    layer(x)
+    return layer.losses
+
+
+def kernel_after_training(layer, x):
+    layer(x, training=True)
+    return ops.convert_to_tensor(layer.layer.kernel)
+
+
+def cross_entropy(layer, x, labels):
+    loss = keras.losses.SparseCategoricalCrossentropy()(labels, layer(x))
+    return ops.multiply(loss, SCALE)
+
+
+def binary_cross_entropy(layer, x, targets):
+    return ops.multiply(keras.losses.BinaryCrossentropy()(targets, layer(x)), SCALE)

@@ -1,0 +1,57 @@
+"""Makers of inputs for the layers of hazards: they take a NumPy generator."""
+
+import numpy as np
+
+
+def normal(*shapes, std=1.0, mean=0.0):
+    """Return a maker of float16 arrays."""
+
+    def make(random):
+        return [(random.normal(size=s) * std + mean).astype("float16") for s in shapes]
+
+    return make
+
+
+def spread(low, high, count=4000):
+    """Return a maker of one array of all values between two."""
+
+    def make(_):
+        return [np.linspace(low, high, count).astype("float16")[None]]
+
+    return make
+
+
+def beside(make, *others):
+    """Return a maker that adds arrays which hold no floats."""
+    return lambda random: [*make(random), *(other(random) for other in others)]
+
+
+def labels(random):
+    return random.integers(0, 1000, 64).astype("int32")
+
+
+def targets(random):
+    return random.integers(0, 2, (64, 8)).astype("int32")
+
+
+def half_masked(random):
+    """Return a mask whose first row lets nothing through."""
+    mask = random.random((4, 2000)) < 0.5
+    mask[0] = False
+    return mask
+
+
+def no_row(_):
+    mask = np.ones((2, 16), bool)
+    mask[0] = False
+    return mask
+
+
+def opposite(random):
+    """Return queries and values whose products are far below 0."""
+    return [normal((2, 16, 64), mean=mean)(random)[0] for mean in (4, -4)]
+
+
+def some(_):
+    """Return a mask that lets the first eight of sixteen through."""
+    return np.arange(32).reshape(2, 16) % 16 < 8

@@ -1,0 +1,158 @@
+"""How far float16 layers are from float64, and how near float16 can come at all.
+
+An error is ||found - wanted|| / ||wanted||. The best is that of the float64 result rounded to
+float16; where a layer multiplies matrices in float16, that of the same layer with the backend's own
+float16 products and all else in float32.
+"""
+
+import dataclasses
+import functools
+import math
+
+import keras
+import numpy as np
+from helpers import gradients
+
+LARGEST = 65504.0
+SMALLEST = 2.0**-14
+# A smaller best is luck: a zero, a power of two, a single number. Four times this is one rounding.
+LEAST = 2.0**-13
+LEAST_WIDE = 2.0**-21  # for what has to be a float32 number, after a few operations
+ALLOWED = 4  # times the best
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The errors of one tensor: infinite if a value is; None if the layer does not run here."""
+
+    tensor: str
+    stock: float | None
+    ours: float | None
+    best: float
+
+    def good(self, contestant):
+        found = getattr(self, contestant)
+        return found is not None and found <= ALLOWED * self.best
+
+
+def error(found, wanted, *, subnormal=False):
+    """Return the relative error; None if there is nothing to compare.
+
+    Left out is what is wanted beyond float16's range and, unless `subnormal` counts, what is below
+    its normal numbers both as found and as wanted. A tensor that is wanted below them everywhere
+    says nothing: its true value may be 0, as for the bias of an attention's keys.
+    """
+    assert found.shape == wanted.shape
+    assert np.all(np.isfinite(wanted))
+    fits = np.abs(wanted) <= LARGEST
+    if not np.all(np.isfinite(found[fits])):
+        return math.inf
+    if not subnormal:
+        tiny = (np.abs(wanted) < SMALLEST) & (wanted != 0)
+        if np.all(tiny | (wanted == 0)) and np.any(tiny):
+            return None
+        fits &= ~(tiny & (np.abs(found) < SMALLEST))
+    found, wanted = found[fits], wanted[fits]
+    return float(np.linalg.norm(found - wanted) / (np.linalg.norm(wanted) or 1.0))
+
+
+def rounded(values):
+    """Return float64 values as float16 has them."""
+    with np.errstate(over="ignore"):
+        return np.asarray(values, "float64").astype("float16").astype("float64")
+
+
+class Measured:
+    """The layers of a hazard with the same weights, each compiled once for one way of running."""
+
+    def __init__(self, hazard, way):
+        self.hazard, self.way = hazard, way
+        self.arrays = hazard.inputs(np.random.default_rng(0))
+        with gradients.float64():
+            keras.utils.set_random_seed(0)
+            layer = hazard.make("reference")
+            wide = self._compiled(layer, hazard.reference_call or hazard.call, "float64")
+            self._weights = [_weight(v) for v in _floats(layer)]
+            self._wide = functools.partial(self._anew, layer, wide)
+        # Without the layer's own name, which has a number.
+        self._names = [v.path.partition("/")[2] for v in layer.trainable_variables]
+
+    def _compiled(self, layer, call, dtype):
+        """Build a layer and return the function of inputs and upstream gradients."""
+        function = functools.partial(call, layer)
+        dtypes = [dtype if x.dtype.kind == "f" else x.dtype.name for x in self.arrays]
+        # Called with symbols, since some layers of stock Keras do not run in float16 on JAX.
+        symbols = [
+            keras.Input(batch_shape=x.shape, dtype=d)
+            for x, d in zip(self.arrays, dtypes, strict=True)
+        ]
+        # What a call adds to a layer's losses has no symbol: it is one number.
+        self._shapes = [y.shape for y in keras.tree.flatten(function(*symbols))] or [()]
+        way = "quick" if dtype == "float64" else self.way
+        return gradients.compile_(function, layer.trainable_variables, way)
+
+    @functools.cache  # noqa: B019 - as long-lived as this object
+    def _runs(self, contestant):
+        layer = self.hazard.make(contestant)
+        run = self._compiled(layer, self.hazard.call, "float16")
+        return functools.partial(self._anew, layer, run)
+
+    def _anew(self, layer, run, *arguments):
+        """Run with the first weights, which a layer may have changed when it ran before."""
+        for variable, value in zip(_floats(layer), self._weights, strict=True):
+            variable.assign(value)
+        return run(*arguments)
+
+    def rows(self, arrays=None, contestants=("stock", "ours")):
+        """Return the errors of the outputs, then those of the gradients."""
+        arrays = self.arrays if arrays is None else arrays
+        outputs, wanted, upstream = self._wanted(arrays)
+        names = [f"output {i + 1}" for i in range(len(outputs))]
+        names += [f"d input {i + 1}" for i, x in enumerate(arrays) if x.dtype.kind == "f"]
+        names += [f"d {name}" for name in self._names]
+        found = {
+            contestant: self._errors(contestant, arrays, upstream, [*outputs, *wanted])
+            for contestant in (*contestants, "best")
+        }
+        least = LEAST_WIDE if self.hazard.wide else LEAST
+        nothing = [None] * len(names)
+        columns = (found.get(c, nothing) for c in ("stock", "ours", "best"))
+        rows = [
+            Row(name, stock, ours, max(best, least)) if best is not None else None
+            for name, stock, ours, best in zip(names, *columns, strict=True)
+        ]
+        forward, backward = rows[: len(outputs)], rows[len(outputs) :]
+        return [r for r in forward if r], [r for r in backward if r]
+
+    def _wanted(self, arrays):
+        wide = [x.astype("float64") if x.dtype.kind == "f" else x for x in arrays]
+        random = np.random.default_rng(1)
+        upstream = [rounded(random.normal(size=s) * self.hazard.upstream) for s in self._shapes]
+        with gradients.float64():
+            outputs, wanted = self._wide(wide, upstream)
+        return outputs, wanted, upstream
+
+    def _errors(self, contestant, arrays, upstream, wanted):
+        if contestant == "best" and self.hazard.wide:
+            return [LEAST_WIDE] * len(wanted)
+        if contestant == "best" and not self.hazard.products:
+            return [self._error(rounded(w), w) for w in wanted]
+        try:
+            outputs, found = self._runs(contestant)(arrays, upstream)
+        except Exception:
+            if contestant != "stock":
+                raise
+            return [None] * len(wanted)
+        return [self._error(f, w) for f, w in zip([*outputs, *found], wanted, strict=True)]
+
+    def _error(self, found, wanted):
+        return error(found, wanted, subnormal=self.hazard.subnormal)
+
+
+def _floats(layer):
+    return [v for v in layer.variables if keras.backend.is_float_dtype(v.dtype)]
+
+
+def _weight(variable):
+    value = gradients.numpy(variable)
+    return rounded(value) if variable.trainable else value

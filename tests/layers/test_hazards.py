@@ -1,0 +1,51 @@
+"""Every hazard of float16: ours is as accurate as float16 can be, and stock Keras is not."""
+
+import functools
+
+import keras
+import pytest
+from helpers import gradients, numerics_page
+from helpers.hazards import HAZARDS
+from helpers.precision import Measured
+
+BY_NAME = {hazard.name: hazard for hazard in HAZARDS}
+every_hazard = pytest.mark.parametrize("name", BY_NAME)
+every_way = pytest.mark.parametrize("way", gradients.WAYS)
+FAR = 16  # times the best: too far to be an accident of a version
+
+
+@functools.lru_cache(1)
+def measured(name, way):
+    return Measured(BY_NAME[name], way)
+
+
+def recorded():
+    """Return the hazards and ways in which stock Keras was found far off, with the tensors."""
+    entry = numerics_page.read().get(keras.backend.backend(), {"rows": []})
+    far = {}
+    for row in entry["rows"]:
+        if row["inputs"] == numerics_page.HAZARD and numerics_page.ratio(row, "stock") > FAR:
+            far.setdefault((row["name"], row["way"]), set()).add(row["tensor"])
+    return far
+
+
+def test_names_are_told_apart():
+    assert len(BY_NAME) == len(HAZARDS)
+
+
+@every_hazard
+@every_way
+def test_ours_is_near_the_best(name, way):
+    """Forward and gradients, on the hazard and on ordinary inputs of several magnitudes."""
+    layers = measured(name, way)
+    for arrays in (layers.arrays, *layers.hazard.ordinary_inputs()):
+        forward, backward = layers.rows(arrays, ["ours"])
+        assert not [row for row in [*forward, *backward] if not row.good("ours")]
+
+
+@pytest.mark.keras("3.15")
+@pytest.mark.parametrize(("name", "way"), recorded(), ids="-".join)
+def test_stock_keras_is_as_far_off_as_the_page_says(name, way):
+    forward, backward = measured(name, way).rows(contestants=["stock"])
+    far = {row.tensor for row in [*forward, *backward] if not row.good("stock")}
+    assert far >= recorded()[name, way]
