@@ -36,6 +36,7 @@ def measure(hazard, way):
                 yield {
                     "number": hazard.number,
                     "name": hazard.name,
+                    "answer": hazard.answer,
                     "way": way,
                     "inputs": title,
                     "part": part,

@@ -27,7 +27,7 @@ class Hazard:
         inputs: Makes float16 arrays, or others that have no gradient, from a NumPy generator.
         arguments: For the constructors. Called, if it holds layers.
         ours: Name of the class in kerasmp.layers, if it is another.
-        remedy: Arguments that make the stock class safe, if that is the answer.
+        remedy: Arguments that rules="safe" gives the stock class, if they are the answer.
         call: Runs the layer on the inputs.
         reference_call: Does so in float64, if there is a simpler way with the same result.
         upstream: Standard deviation of the gradients that come from above.
@@ -62,6 +62,11 @@ class Hazard:
         name = self.ours if contestant == "ours" and self.ours else self.layer
         return getattr(room, name)(**arguments)
 
+    @property
+    def answer(self):
+        """What a user writes."""
+        return f"`{self.ours or self.layer}`" if self.remedy is None else '`rules="safe"`'
+
     def ordinary_inputs(self):
         """Yield inputs of the same shapes without the hazard, of several magnitudes."""
         for std in self.ordinary:
@@ -88,6 +93,7 @@ def _attention(number, layer, std, call):
         arguments,
         call=call,
         reference_call=calls.with_scores,
+        upstream=min(1.0, 2 / std),  # else the gradients of kernels are beyond float16
         products=True,
         ordinary=(0.25, 1.0, 4.0),
     )
@@ -167,6 +173,7 @@ HAZARDS = [
         "Dense",
         inputs.normal((200, 16), std=8),
         lambda: {"units": 400, "activity_regularizer": keras.regularizers.L2(1e-3)},
+        remedy={"dtype": "float32"},
         call=calls.extra_losses,
         upstream=2.0**5,
     ),

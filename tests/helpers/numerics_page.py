@@ -14,9 +14,9 @@ WAYS = {
 }
 HAZARD = "hazard"  # the inputs of a row; others are named by their standard deviation
 HEAD = (
-    "| # | Layer, and what goes wrong | Run by "
+    "| # | Layer, and what goes wrong | Ours | Run by "
     "| Output: stock | ours | best | Gradients: stock | ours | best | Worst |\n"
-    "|---|---|---|---|---|---|---|---|---|---|"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
 )
 TEXT = """# How accurate float16 is
 
@@ -30,6 +30,7 @@ page has every place that we know of, measured: the stock layer, ours, and the b
 - **Best** is the error of the float64 result rounded to float16. Where a layer multiplies by
   weights in float16, it is that of the same layer with the framework's own float16 products and
   all else in float32. A best below {least} is luck, and counts as that.
+- **Ours** is a layer of `kerasmp.layers`, or the stock layer as the rules "safe" run it.
 - **inf** means that a value is inf or NaN; **-** that the layer does not run.
 - Of several outputs or gradients, a row shows the one that stock Keras gets most wrong. **Worst**
   is our largest error of all of them, as a multiple of the best. A test holds it to {allowed}.
@@ -117,7 +118,8 @@ def _line(number, name, way, rows):
         worst = max(of_part, key=lambda row: ratio(row, "stock"))
         cells += [_number(worst[key]) for key in ("stock", "ours", "best")]
     most = max(map(ratio, rows))
-    return f"| {number} | {name} | {WAYS[way]} | {' | '.join(cells)} | {most:.1f} |"
+    start = f"| {number} | {name} | {rows[0]['answer']} | {WAYS[way]}"
+    return f"{start} | {' | '.join(cells)} | {most:.1f} |"
 
 
 def _number(value):

@@ -118,7 +118,8 @@ class Measured:
         nothing = [None] * len(names)
         columns = (found.get(c, nothing) for c in ("stock", "ours", "best"))
         rows = [
-            Row(name, stock, ours, max(best, least)) if best is not None else None
+            # Where the best overflows too, float16 has no answer.
+            Row(name, stock, ours, max(best, least)) if best not in {None, math.inf} else None
             for name, stock, ours, best in zip(names, *columns, strict=True)
         ]
         forward, backward = rows[: len(outputs)], rows[len(outputs) :]
