@@ -1,6 +1,10 @@
 """Train steps of a user's own that never call Keras's, as Keras's guides write them."""
 
+import types
+
 import keras
+
+import kerasmp as mp
 
 BACKEND = keras.backend.backend()
 
@@ -69,3 +73,11 @@ class JaxStep:
 
 
 OwnStep = {"tensorflow": TensorFlowStep, "jax": JaxStep, "torch": TorchStep}[BACKEND]
+
+
+class WithOwnStep(OwnStep, mp.Sequential):
+    pass
+
+
+# In place of kerasmp, where a network is made of a module's classes.
+MODULE = types.SimpleNamespace(Sequential=WithOwnStep)
