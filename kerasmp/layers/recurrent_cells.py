@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras import ops
 
-from kerasmp.backend import current
 from kerasmp.backend.keras_private import AutocastScope
 
 if TYPE_CHECKING:
@@ -71,10 +70,8 @@ class EarlyCast:
             if variable is None:
                 continue
             with AutocastScope(None):
-                master = ops.convert_to_tensor(variable)
-            wide = name == "bias" and current().NARROW_SUMS
-            cast = master if wide else ops.cast(ops.stop_gradient(master), cell.compute_dtype)
-            early[name] = (master, cast)
+                master = ops.copy(variable)  # a tensor; convert_to_tensor may hand on the variable
+            early[name] = (master, ops.cast(master, cell.compute_dtype))
         # Around Keras's own __setattr__: this is no state.
         object.__setattr__(cell, "_early", early)
         try:
@@ -104,12 +101,21 @@ class EarlyCast:
         """Return the output of one step and the new states, in the compute dtype."""
         cell: Any = self
         if self._projected:
-            results = self._step(inputs, states)
+            results = self._step(self._wide(inputs), states)
         else:
             results = super().call(inputs, states, training=training)  # type: ignore[misc]
         return keras.tree.map_structure(lambda x: ops.cast(x, cell.compute_dtype), results)
 
+    def _wide(self, tensor: Any) -> Any:
+        cell: Any = self
+        return ops.cast(tensor, cell.variable_dtype)
+
+    def _wide_bias(self) -> Any:
+        """Return the bias as it is, in float32: so is the sum that is its gradient."""
+        return vars(self)["_early"]["bias"][0]
+
     def _step(self, projected: Any, states: Any) -> Any:
+        """Do a step whose gates are float32, from the inputs' product and the old states."""
         raise NotImplementedError
 
 
@@ -140,12 +146,12 @@ class LSTMCell(EarlyCast, keras.layers.LSTMCell):
 
     def _step(self, projected: Any, states: Any) -> Any:
         output, carry = states
-        gates = projected + ops.matmul(output, self.recurrent_kernel)
+        gates = projected + self._wide(ops.matmul(output, self.recurrent_kernel))
         if self.use_bias:
-            gates = ops.add(gates, self.bias)
+            gates = gates + self._wide_bias()
         enter, forget, candidate, leave = ops.split(gates, 4, axis=-1)
         gate = self.recurrent_activation
-        carry = gate(forget) * carry + gate(enter) * self.activation(candidate)
+        carry = gate(forget) * self._wide(carry) + gate(enter) * self.activation(candidate)
         output = gate(leave) * self.activation(carry)
         return output, [output, carry]
 
@@ -181,14 +187,14 @@ class GRUCell(EarlyCast, keras.layers.GRUCell):
 
     def _step(self, projected: Any, states: Any) -> Any:
         (state,) = keras.tree.flatten(states)
-        recurrent = ops.matmul(state, self.recurrent_kernel)
+        recurrent = self._wide(ops.matmul(state, self.recurrent_kernel))
         if self.use_bias:
-            of_inputs, of_state = ops.unstack(self.bias)
+            of_inputs, of_state = ops.unstack(self._wide_bias())
             projected, recurrent = projected + of_inputs, recurrent + of_state
         update, reset, candidate = ops.split(projected, 3, axis=-1)
         old_update, old_reset, old_candidate = ops.split(recurrent, 3, axis=-1)
         update = self.recurrent_activation(update + old_update)
         reset = self.recurrent_activation(reset + old_reset)
         candidate = self.activation(candidate + reset * old_candidate)
-        state = update * state + (1 - update) * candidate
+        state = update * self._wide(state) + (1 - update) * candidate
         return state, [state] if keras.tree.is_nested(states) else state

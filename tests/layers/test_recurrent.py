@@ -1,0 +1,411 @@
+"""LSTM and GRU: each kernel is cast once, and gradients are as good as float16 products allow."""
+
+import contextlib
+
+import keras
+import numpy as np
+import pytest
+from helpers import recurrent_best, traced_casts
+from helpers.half import MODES, error, half, numpy_of, run
+from keras import ops
+
+from kerasmp import layers
+from kerasmp.layers import recurrent_cells
+
+NAMES = ["LSTM", "GRU"]
+UNITS, FEATURES = 3, 5
+
+
+def sequences(batch=2, steps=4, features=FEATURES, seed=0):
+    values = np.random.default_rng(seed).normal(size=(batch, steps, features))
+    return values.astype("float16")
+
+
+def pair(name, shape, ours="mixed_float16", stock="mixed_float16", **kwargs):
+    """Return our layer and the stock one, with the same weights."""
+    made = [
+        getattr(module, name)(UNITS, dtype=dtype, **kwargs)
+        for module, dtype in ((layers, ours), (keras.layers, stock))
+    ]
+    for layer in made:
+        layer.build(shape)
+    random = np.random.default_rng(1)
+    for target, source in zip(made[0].weights, made[1].weights, strict=True):
+        value = random.normal(size=target.shape) * 0.5
+        target.assign(value)
+        source.assign(value)
+    return made
+
+
+def flat(outputs):
+    return [numpy_of(x) for x in keras.tree.flatten(outputs)]
+
+
+def assert_close(got, want, tolerance=4e-3):
+    got, want = flat(got), flat(want)
+    assert len(got) == len(want) > 0
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------- counts of casts
+
+
+ONCE = (3, 0)  # two kernels and a bias, and none in the loop
+
+
+def shapes(layer):
+    return [v.shape for v in layer.cell.weights if v.name != "seed_generator_state"]
+
+
+def casts(layer, x, *, trained=False):
+    """Count the casts of weights in a call, or in a call with its gradients."""
+
+    def step(x):
+        if not trained:
+            return layer(x, training=True)
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(layer(x, training=True))
+        return tape.gradient(loss, [v.value for v in layer.trainable_variables])
+
+    return traced_casts.count(step, x, shapes(layer))
+
+
+@pytest.mark.backend("tensorflow", "jax")
+@pytest.mark.parametrize("name", NAMES)
+def test_each_weight_is_cast_once_and_not_in_the_loop(name):
+    x = sequences(steps=8)
+    ours, stock = pair(name, x.shape)
+    assert casts(ours, x) == ONCE
+    if keras.backend.backend() == "tensorflow":
+        assert casts(ours, x, trained=True) == ONCE
+        assert casts(stock, x) == (6, 3)  # in the loop, and before it to learn the shape
+    elif name == "LSTM":  # a stock GRU is a loop of its own on JAX
+        assert casts(stock, x) == (3, 3)
+
+
+@pytest.mark.backend("tensorflow", "jax")
+@pytest.mark.parametrize("kwargs", [{}, {"recurrent_dropout": 0.5}, {"dropout": 0.5}], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_also_in_an_unrolled_loop(name, kwargs):
+    x = sequences(steps=8)
+    ours, stock = pair(name, x.shape, unroll=True, **kwargs)
+    assert casts(ours, x) == ONCE
+    assert casts(stock, x)[0] >= 8 * 3
+
+
+@pytest.mark.backend("tensorflow", "jax")
+def test_also_in_cells_that_are_stacked_and_in_both_directions():
+    x = sequences(steps=8)
+    keras.config.set_dtype_policy("mixed_float16")
+    stacked = layers.RNN([layers.LSTMCell(3), layers.GRUCell(2)])
+    both = keras.layers.Bidirectional(layers.LSTM(3))
+    for layer in (stacked, both):
+        layer.build(x.shape)
+        of = [v.shape for v in layer.trainable_variables]
+        total, inside = traced_casts.count(layer, x, of)
+        assert inside == 0
+        # Keras calls stacked cells once more, to learn their shapes, and drops the results.
+        assert total == (12 if layer is stacked else 6)
+
+
+# --------------------------------------------------------------------------------------- errors
+
+
+@contextlib.contextmanager
+def wide():
+    """Let JAX have float64."""
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    import jax
+
+    with jax.enable_x64(True):
+        yield
+
+
+def errors_of(name, steps, contestants, mode):
+    """Return, for each contestant, the errors of the outputs, of their gradients, of weights."""
+    units = 32
+    x = sequences(16, steps, 24)
+    upstream = np.random.default_rng(2).normal(size=(16, steps, units)).astype("float32")
+    with wide():
+        reference = getattr(keras.layers, name)(units, return_sequences=True, dtype="float64")
+        reference.build(x.shape)
+        weights = [half(ops.convert_to_numpy(w)) for w in reference.get_weights()]
+        random = np.random.default_rng(3)
+        weights[-1] = half(random.normal(size=weights[-1].shape) * 0.1)
+        reference.set_weights(weights)
+        way = "graph" if mode == "xla" else mode
+        outputs, gradients = run(way, reference, [x], upstream, reference.trainable_variables)
+        wanted = [outputs, *gradients]
+    found = {}
+    for contestant in contestants:
+        if contestant == "best":
+            layer = recurrent_best.layer(name, units, return_sequences=True, dtype="float32")
+        else:
+            module = layers if contestant == "ours" else keras.layers
+            layer = getattr(module, name)(units, return_sequences=True, dtype="mixed_float16")
+        layer.build(x.shape)
+        layer.set_weights(weights)
+        outputs, gradients = run(mode, layer, [x], upstream, layer.trainable_variables)
+        got = [half(outputs), half(gradients[0]), *gradients[1:]]
+        found[contestant] = np.array([error(g, w) for g, w in zip(got, wanted, strict=True)])
+    return found
+
+
+STEPS = {"graph": 200, "xla": 32, "jit": 200, "eager": 32}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_errors_are_within_four_times_the_best(name, mode):
+    steps = STEPS[mode]
+    fails = (name, mode) == ("GRU", "jit")  # stock Keras sums gradients over steps in float16
+    found = errors_of(name, steps, ["ours", "best", *(["stock"] if fails else [])], mode)
+    assert np.all(found["ours"] <= 4 * found["best"]), found
+    if fails:
+        assert found["stock"][-1] > 4 * found["best"][-1]
+
+
+@pytest.mark.backend("tensorflow", "jax")
+def test_a_cast_before_the_loop_alone_would_sum_gradients_in_float16(monkeypatch):
+    mode = {"tensorflow": "graph", "jax": "jit"}[keras.backend.backend()]
+    good = errors_of("LSTM", 200, ["ours"], mode)["ours"]
+    recurrent_kernel = 3
+    monkeypatch.setattr(recurrent_cells, "_cast_before", lambda _, cast: cast)
+    assert errors_of("LSTM", 200, ["ours"], mode)["ours"][recurrent_kernel] > (
+        1.5 * good[recurrent_kernel]
+    )
+
+
+# -------------------------------------------------------------------------- the same as in stock
+
+OPTIONS = [
+    {"return_sequences": True, "return_state": True, "go_backwards": True},
+    {"unroll": True, "activation": "relu", "recurrent_activation": "hard_sigmoid"},
+    {"use_bias": False, "use_cudnn": False},  # without the latter, stock GRU fails on JAX
+    {"implementation": 1},
+]
+
+
+@pytest.mark.parametrize("kwargs", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_are_those_of_stock_keras(name, kwargs):
+    x = sequences()
+    ours, stock = pair(name, x.shape, **kwargs)
+    got = ours(x)
+    assert {keras.backend.standardize_dtype(y.dtype) for y in keras.tree.flatten(got)} == {
+        "float16"
+    }
+    assert_close(got, stock(x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_float32_layer_is_the_stock_one_bit_for_bit(name):
+    x = sequences()
+    ours, stock = pair(name, x.shape, "float32", "float32")
+    np.testing.assert_array_equal(flat(ours(x))[0], flat(stock(x))[0])
+
+
+def test_a_gru_that_resets_before_its_product():
+    x = sequences()
+    ours, stock = pair("GRU", x.shape, reset_after=False)
+    assert_close(ours(x), stock(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("LSTM", {}), ("GRU", {"zero_output_for_mask": True}), ("GRU", {"go_backwards": True})],
+)
+def test_masks_count_as_in_stock(name, kwargs):
+    x = sequences()
+    mask = np.array([[True, True, False, True], [False, True, True, False]])
+    ours, stock = pair(name, x.shape, return_sequences=True, use_cudnn=False, **kwargs)
+    want = stock(x, mask=ops.convert_to_tensor(mask))
+    assert_close(ours(x, mask=ops.convert_to_tensor(mask)), want)
+    assert np.any(np.abs(flat(want)[0] - flat(stock(x))[0]) > 1e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_states_are_kept_from_batch_to_batch(name):
+    x = sequences()
+    ours, stock = pair(name, x.shape, stateful=True)
+    first = flat(ours(x))[0]
+    assert_close([first], stock(x))
+    second = flat(ours(x))[0]
+    assert_close([second], stock(x))
+    assert np.any(first != second)
+    assert {v.dtype for v in ours.states} == {"float32"}
+    ours.reset_state()
+    np.testing.assert_array_equal(flat(ours(x))[0], first)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_initial_state_is_taken(name):
+    x = sequences()
+    ours, stock = pair(name, x.shape)
+    states = [np.full((2, UNITS), 0.5, "float32")] * len(ours.state_size)
+    assert_close(ours(x, initial_state=states), stock(x, initial_state=states))
+
+
+@pytest.mark.parametrize("kwargs", [{"dropout": 0.5}, {"recurrent_dropout": 0.5}], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_dropout_drops_the_same_in_training_only(name, kwargs):
+    x = sequences()
+    ours, stock = (
+        getattr(module, name)(UNITS, dtype="mixed_float16", seed=7, use_cudnn=False, **kwargs)
+        for module in (layers, keras.layers)
+    )
+    for layer in (ours, stock):
+        layer.build(x.shape)
+    stock.set_weights(ours.get_weights())
+    quiet = flat(ours(x))[0]
+    assert_close([quiet], stock(x))
+    loud = flat(ours(x, training=True))[0]
+    assert_close([loud], stock(x, training=True))
+    assert np.any(np.abs(loud - quiet) > 1e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lengths_may_differ_from_call_to_call(name):
+    ours, stock = pair(name, (None, None, FEATURES))
+    model = keras.Sequential([keras.Input((None, FEATURES)), ours])
+    reference = keras.Sequential([keras.Input((None, FEATURES)), stock])
+    for batch, steps in ((2, 3), (3, 5)):
+        x = sequences(batch, steps)
+        assert_close(model.predict(x, verbose=0), reference.predict(x, verbose=0))
+
+
+def test_bfloat16_too():
+    x = sequences()
+    ours, stock = pair("LSTM", x.shape, "mixed_bfloat16", "mixed_bfloat16")
+    assert keras.backend.standardize_dtype(ours(x).dtype) == "bfloat16"
+    assert_close(ours(x), stock(x), 4e-2)
+
+
+def test_a_cell_keeps_its_own_dtype():
+    x = sequences()
+    layer = layers.RNN(layers.LSTMCell(3, dtype="mixed_float16"), dtype="float32")
+    assert keras.backend.standardize_dtype(layer(x).dtype) == "float32"
+    layer = layers.RNN(layers.LSTMCell(3, dtype="float32"), dtype="mixed_float16")
+    assert keras.backend.standardize_dtype(layer(x).dtype) == "float16"
+
+
+# ---------------------------------------------------------------------------- nothing stays behind
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_after_a_call_weights_are_variables_again(fails):
+    x = sequences()
+    boom = RuntimeError("boom")
+
+    def activation(x):
+        if fails:
+            raise boom
+        return x
+
+    layer = layers.LSTM(UNITS, activation=activation, dtype="mixed_float16")
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        layer(x)
+    assert isinstance(layer.cell.kernel, keras.Variable)
+    assert isinstance(layer.cell.bias, keras.Variable)
+    assert not {"_early", "_projected"} & set(vars(layer.cell))
+
+
+def test_an_unbuilt_cell_has_no_kernel():
+    cell = layers.LSTMCell(2)
+    assert not hasattr(cell, "kernel")
+    assert isinstance(layers.LSTMCell.kernel, recurrent_cells._Weight)
+
+
+def test_cells_run_outside_a_layer_and_stock_cells_inside_ours():
+    x = sequences()
+    for name in NAMES:
+        ours = getattr(layers, f"{name}Cell")(UNITS, dtype="mixed_float16")
+        stock = getattr(keras.layers, f"{name}Cell")(UNITS, dtype="mixed_float16")
+        ours.build((2, FEATURES))
+        stock.build((2, FEATURES))
+        stock.set_weights(ours.get_weights())
+        states = ours.get_initial_state(2)
+        assert_close(ours(x[:, 0], states), stock(x[:, 0], states))
+        assert_close(
+            layers.RNN(stock, dtype="mixed_float16")(x),
+            keras.layers.RNN(ours, dtype="mixed_float16")(x),
+        )
+
+
+# ------------------------------------------------------------------------------- saving, training
+
+
+def model_of(module):
+    return keras.Sequential(
+        [
+            keras.Input((4, FEATURES)),
+            module.LSTM(UNITS, return_sequences=True, name="lstm"),
+            keras.layers.Bidirectional(module.GRU(UNITS, return_sequences=True), name="both"),
+            module.RNN([module.LSTMCell(2), module.GRUCell(2)], name="stacked"),
+        ]
+    )
+
+
+def test_weights_and_configs_are_those_of_stock_keras(tmp_path):
+    keras.config.set_dtype_policy("mixed_float16")
+    ours, stock = model_of(layers), model_of(keras.layers)
+    stock.save_weights(tmp_path / "stock.weights.h5")
+    ours.load_weights(tmp_path / "stock.weights.h5")
+    for got, want in zip(ours.get_weights(), stock.get_weights(), strict=True):
+        np.testing.assert_array_equal(got, want)
+    for name in NAMES:
+        arguments = {"units": 2, "dropout": 0.25, "return_sequences": True, "name": "rnn"}
+        config = getattr(layers, name)(**arguments).get_config()
+        assert config == getattr(keras.layers, name)(**arguments).get_config()
+        assert getattr(layers, name).from_config(config).get_config() == config
+
+
+def test_a_saved_model_comes_back(tmp_path):
+    keras.config.set_dtype_policy("mixed_float16")
+    model = model_of(layers)
+    x = sequences()
+    want = flat(model(x))[0]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded.get_layer("lstm").cell) is layers.LSTMCell
+    assert type(loaded.get_layer("both").backward_layer) is layers.GRU
+    assert [type(c) for c in loaded.get_layer("stacked").cell.cells] == [
+        layers.LSTMCell,
+        layers.GRUCell,
+    ]
+    np.testing.assert_array_equal(flat(loaded(x))[0], want)
+
+
+def test_a_model_trains_as_its_stock_twin():
+    keras.config.set_dtype_policy("mixed_float16")
+    models = [
+        keras.Sequential(
+            [
+                keras.Input((4, FEATURES)),
+                module.LSTM(UNITS, return_sequences=True),
+                module.GRU(2, dropout=0.25, seed=1),
+            ]
+        )
+        for module in (layers, keras.layers)
+    ]
+    models[1].set_weights(models[0].get_weights())
+    x, y = sequences(8), np.ones((8, 2), "float32")
+    before = [numpy_of(v) for v in models[0].trainable_variables]
+    for model in models:
+        model.compile(keras.optimizers.SGD(0.5), "mse", jit_compile=jitted())
+        model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
+    ours, stock = ([numpy_of(v) for v in m.trainable_variables] for m in models)
+    assert {v.dtype for v in models[0].trainable_variables} == {"float32"}
+    for old, got, want in zip(before, ours, stock, strict=True):
+        assert np.any(old != got)
+        np.testing.assert_allclose(got, want, rtol=1e-2, atol=2e-3)
+
+
+def jitted():
+    """Return what saves time: other tests compile with XLA."""
+    return keras.backend.backend() == "jax"
