@@ -50,7 +50,10 @@ def infinite_constants(model: Any, x: Any) -> list[Constant] | None:
         Each with its place; None where the backend has no graph to look at.
     """
     read = {"tensorflow": _in_tensorflow, "jax": _in_jax}.get(keras.backend.backend())
-    return None if read is None else list(dict.fromkeys(read(model, x)))
+    if read is None:
+        return None
+    with np.errstate(over="ignore"):  # what overflows is what is looked for
+        return list(dict.fromkeys(read(model, x)))
 
 
 def _worst(value: Any) -> float | None:

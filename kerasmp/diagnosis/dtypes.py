@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from kerasmp.backend.keras_graph import calls, graph_of, symbolic_dtypes
+from kerasmp.backend.keras_graph import calls, graph_of
 from kerasmp.backend.keras_private import flatten_layers
 from kerasmp.diagnosis.finding import Finding
 from kerasmp.policy import Policy, global_policy
@@ -25,19 +25,20 @@ _EXACT = {"float16": 2**11, "bfloat16": 2**8}
 _BEARABLE = ("activation", "probabilities")
 
 
-def findings(model: Any) -> list[Finding]:
+def findings(model: Any, dtypes: dict[int, str]) -> list[Finding]:
     """Return the layers and variables with a dtype that will hurt.
 
     Args:
         model: A Keras model.
+        dtypes: Of its symbolic tensors.
     """
     return [
         *_unsafe_layers(model),
         *_masters(model),
         *_vanishing_epsilons(model),
-        *_float_ids(model),
+        *_float_ids(model, dtypes),
         *_ignoring(model),
-        *_going_their_own_way(model),
+        *_going_their_own_way(model, dtypes),
     ]
 
 
@@ -64,15 +65,20 @@ def _unsafe_layers(model: Any) -> Iterator[Finding]:
 
 
 def _masters(model: Any) -> Iterator[Finding]:
+    named: dict[tuple[str, str], list[str]] = {}
     for variable in model.trainable_variables:
         if variable.dtype in HALVES:
-            yield Finding(
-                "error",
-                variable.path,
-                "half-master",
-                f"The weight is stored in {variable.dtype}: updates below its rounding are lost.",
-                'Leave out the dtype of add_weight, and use a "mixed_" policy.',
-            )
+            owner, _, name = variable.path.rpartition("/")
+            named.setdefault((owner, variable.dtype), []).append(name)
+    for (owner, dtype), names in named.items():
+        yield Finding(
+            "error",
+            owner,
+            "half-master",
+            f"Weights are stored in {dtype} ({', '.join(names)}): updates below its rounding are "
+            "lost.",
+            'Leave out the dtype of add_weight, and use a "mixed_" policy.',
+        )
 
 
 def _vanishing_epsilons(model: Any) -> Iterator[Finding]:
@@ -101,8 +107,7 @@ def vanishes(value: float) -> bool:
     return value != 0 and float(np.float16(value)) == 0
 
 
-def _float_ids(model: Any) -> Iterator[Finding]:
-    dtypes = symbolic_dtypes(model)
+def _float_ids(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
     for call in _all_calls(model):
         layer = call.operation
         if not isinstance(layer, keras.layers.Embedding) or layer.compute_dtype not in _EXACT:
@@ -143,8 +148,7 @@ def _ignoring(model: Any) -> Iterator[Finding]:
         )
 
 
-def _going_their_own_way(model: Any) -> Iterator[Finding]:
-    dtypes = symbolic_dtypes(model)
+def _going_their_own_way(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
     for call in _all_calls(model):
         layer = call.operation
         if not isinstance(layer, keras.Layer) or not is_custom(layer):

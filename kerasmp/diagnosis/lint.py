@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from kerasmp.backend.keras_graph import symbolic_dtypes
 from kerasmp.diagnosis import data, dtypes, outputs, sizes, source, traced, training
 from kerasmp.diagnosis.finding import Finding, LintReport, sorted_report
 
@@ -54,8 +55,9 @@ def cheap_findings(model: Any) -> list[Finding]:
     Args:
         model: A Keras model.
     """
+    symbolic = symbolic_dtypes(model)
     return [
-        *outputs.findings(model),
-        *dtypes.findings(model),
+        *outputs.findings(model, symbolic),
+        *dtypes.findings(model, symbolic),
         *source.findings(model),
     ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kerasmp.backend.keras_graph import graph_of, symbolic_dtypes
+from kerasmp.backend.keras_graph import graph_of
 from kerasmp.diagnosis.finding import Finding
 from kerasmp.policy.places import final_layers
 from kerasmp.policy.safe import PROBABILITIES, activation_name
@@ -28,22 +28,24 @@ _CROSS_ENTROPIES = (
 )
 
 
-def findings(model: Any) -> list[Finding]:
+def findings(model: Any, dtypes: dict[int, str]) -> list[Finding]:
     """Return what is wrong with the outputs of a model; nothing where no graph tells.
 
     Args:
         model: A Keras model.
+        dtypes: Of its symbolic tensors.
     """
-    return [*_heads(model), *_losses(model)]
-
-
-def _heads(model: Any) -> Iterator[Finding]:
     graph = graph_of(model)
-    if graph is None or not _half_outputs(model):
-        return
+    if graph is None:
+        return []
+    half = [dtypes[id(tensor)] == "float16" for tensor in graph.outputs]
+    return [*_heads(model, dtypes), *_losses(model, half)] if any(half) else []
+
+
+def _heads(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
     cast_later = getattr(model, "_output_dtype", None) == "float32"  # kerasmp.Model, by its policy
     for layer in final_layers(model):
-        if layer.compute_dtype != "float16" or _gives_float32(model, layer):
+        if layer.compute_dtype != "float16" or _gives_float32(layer, dtypes):
             continue
         probabilities = _gives_probabilities(layer)
         if probabilities or not cast_later:
@@ -60,8 +62,7 @@ def _heads(model: Any) -> Iterator[Finding]:
             )
 
 
-def _losses(model: Any) -> Iterator[Finding]:
-    half = _half_outputs(model)
+def _losses(model: Any, half: list[bool]) -> Iterator[Finding]:
     losses = keras.tree.flatten(getattr(model, "loss", None))
     for number, loss in enumerate(losses):
         fits = len(losses) == len(half)
@@ -77,17 +78,7 @@ def _losses(model: Any) -> Iterator[Finding]:
             )
 
 
-def _half_outputs(model: Any) -> list[bool]:
-    """Return for each output of a model whether it is made in float16."""
-    graph = graph_of(model)
-    if graph is None:
-        return []
-    dtypes = symbolic_dtypes(model)
-    return [dtypes[id(tensor)] == "float16" for tensor in graph.outputs]
-
-
-def _gives_float32(model: Any, layer: Any) -> bool:
-    dtypes = symbolic_dtypes(model)
+def _gives_float32(layer: Any, dtypes: dict[int, str]) -> bool:
     tensors = [t for t in keras.tree.flatten(_output(layer)) if id(t) in dtypes]
     return bool(tensors) and all(dtypes[id(tensor)] != "float16" for tensor in tensors)
 

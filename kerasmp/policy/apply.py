@@ -38,8 +38,11 @@ def apply(model: Any, assignments: Iterable[Assignment]) -> list[tuple[Any, kera
     changed = [(row.layer, row.layer.dtype_policy) for row in todo]
     for row in todo:
         set_policy(row.layer, keras.dtype_policies.get(row.after))
-    if changed:
+    try:
         _renew(model, [layer for layer, _ in changed])
+    except Exception:  # a layer that cannot be called in its new dtype
+        put_back(model, changed)
+        raise
     return changed
 
 
@@ -82,6 +85,8 @@ def _check_variables(row: Assignment) -> None:
 
 def _renew(model: Any, changed: list[Any]) -> None:
     """Renew the constants and symbolic tensors that are kept in the dtypes of before."""
+    if not changed:
+        return
     for layer in changed:
         if isinstance(layer, keras.layers.Normalization):
             _renew_statistics(layer)

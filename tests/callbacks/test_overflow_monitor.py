@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import warnings
 
 import keras
 import numpy as np
@@ -268,6 +269,7 @@ def test_a_plain_optimizer_needs_no_word_without_float16(dtype, told):
 
 @pytest.mark.parametrize("dtype", ["mixed_float16", "float16"])
 def test_a_plain_optimizer_under_float16_earns_a_warning(dtype, told):
+    warnings.filterwarnings("ignore", "Before the first step")  # other findings
     model = make(keras.optimizers.SGD(0.1), dtype=dtype)
     assert not isinstance(model.optimizer, STOCK)
     assert list(fit(model, "gg", [OverflowMonitor(1)], epochs=2)) == ["loss"]

@@ -2,9 +2,11 @@
 
 import keras
 import numpy as np
+import pytest
 from helpers.monitored import OURS_AND_STOCK, STOCK, batches, fit, make
 
 from kerasmp.callbacks import OverflowMonitor
+from kerasmp.errors import PolicyWarning
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale
 from kerasmp.optimizer import LossScaleOptimizer
 
@@ -74,3 +76,29 @@ def test_a_good_step_between_two_looks_ends_the_streak(optimizer, told):
     model = make(optimizer(keras.optimizers.SGD(0.1)))
     fit(model, ("b" * 7 + "g") * 4, [OverflowMonitor(1, streak=8)])
     assert told() == []
+
+
+def head(activation=None, dtype="mixed_float16"):
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(1, dtype=dtype, activation=activation)]
+    )
+    model.compile(LossScaleOptimizer("sgd"), "mse")
+    return model
+
+
+def test_what_lint_finds_is_told_when_training_begins():
+    x = np.ones((2, 3), "float32")
+    monitor = OverflowMonitor()
+    model = head("sigmoid")
+    with pytest.warns(PolicyWarning, match="float16-head") as caught:
+        model.fit(x, x[:, :1], verbose=0, callbacks=[monitor])
+    assert sum(each.category is PolicyWarning for each in caught) == 1
+    model.fit(x, x[:, :1], verbose=0, callbacks=[monitor])  # once: a second warning would raise
+    with pytest.warns(PolicyWarning, match="float16-head"):
+        model.fit(x, x[:, :1], verbose=0, callbacks=[OverflowMonitor()])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_a_clean_model_is_told_nothing(dtype):
+    x = np.ones((2, 3), "float32")
+    head(dtype=dtype).fit(x, x[:, :1], verbose=0, callbacks=[OverflowMonitor()])

@@ -74,6 +74,7 @@ def test_ours_scales(build):
     assert isinstance(model.optimizer, mp.LossScaleOptimizer)
 
 
+@pytest.mark.filterwarnings("ignore:Before the first step")  # other findings
 @every_model
 def test_the_monitor_warns_of_it_in_a_stock_model(build):
     model = build(keras)

@@ -208,6 +208,20 @@ def test_weights_of_another_dtype_are_refused_and_nothing_changes():
     assert model.layers[0].compute_dtype == "float32"
 
 
+def test_a_layer_that_cannot_be_called_leaves_the_model_as_it_was():
+    class Picky(layers.Layer):
+        def call(self, inputs):
+            if keras.backend.standardize_dtype(inputs.dtype) == "float16":
+                raise NotImplementedError("float32 only")
+            return inputs
+
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2), Picky(), layers.ReLU()])
+    with pytest.raises(NotImplementedError, match="float32 only"):
+        mp.convert(model)
+    assert {layer.compute_dtype for layer in flatten_layers(model)} == {"float32"}
+    assert model.layers[0].output.dtype == "float32"
+
+
 def test_a_compiled_stock_model_without_scaling_earns_a_warning():
     model = sequential()
     model.compile("sgd", "mse")

@@ -5,7 +5,8 @@ import io
 import pytest
 
 from kerasmp.demo import RECIPES, Progress
-from kerasmp.report import ProgressDisplay, demo_table, environment_table
+from kerasmp.diagnosis import Finding, LintReport
+from kerasmp.report import ProgressDisplay, demo_table, environment_table, lint_table
 
 # Rich comes with the demo's packages, which are installed with TensorFlow only.
 pytestmark = pytest.mark.backend("tensorflow")
@@ -70,3 +71,12 @@ def test_a_terminal_gets_a_bar_for_each_run():
     assert "20/20 steps" in last
     assert "loss 0.2500" in last
     assert "loss nan" in last
+
+
+def test_the_table_of_lint_has_all_words_of_each_finding():
+    finding = Finding("error", "body/[dense]", "float16-head", "It is half.", "Make it whole.")
+    paper = console()
+    paper.print(lint_table(LintReport((finding,))))
+    words = paper.file.getvalue().split()
+    for part in ("error", "body/[dense]", "float16-head", "half.", "whole."):
+        assert part in words

@@ -1,0 +1,48 @@
+"""Stock architectures, prepared as the docs say, earn no error and no warning."""
+
+import keras
+import numpy as np
+import pytest
+
+import kerasmp as mp
+
+# No graph is traced where it takes long: a few show what constants stock layers have.
+TRACED = {"MobileNetV2", "DenseNet121"}
+SETTINGS = {"weights": None, "input_shape": (32, 32, 3), "classes": 10}
+ARCHITECTURES = ["ResNet50", "MobileNetV2", "MobileNetV3Small", "EfficientNetB0", "DenseNet121"]
+
+
+def built(name):
+    return getattr(keras.applications, name)(**SETTINGS)
+
+
+def assert_clean(model, name):
+    x = np.ones((8, 32, 32, 3), "float32") if name in TRACED else None
+    report = mp.lint(model, x)
+    assert not report.errors + report.warnings, str(report)
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "ConvNeXtTiny"])
+def test_a_converted_one_is_clean(name):
+    model = built(name)
+    mp.convert(model)
+    compute = {layer.compute_dtype for layer in model.layers}
+    assert compute == {"float16", "float32"}
+    model.compile(mp.LossScaleOptimizer("sgd"), "sparse_categorical_crossentropy")
+    assert_clean(model, name)
+
+
+def test_one_that_is_built_under_a_policy_and_given_a_head_is_clean():
+    with mp.policy_scope("mixed_float16"):
+        body = keras.applications.MobileNetV2(
+            include_top=False, pooling="avg", weights=None, input_shape=(32, 32, 3)
+        )
+        model = mp.Model(body.input, mp.layers.DenseHead(10, activation="softmax")(body.output))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    assert_clean(model, "MobileNetV2")
+
+
+def test_one_that_is_built_under_the_policy_alone_is_not():
+    with mp.policy_scope("mixed_float16"):
+        model = built("MobileNetV2")
+    assert [each.rule for each in mp.lint(model).errors] == ["float16-head"]
