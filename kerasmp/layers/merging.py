@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from kerasmp.layers.in_float32 import CallInFloat32
-from kerasmp.ops import normalize
+from kerasmp.ops import in_float32, normalize
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -33,10 +33,10 @@ class Average(CallInFloat32, keras.layers.Average):
 
 @keras.saving.register_keras_serializable(package="kerasmp")
 class Dot(keras.layers.Dot):
-    """`keras.layers.Dot` that normalizes in float32; the products stay in the compute dtype.
+    """`keras.layers.Dot` that normalizes, and multiplies what it normalized, in float32.
 
-    Without `normalize` it is that of Keras. With it, vectors longer than 256 do not overflow, and
-    the product with a zero vector is 0, and so is its gradient.
+    Vectors longer than 256 do not overflow, and the product with a zero vector is 0, and so is its
+    gradient. Without `normalize` it is that of Keras, and multiplies in the compute dtype.
 
     Args:
         axes: Axis, or an axis for each input, of the vectors.
@@ -61,6 +61,9 @@ class Dot(keras.layers.Dot):
         """Return the products."""
         if not self.normalize:
             return super().call(inputs)
+        return in_float32(self._cosine)(inputs)
+
+    def _cosine(self, inputs: Any) -> Any:
         axes = [self.axes] * 2 if isinstance(self.axes, int) else self.axes
         units = [normalize(x, axis=axis) for x, axis in zip(inputs, axes, strict=True)]
         # The name keeps Keras from counting this one among the layers it has to name.
