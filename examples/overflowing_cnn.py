@@ -5,7 +5,7 @@ enlarges what it keeps, brings some of them beyond it while training. The step i
 should be, but stock BatchNormalization keeps the inf: from then on predictions are NaN. kerasmp
 undoes every trace of such a step.
 
-    python examples/overflowing_cnn.py --dataset fashion_mnist --data-dir DIRECTORY --gain 1.38
+    python examples/overflowing_cnn.py --dataset fashion_mnist --data-dir DIRECTORY
 
 Backend: any
 """
