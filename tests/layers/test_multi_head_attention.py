@@ -266,6 +266,18 @@ def test_dropout_drops_while_training_and_only_then():
     assert np.any(one != two)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_dropped_weights_need_not_fit_float16(mode):
+    """They are upstream gradients times values, here up to a million."""
+    query, value, upstream = drawn()
+    layer = made(MultiHeadAttention, use_bias=False, dropout=1e-7)
+    call = {"key": ops.cast(value * 0.01, "float16"), "training": True}
+    inputs, upstream = (query, value * 300), (upstream * 1e3).astype("float16")
+    _, gradients = results(layer, inputs, upstream, mode, **call)
+    assert np.isfinite(gradients["query"]).all()
+    assert np.isfinite(gradients["inputs"][0]).all()
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids=["multi", "group"])
 def test_scores_and_flash_attention_exclude_each_other_as_in_stock(pair):
     query, value, _ = drawn()
