@@ -119,7 +119,9 @@ def test_stock_gives_nan_or_does_not_run(mode, path):
 
 
 @pytest.mark.parametrize(
-    ("pair", "path"), [*((MULTI, path) for path in PATHS), (GROUP, "fused")], ids=str
+    ("pair", "path"),
+    [*((MULTI, path) for path in PATHS), (GROUP, "fused")],
+    ids=[*PATHS, "group"],
 )
 def test_masks_of_every_kind_are_those_of_stock_in_float32(pair, path):
     query, value, _ = drawn()
