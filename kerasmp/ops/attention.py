@@ -18,7 +18,7 @@ _HEADS_FIRST_TRANSPOSED = (0, 2, 3, 1)
 
 # Far below every score of float16 inputs (at most 65504 ** 2 * depth), and finite, so that a row
 # of nothing else gives no NaN.
-_MASKED = {"float32": -1e38, "float64": -1e300}
+_MASKED = -1e38
 
 
 def dot_product_attention(  # noqa: PLR0913, PLR0917 - Keras's signature
@@ -215,8 +215,7 @@ def masked_softmax(scores: Any, mask: Any, axis: Any = -1) -> Any:
 
 def hide(scores: Any, mask: Any) -> Any:
     """Return the scores with a number below all of them where the mask is False."""
-    dtype = keras.backend.standardize_dtype(scores.dtype)
-    return ops.where(mask, scores, ops.convert_to_tensor(_MASKED[dtype], dtype=dtype))
+    return ops.where(mask, scores, ops.cast(_MASKED, scores.dtype))
 
 
 def causal_mask(query: Any, key: Any) -> Any:

@@ -223,6 +223,16 @@ def test_inputs_of_several_dtypes_give_the_widest():
     assert keras.backend.standardize_dtype(outputs.dtype) == "float32"
 
 
+@pytest.mark.backend("tensorflow", "torch")  # JAX narrows to float32 unless told otherwise
+def test_float64_stays_float64():
+    inputs, upstream = drawn(1.0)
+    mask = np.tri(QUERIES, KEYS, dtype=bool)
+    outputs = dot_product_attention(*inputs, mask=mask[None, None])
+    assert keras.backend.standardize_dtype(outputs.dtype) == "float64"
+    want, _, _ = attention(*inputs, upstream, scale=0.25, mask=mask)
+    np.testing.assert_allclose(np.array(ops.convert_to_numpy(outputs)), want, rtol=1e-12)
+
+
 def test_non_finite_inputs_are_not_hidden():
     inputs, upstream = drawn(1.0)
     inputs[1][0, 0, 0, 0] = np.nan
