@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from kerasmp.layers.in_float32 import CallInFloat32
-from kerasmp.ops import in_float32
+from kerasmp.ops import in_float32, softmax
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -79,8 +79,9 @@ class PReLU(CallInFloat32, keras.layers.PReLU):
     Example:
 
     >>> layer = PReLU(alpha_initializer="ones", dtype="mixed_float16")
-    >>> float(layer(keras.ops.array([[-3.0]]))[0, 0])
-    -3.0
+    >>> y = layer(keras.ops.array([[-3.0]]))
+    >>> layer.alpha.dtype, keras.backend.standardize_dtype(y.dtype)
+    ('float32', 'float16')
     """
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
@@ -117,4 +118,7 @@ class Softmax(keras.layers.Softmax):
 
     def call(self, inputs: Any, mask: Any = None) -> Any:
         """Return the probabilities."""
-        return in_float32(super().call)(inputs, mask=mask)
+        if isinstance(self.axis, int):
+            return in_float32(super().call)(inputs, mask=mask)
+        # Keras takes exp(x - logsumexp(x)), which is coarse for large logits in float32 too.
+        return softmax(inputs, tuple(self.axis), mask)

@@ -38,7 +38,7 @@ class ActivityRegularization(keras.layers.ActivityRegularization):
     Example:
 
     >>> layer = ActivityRegularization(l2=0.5, dtype="mixed_float16")
-    >>> _ = layer(keras.ops.full((2, 1), 1000.0))  # 1000² is inf in float16
+    >>> _ = layer(keras.ops.full((1, 1), 1000.0))  # 1000² is inf in float16
     >>> float(layer.losses[0])
     500000.0
     """

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kerasmp.ops.precision import in_float32
+from kerasmp.ops.precision import as_tensors, in_float32
 
 # Far below every number that float16 holds, and far from the end of float32.
 _MASKED = -1e30
@@ -24,8 +24,8 @@ def softmax(x: Any, axis: Any = -1, mask: Any = None) -> Any:
     Args:
         x: Logits of any float dtype; the result has it too.
         axis: Axis or axes over which the probabilities sum to 1; default the last.
-        mask: Booleans that broadcast to `x`: where False, the probability is 0. Where a mask
-            leaves nothing, all probabilities are 0. Default None.
+        mask: Booleans, or numbers, that broadcast to `x`: where False, the probability is 0. Where
+            a mask leaves nothing, all probabilities are 0. Default None.
 
     Example:
 
@@ -33,9 +33,10 @@ def softmax(x: Any, axis: Any = -1, mask: Any = None) -> Any:
     >>> keras.ops.convert_to_numpy(softmax(x, mask=x < 9)).tolist()
     [0.5, 0.5, 0.0]
     """
-    if mask is None:
-        return ops.softmax(x, axis=axis)
-    return ops.where(mask, ops.softmax(ops.where(mask, x, _MASKED), axis=axis), 0)
+    if mask is not None:
+        mask = _booleans(mask)
+        return ops.where(mask, softmax(ops.where(mask, x, _MASKED), axis), 0)
+    return ops.softmax(x, axis=axis) if isinstance(axis, int) else ops.exp(_log(x, axis))
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -46,8 +47,8 @@ def log_softmax(x: Any, axis: Any = -1, mask: Any = None) -> Any:
     Args:
         x: Logits of any float dtype; the result has it too.
         axis: Axis or axes over which the probabilities sum to 1; default the last.
-        mask: Booleans that broadcast to `x`: where False, the result is -inf, the logarithm of 0,
-            and the gradient is 0. Default None.
+        mask: Booleans, or numbers, that broadcast to `x`: where False, the result is -inf, the
+            logarithm of 0, and the gradient is 0. Default None.
 
     Example:
 
@@ -55,7 +56,24 @@ def log_softmax(x: Any, axis: Any = -1, mask: Any = None) -> Any:
     >>> keras.ops.convert_to_numpy(log_softmax(x, mask=x < 9)).round(2).tolist()
     [-0.68994140625, -0.68994140625, -inf]
     """
-    if mask is None:
-        return ops.log_softmax(x, axis=axis)
-    kept = ops.where(mask, x, _MASKED)
-    return ops.where(mask, ops.log_softmax(kept, axis=axis), -float("inf"))
+    if mask is not None:
+        mask = _booleans(mask)
+        return ops.where(mask, log_softmax(ops.where(mask, x, _MASKED), axis), -float("inf"))
+    return ops.log_softmax(x, axis=axis) if isinstance(axis, int) else _log(x, axis)
+
+
+def _booleans(mask: Any) -> Any:
+    """Return a mask as booleans; a number counts from one half, as in Keras's Softmax layer."""
+    mask = as_tensors(mask)
+    is_bool = keras.backend.standardize_dtype(mask.dtype) == "bool"
+    return mask if is_bool else ops.greater(mask, 0.5)
+
+
+def _log(x: Any, axes: Any) -> Any:
+    """Return the logarithm of the softmax over several axes.
+
+    Keras flattens them, which fails on a TensorFlow graph with unknown sizes. The largest goes
+    first: next to a logit of 60000 the sum of exponentials would be lost in float32 too.
+    """
+    x = x - ops.stop_gradient(ops.max(x, axis=axes, keepdims=True))
+    return x - ops.logsumexp(x, axis=axes, keepdims=True)

@@ -277,8 +277,12 @@ def test_activity_penalties_are_float32(factors):
     layer(ops.convert_to_tensor(x.astype("float32")))
     (loss,) = layer.losses
     assert keras.backend.standardize_dtype(loss.dtype) == "float32"
-    expected = (factors.get("l1", 0) * x + factors.get("l2", 0) * x**2).sum() / 32
-    np.testing.assert_allclose(numpy_of(loss), expected, rtol=1e-5)
+    reference = keras.layers.ActivityRegularization(**factors, dtype="float32")
+    reference(ops.convert_to_tensor(x.astype("float32")))  # over the batch, since Keras 3.13
+    np.testing.assert_allclose(numpy_of(loss), numpy_of(reference.losses[0]), rtol=1e-5)
+    total = (factors.get("l1", 0) * x + factors.get("l2", 0) * x**2).sum()
+    ratio = total / numpy_of(loss)
+    assert abs(ratio - 1) < 1e-5 or abs(ratio / len(x) - 1) < 1e-5
     stock = keras.layers.ActivityRegularization(**factors, dtype="mixed_float16")
     stock(ops.convert_to_tensor(x.astype("float32")))
     assert not np.isfinite(numpy_of(stock.losses[0]))

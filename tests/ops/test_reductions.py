@@ -6,7 +6,13 @@ import keras
 import numpy as np
 import pytest
 from helpers.float16 import MODES, assert_near_best, draw, numpy_of, rounded, step
-from helpers.references import REDUCTIONS, softmax, softmax_gradient
+from helpers.references import (
+    REDUCTIONS,
+    log_softmax,
+    log_softmax_gradient,
+    softmax,
+    softmax_gradient,
+)
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -141,12 +147,32 @@ def test_large_windows_are_averaged_near_best(size, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_softmax_over_two_axes(mode):
-    x, dy = draw(0, (3, 20, 30), 3.0), draw(1, (3, 20, 30))
+@pytest.mark.parametrize(("largest", "scale"), [(0.0, 3.0), (60000.0, 64.0)])
+def test_softmax_over_two_axes(largest, scale, mode):
+    x, dy = rounded(draw(0, (3, 20, 30), scale) + largest), draw(1, (3, 20, 30))
+    flat, flat_dy = x.reshape(3, 600), dy.reshape(3, 600)
     outputs, (gradient,) = step(mode, lambda x: kerasmp.ops.softmax(x, axis=(1, 2)), [x], dy)
-    flat = x.reshape(3, 600)
     assert_near_best(outputs, softmax(flat).reshape(x.shape))
-    assert_near_best(gradient, softmax_gradient(flat, dy.reshape(3, 600)).reshape(x.shape))
+    assert_near_best(gradient, softmax_gradient(flat, flat_dy).reshape(x.shape))
+    outputs, (gradient,) = step(mode, lambda x: kerasmp.ops.log_softmax(x, axis=[1, 2]), [x], dy)
+    assert_near_best(outputs, log_softmax(flat).reshape(x.shape))
+    assert_near_best(gradient, log_softmax_gradient(flat, flat_dy).reshape(x.shape))
+
+
+@pytest.mark.backend("tensorflow")
+def test_softmax_over_two_axes_of_unknown_size():
+    import tensorflow as tf
+
+    unknown = tf.function(lambda x: kerasmp.ops.softmax(x, axis=(1, 2)))
+    concrete = unknown.get_concrete_function(tf.TensorSpec((None, None, None), "float16"))
+    outputs = concrete(tf.zeros((2, 4, 8), "float16"))
+    np.testing.assert_array_equal(numpy_of(outputs), np.full((2, 4, 8), 1 / 32))
+
+
+@pytest.mark.parametrize("mask", [[True, True, False], [1, 1, 0], [1.0, 0.75, 0.25]])
+def test_a_mask_may_be_numbers(mask):
+    x = ops.convert_to_tensor(np.array([0.0, 0.0, 9.0], "float16"))
+    assert numpy_of(kerasmp.ops.softmax(x, mask=mask)).tolist() == [0.5, 0.5, 0.0]
 
 
 @pytest.mark.parametrize("mode", MODES)
