@@ -170,6 +170,7 @@ def test_dropout_drops_while_training_and_only_then(pair):
     query, value, _ = drawn(1)
     layer = pair[0](dropout=0.5, seed=1, dtype="mixed_float16")
     plain = numpy_of(layer([query, value]))
+    np.testing.assert_array_equal(numpy_of(layer([query, value])), plain)
     one, two = (numpy_of(layer([query, value], training=True)) for _ in range(2))
     assert np.any(one != plain)
     assert np.any(one != two)

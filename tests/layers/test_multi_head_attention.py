@@ -119,7 +119,9 @@ def test_stock_gives_nan_or_does_not_run(mode, path):
 
 
 @pytest.mark.parametrize(
-    ("pair", "path"), [*((MULTI, path) for path in PATHS), (GROUP, "fused")], ids=str
+    ("pair", "path"),
+    [*((MULTI, path) for path in PATHS), (GROUP, "fused")],
+    ids=[*PATHS, "group"],
 )
 def test_masks_of_every_kind_are_those_of_stock_in_float32(pair, path):
     query, value, _ = drawn()
@@ -264,6 +266,18 @@ def test_dropout_drops_while_training_and_only_then():
     one, two = (numpy_of(layer(query, value, training=True)) for _ in range(2))
     assert np.any(one != plain)
     assert np.any(one != two)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_dropped_weights_need_not_fit_float16(mode):
+    """They are upstream gradients times values, here up to a million."""
+    query, value, upstream = drawn()
+    layer = made(MultiHeadAttention, use_bias=False, dropout=1e-7)
+    call = {"key": ops.cast(value * 0.01, "float16"), "training": True}
+    inputs, upstream = (query, value * 300), (upstream * 1e3).astype("float16")
+    _, gradients = results(layer, inputs, upstream, mode, **call)
+    assert np.isfinite(gradients["query"]).all()
+    assert np.isfinite(gradients["inputs"][0]).all()
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=["multi", "group"])
