@@ -77,6 +77,23 @@ def test_flatten_layers_reaches_every_depth_and_begins_with_the_layer_itself():
     assert len(names) == len(set(names))
 
 
+@pytest.mark.parametrize(("scope", "dtype"), [(None, "float32"), ("bfloat16", "bfloat16")])
+def test_an_autocast_scope_decides_in_which_dtype_a_layer_reads_variables(scope, dtype):
+    class Reader(keras.layers.Layer):
+        def build(self, _):
+            self.kernel = self.add_weight(shape=(1,))
+
+        def call(self, inputs):
+            with keras_private.AutocastScope(scope):
+                found.append(keras.backend.standardize_dtype(self.kernel.value.dtype))
+            found.append(keras.backend.standardize_dtype(self.kernel.value.dtype))
+            return inputs
+
+    found = []
+    Reader(dtype="mixed_float16")(keras.ops.ones((1, 1)))
+    assert found == [dtype, "float16"]
+
+
 def test_the_parent_classes_still_have_what_the_optimizer_calls():
     optimizer = keras.optimizers.SGD()
     variable = keras.Variable([1.0])

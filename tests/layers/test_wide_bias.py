@@ -1,0 +1,218 @@
+"""Dense layers and convolutions: gradients of biases and kernels are not summed in float16."""
+
+import keras
+import numpy as np
+import pytest
+from helpers.half import MODES, error, half, numpy_of, run
+from keras import ops
+
+from kerasmp import layers
+
+BACKEND = keras.backend.backend()
+# Class: arguments, and the shape of inputs with as many positions as a large image has.
+MANY = {
+    "Dense": ({"units": 4}, (2, 6272, 3)),
+    "EinsumDense": (
+        {"equation": "abc,cd->abd", "output_shape": (None, 4), "bias_axes": "d"},
+        (2, 6272, 3),
+    ),
+    "Conv1D": ({"filters": 4, "kernel_size": 3}, (2, 6272, 3)),
+    "Conv2D": ({"filters": 4, "kernel_size": 3}, (1, 112, 112, 3)),
+    "Conv3D": ({"filters": 2, "kernel_size": 3}, (1, 24, 24, 24, 2)),
+    "Conv1DTranspose": ({"filters": 4, "kernel_size": 3}, (2, 6272, 3)),
+    "Conv2DTranspose": ({"filters": 4, "kernel_size": 3}, (1, 112, 112, 3)),
+    "Conv3DTranspose": ({"filters": 2, "kernel_size": 3}, (1, 24, 24, 24, 2)),
+    "DepthwiseConv1D": ({"kernel_size": 3}, (2, 6272, 3)),
+    "DepthwiseConv2D": ({"kernel_size": 3}, (1, 112, 112, 3)),
+    "SeparableConv1D": ({"filters": 4, "kernel_size": 3}, (2, 6272, 3)),
+    "SeparableConv2D": ({"filters": 4, "kernel_size": 3}, (1, 112, 112, 3)),
+}
+# All share their mixins, and XLA compiles for seconds.
+COMPILED = ["Dense", "Conv2D", "DepthwiseConv2D"]
+CASES = [
+    (name, mode)
+    for name in MANY
+    for mode in MODES
+    if mode not in {"xla", "jit"} or name in COMPILED
+]
+
+
+def make(module, name, dtype, **kwargs):
+    return getattr(module, name)(dtype=dtype, **MANY[name][0], **kwargs)
+
+
+def step(layer, weights, x, upstream, mode):
+    if not layer.built:
+        layer.build(x.shape)
+    layer.set_weights(weights)
+    outputs, gradients = run(mode, layer, [x], upstream, layer.trainable_variables)
+    return [outputs, *gradients]
+
+
+def errors_of(name, mode):
+    """Return names of tensors with the errors of stock Keras, ours, and the best."""
+    shape = MANY[name][1]
+    random = np.random.default_rng(0)
+    x = random.normal(size=shape).astype("float16")
+    # In float32 here: the reference for float16 needs no more, and JAX has no more.
+    reference = make(keras.layers, name, "float32")
+    reference.build(shape)
+    weights = [half(random.normal(size=w.shape)) * 0.25 for w in reference.trainable_variables]
+    weights = [half(w) for w in weights]
+    upstream = half(random.normal(size=reference(x).shape))
+    wanted = step(reference, weights, x, upstream.astype("float32"), mode)
+    best = [error(half(w), w) for w in wanted]
+    found = {"best": best}
+    for contestant, module in (("stock", keras.layers), ("ours", layers)):
+        layer = make(module, name, "mixed_float16")
+        got = step(layer, weights, x, upstream.astype("float32"), mode)
+        found[contestant] = [error(g, w) for g, w in zip(got, wanted, strict=True)]
+    tensors = ["output", "input", *(v.name for v in reference.trainable_variables)]
+    return {
+        tensor: tuple(found[key][i] for key in ("stock", "ours", "best"))
+        for i, tensor in enumerate(tensors)
+    }
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_errors_are_within_four_times_the_best(name, mode):
+    found = errors_of(name, mode)
+    # One float16 rounding is what the best of a few numbers may be less than by luck.
+    for tensor, (stock, ours, best) in found.items():
+        assert ours <= 4 * max(best, 2.0**-13), (tensor, stock, ours, best)
+    if mode == "jit":
+        assert found["bias"][0] > 4 * max(found["bias"][2], 2.0**-13)
+    if mode == "graph" and "Conv" in name:
+        assert any(stock > 4 * best for stock, _, best in found.values())
+
+
+# --------------------------------------------------------------------------- the same as in stock
+
+
+SMALL = {1: (2, 6, 3), 2: (2, 6, 6, 3), 3: (1, 4, 4, 4, 3)}
+
+
+def small(name):
+    return next((shape for rank, shape in SMALL.items() if f"{rank}D" in name), SMALL[1])
+
+
+def small_pair(name, ours="mixed_float16", stock="mixed_float16", **kwargs):
+    made = [
+        make(module, name, d, **kwargs) for module, d in ((layers, ours), (keras.layers, stock))
+    ]
+    random = np.random.default_rng(1)
+    for layer in made:
+        layer.build(small(name))
+    weights = [random.normal(size=w.shape) * 0.5 for w in made[0].get_weights()]
+    for layer in made:
+        layer.set_weights(weights)
+    return made
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_it_is_the_stock_layer_but_for_rounding(name, tmp_path):
+    x = np.random.default_rng(2).normal(size=small(name)).astype("float16")
+    arguments = {"activation": "gelu", "kernel_regularizer": "l2"}
+    if name.startswith(("Depthwise", "Separable")):
+        arguments = {"activation": "gelu", "depthwise_regularizer": "l2"}
+    ours, stock = small_pair(name, **arguments)
+    got, want = ours(x), stock(x)
+    assert keras.backend.standardize_dtype(got.dtype) == "float16"
+    assert ours(keras.Input(batch_shape=x.shape)).dtype == "float16"
+    np.testing.assert_allclose(numpy_of(got), numpy_of(want), rtol=4e-3, atol=4e-3)
+    assert {v.dtype for v in ours.variables} == {"float32"}
+    assert len(ours.losses) == len(stock.losses) == 1
+    assert ours.activation is keras.activations.gelu
+    # Config and files.
+    assert ours.get_config() | {"name": ""} == stock.get_config() | {"name": ""}
+    model = keras.Sequential([keras.Input(batch_shape=x.shape), ours])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded.layers[0]) is getattr(layers, name)
+    np.testing.assert_array_equal(numpy_of(loaded(x)), numpy_of(got))
+    keras.Sequential([keras.Input(batch_shape=x.shape), stock]).save_weights(
+        tmp_path / "stock.weights.h5"
+    )
+    loaded.load_weights(tmp_path / "stock.weights.h5")
+    np.testing.assert_array_equal(loaded.get_weights()[-1], stock.get_weights()[-1])
+
+
+@pytest.mark.parametrize("name", ["Dense", "EinsumDense", "Conv2D", "SeparableConv1D"])
+def test_a_float32_layer_is_the_stock_one_bit_for_bit(name):
+    x = np.random.default_rng(2).normal(size=small(name)).astype("float32")
+    ours, stock = small_pair(name, "float32", "float32", activation="tanh")
+    np.testing.assert_array_equal(numpy_of(ours(x)), numpy_of(stock(x)))
+
+
+@pytest.mark.parametrize("name", ["Dense", "Conv2D", "DepthwiseConv2D"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float16"])
+def test_other_policies(name, policy):
+    x = np.random.default_rng(2).normal(size=small(name)).astype("float16")
+    ours, _ = small_pair(name, policy, policy)
+    assert keras.backend.standardize_dtype(ours(x).dtype) == ours.compute_dtype
+    reference, _ = small_pair(name, "float32", "float32")
+    np.testing.assert_allclose(numpy_of(ours(x)), numpy_of(reference(x)), rtol=4e-2, atol=4e-2)
+
+
+def test_no_bias():
+    for name in ("Dense", "Conv1D"):
+        ours, stock = small_pair(name, use_bias=False)
+        x = np.ones(small(name), "float16")
+        np.testing.assert_allclose(numpy_of(ours(x)), numpy_of(stock(x)), rtol=4e-3, atol=4e-3)
+
+
+def test_masks_pass():
+    x = keras.layers.Embedding(5, 3, mask_zero=True)(np.array([[1, 2, 0]]))
+    assert numpy_of(layers.Dense(2)(x)._keras_mask).tolist() == [[1, 1, 0]]
+
+
+@pytest.mark.parametrize("name", ["Dense", "EinsumDense", "Conv2D"])
+def test_lora(name):
+    ours, _ = small_pair(name)
+    x = np.random.default_rng(2).normal(size=small(name)).astype("float16")
+    before = numpy_of(ours(x))
+    ours.enable_lora(2)
+    np.testing.assert_allclose(numpy_of(ours(x)), before, rtol=4e-3, atol=4e-3)
+    assert keras.backend.standardize_dtype(ours(x).dtype) == "float16"
+
+
+@pytest.mark.parametrize("name", ["Dense", "EinsumDense"])
+@pytest.mark.parametrize("policy", ["int8_from_mixed_bfloat16", "float8_from_mixed_float16"])
+def test_a_quantized_layer_keeps_the_compute_dtype(name, policy):
+    ours = make(layers, name, policy, activation="relu")
+    x = np.random.default_rng(2).normal(size=small(name)).astype("float16")
+    assert keras.backend.standardize_dtype(ours(x, training=True).dtype) == ours.compute_dtype
+    assert ours.activation is keras.activations.relu
+
+
+def test_an_activation_that_fails_stays_in_place():
+    def fails(_):
+        message = "no"
+        raise RuntimeError(message)
+
+    layer = layers.Dense(2, activation=fails)
+    with pytest.raises(RuntimeError, match="no"):
+        layer(np.ones((1, 2)))
+    assert layer.activation is fails
+    with pytest.raises(ValueError, match="incompatible"):
+        small_pair("Conv2D")[0](np.ones((1, 6, 6, 5)))
+
+
+def test_a_model_trains():
+    keras.config.set_dtype_policy("mixed_float16")
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Conv2D(4, 3, activation="relu"),
+            layers.SeparableConv2D(4, 3, activation="relu"),
+            keras.layers.GlobalAveragePooling2D(),
+            layers.Dense(2),
+        ]
+    )
+    before = model.get_weights()
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    x = np.random.default_rng(0).normal(size=(8, 8, 8, 1))
+    history = model.fit(x, np.ones((8, 2)), epochs=5, verbose=0).history["loss"]
+    assert history[-1] < history[0]
+    assert all(np.any(a != b) for a, b in zip(before, model.get_weights(), strict=True))
+    assert ops.shape(model(x)) == (8, 2)
