@@ -115,20 +115,18 @@ def _infinite_nodes(nodes: Any) -> list[tuple[str, float, bool]]:
 def _in_jax(model: Any, x: Any) -> list[Constant]:
     import jax
 
-    def forward(trainable: Any, non_trainable: Any, inputs: Any) -> Any:
-        return model.stateless_call(trainable, non_trainable, inputs, training=True)
+    def forward(values: Any, inputs: Any) -> Any:
+        # Not stateless_call, which hands `training` to models that do not take it.
+        state = zip(model.variables, values, strict=True)
+        with keras.StatelessScope(state_mapping=list(state)):
+            return model(inputs, training=True)
 
-    state = ([v.value for v in each] for each in _state(model))
-    closed = jax.make_jaxpr(forward)(*state, x)
+    closed = jax.make_jaxpr(forward)([variable.value for variable in model.variables], x)
     consts = zip(closed.jaxpr.constvars, closed.consts, strict=True)
     known = {var: worst for var, value in consts if (worst := _worst_array(value)) is not None}
     found: list[Constant] = []
     _walk(closed.jaxpr, known, "", found)
     return found
-
-
-def _state(model: Any) -> tuple[list[Any], list[Any]]:
-    return model.trainable_variables, model.non_trainable_variables
 
 
 def _worst_array(value: Any) -> float | None:

@@ -123,8 +123,11 @@ def _sums_outputs(layer: Any, _: Place) -> bool:
 
 def _is_scores_part(layer: Any, place: Place) -> bool:
     """With a float32 query the scores are float32; keys, values and the output stay as they are."""
+    # Torch alone does not multiply a float32 tensor with a float16 one.
+    torch = keras.backend.backend() == "torch"
+    projections = ("query", "key", "value") if torch else ("query",)
     return isinstance(place.holder, ATTENTION) and (
-        isinstance(layer, (layers.Softmax, layers.Dropout)) or layer.name == "query"
+        isinstance(layer, (layers.Softmax, layers.Dropout)) or layer.name in projections
     )
 
 

@@ -72,7 +72,7 @@ def test_parts_that_are_made_when_the_model_is_built_follow_at_once():
     assert keras.backend.standardize_dtype(output.dtype) == "float32"
     assert model.attend._softmax.compute_dtype == "float32"
     assert model.attend.query_dense.compute_dtype == "float32"
-    assert model.attend.key_dense.compute_dtype == "float16"
+    assert model.attend.output_dense.compute_dtype == "float16"
 
 
 def test_they_follow_when_fit_builds_the_model():

@@ -179,10 +179,11 @@ def test_attention_computes_scores_in_float32_and_projects_in_float16(cls):
     model = attends_itself(layer)
     after = {row.path: row.after for row in assign(model, POLICY) if layer.name in row.path}
     float32 = {path.rpartition("/")[2] for path, name in after.items() if name == "float32"}
-    assert "query" in float32
-    assert len(float32) == 3  # the others are softmax and dropout
+    wide = {"query", "key", "value"} if keras.backend.backend() == "torch" else {"query"}
+    assert wide <= float32
+    assert len(float32 - wide) == 2  # softmax and dropout
     rest = {path.rpartition("/")[2] for path, name in after.items() if name != "float32"}
-    assert rest == {layer.name, "key", "value", "attention_output"}
+    assert rest == {layer.name, "key", "value", "attention_output"} - wide
 
 
 def attends_itself(layer, shape=(4, 8)):
@@ -316,7 +317,16 @@ def error(output, reference):
     return np.linalg.norm(output - reference) / np.linalg.norm(reference)
 
 
-@pytest.mark.parametrize("name", HAZARDS)
+# Torch sums in float32 when it pools.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.backend("tensorflow", "jax"))
+        if name == "pooling"
+        else name
+        for name in HAZARDS
+    ],
+)
 def test_the_rule_mends_the_hazard(name):
     build, x, reference = HAZARDS[name]
     expected = reference(x)
@@ -346,6 +356,7 @@ def test_averages_do_not_overflow():
     assert np.all(averaged("safe") == 4e4)
 
 
+@pytest.mark.backend("tensorflow", "jax")  # torch rounds nothing there
 def test_spectral_normalization_keeps_its_float32_kernel():
     def kernel(rules):
         keras.utils.set_random_seed(0)
