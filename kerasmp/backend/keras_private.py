@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 from keras.optimizers.schedules import LearningRateSchedule
+from keras.src.backend import get_keras_mask, set_keras_mask
 from keras.src.backend.common.variables import AutocastScope
 from keras.src.models.functional import Functional
 from keras.src.models.model import functional_init_arguments
@@ -28,7 +29,9 @@ __all__ = [
     "functional_init_arguments",
     "learning_rate_functions",
     "learning_rate_schedules",
+    "states_of",
     "weights_and_averages",
+    "with_mask_of",
 ]
 
 # A subclass that calls super() adds a frame or two; more would be somebody else's call.
@@ -39,6 +42,17 @@ _FRAMES = 8
 # Functional: the class of `keras.Model(inputs, outputs)` has no public name, and a model of ours
 # that is built from inputs and outputs must inherit from it. functional_init_arguments: what
 # tells `keras.Model` that it was given inputs and outputs; a copy of it could come to differ.
+
+
+def with_mask_of(tensor: Any, other: Any) -> Any:
+    """Return `other` with the mask that a layer has left on `tensor`.
+
+    Losses and metrics go by it, and `keras.ops.cast` drops it. Publicly there is no way to it.
+    """
+    mask = get_keras_mask(tensor)
+    if mask is not None:
+        set_keras_mask(other, mask)
+    return other
 
 
 def flatten_layers(model: Any) -> list[Any]:
@@ -90,6 +104,17 @@ def learning_rate_functions(optimizer: Any) -> list[tuple[Any, Any]]:
         if callable(inside._learning_rate)  # noqa: SLF001
         and not isinstance(inside._learning_rate, LearningRateSchedule)  # noqa: SLF001
     ]
+
+
+def states_of(model: Any) -> list[Any]:
+    """Return all variables that a step changes and training does not, metrics left out.
+
+    The states of stateful RNN layers are among them, which Keras keeps out of a model's variables.
+    On JAX it does so too, where `fit` therefore never changes them.
+    """
+    recurrent = [x for x in flatten_layers(model) if isinstance(x, keras.layers.RNN) and x.stateful]
+    kept = [layer.states for layer in recurrent if layer.states is not None]
+    return [*model.non_trainable_variables, *keras.tree.flatten(kept)]
 
 
 def float16_layers(model: Any) -> list[Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
 
+from kerasmp.backend.keras_private import states_of
 from kerasmp.backend.nested import optimizers_in
 from kerasmp.errors import BackendError
 
@@ -21,11 +23,25 @@ LOSS_MEETS_APPLY = True
 # Many small sums cost more here than a branch around them.
 BRANCHES = True
 
+# So few tensors are checked in no more time than a branch takes.
+FEW = 8
+
 # The gradient of what is broadcast or used in each step of a loop is summed in float32.
 NARROW_SUMS = False
 
 # Keras's method that sums gradients over replicas; tests/backend tells when it moves.
 REDUCTION = "_all_reduce_sum_gradients"
+
+
+# What the graph, eager kernels, and the conversion of arguments say of two dtypes that do not fit.
+_FLOAT = r"(?:float16|bfloat16|float32|float64|half|float|double)"
+MIXED_DTYPES = re.compile(
+    rf"has type {_FLOAT} that does not match type {_FLOAT}"
+    rf"|was expected to be a {_FLOAT} tensor but is a {_FLOAT} tensor"
+    rf"|Tensor conversion requested dtype {_FLOAT} for Tensor with dtype {_FLOAT}"
+    rf"|containing a tensor of dtype <dtype: '{_FLOAT}'> to <dtype: '{_FLOAT}'>"
+    rf"|have types? \[?{_FLOAT}.* that don't all match"
+)
 
 
 def convolution_dtype(dtype: str) -> str:
@@ -53,6 +69,23 @@ def with_values(gradient: Any, values: Any) -> Any:
     if isinstance(gradient, tf.IndexedSlices):
         return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
     return values
+
+
+def checked(values: Sequence[Any], exactly: Callable[[], Any]) -> Any:
+    """Return which values are finite, as `exactly` does, in half as many kernels if all are.
+
+    A sum of squares is inf or NaN if one of its terms is, and for huge finite ones too: then, and
+    only then, `exactly` tells.
+
+    Args:
+        values: Tensors of any shape.
+        exactly: Returns a bool vector, for each tensor whether all of it is finite.
+    """
+    if len(values) < FEW:
+        return exactly()
+    sums = [tf.nn.l2_loss(v if v.dtype == tf.float64 else tf.cast(v, "float32")) for v in values]
+    clearly = tf.reduce_all(tf.math.is_finite(tf.stack([tf.cast(s, "float32") for s in sums])))
+    return tf.cond(clearly, lambda: tf.ones((len(values),), "bool"), exactly)
 
 
 def place() -> tuple[Any, Any]:
@@ -260,23 +293,46 @@ def sync(model: Any) -> None:
     """Make the variables current: TensorFlow's always are."""
 
 
-def train_step(model: Any, parent: Callable[..., Any], data: Any) -> Any:
-    """Run the parent's train step and undo its traces if the optimizer skipped.
+def mixes_dtypes(error: Exception) -> bool:
+    """Return whether an error says that operands of different float dtypes met."""
+    kinds = (TypeError, ValueError, tf.errors.InvalidArgumentError)
+    return isinstance(error, kinds) and MIXED_DTYPES.search(str(error)) is not None
+
+
+def train_step(
+    model: Any,
+    optimizers: Sequence[Any],
+    step: Callable[..., Any],
+    logs_after: Callable[[Any, Any], Any],
+    data: Any,
+) -> Any:
+    """Run a train step and undo its traces if an optimizer skipped.
 
     Reads before the step alias the variables' buffers, and the branch that puts values back runs
     in skipped steps only.
+
+    Args:
+        model: The model.
+        optimizers: Those of ours that the step may use.
+        step: The step, which takes `data` and returns logs.
+        logs_after: Makes of the logs, and whether the step was skipped, those to return.
+        data: The batch.
     """
     if tf.executing_eagerly() and not model.built:
         # What the step itself would make could not be put back. A graph is traced again instead.
         model(keras.utils.unpack_x_y_sample_weight(data)[0], training=False)
-    guarded = [
-        v for v in (*model.non_trainable_variables, *model.metrics_variables) if v.dtype != "string"
-    ]
+    guarded = [v for v in (*states_of(model), *model.metrics_variables) if v.dtype != "string"]
     before = [tf.identity(v.value) for v in guarded]
+    skips = [o.skips() for o in optimizers]
     known = {id(v) for v in model.metrics_variables}
-    logs = parent(data)
-    if not model.optimizer.built:  # nothing is trainable
+    logs = step(data)
+    used = [(o, n) for o, n in zip(optimizers, skips, strict=True) if o.built]
+    if not used:  # nothing is trainable
         return logs
+    # An optimizer without state before its first step is built in a trace that is not kept.
+    skipped = tf.reduce_any(
+        [o.skipped_last() if n is None else tf.not_equal(o.skips(), n) for o, n in used]
+    )
     late = [m for m in model.metrics if not known.issuperset(id(v) for v in m.variables)]
 
     def restore() -> None:
@@ -285,5 +341,5 @@ def train_step(model: Any, parent: Callable[..., Any], data: Any) -> Any:
         for metric in late:
             metric.reset_state()
 
-    tf.cond(model.optimizer.skipped_last(), restore, lambda: None)
-    return model.get_metrics_result()
+    tf.cond(skipped, restore, lambda: None)
+    return logs_after(logs, skipped)

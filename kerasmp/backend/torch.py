@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from kerasmp.backend.keras_private import states_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,6 +35,12 @@ def recurrence_dtype(dtype: str) -> str:
     return "float32" if dtype == "float16" and not torch.cuda.is_available() else dtype
 
 
+MIXED_DTYPES = re.compile(
+    r"to have the same dtype, but got|expected scalar type (Half|BFloat16|Float) but found"
+    r"|Input type \(.*\) and (weight|bias) type \(.*\) should be the same"
+)
+
+
 def dense_values(gradient: Any) -> Any:
     """Return the numbers of a gradient."""
     return gradient
@@ -40,6 +49,11 @@ def dense_values(gradient: Any) -> Any:
 def with_values(gradient: Any, values: Any) -> Any:  # noqa: ARG001 - one signature for all backends
     """Return `gradient` with other numbers at the same places."""
     return values
+
+
+def checked(values: Sequence[Any], exactly: Callable[[], Any]) -> Any:  # noqa: ARG001
+    """Return which values are finite, as `exactly` does: nothing here is quicker."""
+    return exactly()
 
 
 def place() -> tuple[Any, Any]:
@@ -119,22 +133,37 @@ def sync(model: Any) -> None:
     """Make the variables current: torch's always are."""
 
 
-def train_step(model: Any, parent: Callable[..., Any], data: Any) -> Any:
-    """Run the parent's train step and undo its traces if the optimizer skipped."""
-    guarded = [*model.non_trainable_variables, *model.metrics_variables]
+def mixes_dtypes(error: Exception) -> bool:
+    """Return whether an error says that operands of different float dtypes met."""
+    return isinstance(error, RuntimeError) and MIXED_DTYPES.search(str(error)) is not None
+
+
+def train_step(
+    model: Any,
+    optimizers: Sequence[Any],
+    step: Callable[..., Any],
+    logs_after: Callable[[Any, Any], Any],
+    data: Any,
+) -> Any:
+    """Run a train step and undo its traces if an optimizer skipped; see TensorFlow's."""
+    guarded = [*states_of(model), *model.metrics_variables]
     before = [v.value.detach().clone() for v in guarded]
     # Dropout without a seed draws from torch's own generators, not from a Keras variable.
     generators = _generators()
     states = [generator.get_state() for generator in generators]
-    logs = parent(data)
-    if not model.optimizer.last_step_skipped:
+    # A copy: what is read is a view of the variable. Before the first step there may be none.
+    skips = [o.skips().clone() if o.built else 0 for o in optimizers]
+    logs = step(data)
+    pairs = zip(optimizers, skips, strict=True)
+    skipped = any(bool(o.skips() > number) for o, number in pairs if o.built)
+    if not skipped:
         return logs
     with torch.no_grad():
         for variable, value in zip(guarded, before, strict=True):
             variable.assign(value)
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
-    return model.get_metrics_result()
+    return logs_after(logs, skipped)
 
 
 def _generators() -> list[Any]:

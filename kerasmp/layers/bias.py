@@ -20,7 +20,7 @@ class WideBias:
         """Add a weight; the bias is not cast if adding it in float32 is what sums in float32."""
         if kwargs.get("name") == "bias" and current().NARROW_SUMS:
             kwargs["autocast"] = False
-        return super().add_weight(*args, **kwargs)  # type: ignore[misc]
+        return super().add_weight(*args, **kwargs)  # type: ignore[misc]  # the layer mixed in has it
 
     def _narrowed(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call Keras's `call`, cast what it returns to the compute dtype, and activate that.
@@ -44,7 +44,7 @@ class WideConvolution(WideBias):
     def call(self, inputs: Any) -> Any:
         """Convolve `inputs`; see the class in Keras."""
         layer: Any = self
-        call = super().call  # type: ignore[misc]
+        call = super().call  # type: ignore[misc]  # the layer mixed in has it
         dtype = current().convolution_dtype(layer.compute_dtype)
         # LoRA gives a kernel in the compute dtype, whatever is asked for.
         if dtype == layer.compute_dtype or getattr(layer, "lora_enabled", False):
@@ -58,8 +58,8 @@ class WideProduct(WideBias):
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: FBT001 - Keras's
         """Multiply `inputs` by the kernel; see the class in Keras."""
-        return self._narrowed(super().call, inputs, training=training)  # type: ignore[misc]
+        return self._narrowed(super().call, inputs, training=training)  # type: ignore[misc]  # the layer mixed in has it
 
     def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
         """Do the same under a quantized policy."""
-        return self._narrowed(super().quantized_call, *args, **kwargs)  # type: ignore[misc]
+        return self._narrowed(super().quantized_call, *args, **kwargs)  # type: ignore[misc]  # the layer mixed in has it

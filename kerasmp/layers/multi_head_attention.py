@@ -154,7 +154,7 @@ class MultiHeadAttention(_WideScores, keras.layers.MultiHeadAttention):
         value: Any,
         attention_mask: Any = None,
         training: bool | None = None,  # noqa: FBT001
-        return_attention_scores: bool = False,  # noqa: FBT001, FBT002
+        return_attention_scores: bool = False,  # noqa: FBT001, FBT002 - Keras's signature
     ) -> tuple[Any, Any]:
         scale = self.key_dim**-0.5
         if len(query.shape) > _SEQUENCES + 1:

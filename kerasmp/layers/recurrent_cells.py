@@ -103,7 +103,7 @@ class EarlyCast:
         if self._projected:
             results = self._step(self._wide(inputs), states)
         else:
-            results = super().call(inputs, states, training=training)  # type: ignore[misc]
+            results = super().call(inputs, states, training=training)  # type: ignore[misc]  # the layer mixed in has it
         return keras.tree.map_structure(lambda x: ops.cast(x, cell.compute_dtype), results)
 
     def _wide(self, tensor: Any) -> Any:

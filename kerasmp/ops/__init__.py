@@ -26,7 +26,9 @@ from kerasmp.ops.activations import (
     tanh,
     tanh_shrink,
 )
-from kerasmp.ops.attention import dot_product_attention
+from kerasmp.ops.attention import (
+    dot_product_attention,
+)
 from kerasmp.ops.losses import (
     binary_crossentropy,
     binary_focal_crossentropy,
@@ -40,7 +42,11 @@ from kerasmp.ops.losses import (
     sparse_categorical_crossentropy,
     squared_hinge,
 )
-from kerasmp.ops.precision import in_float32, is_narrow, widen
+from kerasmp.ops.precision import (
+    in_float32,
+    is_narrow,
+    widen,
+)
 from kerasmp.ops.reductions import (
     average_pool,
     cumsum,
@@ -52,7 +58,10 @@ from kerasmp.ops.reductions import (
     sum,  # noqa: A004 - as in keras.ops
     var,
 )
-from kerasmp.ops.softmax import log_softmax, softmax
+from kerasmp.ops.softmax import (
+    log_softmax,
+    softmax,
+)
 
 __all__ = [
     "average_pool",

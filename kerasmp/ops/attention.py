@@ -215,8 +215,8 @@ def masked_softmax(scores: Any, mask: Any, axis: Any = -1) -> Any:
 
 def hide(scores: Any, mask: Any) -> Any:
     """Return the scores with a number below all of them where the mask is False."""
-    lowest = _MASKED[keras.backend.standardize_dtype(scores.dtype)]
-    return ops.where(mask, scores, ops.cast(lowest, scores.dtype))
+    dtype = keras.backend.standardize_dtype(scores.dtype)
+    return ops.where(mask, scores, ops.convert_to_tensor(_MASKED[dtype], dtype=dtype))
 
 
 def causal_mask(query: Any, key: Any) -> Any:

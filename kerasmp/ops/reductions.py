@@ -122,7 +122,7 @@ def logsumexp(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa:
 
 
 @in_float32
-def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A002, FBT001, FBT002
+def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A002, FBT001, FBT002 - as in keras.ops
     """Return `keras.ops.norm`, computed in float32.
 
     The gradient of a zero vector is 0, and not NaN.

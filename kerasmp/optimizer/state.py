@@ -14,7 +14,7 @@ from kerasmp.backend.keras_private import weights_and_averages
 from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.optimizer import saved
 from kerasmp.optimizer.causes import CAUSES
-from kerasmp.optimizer.counters import COUNTERS, consecutive_skips, skipped_last
+from kerasmp.optimizer.counters import COUNTERS, consecutive_skips, skipped_in_all, skipped_last
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -134,6 +134,10 @@ class ScalingState(keras.optimizers.LossScaleOptimizer):
     def skipped_last(self) -> Any:
         """Return `last_step_skipped` as a scalar bool tensor, without waiting for the device."""
         return skipped_last(self.counts_variable)
+
+    def skips(self) -> Any:
+        """Return `skipped_steps` as a scalar integer tensor, or None before `build`."""
+        return skipped_in_all(self.counts_variable) if self.built else None
 
     @property
     def nonfinite_counts(self) -> Any:

@@ -48,7 +48,9 @@ class SteppingState(ScalingState):
         values = [_as_kept(g, v) for g, v in pairs if g is not None]
         if not values:
             return ops.ones((1,), dtype="bool")
-        return ops.stack([ops.all(ops.isfinite(v)) for v in values])
+        return backend.current().checked(
+            values, lambda: ops.stack([ops.all(ops.isfinite(v)) for v in values])
+        )
 
     def _with_updates(self, step: Step) -> Step:
         """Return the step with its gradients unscaled.
@@ -58,7 +60,8 @@ class SteppingState(ScalingState):
         """
         if step.unscaled:
             return dataclasses.replace(step, updates=step.grads)
-        scale = ops.convert_to_tensor(self.dynamic_scale)
+        # A cast gives TensorFlow a tensor: the variable itself it would read for each gradient.
+        scale = ops.cast(self.dynamic_scale, "float32")
         pairs = zip(step.grads, step.variables, strict=True)
         return dataclasses.replace(step, updates=[divided(g, v, scale) for g, v in pairs])
 

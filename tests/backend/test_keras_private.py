@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 
 import kerasmp
@@ -45,6 +46,15 @@ def test_float16_layers_are_found_at_every_depth():
     inner = keras.layers.Dense(1, dtype="mixed_float16", name="deep")
     model = keras.Sequential([keras.layers.TimeDistributed(inner, dtype="float32")])
     assert [layer.name for layer in keras_private.float16_layers(model)] == ["deep"]
+
+
+def test_the_mask_that_a_layer_leaves_can_be_handed_on():
+    embedded = keras.layers.Embedding(3, 2, mask_zero=True)(np.array([[1, 0]]))
+    plain = keras.ops.cast(embedded, "float16")
+    kept = keras_private.with_mask_of(embedded, plain)
+    summed = keras.layers.GlobalAveragePooling1D(dtype="float32")(kept)
+    expected = keras.ops.convert_to_numpy(embedded)[:, 0]
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(summed), expected, rtol=1e-3)
 
 
 class Nest(keras.layers.Layer):

@@ -96,14 +96,14 @@ CROSS_ENTROPIES = [
 ]
 
 
-@pytest.mark.parametrize("loss", CROSS_ENTROPIES, ids=str)
+@pytest.mark.parametrize("loss", CROSS_ENTROPIES)
 def test_a_cross_entropy_on_float16_probabilities_is_an_error(loss):
     model = compiled(made(dense(activation="softmax"), bare=True), loss)
     assert only(model, "float16-probabilities").severity == "error"
 
 
 @pytest.mark.parametrize(
-    "loss", ["mse", keras.losses.CategoricalCrossentropy(from_logits=True), None], ids=str
+    "loss", ["mse", keras.losses.CategoricalCrossentropy(from_logits=True), None]
 )
 def test_other_losses_are_in_peace(loss):
     assert not found(compiled(made(dense(), bare=True), loss), "float16-probabilities")

@@ -58,6 +58,9 @@ def test_a_kerasmp_model_skips_bad_data_with_all_its_traces():
     cases = [None, (DATA, FIRST), (DATA, LAST)]
     # Known to be the loss: the scale stays.
     assert_skipped(*train(cases, how="data", guarded=True), scale=bad_batch.SCALE)
+    own_step = train(cases[1:], how="data", guarded=True, own_step=True)
+    assert own_step[0]["weights"] == own_step[1]["weights"]
+    assert all(np.isfinite(run["weights"]).all() for run in own_step)
 
 
 def test_clipping_and_sums_go_by_the_whole_batch():

@@ -42,15 +42,18 @@ def test_one_bad_replica_any_of_them_is_skipped_on_all(replicas):
 
 
 def test_so_is_it_where_gradients_are_unscaled_by_hand_and_in_a_model_of_kerasmp():
-    loop, unscaling, data = train(
+    loop, unscaling, data, own_step = train(
         2,
         ours("loop"),
         ours("unscaling"),
         ours("fit", DATA, guarded=True),  # the weights hold BatchNormalization's statistics
+        ours("fit", DATA, guarded=True, own_step=True),
     )
     assert_skipped_everywhere(unscaling, 2)
     assert unscaling == loop
-    assert_skipped_everywhere(data, 2, bad_batch.SCALE)  # known to be the loss: the scale stays
+    # Known to be the loss: the scale stays.
+    assert_skipped_everywhere(data, 2, bad_batch.SCALE)
+    assert_skipped_everywhere(own_step, 2, bad_batch.SCALE)
 
 
 # Collectives of eager code clash with those of a graph before it: a process for each.

@@ -5,6 +5,7 @@ A row of 3000 gives a finite loss and gradients beyond float16; a row of inf a l
 
 import keras
 import numpy as np
+from helpers import own_steps
 
 import kerasmp as mp
 
@@ -34,6 +35,12 @@ def network(module=keras, between=()):
     keras.utils.set_random_seed(0)
     hidden = keras.layers.Dense(8, dtype="mixed_float16")
     return module.Sequential([keras.Input((4,)), hidden, *between, keras.layers.Dense(1)])
+
+
+def guarded_network(own_step):
+    """Return one of kerasmp, with BatchNormalization, whose train step may be the user's own."""
+    between = [keras.layers.BatchNormalization(dtype="mixed_float16")]
+    return network(own_steps.MODULE if own_step else mp, between)
 
 
 def flat(values):

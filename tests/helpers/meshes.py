@@ -8,7 +8,7 @@ import itertools
 import jax
 import keras
 import numpy as np
-from helpers.bad_batch import ROWS, SCALE, batches, network, outcome, targets
+from helpers.bad_batch import ROWS, SCALE, batches, guarded_network, network, outcome, targets
 from keras import ops
 
 import kerasmp as mp
@@ -56,9 +56,8 @@ def _batches(case):
     return batches() if case is None else batches(bad_row=case[1], value=case[0])
 
 
-def _fit(data, *, guarded=False, clipped=None):
-    between = [keras.layers.BatchNormalization(dtype="mixed_float16")] if guarded else []
-    model = network(mp if guarded else keras, between)
+def _fit(data, *, guarded=False, own_step=False, clipped=None):
+    model = guarded_network(own_step) if guarded else network()
     adam, sgd = keras.optimizers.Adam(0.1), keras.optimizers.SGD(0.1, global_clipnorm=clipped)
     optimizer = mp.LossScaleOptimizer(sgd if clipped else adam, initial_scale=SCALE)
     model.compile(optimizer, "mse")

@@ -6,10 +6,18 @@
 import keras
 import numpy as np
 import tensorflow as tf
-from helpers.bad_batch import CLASSES, ROWS, SCALE, batches, flat, network, outcome, targets
+from helpers.bad_batch import (
+    CLASSES,
+    ROWS,
+    SCALE,
+    batches,
+    flat,
+    guarded_network,
+    network,
+    outcome,
+    targets,
+)
 from keras import ops
-
-import kerasmp as mp
 
 
 def strategy_on(replicas):
@@ -78,14 +86,13 @@ def _eager_fit(*arguments):
 WAYS = {"loop": _loop, "unscaling": _unscaling, "fit": _fit, "eager fit": _eager_fit}
 
 
-def runs(strategy, cls, way, feeds, *, guarded=False, build=True):
+def runs(strategy, cls, way, feeds, *, guarded=False, own_step=False, build=True):
     """Train on each of `feeds`, each time from the same start, and return the outcomes.
 
     The traces are made once: they take longer than all that runs in them.
     """
     with strategy.scope():
-        between = [keras.layers.BatchNormalization(dtype="mixed_float16")] if guarded else []
-        model = network(mp if guarded else keras, between)
+        model = guarded_network(own_step) if guarded else network()
         optimizer = CLASSES[cls](keras.optimizers.Adam(0.1), initial_scale=SCALE)
         if build:
             optimizer.build(model.trainable_variables)

@@ -9,7 +9,7 @@ def product(inputs, kernel):
 
 
 class LSTMCell(keras.layers.LSTMCell):
-    def call(self, inputs, states, training=False):  # noqa: ARG002, FBT002 - Keras's
+    def call(self, inputs, states, training=False):  # noqa: ARG002, FBT002 - Keras's signature
         output, carry = states
         gates = product(inputs, self.kernel) + product(output, self.recurrent_kernel) + self.bias
         enter, forget, candidate, leave = ops.split(gates, 4, -1)
@@ -19,7 +19,7 @@ class LSTMCell(keras.layers.LSTMCell):
 
 
 class GRUCell(keras.layers.GRUCell):
-    def call(self, inputs, states, training=False):  # noqa: ARG002, FBT002 - Keras's
+    def call(self, inputs, states, training=False):  # noqa: ARG002, FBT002 - Keras's signature
         (state,) = keras.tree.flatten(states)
         new = ops.split(product(inputs, self.kernel) + self.bias[0], 3, -1)
         old = ops.split(product(state, self.recurrent_kernel) + self.bias[1], 3, -1)

@@ -218,6 +218,7 @@ class TestASkippedStepIsVisible:
         assert int(ops.convert_to_numpy(ops.convert_to_tensor(optimizer.iterations))) < 8
         assert set(logs) == {"loss"}
 
+    @pytest.mark.filterwarnings("ignore:Before the first step")  # of the float16 head
     def test_here_it_is_in_the_logs_and_on_the_optimizer(self):
         logs, optimizer = logs_of_a_bad_start(Ours, [mp.OverflowMonitor()])
         assert optimizer.skipped_steps > 0

@@ -8,25 +8,36 @@ from typing import Any
 
 import keras
 
-from kerasmp import backend
 from kerasmp.backend.keras_private import Functional, float16_layers, functional_init_arguments
-from kerasmp.errors import LossScaleWarning
+from kerasmp.errors import ArgumentTypeError, LossScaleWarning
+from kerasmp.model.float32 import (
+    at_least_float32,
+    cast,
+    float32_activity_regularizers,
+)
+from kerasmp.model.guards import with_guards
+from kerasmp.model.hints import dtype_hints
+from kerasmp.model.steps import note_kerass_own, optimizers_of
+from kerasmp.model.turning import class_between, ours_for
 from kerasmp.optimizer import LossScaleOptimizer
-from kerasmp.policy import global_policy
+from kerasmp.policy import Policy, global_policy
 from kerasmp.policy.follow import RulesToFollow
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
+@with_guards
 class Model(keras.Model):
     """`keras.Model` for mixed precision: a drop-in with the same three ways of use.
 
     It differs in six points. `compile` wraps the optimizer in `LossScaleOptimizer` as soon as
     any layer computes in float16, not only where the model's own policy is "mixed_float16". A
     skipped step leaves everything as if it had not been: BatchNormalization statistics, seeds,
-    the averages of loss and metrics, every other non-trainable variable. float16 and bfloat16
-    outputs reach the metrics in float32. Under a policy with `output=` the model's outputs have
-    that dtype. Under one with class rules or `rules="safe"` its layers follow them. And
-    `auto_scale_loss` is kept in saved files.
+    the averages of loss and metrics, every other non-trainable variable; also where `train_step`
+    is the user's own. float16 and bfloat16 outputs reach losses and metrics in float32, and extra
+    losses (`add_loss`, activity regularizers) are added up in it. An error of mixed dtypes comes
+    with a hint. Under a policy with `output=` the model's outputs have that dtype, and under one
+    with class rules or `rules="safe"` its layers follow them. And `auto_scale_loss` is kept in
+    saved files.
 
     Args:
         *args: As for `keras.Model`: `inputs, outputs` or nothing.
@@ -44,8 +55,15 @@ class Model(keras.Model):
 
     optimizer: Any
     _auto_scale_loss = True
+    _output_dtype: str | None = None
+    _rules = RulesToFollow(Policy("float32"))  # none: those of a model that was turned into ours
     _guards_steps = False
     _looked_for_late_layers = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Guard what a user's subclass, or a mixin in it, has of its own."""
+        super().__init_subclass__(**kwargs)
+        with_guards(cls)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the class says it
         # As keras.Model does. A subclass is told apart in __init__, by what it passes on.
@@ -69,18 +87,20 @@ class Model(keras.Model):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs, in the `output` dtype of the policy that the model was made under."""
         self._rules.follow(self, *args)
-        return self._in_output_dtype(super().__call__(*args, **kwargs))
+        with dtype_hints(), float32_activity_regularizers(self):
+            return self._in_output_dtype(super().__call__(*args, **kwargs))
 
     def stateless_call(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return the outputs and the new state; see `keras.Model.stateless_call`."""
         self._rules.follow(self)
-        outputs, *state = super().stateless_call(*args, **kwargs)
+        with dtype_hints(), float32_activity_regularizers(self):
+            outputs, *state = super().stateless_call(*args, **kwargs)
         return self._in_output_dtype(outputs), *state
 
     def _in_output_dtype(self, outputs: Any) -> Any:
         if self._output_dtype is None:
             return outputs
-        return keras.tree.map_structure(functools.partial(_cast, dtype=self._output_dtype), outputs)
+        return keras.tree.map_structure(functools.partial(cast, dtype=self._output_dtype), outputs)
 
     def get_config(self) -> dict[str, Any]:
         """Return the parent's config, and the dtype of the outputs where a policy gave one."""
@@ -99,6 +119,59 @@ class Model(keras.Model):
         model = super().from_config(config, custom_objects=custom_objects)
         model._output_dtype = output_dtype  # noqa: SLF001 - not the global policy of this moment
         return model
+
+    @classmethod
+    def from_keras(cls, model: Any, *, auto_scale_loss: bool = True) -> Any:
+        """Turn a stock Keras model into one of ours, in place: nothing is built or compiled again.
+
+        Weights, the state of the optimizer and of metrics, and what `compile` was given stay. If
+        the model is compiled and has float16 layers, its optimizer is wrapped in
+        `LossScaleOptimizer`; stock Keras's wrapper is replaced by ours, with its scale. A model
+        of ours is returned as it is.
+
+        Args:
+            model: A functional model, a `keras.Sequential`, or a user's subclass of `keras.Model`,
+                built or not, compiled or not. It keeps being an instance of its class.
+            auto_scale_loss: False leaves the optimizer as it is.
+
+        Returns:
+            The same object.
+
+        Raises:
+            ArgumentTypeError: If it is no Keras model.
+
+        Example:
+
+        >>> inputs = keras.Input((4,))
+        >>> outputs = keras.layers.Dense(2, dtype="mixed_float16")(inputs)
+        >>> model = keras.Model(inputs, outputs)
+        >>> model.compile("sgd", "mse")
+        >>> model = Model.from_keras(model)
+        >>> isinstance(model, Model), type(model.optimizer).__name__
+        (True, 'LossScaleOptimizer')
+        """
+        if not isinstance(model, keras.Model):
+            raise ArgumentTypeError(
+                "from_keras turns Keras models.",
+                received=f"{model!r} of type {type(model).__name__}",
+                expected="a keras.Model",
+                fix="Put layers into a keras.Sequential first.",
+            )
+        if not isinstance(model, Model):
+            object.__setattr__(model, "__class__", _ours_of(model))
+            model._scale_as_turned(auto_scale_loss)  # noqa: SLF001 - one of ours, now
+        return model
+
+    def _scale_as_turned(self, auto_scale_loss: bool) -> None:  # noqa: FBT001 - one caller
+        self._auto_scale_loss = auto_scale_loss
+        stock = keras.optimizers.LossScaleOptimizer
+        if self.compiled and (
+            self._must_wrap(self.optimizer)
+            or (self._auto_scale_loss and type(self.optimizer) is stock)
+        ):
+            self.optimizer = ours_for(self.optimizer, self.trainable_variables)
+        # What is compiled holds the step and the optimizer of before.
+        self.train_function = self.test_function = self.predict_function = None
 
     def compile(
         self, optimizer: Any = "rmsprop", *args: Any, auto_scale_loss: bool = True, **kwargs: Any
@@ -140,7 +213,7 @@ class Model(keras.Model):
     def make_train_function(self, force: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's
         """Return the compiled step; wrap the optimizer first if layers came after `compile`."""
         if self._must_wrap(self.optimizer):
-            self.optimizer = LossScaleOptimizer(self.optimizer)
+            self.optimizer = ours_for(self.optimizer, self.trainable_variables)
             self.optimizer.build(self.trainable_variables)
             force = True  # a step that is compiled already holds the optimizer of before
         self._warn_of_optimizers_of_its_own()
@@ -149,11 +222,10 @@ class Model(keras.Model):
     def _warn_of_optimizers_of_its_own(self) -> None:
         """Warn of optimizers that a compile of the user's own has kept: nothing wraps those."""
         wrapper = keras.optimizers.LossScaleOptimizer
-        own = {n: v for n, v in vars(self).items() if isinstance(v, keras.optimizers.Optimizer)}
-        all_of_them = [self.optimizer, *own.values()]
-        scaled = {id(o.inner_optimizer) for o in all_of_them if isinstance(o, wrapper)}
-        scaled |= {id(o) for o in all_of_them if isinstance(o, wrapper)} | {id(self.optimizer)}
-        plain = [name for name, value in own.items() if id(value) not in scaled]
+        own = optimizers_of(self)
+        scaled = [o for o in own.values() if isinstance(o, wrapper)]
+        known = {id(o) for o in (self.optimizer, *scaled, *(o.inner_optimizer for o in scaled))}
+        plain = [name for name, value in own.items() if id(value) not in known]
         if plain and self._auto_scale_loss and float16_layers(self):
             warnings.warn(
                 f"Nothing scales the loss of the model's own optimizers ({', '.join(plain)}), and "
@@ -166,18 +238,32 @@ class Model(keras.Model):
     def train_step(self, *args: Any) -> Any:
         """Run one step; if it is skipped, only the optimizer's scale and counters change.
 
+        A subclass may replace it. Its own step is guarded as this one is, whether it calls
+        `super().train_step` or not, as long as it applies its gradients by `self.optimizer`.
+
         Args:
             *args: `data`, and before it on JAX `state`, as for `keras.Model.train_step`.
         """
-        if not isinstance(self.optimizer, LossScaleOptimizer):
-            logs = super().train_step(*args)
-            self._warn_if_too_late()
-            return logs
-        # Not within the step: the logs of one bad batch must not stop TerminateOnNaN's good run.
-        self._guards_steps = False
-        logs = backend.current().train_step(self, super().train_step, *args)
-        self._guards_steps = True
+        note_kerass_own(self)
+        return super().train_step(*args)
+
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one step; see `keras.Model.train_on_batch`. All NaN where it was skipped.
+
+        Its metrics are those of this batch alone, and there is nothing to average.
+        """
+        logs = super().train_on_batch(*args, **kwargs)
+        skipped = (
+            isinstance(self.optimizer, LossScaleOptimizer) and self.optimizer.last_step_skipped
+        )
+        if skipped and all(float(count) == 0 for count in self._loss_counts()):
+            return keras.tree.map_structure(lambda _: float("nan"), logs)
         return logs
+
+    def _loss_counts(self) -> list[Any]:
+        """Return how many samples the average of the loss is over, in a list if there is one."""
+        loss = next((m for m in self.metrics if m.name == "loss"), None)
+        return [loss.count] if isinstance(loss, keras.metrics.Mean) else []
 
     def _warn_if_too_late(self) -> None:
         """Warn once if the first step has built float16 layers, as it does on TensorFlow."""
@@ -192,11 +278,25 @@ class Model(keras.Model):
                     stacklevel=2,
                 )
 
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,  # noqa: FBT001, FBT002
+    ) -> Any:
+        """Return the loss of float32 predictions; see `keras.Model.compute_loss`."""
+        return super().compute_loss(x, y, y_pred, sample_weight, training=training)
+
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """Update the metrics from float32 predictions; see `keras.Model.compute_metrics`."""
-        return super().compute_metrics(
-            x, y, keras.tree.map_structure(_at_least_float32, y_pred), sample_weight=sample_weight
-        )
+        return super().compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    @property
+    def losses(self) -> list[Any]:
+        """The extra losses of `add_loss` and regularizers, each at least in float32."""
+        return [at_least_float32(loss) for loss in super().losses]
 
     def get_metrics_result(self) -> Any:
         """Return the metrics; all NaN where every step since the last reset was skipped.
@@ -204,19 +304,23 @@ class Model(keras.Model):
         Keras averages over no step at all to 0, which would look like a perfect loss.
         """
         result = super().get_metrics_result()
-        loss = next((m for m in self.metrics if m.name == "loss"), None)
+        counts = self._loss_counts()
         # A user's own train step may never touch the loss metric: only ours says what 0 means.
-        if not self._guards_steps or not isinstance(loss, keras.metrics.Mean):
+        if not self._guards_steps or not counts:
             return result
-        nothing = keras.ops.equal(loss.count, 0)
+        nothing = keras.ops.equal(counts[0], 0)
         return keras.tree.map_structure(
             lambda value: keras.ops.where(nothing, float("nan"), value), result
         )
 
     def get_compile_config(self) -> dict[str, Any]:
         """Return what `compile` was called with, serialised."""
-        config = super().get_compile_config()
-        return {**config, "auto_scale_loss": self._auto_scale_loss} if config else config
+        config: dict[str, Any] = super().get_compile_config()
+        if not config:
+            return config
+        # The optimizer of now, which may have been wrapped after `compile`.
+        optimizer = keras.saving.serialize_keras_object(self.optimizer)
+        return {**config, "optimizer": optimizer, "auto_scale_loss": self._auto_scale_loss}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile with what `get_compile_config` returned."""
@@ -272,12 +376,13 @@ def _functional_subclass(cls: Any) -> Any:
     return functional
 
 
-def _cast(tensor: Any, dtype: str) -> Any:
-    is_float = keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
-    return keras.ops.cast(tensor, dtype) if is_float else tensor
-
-
-def _at_least_float32(tensor: Any) -> Any:
-    if keras.backend.standardize_dtype(tensor.dtype) in {"float16", "bfloat16"}:
-        return keras.ops.cast(tensor, "float32")
-    return tensor
+def _ours_of(model: Any) -> Any:
+    """Return the class that makes a stock model one of ours."""
+    theirs: Any = type(model)
+    ours: Any = Model
+    if isinstance(model, keras.Sequential):
+        ours = Sequential
+    elif isinstance(model, Functional):
+        ours = FunctionalModel
+    stock = theirs in {Functional, keras.Sequential, keras.Model}
+    return ours if stock else class_between(theirs, ours, Model.from_keras)

@@ -1,0 +1,31 @@
+"""What is put around methods of every model class of ours, also those that a user has replaced."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kerasmp.model.float32 import float32_predictions
+from kerasmp.model.steps import guarded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_GUARDS: dict[str, Callable[[Any], Any]] = {
+    "train_step": guarded,
+    "compute_loss": float32_predictions,
+    "compute_metrics": float32_predictions,
+}
+_MARK = "_kerasmp_guarded"
+
+T = TypeVar("T", bound=type)
+
+
+def with_guards(cls: T) -> T:
+    """Put a guard around each method that has none: the class's own, or one of a mixin's."""
+    for name, guard in _GUARDS.items():
+        method = getattr(cls, name)
+        if not hasattr(method, _MARK):
+            guarding = guard(method)
+            setattr(guarding, _MARK, True)
+            setattr(cls, name, guarding)
+    return cls

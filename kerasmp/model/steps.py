@@ -1,0 +1,115 @@
+"""The guard around a train step, Keras's or a user's own: a skipped step leaves no trace."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from kerasmp import backend
+from kerasmp.model.hints import dtype_hints
+from kerasmp.optimizer import LossScaleOptimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class _Running(threading.local):
+    """The models whose train step runs in this thread, and whether Keras's own step has its part.
+
+    Replicas of MirroredStrategy have a thread each, and take turns within one step.
+    """
+
+    def __init__(self) -> None:
+        self.models: dict[int, bool] = {}
+
+
+_RUNNING = _Running()
+
+
+def guarded(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a `train_step` that undoes what a skipped step did.
+
+    Of steps that call each other by `super()` the outermost alone is guarded.
+
+    Args:
+        step: The method `train_step` of a model of ours, of a mixin or of a user's subclass.
+    """
+
+    @functools.wraps(step)
+    def train_step(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(model) in _RUNNING.models:
+            return step(model, *args, **kwargs)
+        _RUNNING.models[id(model)] = False
+        try:
+            with dtype_hints():
+                return _run(model, functools.partial(step, model, **kwargs), args)
+        finally:
+            del _RUNNING.models[id(model)]
+
+    return train_step
+
+
+def note_kerass_own(model: Any) -> None:
+    """Note that Keras's own train step has its part in the one that runs."""
+    _RUNNING.models[id(model)] = True
+
+
+def _run(model: Any, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    optimizers = [o for o in optimizers_of(model).values() if isinstance(o, LossScaleOptimizer)]
+    if not optimizers:
+        logs = step(*args)
+        model._warn_if_too_late()  # noqa: SLF001 - the model's own step
+        return logs
+
+    def logs_after(logs: Any, skipped: Any) -> Any:
+        return _logs(model, logs, skipped, by_keras=_RUNNING.models[id(model)])
+
+    # Not within the step: the logs of one bad batch must not stop TerminateOnNaN's good run.
+    model._guards_steps = False  # noqa: SLF001
+    logs = backend.current().train_step(model, optimizers, step, logs_after, *args)
+    model._guards_steps = _RUNNING.models[id(model)]  # noqa: SLF001
+    return logs
+
+
+def optimizers_of(model: Any) -> dict[str, Any]:
+    """Return the optimizer of a model, and those that a user's own `compile` has kept on it."""
+    kept = {n: v for n, v in vars(model).items() if isinstance(v, keras.optimizers.Optimizer)}
+    # Keras keeps its own in an attribute too.
+    return {"optimizer": model.optimizer} | {
+        name: value for name, value in kept.items() if value is not model.optimizer
+    }
+
+
+def _logs(model: Any, logs: Any, skipped: Any, *, by_keras: bool) -> Any:
+    """Return the logs of a step without what a skipped one left in them.
+
+    Args:
+        model: The model, whose metrics are put back already.
+        logs: What the step returned.
+        skipped: Whether it was skipped, a scalar bool tensor.
+        by_keras: Whether Keras's step made them. In a user's own step it is not known whether a
+            metric was asked at all, or what goes by its name is the number of this batch.
+    """
+    if not isinstance(logs, dict):
+        return logs
+    after = model.get_metrics_result()
+    if by_keras:
+        return {key: after.get(key, value) for key, value in logs.items()}
+    # What is averaged over nothing was never asked, or no step was good yet: NaN says more than 0.
+    counts = {m.name: m.count for m in model.metrics if isinstance(m, keras.metrics.Mean)}
+
+    def put_back(key: str, value: Any) -> Any:
+        if isinstance(value, dict):  # of Keras's metric that holds those of `compile`
+            return {key: put_back(key, inner) for key, inner in value.items()}
+        return _put_back(skipped, after[key], value, counts.get(key)) if key in after else value
+
+    return {key: put_back(key, value) for key, value in logs.items()}
+
+
+def _put_back(skipped: Any, after: Any, value: Any, count: Any) -> Any:
+    if count is not None:
+        skipped = keras.ops.logical_and(skipped, keras.ops.greater(count, 0))
+    return keras.ops.where(skipped, after, value)

@@ -1,0 +1,83 @@
+"""Train steps of a user's own that never call Keras's, as Keras's guides write them."""
+
+import types
+
+import keras
+
+import kerasmp as mp
+
+BACKEND = keras.backend.backend()
+
+
+def _updated_metrics(model, loss, y, y_pred):
+    for metric in model.metrics:
+        if metric.name == "loss":
+            metric.update_state(loss)
+        else:
+            metric.update_state(y, y_pred)
+    return {metric.name: metric.result() for metric in model.metrics}
+
+
+class TensorFlowStep:
+    def train_step(self, data):
+        import tensorflow as tf
+
+        x, y = data
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = self.compute_loss(y=y, y_pred=y_pred)
+            scaled = self.optimizer.scale_loss(loss)
+        gradients = tape.gradient(scaled, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return _updated_metrics(self, loss, y, y_pred)
+
+
+class TorchStep:
+    def train_step(self, data):
+        import torch
+
+        x, y = data
+        self.zero_grad()
+        y_pred = self(x, training=True)
+        loss = self.compute_loss(y=y, y_pred=y_pred)
+        self.optimizer.scale_loss(loss).backward()
+        gradients = [v.value.grad for v in self.trainable_variables]
+        with torch.no_grad():
+            self.optimizer.apply(gradients, self.trainable_variables)
+        return _updated_metrics(self, loss.detach(), y, y_pred.detach())
+
+
+class JaxStep:
+    def train_step(self, state, data):
+        import jax
+
+        trainable, others, of_optimizer, of_metrics = state
+        x, y = data
+
+        def scaled_loss(trainable, others):
+            y_pred, others = self.stateless_call(trainable, others, x, training=True)
+            loss = self.compute_loss(y=y, y_pred=y_pred)
+            mapping = list(zip(self.optimizer.variables, of_optimizer, strict=True))
+            with keras.StatelessScope(mapping):
+                scaled = self.optimizer.scale_loss(loss)
+            return scaled, (loss, y_pred, others)
+
+        gradient = jax.value_and_grad(scaled_loss, has_aux=True)
+        (_, (loss, y_pred, others)), gradients = gradient(trainable, others)
+        trainable, of_optimizer = self.optimizer.stateless_apply(of_optimizer, gradients, trainable)
+        mapping = list(zip(self.metrics_variables, of_metrics, strict=True))
+        with keras.StatelessScope(mapping) as scope:
+            logs = _updated_metrics(self, loss, y, y_pred)
+        of_metrics = [scope.get_current_value(v) for v in self.metrics_variables]
+        return logs, (trainable, others, of_optimizer, of_metrics)
+
+
+OwnStep = {"tensorflow": TensorFlowStep, "jax": JaxStep, "torch": TorchStep}[BACKEND]
+
+
+class WithOwnStep(OwnStep, mp.Sequential):
+    pass
+
+
+# In place of kerasmp, where a network is made of a module's classes.
+MODULE = types.SimpleNamespace(Sequential=WithOwnStep)

@@ -1,0 +1,137 @@
+"""Errors of mixed dtypes say in which layer, and what to do."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import kerasmp as mp
+
+X = np.ones((8, 4), "float32")
+TARGETS = X[:, :1]
+
+
+class Unfit(keras.layers.Layer):
+    """Has a table in float32 that Keras does not cast, and multiplies by it as frameworks do."""
+
+    def __init__(self, **settings):
+        super().__init__(name="unfit", **settings)
+        self.dense = keras.layers.Dense(4)
+        self.table = ops.convert_to_tensor(np.ones((4, 1), "float32"))
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    def call(self, x):
+        return _matmul(self.dense(x), self.table)
+
+
+def _matmul(one, other):
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.matmul(one, other)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.lax.dot(one, other)
+    import tensorflow as tf
+
+    return tf.matmul(one, other)
+
+
+def network(module, dtype):
+    class Own(module.Model):
+        def __init__(self):
+            super().__init__()
+            self.part = Unfit(dtype=dtype)
+
+        def call(self, x):
+            return self.part(x)
+
+    with mp.policy_scope(dtype):
+        model = Own()
+        model.part.dense.dtype_policy = dtype
+    return model
+
+
+def notes(error):
+    return " ".join(getattr(error.value, "__notes__", ()))
+
+
+NAMED = r"Unfit 'unfit', which computes in float16 and keeps its variables in float32"
+
+
+@pytest.mark.backend("tensorflow", "torch")
+@pytest.mark.parametrize("module", [mp, keras], ids=["ours", "stock"])
+def test_a_hint_names_the_layer_and_the_remedy(module):
+    model = network(module, "mixed_float16")
+    with pytest.raises(Exception, match="Exception encountered when calling") as error:
+        model(X)
+    hint = notes(error)
+    assert (NAMED in hint) is (module is mp)
+    assert ("keras.ops.cast(value, self.compute_dtype)" in hint) is (module is mp)
+    assert (f"{__file__}, line " in hint) is (module is mp)
+
+
+@pytest.mark.backend("tensorflow")
+def test_fit_and_a_graph_carry_it_too():
+    import tensorflow as tf
+
+    model = network(mp, "mixed_float16")
+    model.compile("sgd", "mse")
+    with pytest.raises(Exception, match="Exception encountered when calling") as error:
+        model.fit(X, TARGETS, verbose=0)
+    assert notes(error).count(NAMED) == 1
+    with pytest.raises(Exception, match="Exception encountered when calling") as error:
+        tf.function(model, autograph=False)(X)
+    assert notes(error).count(NAMED) == 1
+
+
+@pytest.mark.backend("tensorflow")
+@pytest.mark.parametrize("raise_one", ["add", "concat", "stack", "matmul", "where"])
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_what_tensorflow_says_is_understood(raise_one, graph):
+    import tensorflow as tf
+
+    from kerasmp.backend import tensorflow as room
+
+    one, other = tf.ones((2, 2), "float16"), tf.ones((2, 2), "float32")
+    calls = {
+        "add": lambda: one + other,
+        "concat": lambda: tf.concat([one, other], 0),
+        "stack": lambda: tf.stack([one, other]),
+        "matmul": lambda: tf.matmul(one, other),
+        "where": lambda: tf.where(tf.ones((2, 2), "bool"), one, other),
+    }
+    call = tf.function(calls[raise_one], autograph=False) if graph else calls[raise_one]
+    with pytest.raises((TypeError, ValueError, tf.errors.InvalidArgumentError)) as error:
+        call()
+    assert room.mixes_dtypes(error.value), error.value
+
+
+@pytest.mark.backend("jax")
+def test_what_jax_says_is_understood():
+    import jax
+    from jax import numpy as jnp
+
+    from kerasmp.backend import jax as room
+
+    with pytest.raises(TypeError) as error:
+        jax.lax.add(jnp.ones(2, "float16"), jnp.ones(2, "float32"))
+    assert room.mixes_dtypes(error.value), error.value
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), TypeError("float16"), RuntimeError("Half")])
+def test_other_errors_are_left_alone(error):
+    class Fails(mp.Model):
+        def call(self, _):
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        Fails()(X)
+    assert not notes(caught)
+
+
+def test_a_float32_model_has_no_such_error():
+    assert network(mp, "float32")(X).shape == (8, 1)

@@ -1,0 +1,149 @@
+"""A skipped step of the user's own, one that never calls Keras's, leaves no trace either."""
+
+import keras
+import numpy as np
+import pytest
+from helpers.networks import X, Y, sequential
+from helpers.own_steps import OwnStep
+
+import kerasmp as mp
+
+BATCH = 8
+BAD = np.full((BATCH, X.shape[1]), np.inf, "float32")
+GOOD_X, GOOD_Y = X[: 4 * BATCH], Y[: 4 * BATCH]
+# In the middle, and at the end, where its logs are those of the epoch.
+BAD_X = np.concatenate([GOOD_X[:BATCH], BAD, GOOD_X[BATCH:], BAD])
+BAD_Y = np.concatenate([GOOD_Y[:BATCH], GOOD_Y[:BATCH], GOOD_Y[BATCH:], GOOD_Y[:BATCH]])
+
+
+def written_in_the_class(module):
+    class Own(module.Sequential):
+        train_step = OwnStep.train_step
+
+    return Own
+
+
+def from_a_mixin(module):
+    class Own(OwnStep, module.Sequential):
+        pass
+
+    return Own
+
+
+def around_keras_own(module):
+    class Own(module.Sequential):
+        def train_step(self, *args):
+            result = super().train_step(*args)
+            logs = result[0] if isinstance(result, tuple) else result
+            logs["extra"] = logs["loss"] + 1
+            return result
+
+    return Own
+
+
+def train(build, x, y, module=mp, **compile_arguments):
+    class Module:
+        Sequential = build(module)
+
+    model = sequential(Module)
+    optimizer = mp.LossScaleOptimizer(keras.optimizers.Adam(0.01), loss_scale=64.0)
+    model.compile(optimizer, "mse", metrics=["mae"], **compile_arguments)
+    logs = model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0).history
+    values = {v.path: np.array(keras.ops.convert_to_numpy(v.value)) for v in model.variables}
+    return model, logs, values
+
+
+WAYS = {
+    "tensorflow": [{}, {"run_eagerly": True}],
+    "jax": [{}, {"steps_per_execution": 2}],
+    "torch": [{}],
+}[keras.backend.backend()]
+
+
+def _name(value):
+    return getattr(value, "__name__", str(value))
+
+
+OWN = [written_in_the_class, from_a_mixin]
+
+
+@pytest.mark.parametrize(
+    ("build", "way"), [*((OWN[0], way) for way in WAYS), (OWN[1], {})], ids=_name
+)
+def test_as_if_it_had_not_been(build, way):
+    _, clean_logs, clean = train(build, GOOD_X, GOOD_Y, **way)
+    model, logs, values = train(build, BAD_X, BAD_Y, **way)
+    assert (model.optimizer.applied_steps, model.optimizer.skipped_steps) == (4, 2)
+    assert logs == clean_logs
+    assert set(logs) == {"loss", "mae"}
+    for value, wanted in zip(values.values(), clean.values(), strict=True):
+        np.testing.assert_array_equal(value, wanted)
+
+
+def test_in_a_stock_model_the_bad_batch_stays():
+    _, logs, values = train(written_in_the_class, BAD_X, BAD_Y, module=keras)
+    assert np.isnan(logs["loss"]).all()
+    assert not all(np.isfinite(v).all() for path, v in values.items() if "moving" in path)
+
+
+def test_what_a_step_adds_to_keras_own_logs_stays():
+    _, logs, _ = train(around_keras_own, GOOD_X, GOOD_Y)
+    assert set(logs) == {"loss", "mae", "extra"}
+    np.testing.assert_allclose(logs["extra"][0], logs["loss"][0] + 1, rtol=1e-6)
+    _, with_bad, _ = train(around_keras_own, BAD_X, BAD_Y)
+    assert (with_bad["loss"], with_bad["mae"]) == (logs["loss"], logs["mae"])
+
+
+def test_a_number_of_the_batch_is_not_taken_for_the_metric_of_its_name():
+    class Raw(OwnStep, mp.Sequential):
+        """Returns the loss of the batch; the metric "loss" is never asked."""
+
+        def train_step(self, *args):
+            result = super().train_step(*args)
+            logs, *state = result if isinstance(result, tuple) else (result,)
+            logs = {"loss": logs["compile_metrics"]["mae"]}
+            return (logs, *state) if state else logs
+
+        @property
+        def metrics(self):
+            return [m for m in super().metrics if m.name != "loss"]
+
+    model = Raw([keras.Input((4,)), keras.layers.Dense(2, dtype="mixed_float16")])
+    model.compile(mp.LossScaleOptimizer("sgd", loss_scale=64.0), "mse", metrics=["mae"])
+    assert model.fit(GOOD_X, GOOD_Y, verbose=0).history["loss"][0] > 0
+
+
+@pytest.mark.backend("tensorflow", "torch")
+def test_of_several_optimizers_any_one_that_skips_counts():
+    base = OwnStep
+
+    class Two(mp.Sequential):
+        """Trains its head by an optimizer of its own, which goes first."""
+
+        def compile(self, head, optimizer):
+            super().compile(optimizer, "mse")
+            self.head_optimizer = head
+
+        def train_step(self, data):
+            optimizer = self.optimizer
+            try:
+                self.optimizer = self.head_optimizer
+                base.train_step(self, data)
+                self.optimizer = optimizer
+                return base.train_step(self, (keras.ops.zeros_like(data[0]), data[1]))
+            finally:
+                self.optimizer = optimizer
+
+    class Module:
+        Sequential = Two
+
+    model = sequential(Module)
+    model.compile(*(mp.LossScaleOptimizer(o, loss_scale=64.0) for o in ("sgd", "adam")))
+    if keras.backend.backend() == "tensorflow":
+        model.head_optimizer.build(model.trainable_variables)
+        model.optimizer.build(model.trainable_variables)
+    model.fit(BAD_X, BAD_Y, batch_size=BATCH, shuffle=False, verbose=0)
+    assert model.head_optimizer.skipped_steps == 2
+    assert model.optimizer.skipped_steps == 0
+    moving = [v for v in model.non_trainable_variables if "moving" in v.path]
+    assert all(np.isfinite(keras.ops.convert_to_numpy(v.value)).all() for v in moving)
