@@ -7,7 +7,18 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 # The CPU jobs must not reserve an accelerator that happens to be there.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
+import atexit
 import importlib.util
+import shutil
+import tempfile
+
+# JAX compiles each operation of an eager step anew, for every model: half of the tests' time. What
+# one test compiled serves the others, in the workers and in the processes that tests start.
+if os.environ["KERAS_BACKEND"] == "jax" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="kerasmp-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import keras
 import pytest

@@ -1,8 +1,8 @@
 """Multi-head attention as a whole in NumPy, with or without float16 projections."""
 
 import numpy as np
+from helpers import float16
 from helpers.attention64 import attention
-from helpers.half import half
 
 
 def weights_of(layer):
@@ -24,8 +24,8 @@ def multi_head(query, value, kernels, upstream, *, rounded, mask=None):
             does: the best that a float16 layer can do. Else nothing is rounded.
         mask: Broadcasts to (batch, heads, queries, keys).
     """
-    low = half if rounded else np.asarray
-    kernels = {name: half(kernel) for name, kernel in kernels.items()}
+    low = float16.rounded if rounded else np.asarray
+    kernels = {name: float16.rounded(kernel) for name, kernel in kernels.items()}
     q, k, v = (
         low(np.einsum("btm,mnh->btnh", x, kernels[name]))
         for x, name in ((query, "query"), (value, "key"), (value, "value"))

@@ -12,9 +12,8 @@ import math
 import keras
 import numpy as np
 from helpers import gradients
+from helpers.float16 import error, rounded
 
-LARGEST = 65504.0
-SMALLEST = 2.0**-14
 # A smaller best is luck: a zero, a power of two, a single number. Four times this is one rounding.
 LEAST = 2.0**-13
 LEAST_WIDE = 2.0**-21  # for what has to be a float32 number, after a few operations
@@ -33,33 +32,6 @@ class Row:
     def good(self, contestant):
         found = getattr(self, contestant)
         return found is not None and found <= ALLOWED * self.best
-
-
-def error(found, wanted, *, subnormal=False):
-    """Return the relative error; None if there is nothing to compare.
-
-    Left out is what is wanted beyond float16's range and, unless `subnormal` counts, what is below
-    its normal numbers both as found and as wanted. A tensor that is wanted below them everywhere
-    says nothing: its true value may be 0, as for the bias of an attention's keys.
-    """
-    assert found.shape == wanted.shape
-    assert np.all(np.isfinite(wanted))
-    fits = np.abs(wanted) <= LARGEST
-    if not np.all(np.isfinite(found[fits])):
-        return math.inf
-    if not subnormal:
-        tiny = (np.abs(wanted) < SMALLEST) & (wanted != 0)
-        if np.all(tiny | (wanted == 0)) and np.any(tiny):
-            return None
-        fits &= ~(tiny & (np.abs(found) < SMALLEST))
-    found, wanted = found[fits], wanted[fits]
-    return float(np.linalg.norm(found - wanted) / (np.linalg.norm(wanted) or 1.0))
-
-
-def rounded(values):
-    """Return float64 values as float16 has them."""
-    with np.errstate(over="ignore"):
-        return np.asarray(values, "float64").astype("float16").astype("float64")
 
 
 class Measured:

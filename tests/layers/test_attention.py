@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.attention64 import softmax, softmax_gradient
-from helpers.half import MODES, error, half, numpy_of, run
+from helpers.float16 import MODES, error, numpy_of, rounded, step
 from keras import ops
 
 import kerasmp as mp
@@ -32,7 +32,7 @@ def made(kind, which=0, depth=16, dtype="mixed_float16", **settings):
 
 def drawn(std, depth=16, seed=0):
     rng = np.random.default_rng(seed)
-    query, value = (half(rng.normal(0, std, (BATCH, n, depth))) for n in (QUERIES, KEYS))
+    query, value = (rounded(rng.normal(0, std, (BATCH, n, depth))) for n in (QUERIES, KEYS))
     return query, value, rng.normal(size=query.shape).astype("float16")
 
 
@@ -72,7 +72,7 @@ def reference(kind, layer, inputs, upstream, *, mask=None, dtype="float64"):
 
 def assert_as_good_as_float16_can_be(kind, layer, std, mode, *, seen=None, **call):
     *inputs, upstream = drawn(std)
-    outputs, gradients = run(
+    outputs, gradients = step(
         mode,
         lambda *x: layer(list(x), **call),
         inputs,
@@ -86,7 +86,7 @@ def assert_as_good_as_float16_can_be(kind, layer, std, mode, *, seen=None, **cal
     for ours, want, least in zip(
         [outputs, *gradients], [exact[0], *exact[1]], [best[0], *best[1]], strict=True
     ):
-        bound = error(half(least), want)
+        bound = error(rounded(least), want)
         if bound is not None:
             assert error(ours, want) <= ALLOWED * bound + 1e-7  # a scalar can be exact by chance
     return outputs, gradients
@@ -104,15 +104,15 @@ def test_outputs_and_gradients_are_within_four_times_the_best(kind, std, mode):
 def test_stock_gives_nan_and_loses_the_gradient_of_the_scale(mode):
     layer = made({}, which=1, depth=64)
     query, value, upstream = drawn(120, depth=64)
-    outputs, _ = run(mode, lambda *x: layer(list(x)), [query, value], upstream)
+    outputs, _ = step(mode, lambda *x: layer(list(x)), [query, value], upstream)
     assert np.isnan(outputs).any()
     layer = made(None, which=1)
     query, value, upstream = drawn(5)
-    _, gradients = run(
+    _, gradients = step(
         mode, lambda *x: layer(list(x)), [query, value], upstream, layer.trainable_variables
     )
     _, want = reference(None, layer, (query, value), upstream)
-    assert error(gradients[2], want[2]) > ALLOWED * error(half(want[2]), want[2])
+    assert error(gradients[2], want[2]) > ALLOWED * error(rounded(want[2]), want[2])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -136,10 +136,10 @@ def test_a_mask_hides_values_however_low_the_scores_of_the_others_are():
     outputs = Attention(dtype="mixed_float16")(
         [query, value], mask=[None, np.array([[False, True]])]
     )
-    assert numpy_of(outputs).item() == half(-5e4)
+    assert numpy_of(outputs).item() == rounded(-5e4)
     stock = keras.layers.Attention(dtype="float32")  # even in float32: it subtracts 1e9
     outputs = stock([query, value], mask=[None, np.array([[False, True]])])
-    assert numpy_of(outputs).item() != half(-5e4)
+    assert numpy_of(outputs).item() != rounded(-5e4)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -50,5 +50,5 @@ def test_ours_is_near_the_best(name, way):
 def test_stock_keras_is_as_far_off_as_the_page_says(name, way):
     forward, backward = measured(name, way).rows(contestants=["stock"])
     far = {row.tensor for row in [*forward, *backward] if not row.good("stock")}
-    # One of them: how far off each is hangs on the machine, where small errors grow into large ones.
+    # One of them: where small errors grow large, how far off each is hangs on the machine.
     assert far & recorded()[name, way]

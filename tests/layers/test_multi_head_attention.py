@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.half import MODES, error, numpy_of, run
+from helpers.float16 import MODES, error, numpy_of, step
 from helpers.multi_head64 import multi_head, weights_of
 from keras import ops
 
@@ -57,7 +57,7 @@ def results(layer, inputs, upstream, mode, **call):
     if not layer.built:
         layer.build(*(x.shape for x in inputs))
     variables = layer.trainable_variables
-    outputs, gradients = run(mode, outputs_of(layer, **call), inputs, upstream, variables)
+    outputs, gradients = step(mode, outputs_of(layer, **call), inputs, upstream, variables)
     names = [v.path.split("/")[-2] for v in variables]
     return outputs, {"inputs": gradients[:2]} | dict(zip(names, gradients[2:], strict=True))
 

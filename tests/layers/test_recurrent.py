@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import recurrent_best, traced_casts
-from helpers.half import MODES, error, half, numpy_of, run
+from helpers.float16 import MODES, error, numpy_of, rounded, step
 from keras import ops
 
 from kerasmp import layers
@@ -61,7 +61,7 @@ def shapes(layer):
 def casts(layer, x, *, trained=False):
     """Count the casts of weights in a call, or in a call with its gradients."""
 
-    def step(x):
+    def call(x):
         if not trained:
             return layer(x, training=True)
         import tensorflow as tf
@@ -70,7 +70,7 @@ def casts(layer, x, *, trained=False):
             loss = tf.reduce_sum(layer(x, training=True))
         return tape.gradient(loss, [v.value for v in layer.trainable_variables])
 
-    return traced_casts.count(step, x, shapes(layer))
+    return traced_casts.count(call, x, shapes(layer))
 
 
 @pytest.mark.backend("tensorflow", "jax")
@@ -134,12 +134,12 @@ def errors_of(name, steps, contestants, mode):
     with wide():
         reference = getattr(keras.layers, name)(units, return_sequences=True, dtype="float64")
         reference.build(x.shape)
-        weights = [half(ops.convert_to_numpy(w)) for w in reference.get_weights()]
+        weights = [rounded(ops.convert_to_numpy(w)) for w in reference.get_weights()]
         random = np.random.default_rng(3)
-        weights[-1] = half(random.normal(size=weights[-1].shape) * 0.1)
+        weights[-1] = rounded(random.normal(size=weights[-1].shape) * 0.1)
         reference.set_weights(weights)
         way = "graph" if mode == "xla" else mode
-        outputs, gradients = run(way, reference, [x], upstream, reference.trainable_variables)
+        outputs, gradients = step(way, reference, [x], upstream, reference.trainable_variables)
         wanted = [outputs, *gradients]
     found = {}
     for contestant in contestants:
@@ -150,8 +150,8 @@ def errors_of(name, steps, contestants, mode):
             layer = getattr(module, name)(units, return_sequences=True, dtype="mixed_float16")
         layer.build(x.shape)
         layer.set_weights(weights)
-        outputs, gradients = run(mode, layer, [x], upstream, layer.trainable_variables)
-        got = [half(outputs), half(gradients[0]), *gradients[1:]]
+        outputs, gradients = step(mode, layer, [x], upstream, layer.trainable_variables)
+        got = [rounded(outputs), rounded(gradients[0]), *gradients[1:]]
         found[contestant] = np.array([error(g, w) for g, w in zip(got, wanted, strict=True)])
     return found
 

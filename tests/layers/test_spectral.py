@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.half import MODES, error, half, numpy_of, run
+from helpers.float16 import MODES, error, numpy_of, rounded, step
 
 from kerasmp.layers import SpectralNormalization
 
@@ -65,7 +65,7 @@ def test_outputs_and_gradients_are_those_of_float32_but_for_rounding(mode):
     found = []
     for cls, dtype in ((Stock, "float32"), (SpectralNormalization, "mixed_float16")):
         layer, x = built(cls, "Dense", dtype)
-        outputs, gradients = run(
+        outputs, gradients = step(
             mode,
             lambda x, layer=layer: layer(x, training=True),
             [x],
@@ -74,7 +74,7 @@ def test_outputs_and_gradients_are_those_of_float32_but_for_rounding(mode):
         )
         found.append([outputs, *gradients])
     for got, want in zip(found[1], found[0], strict=True):
-        assert error(got, want) <= 8 * max(error(half(want), want), 2.0**-13)
+        assert error(got, want) <= 8 * max(error(rounded(want), want), 2.0**-13)
 
 
 @pytest.mark.parametrize("power_iterations", [1, 3])
@@ -94,7 +94,7 @@ def test_a_kernel_of_zeros_stays():
     layer, x = built(SpectralNormalization, "Dense")
     layer.layer.kernel.assign(np.zeros((5, 4)))
     np.testing.assert_array_equal(
-        numpy_of(layer(x, training=True)), half(np.tile(numpy_of(layer.layer.bias), (3, 1)))
+        numpy_of(layer(x, training=True)), rounded(np.tile(numpy_of(layer.layer.bias), (3, 1)))
     )
     assert not np.any(weight(layer))
 
@@ -124,5 +124,5 @@ def test_a_model_trains():
     model.fit(x, x.sum(-1), batch_size=8, epochs=2, verbose=0)
     kernel = numpy_of(dense.kernel)
     assert dense.kernel.dtype == "float32"
-    assert np.any(kernel != half(kernel))
+    assert np.any(kernel != rounded(kernel))
     assert np.all(np.isfinite(kernel))

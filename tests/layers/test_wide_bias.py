@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.half import MODES, error, half, numpy_of, run
+from helpers.float16 import MODES, error, numpy_of, rounded, step
 from keras import ops
 
 from kerasmp import layers
@@ -41,11 +41,11 @@ def make(module, name, dtype, **kwargs):
     return getattr(module, name)(dtype=dtype, **MANY[name][0], **kwargs)
 
 
-def step(layer, weights, x, upstream, mode):
+def step_of(layer, weights, x, upstream, mode):
     if not layer.built:
         layer.build(x.shape)
     layer.set_weights(weights)
-    outputs, gradients = run(mode, layer, [x], upstream, layer.trainable_variables)
+    outputs, gradients = step(mode, layer, [x], upstream, layer.trainable_variables)
     return [outputs, *gradients]
 
 
@@ -57,15 +57,15 @@ def errors_of(name, mode):
     # In float32 here: the reference for float16 needs no more, and JAX has no more.
     reference = make(keras.layers, name, "float32")
     reference.build(shape)
-    weights = [half(random.normal(size=w.shape)) * 0.25 for w in reference.trainable_variables]
-    weights = [half(w) for w in weights]
-    upstream = half(random.normal(size=reference(x).shape))
-    wanted = step(reference, weights, x, upstream.astype("float32"), mode)
-    best = [error(half(w), w) for w in wanted]
+    weights = [rounded(random.normal(size=w.shape)) * 0.25 for w in reference.trainable_variables]
+    weights = [rounded(w) for w in weights]
+    upstream = rounded(random.normal(size=reference(x).shape))
+    wanted = step_of(reference, weights, x, upstream.astype("float32"), mode)
+    best = [error(rounded(w), w) for w in wanted]
     found = {"best": best}
     for contestant, module in (("stock", keras.layers), ("ours", layers)):
         layer = make(module, name, "mixed_float16")
-        got = step(layer, weights, x, upstream.astype("float32"), mode)
+        got = step_of(layer, weights, x, upstream.astype("float32"), mode)
         found[contestant] = [error(g, w) for g, w in zip(got, wanted, strict=True)]
     tensors = ["output", "input", *(v.name for v in reference.trainable_variables)]
     return {

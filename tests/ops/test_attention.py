@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.attention64 import attention
-from helpers.half import MODES, error, half, numpy_of, run
+from helpers.float16 import MODES, error, numpy_of, rounded, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -22,7 +22,7 @@ def drawn(std, depth=16, heads=2, key_heads=2, seed=0):
     """Return query, key, value and the gradient of the output, all numbers of float16."""
     rng = np.random.default_rng(seed)
     shapes = [(BATCH, QUERIES, heads), *[(BATCH, KEYS, key_heads)] * 2]
-    inputs = [half(rng.normal(0, std, (*shape, depth))) for shape in shapes]
+    inputs = [rounded(rng.normal(0, std, (*shape, depth))) for shape in shapes]
     return inputs, rng.normal(size=(BATCH, QUERIES, heads, depth)).astype("float16")
 
 
@@ -37,7 +37,7 @@ def assert_as_good_as_float16_can_be(got, inputs, upstream, **settings):
     outputs, gradients = got
     compared = 0
     for ours, want, best in zip([outputs, *gradients], *results, strict=True):
-        least = error(half(best), want)
+        least = error(rounded(best), want)
         if least is not None:  # None: nothing that float16 can hold
             compared += 1
             assert error(ours, want) <= ALLOWED * least
@@ -49,7 +49,7 @@ def assert_as_good_as_float16_can_be(got, inputs, upstream, **settings):
 @pytest.mark.parametrize("std", [0.03, 1, 10, 30, 60, 300])
 def test_every_magnitude_is_within_four_times_the_best(std, depth, mode):
     inputs, upstream = drawn(std, depth)
-    got = run(mode, dot_product_attention, inputs, upstream)
+    got = step(mode, dot_product_attention, inputs, upstream)
     assert_as_good_as_float16_can_be(got, inputs, upstream)
 
 
@@ -66,7 +66,7 @@ def test_random_inputs_and_masks(std, depth, seed, masked, causal):
     mask = np.ones((BATCH, 1, QUERIES, KEYS), bool)
     if masked:
         mask &= np.random.default_rng(seed).random(mask.shape) < 0.7
-    got = run(
+    got = step(
         MODES[-1],
         lambda *x: dot_product_attention(*x, mask=mask if masked else None, is_causal=causal),
         inputs,
@@ -83,33 +83,34 @@ def test_stock_keras_gives_nan_or_does_not_run(mode):
     inputs, upstream = drawn(60, 128)
     if mode == "jit":
         with pytest.raises(ValueError, match="not supported"):
-            run(mode, stock, inputs, upstream)
+            step(mode, stock, inputs, upstream)
         return
-    outputs, gradients = run(mode, stock, inputs, upstream)
+    outputs, gradients = step(mode, stock, inputs, upstream)
     assert all(np.isnan(x).any() for x in (outputs, *gradients))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_longest_rows_lose_nothing_to_subnormal_weights(mode):
     rng = np.random.default_rng(0)
-    query, key = half(rng.normal(0, 0.1, (1, 2, 1, 4))), half(rng.normal(0, 1, (1, 2**17, 1, 4)))
-    value = half(rng.normal(1, 1, key.shape))
+    query = rounded(rng.normal(0, 0.1, (1, 2, 1, 4)))
+    key = rounded(rng.normal(0, 1, (1, 2**17, 1, 4)))
+    value = rounded(rng.normal(1, 1, key.shape))
     upstream = rng.normal(size=query.shape).astype("float16")
-    outputs, gradients = run(mode, dot_product_attention, [query, key, value], upstream)
+    outputs, gradients = step(mode, dot_product_attention, [query, key, value], upstream)
     want, _, want_gradients = attention(query, key, value, upstream, scale=0.5)
-    assert error(outputs, want) <= ALLOWED * error(half(want), want)
+    assert error(outputs, want) <= ALLOWED * error(rounded(want), want)
     assert error(gradients[0], want_gradients[0]) <= ALLOWED * error(
-        half(want_gradients[0]), want_gradients[0]
+        rounded(want_gradients[0]), want_gradients[0]
     )
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_large_upstream_gradients_do_not_overflow_inside(mode):
     inputs, upstream = drawn(1.0)
-    inputs[2] = half(inputs[2] * 300)
+    inputs[2] = rounded(inputs[2] * 300)
     upstream = (upstream * 1e4).astype("float16")  # times the values: far above 65504
-    inputs[0], inputs[1] = half(inputs[0] * 1e-2), half(inputs[1] * 1e-3)
-    outputs, gradients = run(mode, dot_product_attention, inputs, upstream)
+    inputs[0], inputs[1] = rounded(inputs[0] * 1e-2), rounded(inputs[1] * 1e-3)
+    outputs, gradients = step(mode, dot_product_attention, inputs, upstream)
     assert np.isfinite(gradients[0]).all()
     assert_as_good_as_float16_can_be((outputs, gradients), inputs, upstream)
 
@@ -120,7 +121,7 @@ def test_rows_without_any_key_give_zeros_and_zero_gradients(mode):
     mask = np.ones((BATCH, 1, QUERIES, KEYS), bool)
     mask[0, :, 2] = False
     mask[1] = False
-    outputs, gradients = run(
+    outputs, gradients = step(
         mode, lambda *x: dot_product_attention(*x, mask=mask), inputs, upstream
     )
     assert not outputs[0, 2].any()
@@ -134,11 +135,11 @@ def test_rows_without_any_key_give_zeros_and_zero_gradients(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_mask_hides_keys_however_low_the_scores_of_the_others_are(mode):
     """Masked scores are 50000 and -50000 is the one that counts: stock adds -45850 at most."""
-    query = half(np.full((1, 1, 1, 1), 250.0))
-    key = half(np.array([200.0, -200.0]).reshape(1, 2, 1, 1))
-    value = half(np.array([1.0, 2.0]).reshape(1, 2, 1, 1))
+    query = rounded(np.full((1, 1, 1, 1), 250.0))
+    key = rounded(np.array([200.0, -200.0]).reshape(1, 2, 1, 1))
+    value = rounded(np.array([1.0, 2.0]).reshape(1, 2, 1, 1))
     mask = np.array([[[[False, True]]]])
-    outputs, gradients = run(
+    outputs, gradients = step(
         mode,
         lambda *x: dot_product_attention(*x, mask=mask, scale=1.0),
         [query, key, value],
@@ -157,7 +158,7 @@ def test_a_bias_of_minus_infinity_masks_and_one_of_minus_1e9_does_not_overflow(m
     soft = np.where(np.isinf(hidden), -1e9, 0.0).astype("float32")
     soft[:, :, 2] = -3.0
     for bias, mask in ((hidden, np.isfinite(hidden)), (soft, None)):
-        got = run(mode, lambda *x, b=bias: dot_product_attention(*x, bias=b), inputs, upstream)
+        got = step(mode, lambda *x, b=bias: dot_product_attention(*x, bias=b), inputs, upstream)
         numbers = np.where(np.isinf(bias), 0.0, bias)
         assert_as_good_as_float16_can_be(got, inputs, upstream, bias=numbers, mask=mask)
 
@@ -165,42 +166,42 @@ def test_a_bias_of_minus_infinity_masks_and_one_of_minus_1e9_does_not_overflow(m
 @pytest.mark.parametrize("mode", MODES)
 def test_the_gradient_of_a_bias(mode):
     inputs, upstream = drawn(1.0)
-    bias = half(np.random.default_rng(1).normal(size=(1, 2, QUERIES, KEYS)))
-    _, gradients = run(
+    bias = rounded(np.random.default_rng(1).normal(size=(1, 2, QUERIES, KEYS)))
+    _, gradients = step(
         mode, lambda *x: dot_product_attention(*x[:3], bias=x[3]), [*inputs, bias], upstream
     )
-    step = 1e-6
+    shift = 1e-6
     turn = np.zeros_like(bias)
-    turn[0, 1, 3, 4] = step
+    turn[0, 1, 3, 4] = shift
     up, down = (
         np.sum(attention(*inputs, upstream, scale=0.25, bias=b)[0] * upstream)
         for b in (bias + turn, bias - turn)
     )
-    np.testing.assert_allclose(gradients[3][0, 1, 3, 4], (up - down) / (2 * step), rtol=2e-3)
+    np.testing.assert_allclose(gradients[3][0, 1, 3, 4], (up - down) / (2 * shift), rtol=2e-3)
 
 
 @pytest.mark.parametrize("key_heads", [1, 2])
 @pytest.mark.parametrize("mode", MODES)
 def test_groups_of_query_heads_share_keys(mode, key_heads):
     inputs, upstream = drawn(10.0, heads=4, key_heads=key_heads)
-    outputs, gradients = run(mode, dot_product_attention, inputs, upstream)
+    outputs, gradients = step(mode, dot_product_attention, inputs, upstream)
     repeated = [inputs[0], *(np.repeat(x, 4 // key_heads, axis=2) for x in inputs[1:])]
     want, _, want_gradients = attention(*repeated, upstream, scale=0.25)
-    assert error(outputs, want) <= ALLOWED * error(half(want), want)
+    assert error(outputs, want) <= ALLOWED * error(rounded(want), want)
     for index in (1, 2):
         shared = want_gradients[index].reshape(BATCH, KEYS, key_heads, -1, 16).sum(3)
-        assert error(gradients[index], shared) <= ALLOWED * error(half(shared), shared)
+        assert error(gradients[index], shared) <= ALLOWED * error(rounded(shared), shared)
 
 
 def test_soft_cap_is_that_of_keras_formula():
     inputs, upstream = drawn(5.0)
-    outputs, _ = run(
+    outputs, _ = step(
         MODES[0], lambda *x: dot_product_attention(*x, attn_logits_soft_cap=2.0), inputs, upstream
     )
     scores = np.einsum("btnh,bsnh->bnts", *inputs[:2]) * 0.25
     bias = scores / (1 + np.abs(scores) / 2.0) - scores
     want, _, _ = attention(*inputs, upstream, scale=0.25, bias=bias)
-    assert error(outputs, want) <= ALLOWED * error(half(want), want)
+    assert error(outputs, want) <= ALLOWED * error(rounded(want), want)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -236,7 +237,7 @@ def test_float64_stays_float64():
 def test_non_finite_inputs_are_not_hidden():
     inputs, upstream = drawn(1.0)
     inputs[1][0, 0, 0, 0] = np.nan
-    outputs, _ = run(MODES[0], dot_product_attention, inputs, upstream)
+    outputs, _ = step(MODES[0], dot_product_attention, inputs, upstream)
     assert np.isnan(outputs[0, :, 0]).all()
     assert np.isfinite(outputs[1]).all()
 
@@ -271,7 +272,7 @@ def test_lengths_may_be_unknown_when_the_graph_is_traced():
     got = attend(x.astype("float16"), y.astype("float16"), np.tile(mask, (BATCH, 1, 1, 1)))
     seen = mask & np.tri(QUERIES, KEYS, dtype=bool)
     want, _, _ = attention(x, y, y, upstream, scale=0.25, mask=seen)
-    assert error(numpy_of(got), want) <= ALLOWED * error(half(want), want)
+    assert error(numpy_of(got), want) <= ALLOWED * error(rounded(want), want)
     assert not numpy_of(got)[:, :2].any()
 
 
