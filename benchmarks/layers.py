@@ -39,16 +39,44 @@ CASES = {
     "Conv2DTranspose": ("Conv2DTranspose", {"filters": 8, "kernel_size": 3}, (4, 28, 28, 16), 5),
     "DepthwiseConv2D": ("DepthwiseConv2D", {"kernel_size": 3}, (4, 56, 56, 16), 5),
     "SpectralNormalization": ("SpectralNormalization", {}, (256, 256), 10),
+    "DenseHead": ("DenseHead", {"units": 1000, "activation": "softmax"}, (256, 256), 10),
+    "gelu": ("Activation", {"activation": "gelu"}, (256, 1024), 10),
+    "silu": ("Activation", {"activation": "silu"}, (256, 1024), 10),
+    "tanh": ("Activation", {"activation": "tanh"}, (256, 1024), 10),
+    "ELU": ("ELU", {}, (256, 1024), 10),
+    "PReLU": ("PReLU", {}, (256, 1024), 10),
+    "Softmax": ("Softmax", {}, (256, 1024), 10),
+    "BatchNormalization": ("BatchNormalization", {}, (8, 28, 28, 64), 5),
+    "Normalization": ("Normalization", {"mean": 3.0, "variance": 4.0}, (256, 1024), 10),
+    "UnitNormalization": ("UnitNormalization", {}, (256, 1024), 10),
+    "AveragePooling2D": ("AveragePooling2D", {"pool_size": 7}, (4, 56, 56, 16), 5),
+    "GlobalAveragePooling1D": ("GlobalAveragePooling1D", {}, (32, 512, 64), 5),
+    "Average": ("Average", {}, (256, 1024), 10),
+    "Dot": ("Dot", {"axes": -1, "normalize": True}, (256, 1024), 10),
+    "ActivityRegularization": ("ActivityRegularization", {"l2": 1e-3}, (256, 1024), 10),
 }
+OF_TWO = {"Average", "Dot"}  # inputs
+TRAINED = {"BatchNormalization", "SpectralNormalization"}  # do more while training
 
 
 def built(module, name, arguments, shape):
     keras.utils.set_random_seed(0)
     if name == "SpectralNormalization":
         arguments = {"layer": keras.layers.Dense(256, dtype="mixed_float16")}
+    if name == "DenseHead" and module is keras.layers:
+        name = "Dense"
     layer = getattr(module, name)(dtype="mixed_float16", **arguments)
-    layer.build(shape)
+    layer.build([shape, shape] if name in OF_TWO else shape)
     return layer
+
+
+def called(layer, x):
+    """Return the loss of a call: the mean square of the outputs and what the call adds to it."""
+    name = type(layer).__name__
+    training = {"training": True} if name in TRAINED else {}
+    outputs = layer([x, x] if name in OF_TWO else x, **training)
+    added = sum(ops.cast(loss, "float32") for loss in layer.losses)
+    return ops.mean(ops.square(ops.cast(outputs, "float32"))) + added
 
 
 def passing(layer, x, repeats, *, jit):
@@ -69,7 +97,7 @@ def _tensorflow(layer, jit):
     def step(x):
         with tf.GradientTape() as tape:
             tape.watch(x)
-            loss = tf.reduce_mean(tf.square(tf.cast(layer(x, **_training(layer)), "float32")))
+            loss = called(layer, x)
         return tape.gradient(loss, [x, *(v.value for v in layer.trainable_variables)])
 
     return lambda x: [g.numpy() for g in step(tf.constant(x))]
@@ -81,16 +109,12 @@ def _jax(layer, jit):  # noqa: ARG001 - JAX has no other way
     variables = layer.variables
 
     def loss(x, values):
-        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-            outputs = layer(x, **_training(layer))
-        return ops.mean(ops.square(ops.cast(outputs, "float32")))
+        mapping = list(zip(variables, values, strict=True))
+        with keras.StatelessScope(mapping, collect_losses=True):
+            return called(layer, x)
 
     step = jax.jit(jax.grad(loss, (0, 1), allow_int=True))
     return lambda x: jax.block_until_ready(step(x, [v.value for v in variables]))
-
-
-def _training(layer):
-    return {"training": True} if "Spectral" in type(layer).__name__ else {}
 
 
 def main():
