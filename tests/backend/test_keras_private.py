@@ -52,7 +52,7 @@ def test_the_mask_that_a_layer_leaves_can_be_handed_on():
     embedded = keras.layers.Embedding(3, 2, mask_zero=True)(np.array([[1, 0]]))
     plain = keras.ops.cast(embedded, "float16")
     kept = keras_private.with_mask_of(embedded, plain)
-    summed = keras.layers.GlobalAveragePooling1D(dtype="float32")(kept)
+    summed = keras.layers.GlobalAveragePooling1D(dtype="float16")(kept)
     expected = keras.ops.convert_to_numpy(embedded)[:, 0]
     np.testing.assert_allclose(keras.ops.convert_to_numpy(summed), expected, rtol=1e-3)
 

@@ -227,6 +227,7 @@ def masked(case, layer):
     return call
 
 
+@pytest.mark.keras("3.14")  # before, Keras loses a mask where a layer casts its input
 @every({n: c for n, c in BOTH.items() if all(len(s) == 3 for s in CASES[n].shapes)})
 def test_masks_are_minded_as_in_stock_keras(cls):
     case = CASES[cls.__name__]

@@ -31,3 +31,43 @@ class GroupQueryAttention(keras.layers.GroupQueryAttention):
     def _compute_attention(self, query, key, value, *_, **__):
         outputs = _attend(query, key, value, self._inverse_sqrt_head_dim)
         return outputs, None
+
+
+def product(inputs, kernel):
+    return ops.cast(ops.matmul(*(ops.cast(x, "float16") for x in (inputs, kernel))), "float32")
+
+
+class LSTMCell(keras.layers.LSTMCell):
+    def call(self, inputs, states, training=False):  # noqa: ARG002, FBT002 - Keras's signature
+        output, carry = states
+        gates = product(inputs, self.kernel) + product(output, self.recurrent_kernel) + self.bias
+        enter, forget, candidate, leave = ops.split(gates, 4, -1)
+        carry = ops.sigmoid(forget) * carry + ops.sigmoid(enter) * ops.tanh(candidate)
+        output = ops.sigmoid(leave) * ops.tanh(carry)
+        return output, [output, carry]
+
+
+class GRUCell(keras.layers.GRUCell):
+    def call(self, inputs, states, training=False):  # noqa: ARG002, FBT002 - Keras's signature
+        (state,) = keras.tree.flatten(states)
+        new = ops.split(product(inputs, self.kernel) + self.bias[0], 3, -1)
+        old = ops.split(product(state, self.recurrent_kernel) + self.bias[1], 3, -1)
+        update, reset = ops.sigmoid(new[0] + old[0]), ops.sigmoid(new[1] + old[1])
+        state = update * state + (1 - update) * ops.tanh(new[2] + reset * old[2])
+        return state, [state]
+
+
+class LSTM(keras.layers.RNN):
+    def __init__(self, units, return_sequences, dtype):
+        super().__init__(LSTMCell(units, dtype="float32"), return_sequences, dtype=dtype)
+
+    def call(self, *args, **kwargs):
+        return ops.cast(super().call(*args, **kwargs), "float16")
+
+
+class GRU(keras.layers.RNN):
+    def __init__(self, units, return_sequences, dtype):
+        super().__init__(GRUCell(units, dtype="float32"), return_sequences, dtype=dtype)
+
+    def call(self, *args, **kwargs):
+        return ops.cast(super().call(*args, **kwargs), "float16")

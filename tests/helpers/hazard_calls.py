@@ -10,8 +10,16 @@ def plain(layer, *inputs):
     return layer(*inputs)
 
 
+def training(layer, x):
+    return layer(x, training=True)
+
+
 def together(layer, *inputs):
     return layer(list(inputs))
+
+
+def to_itself(layer, x):
+    return layer([x, x])
 
 
 def masked(layer, x, mask):

@@ -52,6 +52,17 @@ def opposite(random):
     return [normal((2, 16, 64), mean=mean)(random)[0] for mean in (4, -4)]
 
 
+def with_a_row_of_zeros(shape):
+    """Return a maker of one array of normal numbers whose third row is 0."""
+
+    def make(random):
+        (x,) = normal(shape, std=60)(random)
+        x[2] = 0
+        return [x]
+
+    return make
+
+
 def some(_):
     """Return a mask that lets the first eight of sixteen through."""
     return np.arange(32).reshape(2, 16) % 16 < 8

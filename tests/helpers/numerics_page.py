@@ -34,6 +34,7 @@ page has every place that we know of, measured: the stock layer, ours, and the b
 - **inf** means that a value is inf or NaN; **-** that the layer does not run.
 - Of several outputs or gradients, a row shows the one that stock Keras gets most wrong. **Worst**
   is our largest error of all of them, as a multiple of the best. A test holds it to {allowed}.
+- The last layers have no number: stock Keras's are right, and ours are held to the same.
 - Values beyond float16's range are left out. So are those below its normal numbers (2^-14), both
   as found and as wanted, save where they are the point (18).
 
@@ -83,7 +84,7 @@ def page(data):
         groups.setdefault((row["number"], row["name"]), {}).setdefault(row["way"], []).append(row)
     lines = [
         _line(number, name, way, groups[number, name][way])
-        for number, name in sorted(groups, key=lambda key: key[0])
+        for number, name in sorted(groups, key=lambda key: key[0] or math.inf)
         for way in WAYS
         if way in groups[number, name]
     ]
@@ -118,7 +119,7 @@ def _line(number, name, way, rows):
         worst = max(of_part, key=lambda row: ratio(row, "stock"))
         cells += [_number(worst[key]) for key in ("stock", "ours", "best")]
     most = max(map(ratio, rows))
-    start = f"| {number} | {name} | {rows[0]['answer']} | {WAYS[way]}"
+    start = f"| {number or '-'} | {name} | {rows[0]['answer']} | {WAYS[way]}"
     return f"{start} | {' | '.join(cells)} | {most:.1f} |"
 
 

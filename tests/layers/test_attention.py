@@ -178,6 +178,7 @@ def test_dropout_drops_while_training_and_only_then(pair):
     assert (numpy_of(scores) == 0).any()
 
 
+@pytest.mark.keras("3.14")  # before, Keras cannot take symbols and return scores
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16", "float32"])
 def test_dtypes_are_the_same_in_symbols_and_in_numbers(kind, policy):

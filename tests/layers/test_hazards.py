@@ -5,13 +5,21 @@ import functools
 import keras
 import pytest
 from helpers import gradients, numerics_page
-from helpers.hazards import HAZARDS
+from helpers.hazards import BY_NAME, HAZARDS
 from helpers.precision import Measured
 
-BY_NAME = {hazard.name: hazard for hazard in HAZARDS}
+from kerasmp import layers
+
 every_hazard = pytest.mark.parametrize("name", BY_NAME)
 every_way = pytest.mark.parametrize("way", gradients.WAYS)
 FAR = 16  # times the best: too far to be an accident of a version
+# Layers that need no entry of their own.
+WITHOUT = {
+    "GRUCell": "within GRU",
+    "LSTMCell": "within LSTM",
+    "RNN": "LSTM and GRU are RNNs of their cells",
+    "WithDtype": "gives a layer a dtype",
+}
 
 
 @functools.lru_cache(1)
@@ -33,13 +41,20 @@ def test_names_are_told_apart():
     assert len(BY_NAME) == len(HAZARDS)
 
 
+def test_every_layer_of_ours_is_measured():
+    measured = {hazard.ours or hazard.layer for hazard in HAZARDS if not hazard.rules}
+    assert measured | set(WITHOUT) == set(layers.__all__)
+
+
 @every_hazard
 @every_way
 def test_ours_is_near_the_best(name, way):
     """Forward and gradients, on the hazard and on ordinary inputs of several magnitudes."""
-    layers = measured(name, way)
-    for arrays in (layers.arrays, *layers.hazard.ordinary_inputs()):
-        forward, backward = layers.rows(arrays, ["ours"])
+    found = measured(name, way)
+    for arrays in (found.arrays, *found.hazard.ordinary_inputs()):
+        forward, backward = found.rows(arrays, ["ours"])
+        assert forward
+        assert backward
         assert not [row for row in [*forward, *backward] if not row.good("ours")]
 
 

@@ -32,6 +32,8 @@ def weight(layer):
     return numpy_of(layer.kernel)
 
 
+# JAX's cast of stock Keras's 1e12 to float16.
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("kind", INSIDE)
 def test_a_training_step_does_not_round_the_kernel(kind, policy):

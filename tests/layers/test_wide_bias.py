@@ -1,92 +1,32 @@
-"""Dense layers and convolutions: gradients of biases and kernels are not summed in float16."""
+"""Dense layers and convolutions of ours are those of Keras; test_hazards.py has their errors."""
 
 import keras
 import numpy as np
 import pytest
-from helpers.float16 import MODES, error, numpy_of, rounded, step
+from helpers.float16 import numpy_of
 from keras import ops
 
 from kerasmp import layers
 
 BACKEND = keras.backend.backend()
-# Class: arguments, and the shape of inputs with as many positions as a large image has.
-MANY = {
-    "Dense": ({"units": 4}, (2, 6272, 3)),
-    "EinsumDense": (
-        {"equation": "abc,cd->abd", "output_shape": (None, 4), "bias_axes": "d"},
-        (2, 6272, 3),
-    ),
-    "Conv1D": ({"filters": 4, "kernel_size": 3}, (2, 6272, 3)),
-    "Conv2D": ({"filters": 4, "kernel_size": 3}, (1, 112, 112, 3)),
-    "Conv3D": ({"filters": 2, "kernel_size": 3}, (1, 24, 24, 24, 2)),
-    "Conv1DTranspose": ({"filters": 4, "kernel_size": 3}, (2, 6272, 3)),
-    "Conv2DTranspose": ({"filters": 4, "kernel_size": 3}, (1, 112, 112, 3)),
-    "Conv3DTranspose": ({"filters": 2, "kernel_size": 3}, (1, 24, 24, 24, 2)),
-    "DepthwiseConv1D": ({"kernel_size": 3}, (2, 6272, 3)),
-    "DepthwiseConv2D": ({"kernel_size": 3}, (1, 112, 112, 3)),
-    "SeparableConv1D": ({"filters": 4, "kernel_size": 3}, (2, 6272, 3)),
-    "SeparableConv2D": ({"filters": 4, "kernel_size": 3}, (1, 112, 112, 3)),
+ARGUMENTS = {
+    "Dense": {"units": 4},
+    "EinsumDense": {"equation": "abc,cd->abd", "output_shape": (None, 4), "bias_axes": "d"},
+    "Conv1D": {"filters": 4, "kernel_size": 3},
+    "Conv2D": {"filters": 4, "kernel_size": 3},
+    "Conv3D": {"filters": 2, "kernel_size": 3},
+    "Conv1DTranspose": {"filters": 4, "kernel_size": 3},
+    "Conv2DTranspose": {"filters": 4, "kernel_size": 3},
+    "Conv3DTranspose": {"filters": 2, "kernel_size": 3},
+    "DepthwiseConv1D": {"kernel_size": 3},
+    "DepthwiseConv2D": {"kernel_size": 3},
+    "SeparableConv1D": {"filters": 4, "kernel_size": 3},
+    "SeparableConv2D": {"filters": 4, "kernel_size": 3},
 }
-# All share their mixins, and XLA compiles for seconds.
-COMPILED = ["Dense", "Conv2D", "DepthwiseConv2D"]
-CASES = [
-    (name, mode)
-    for name in MANY
-    for mode in MODES
-    if mode not in {"xla", "jit"} or name in COMPILED
-]
 
 
 def make(module, name, dtype, **kwargs):
-    return getattr(module, name)(dtype=dtype, **MANY[name][0], **kwargs)
-
-
-def step_of(layer, weights, x, upstream, mode):
-    if not layer.built:
-        layer.build(x.shape)
-    layer.set_weights(weights)
-    outputs, gradients = step(mode, layer, [x], upstream, layer.trainable_variables)
-    return [outputs, *gradients]
-
-
-def errors_of(name, mode):
-    """Return names of tensors with the errors of stock Keras, ours, and the best."""
-    shape = MANY[name][1]
-    random = np.random.default_rng(0)
-    x = random.normal(size=shape).astype("float16")
-    # In float32 here: the reference for float16 needs no more, and JAX has no more.
-    reference = make(keras.layers, name, "float32")
-    reference.build(shape)
-    weights = [rounded(random.normal(size=w.shape)) * 0.25 for w in reference.trainable_variables]
-    weights = [rounded(w) for w in weights]
-    upstream = rounded(random.normal(size=reference(x).shape))
-    wanted = step_of(reference, weights, x, upstream.astype("float32"), mode)
-    best = [error(rounded(w), w) for w in wanted]
-    found = {"best": best}
-    for contestant, module in (("stock", keras.layers), ("ours", layers)):
-        layer = make(module, name, "mixed_float16")
-        got = step_of(layer, weights, x, upstream.astype("float32"), mode)
-        found[contestant] = [error(g, w) for g, w in zip(got, wanted, strict=True)]
-    tensors = ["output", "input", *(v.name for v in reference.trainable_variables)]
-    return {
-        tensor: tuple(found[key][i] for key in ("stock", "ours", "best"))
-        for i, tensor in enumerate(tensors)
-    }
-
-
-@pytest.mark.parametrize(("name", "mode"), CASES)
-def test_errors_are_within_four_times_the_best(name, mode):
-    found = errors_of(name, mode)
-    # One float16 rounding is what the best of a few numbers may be less than by luck.
-    for tensor, (stock, ours, best) in found.items():
-        assert ours <= 4 * max(best, 2.0**-13), (tensor, stock, ours, best)
-    if mode == "jit":
-        assert found["bias"][0] > 4 * max(found["bias"][2], 2.0**-13)
-    if mode == "graph" and "Conv" in name:
-        assert any(stock > 4 * best for stock, _, best in found.values())
-
-
-# --------------------------------------------------------------------------- the same as in stock
+    return getattr(module, name)(dtype=dtype, **ARGUMENTS[name], **kwargs)
 
 
 SMALL = {1: (2, 6, 3), 2: (2, 6, 6, 3), 3: (1, 4, 4, 4, 3)}
@@ -109,7 +49,7 @@ def small_pair(name, ours="mixed_float16", stock="mixed_float16", **kwargs):
     return made
 
 
-@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("name", ARGUMENTS)
 def test_it_is_the_stock_layer_but_for_rounding(name, tmp_path):
     x = np.random.default_rng(2).normal(size=small(name)).astype("float16")
     arguments = {"activation": "gelu", "kernel_regularizer": "l2"}
