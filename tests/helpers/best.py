@@ -57,17 +57,17 @@ class GRUCell(keras.layers.GRUCell):
         return state, [state]
 
 
-class LSTM(keras.layers.RNN):
+class _RNN(keras.layers.RNN):
     def __init__(self, units, return_sequences, dtype):
-        super().__init__(LSTMCell(units, dtype="float32"), return_sequences, dtype=dtype)
+        super().__init__(self.CELL(units, dtype="float32"), return_sequences, dtype=dtype)
 
-    def call(self, *args, **kwargs):
-        return ops.cast(super().call(*args, **kwargs), "float16")
+    def call(self, sequences, initial_state=None, mask=None, training=False):  # noqa: FBT002 - Keras's
+        return ops.cast(super().call(sequences, initial_state, mask, training), "float16")
 
 
-class GRU(keras.layers.RNN):
-    def __init__(self, units, return_sequences, dtype):
-        super().__init__(GRUCell(units, dtype="float32"), return_sequences, dtype=dtype)
+class LSTM(_RNN):
+    CELL = LSTMCell
 
-    def call(self, *args, **kwargs):
-        return ops.cast(super().call(*args, **kwargs), "float16")
+
+class GRU(_RNN):
+    CELL = GRUCell

@@ -48,6 +48,16 @@ def mean_of_unmasked(_, x, mask):
     return ops.sum(x * weights, 1) / ops.maximum(ops.sum(weights, 1), 1)
 
 
+def mean_of_everything(_, x):
+    return ops.mean(x, (1, 2, 3), keepdims=True)
+
+
+def unit_or_zeros(_, x):
+    squares = ops.sum(ops.square(x), -1, keepdims=True)
+    some = squares > 0
+    return ops.where(some, x * ops.rsqrt(ops.where(some, squares, 1)), 0)
+
+
 def extra_losses(layer, x):
     layer(x)
     return layer.losses

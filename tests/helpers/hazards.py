@@ -46,12 +46,10 @@ def _attention(number, layer, std, call, *, mean=0):
     )
 
 
-def _bias(number, layer, shape, **arguments):
-    """Return a hazard of a layer whose bias gets a sum over many positions."""
+def _positions(number, layer, shape, **arguments):
+    """Return a hazard of a layer whose kernel and bias get sums over many positions."""
     of = " x ".join(str(size) for size in shape[1:-1])
-    return Hazard(
-        number, f"{layer}, {of} positions, the bias", layer, inputs.normal(shape), arguments
-    )
+    return Hazard(number, f"{layer}, {of} positions", layer, inputs.normal(shape), arguments)
 
 
 def _recurrent(layer):
@@ -210,8 +208,8 @@ HAZARDS = [
     *map(_activation, ("gelu", "silu", "mish")),
     _activation("hard_silu", -3, 1, upstream=2.0**13),
     _activation("squareplus", -300, 300),
-    _bias(12, "Dense", (2, 10000, 4), units=4),
-    _bias(
+    _positions(12, "Dense", (2, 10000, 4), units=4),
+    _positions(
         12,
         "EinsumDense",
         (2, 6272, 3),
@@ -219,16 +217,16 @@ HAZARDS = [
         output_shape=(6272, 4),
         bias_axes="d",
     ),
-    _bias(12, "Conv1D", (2, 6272, 3), filters=4, kernel_size=3),
-    _bias(12, "Conv2D", (2, 112, 112, 1), filters=2, kernel_size=3),
-    _bias(12, "Conv3D", (1, 24, 24, 24, 2), filters=2, kernel_size=3),
-    _bias(12, "Conv1DTranspose", (2, 6272, 3), filters=4, kernel_size=3),
-    _bias(12, "Conv2DTranspose", (1, 112, 112, 3), filters=4, kernel_size=3),
-    _bias(12, "Conv3DTranspose", (1, 24, 24, 24, 2), filters=2, kernel_size=3),
-    _bias(12, "DepthwiseConv1D", (2, 6272, 3), kernel_size=3),
-    _bias(12, "DepthwiseConv2D", (1, 112, 112, 3), kernel_size=3),
-    _bias(12, "SeparableConv1D", (2, 6272, 3), filters=4, kernel_size=3),
-    _bias(12, "SeparableConv2D", (1, 112, 112, 3), filters=4, kernel_size=3),
+    _positions(12, "Conv1D", (2, 6272, 3), filters=4, kernel_size=3),
+    _positions(12, "Conv2D", (2, 112, 112, 1), filters=2, kernel_size=3),
+    _positions(12, "Conv3D", (1, 24, 24, 24, 2), filters=2, kernel_size=3),
+    _positions(12, "Conv1DTranspose", (2, 6272, 3), filters=4, kernel_size=3),
+    _positions(12, "Conv2DTranspose", (1, 112, 112, 3), filters=4, kernel_size=3),
+    _positions(12, "Conv3DTranspose", (1, 24, 24, 24, 2), filters=2, kernel_size=3),
+    _positions(12, "DepthwiseConv1D", (2, 6272, 3), kernel_size=3),
+    _positions(12, "DepthwiseConv2D", (1, 112, 112, 3), kernel_size=3),
+    _positions(12, "SeparableConv1D", (2, 6272, 3), filters=4, kernel_size=3),
+    _positions(12, "SeparableConv2D", (1, 112, 112, 3), filters=4, kernel_size=3),
     Hazard(
         13,
         "SpectralNormalization, the kernel after a training step",
@@ -293,6 +291,7 @@ HAZARDS = [
         "UnitNormalization, a row of zeros",
         "UnitNormalization",
         inputs.with_a_row_of_zeros((6, 300)),
+        reference_call=calls.unit_or_zeros,
     ),
     Hazard(
         9,
@@ -300,6 +299,7 @@ HAZARDS = [
         "AveragePooling3D",
         inputs.normal((1, 20, 20, 20, 2), mean=10),
         {"pool_size": 20},
+        reference_call=calls.mean_of_everything,  # TensorFlow pools no float64 in three dimensions
     ),
     Hazard(
         11,
