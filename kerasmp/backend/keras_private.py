@@ -8,8 +8,9 @@ attributes that kerasmp's subclasses inherit and read on themselves, where no ot
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 from keras.optimizers.schedules import LearningRateSchedule
@@ -20,6 +21,9 @@ from keras.src.models.model import functional_init_arguments
 
 from kerasmp.backend.nested import optimizers_in
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 __all__ = [
     "AutocastScope",
     "Functional",
@@ -29,6 +33,7 @@ __all__ = [
     "functional_init_arguments",
     "learning_rate_functions",
     "learning_rate_schedules",
+    "losses_kept",
     "states_of",
     "weights_and_averages",
     "with_mask_of",
@@ -120,6 +125,26 @@ def states_of(model: Any) -> list[Any]:
 def float16_layers(model: Any) -> list[Any]:
     """Return the layers at any depth that compute in float16, the model itself among them."""
     return [layer for layer in flatten_layers(model) if layer.compute_dtype == "float16"]
+
+
+@contextlib.contextmanager
+def losses_kept(model: Any) -> Iterator[None]:
+    """Put back what calls have added to the losses of a model and its layers, and what they forgot.
+
+    A call begins with forgetting the losses of the last one, traced or not; publicly they can be
+    read and added to.
+    """
+    kept = [
+        (layer, list(layer._losses), set(layer._loss_ids))  # noqa: SLF001
+        for layer in flatten_layers(model)
+    ]
+    try:
+        yield
+    finally:
+        for layer, losses, ids in kept:
+            layer._losses[:] = losses  # noqa: SLF001
+            layer._loss_ids.clear()  # noqa: SLF001
+            layer._loss_ids.update(ids)  # noqa: SLF001
 
 
 def enclosing_callback_list() -> Any | None:

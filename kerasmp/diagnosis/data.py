@@ -10,12 +10,15 @@ import numpy as np
 from kerasmp.backend.constants import LARGEST
 from kerasmp.backend.keras_graph import calls, graph_of
 from kerasmp.backend.keras_private import flatten_layers
-from kerasmp.diagnosis.dtypes import HALVES
 from kerasmp.diagnosis.finding import Finding
 from kerasmp.diagnosis.sizes import MULTIPLE
+from kerasmp.policy.places import HANDING_ON
+from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_TAKING_IDS = (keras.layers.Embedding, keras.layers.CategoryEncoding, keras.layers.HashedCrossing)
 
 
 def findings(model: Any, x: Any) -> Iterator[Finding]:
@@ -28,7 +31,7 @@ def findings(model: Any, x: Any) -> Iterator[Finding]:
     arrays = keras.tree.flatten(x)
     graph = graph_of(model)
     for number, array in enumerate(arrays):
-        largest = np.max(np.abs(array), initial=0.0) if array.dtype.kind == "f" else 0.0
+        largest = np.max(np.abs(array), initial=0.0) if array.dtype.kind in "fiu" else 0.0
         if largest > LARGEST and _reaches_float16(model, graph, number, len(arrays)):
             name = graph.inputs[number].name if graph is not None else str(number)
             yield Finding(
@@ -51,6 +54,14 @@ def findings(model: Any, x: Any) -> Iterator[Finding]:
         )
 
 
+def _computes_in_float16(operation: Any) -> bool:
+    return (
+        isinstance(operation, keras.Layer)
+        and not isinstance(operation, _TAKING_IDS)
+        and str(operation.compute_dtype) == "float16"
+    )
+
+
 def _reaches_float16(model: Any, graph: Any, number: int, count: int) -> bool:
     """Return whether an input arrives at a float16 layer before any layer in float32."""
     if graph is None or len(graph.inputs) != count:
@@ -69,8 +80,8 @@ def _reaches_float16(model: Any, graph: Any, number: int, count: int) -> bool:
                 place = next(i for i, each in enumerate(call.inputs) if each is tensor)
                 if _reaches_float16(layer, nested, place, len(call.inputs)):
                     return True
-            elif not isinstance(layer, keras.Layer):
-                waiting += call.outputs
-            elif layer.compute_dtype == "float16":
+            elif _computes_in_float16(layer):
                 return True
+            elif not isinstance(layer, keras.Layer) or isinstance(layer, HANDING_ON):
+                waiting += call.outputs
     return False

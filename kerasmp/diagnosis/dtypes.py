@@ -12,12 +12,17 @@ from kerasmp.backend.keras_private import flatten_layers
 from kerasmp.diagnosis.finding import Finding
 from kerasmp.policy import Policy, global_policy
 from kerasmp.policy.assign import assign
-from kerasmp.policy.safe import is_ours
+from kerasmp.policy.safe import (
+    ACTIVATED,
+    PROBABILITIES,
+    UNSAFE_ACTIVATIONS,
+    activation_name,
+    is_ours,
+)
+from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-HALVES = ("float16", "bfloat16")
 
 # Up to here every whole number has a value of its own.
 _EXACT = {"float16": 2**11, "bfloat16": 2**8}
@@ -34,6 +39,7 @@ def findings(model: Any, dtypes: dict[int, str]) -> list[Finding]:
     """
     return [
         *_unsafe_layers(model),
+        *_unsafe_activations(model),
         *_masters(model),
         *_vanishing_epsilons(model),
         *_float_ids(model, dtypes),
@@ -61,6 +67,25 @@ def _unsafe_layers(model: Any) -> Iterator[Finding]:
                 f"In float16, {reason}.",
                 'Convert the model with kerasmp.convert, use rules="safe", or the layer of '
                 "kerasmp.layers.",
+            )
+
+
+def _unsafe_activations(model: Any) -> Iterator[Finding]:
+    for layer in flatten_layers(model):
+        name = activation_name(layer)
+        if (
+            isinstance(layer, ACTIVATED)
+            and layer.compute_dtype == "float16"
+            and name in UNSAFE_ACTIVATIONS
+            and name not in PROBABILITIES  # of which the rule "probabilities" tells
+        ):
+            yield Finding(
+                "hint",
+                layer.path or layer.name,
+                "unsafe-activation",
+                f'In float16, the gradient of "{name}" overflows, or is computed from the rounded '
+                "output.",
+                f"Give it activation=kerasmp.ops.{name}.",
             )
 
 

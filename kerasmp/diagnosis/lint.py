@@ -8,8 +8,10 @@ import keras
 import numpy as np
 
 from kerasmp.backend.keras_graph import symbolic_dtypes
+from kerasmp.backend.keras_private import losses_kept
 from kerasmp.diagnosis import data, dtypes, outputs, sizes, source, traced, training
 from kerasmp.diagnosis.finding import Finding, LintReport, sorted_report
+from kerasmp.errors import ArgumentTypeError
 
 
 def lint(model: Any, x: Any = None) -> LintReport:
@@ -27,6 +29,9 @@ def lint(model: Any, x: Any = None) -> LintReport:
         The findings, the worst first. Printed, it has one line for each. Their rules are described
         in docs/lint.md.
 
+    Raises:
+        ArgumentTypeError: If `model` is no Keras model.
+
     Example:
 
     >>> model = keras.Sequential(
@@ -36,17 +41,31 @@ def lint(model: Any, x: Any = None) -> LintReport:
     >>> [(each.severity, each.rule) for each in report]
     [('error', 'float16-head')]
     """
+    if not isinstance(model, keras.Layer):
+        raise ArgumentTypeError(
+            "Only a Keras model can be looked at.",
+            received=f"{model!r}, a {type(model).__name__}",
+            expected="a keras.Model",
+            fix="Pass the model, and a batch of its input after it.",
+        )
     if x is not None:
         x = keras.tree.map_structure(np.asarray, x)
         if not model.built:
             model(x)
-    findings = [*cheap_findings(model), *training.unscaled(model), *sizes.findings(model)]
-    if x is not None:
-        constants = traced.findings(model, x)
-        findings += [*data.findings(model, x), *(constants or [])]
-        if constants is not None:  # the graph has told for certain
-            findings = [each for each in findings if each.rule != source.POSSIBLY_INFINITE]
-    return sorted_report(findings)
+    with losses_kept(model):
+        return sorted_report(_findings(model, x))
+
+
+def _findings(model: Any, x: Any) -> list[Finding]:
+    found = [*cheap_findings(model), *training.unscaled(model), *sizes.findings(model)]
+    if x is None:
+        return found
+    constants = traced.findings(model, x)
+    found += [*data.findings(model, x), *(constants or [])]
+    if constants is None:
+        return found
+    # The graph has told for certain.
+    return [each for each in found if each.rule != source.POSSIBLY_INFINITE]
 
 
 def cheap_findings(model: Any) -> list[Finding]:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp.backend.keras_private import flatten_layers
-from kerasmp.diagnosis.dtypes import HALVES
 from kerasmp.diagnosis.finding import Finding
 from kerasmp.policy.places import final_layers
+from kerasmp.policy.safe import ATTENTION
+from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +26,7 @@ _PRODUCTS = (
     keras.layers.Conv2DTranspose,
     keras.layers.Conv3DTranspose,
 )
-_ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
+_RECURRENT = (keras.layers.SimpleRNNCell, keras.layers.LSTMCell, keras.layers.GRUCell)
 # A stem takes what an image has, and a classifier what classes there are; padding pays from here.
 _STEM_CHANNELS = 4
 _LARGE_HEAD = 128
@@ -57,9 +58,14 @@ def findings(model: Any) -> Iterator[Finding]:
 
 
 def _sizes(layer: Any, *, is_head: bool) -> Iterator[tuple[str, int]]:
-    if isinstance(layer, _ATTENTION):
-        key = layer.key_dim if isinstance(layer, _ATTENTION[0]) else layer.head_dim
+    if isinstance(layer, ATTENTION):
+        key = layer.key_dim if isinstance(layer, ATTENTION[0]) else layer.head_dim
         yield "head size", key
+    if isinstance(layer, _RECURRENT) and layer.built:
+        yield "input size", layer.kernel.shape[0]
+        yield "units", layer.units
+    if isinstance(layer, keras.layers.EinsumDense) and layer.built and len(layer.kernel.shape) == 2:  # noqa: PLR2004 - the parts of attention have more
+        yield from (("kernel size", size) for size in layer.kernel.shape)
     depthwise = getattr(layer, "groups", 1) > 1
     if not isinstance(layer, _PRODUCTS) or not layer.built or depthwise:
         return

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras import ops
 
-from kerasmp.ops.attention import masked_softmax, wide_dtype
+from kerasmp.ops.precision import wide_dtype
+from kerasmp.ops.softmax import masked_softmax
 
 _VECTOR_PER_BATCH = 2  # the rank of a mask of the values, (batch, values)
 
@@ -17,7 +18,7 @@ else:
     _Base = object
 
 
-class _WideScores(_Base):
+class _Float32Scores(_Base):
     """What makes either of Keras's two layers safe.
 
     The two methods with an underscore are Keras's own, documented there for layers that inherit;
@@ -51,7 +52,7 @@ class _WideScores(_Base):
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
-class Attention(_WideScores, keras.layers.Attention):
+class Attention(_Float32Scores, keras.layers.Attention):
     """`keras.layers.Attention` with scores, softmax and scale in float32.
 
     The stock layer multiplies queries and keys in float16 and does not scale the products down:
@@ -90,7 +91,7 @@ class Attention(_WideScores, keras.layers.Attention):
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
-class AdditiveAttention(_WideScores, keras.layers.AdditiveAttention):
+class AdditiveAttention(_Float32Scores, keras.layers.AdditiveAttention):
     """`keras.layers.AdditiveAttention` with tanh, scores, softmax and scale in float32.
 
     The stock layer sums the scores, and in the backward pass the gradients of its scale, in

@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from kerasmp.errors import PolicyError
+from kerasmp.ops.precision import wide_dtype
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -56,6 +57,8 @@ class DenseHead(keras.layers.Dense):
                 fix='Pass one, dtype="mixed_bfloat16" say, or use keras.layers.Dense.',
             )
 
+    gives_float32 = True  # the rules "safe" ask
+
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
         """Add a weight that no autocast narrows; the kernel is cast by hand."""
         return super().add_weight(*args, **{**kwargs, "autocast": False})
@@ -64,7 +67,7 @@ class DenseHead(keras.layers.Dense):
     def output_dtype(self) -> str:
         """float32, or float64 where the policy computes in float64."""
         # Not result_type(), which knows no float64 on JAX and torch.
-        return "float64" if self.compute_dtype == "float64" else "float32"
+        return wide_dtype(self.compute_dtype)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: ARG002, FBT001 - Keras's
         """Return `activation(inputs @ kernel + bias)`."""

@@ -13,9 +13,9 @@ from kerasmp.ops.attention import (
     attention_scores,
     causal_mask,
     dot_product_attention,
-    masked_softmax,
-    wide_dtype,
 )
+from kerasmp.ops.precision import wide_dtype
+from kerasmp.ops.softmax import masked_softmax
 
 _SEQUENCES = 3  # the rank of inputs (batch, time, features), and one less than of what is projected
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from kerasmp.ops import widen
+from kerasmp.ops.precision import widen
 
 
 class _L1L2(keras.regularizers.L1L2):

@@ -6,7 +6,8 @@ from typing import Any
 
 import keras
 
-from kerasmp.ops import is_narrow, normalize
+from kerasmp.ops import normalize
+from kerasmp.ops.precision import wide_dtype
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -39,7 +40,7 @@ class Normalization(keras.layers.Normalization):
     @property
     def compute_dtype(self) -> str:
         """The policy's compute dtype, or float32 where that is narrower."""
-        return "float32" if is_narrow(self.output_dtype) else self.output_dtype
+        return wide_dtype(self.output_dtype)
 
     @property
     def output_dtype(self) -> str:

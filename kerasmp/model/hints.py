@@ -41,7 +41,7 @@ def _place(error: Exception) -> str:
     for frame, line in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get("self")
         # A function of the user's own, a loss say, is the place where there is no layer.
-        if not frame.f_globals.get("__name__", "").startswith(_LIBRARIES):
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _LIBRARIES:
             place = f"{frame.f_code.co_filename}, line {line}"
             if isinstance(owner, keras.layers.Layer):
                 layer = owner
@@ -56,4 +56,4 @@ def _described(layer: Any) -> str:
     )
 
 
-_LIBRARIES = ("keras", "kerasmp", "tensorflow", "jax", "torch")
+_LIBRARIES = {"keras", "kerasmp", "tensorflow", "jax", "torch"}

@@ -18,7 +18,7 @@ from kerasmp.model.float32 import (
 from kerasmp.model.guards import with_guards
 from kerasmp.model.hints import dtype_hints
 from kerasmp.model.steps import note_kerass_own, optimizers_of
-from kerasmp.model.turning import class_between, ours_for
+from kerasmp.model.turning import class_between, loader, ours_for
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.policy import Policy, global_policy
 from kerasmp.policy.follow import RulesToFollow
@@ -386,3 +386,6 @@ def _ours_of(model: Any) -> Any:
         ours = FunctionalModel
     stock = theirs in {Functional, keras.Sequential, keras.Model}
     return ours if stock else class_between(theirs, ours, Model.from_keras)
+
+
+loader(Model.from_keras)  # files of turned models load where none was turned yet

@@ -61,17 +61,33 @@ def class_between(theirs: Any, ours: Any, turn: Callable[[Any], Any]) -> Any:
             }
         }
 
-    def from_config(_: Any, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        stock = keras.saving.deserialize_keras_object(config["stock"], custom_objects)
-        return turn(stock)
-
     names = {
         "__module__": theirs.__module__,
         "__qualname__": theirs.__qualname__,
         "__doc__": theirs.__doc__,
         "get_config": get_config,
-        "from_config": classmethod(from_config),
+        "from_config": _loading(turn),
     }
     between = type(theirs)(theirs.__name__, (theirs, ours), names)
     # All such classes have one name in files, which leads to any of them: they load alike.
-    return keras.saving.register_keras_serializable("kerasmp", "Turned")(between)
+    return _in_files(between)
+
+
+def loader(turn: Callable[[Any], Any]) -> Any:
+    """Return a class that loads the files of all classes between, where none of them was made yet.
+
+    Args:
+        turn: As for `class_between`.
+    """
+    never_saved: dict[str, Any] = {"get_config": lambda _: {}}  # Keras asks for it
+    return _in_files(type("Turned", (), never_saved | {"from_config": _loading(turn)}))
+
+
+def _loading(turn: Callable[[Any], Any]) -> Any:
+    def from_config(_: Any, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        return turn(keras.saving.deserialize_keras_object(config["stock"], custom_objects))
+
+    return classmethod(from_config)
+
+
+_in_files = keras.saving.register_keras_serializable("kerasmp", "Turned")

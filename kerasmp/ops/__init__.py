@@ -44,8 +44,6 @@ from kerasmp.ops.losses import (
 )
 from kerasmp.ops.precision import (
     in_float32,
-    is_narrow,
-    widen,
 )
 from kerasmp.ops.reductions import (
     average_pool,
@@ -80,7 +78,6 @@ __all__ = [
     "hard_silu",
     "hard_swish",
     "in_float32",
-    "is_narrow",
     "kl_divergence",
     "log_sigmoid",
     "log_softmax",
@@ -109,5 +106,4 @@ __all__ = [
     "tanh",
     "tanh_shrink",
     "var",
-    "widen",
 ]

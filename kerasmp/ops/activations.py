@@ -14,19 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import keras
 from keras import ops
 
-from kerasmp.ops.precision import in_float32
+from kerasmp.ops.precision import in_float32, registered
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _activation(function: F) -> F:
-    registered: F = keras.saving.register_keras_serializable(package="kerasmp")(
-        in_float32(function)
-    )
-    return registered
+    return registered(in_float32(function))  # type: ignore[no-any-return]
 
 
 @_activation

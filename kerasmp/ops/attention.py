@@ -10,15 +10,13 @@ from keras import ops
 
 from kerasmp.backend import current
 from kerasmp.errors import ArgumentError
+from kerasmp.ops.precision import wide_dtype
+from kerasmp.ops.softmax import hide
 
 # Heads stand third in the inputs and second in what is multiplied: (batch, heads, time, depth).
 _RANK = 4
 _HEADS_FIRST = (0, 2, 1, 3)
 _HEADS_FIRST_TRANSPOSED = (0, 2, 3, 1)
-
-# Far below every score of float16 inputs (at most 65504 ** 2 * depth), and finite, so that a row
-# of nothing else gives no NaN.
-_MASKED = -1e38
 
 
 def dot_product_attention(  # noqa: PLR0913, PLR0917 - Keras's signature
@@ -201,23 +199,6 @@ def attend(weights: Any, value: Any, dtype: str) -> Any:
     return ops.transpose(ops.cast(ops.matmul(weights, values), dtype), _HEADS_FIRST)
 
 
-def masked_softmax(scores: Any, mask: Any, axis: Any = -1) -> Any:
-    """Return weights that are 0 where the mask is False, also where a whole row is.
-
-    Args:
-        scores: At least float32.
-        mask: Bool, broadcasts to the scores; or None.
-        axis: One axis or several over which the weights add up to 1.
-    """
-    weights = ops.softmax(scores if mask is None else hide(scores, mask), axis=axis)
-    return weights if mask is None else ops.where(mask, weights, ops.zeros_like(weights))
-
-
-def hide(scores: Any, mask: Any) -> Any:
-    """Return the scores with a number below all of them where the mask is False."""
-    return ops.where(mask, scores, ops.cast(_MASKED, scores.dtype))
-
-
 def causal_mask(query: Any, key: Any) -> Any:
     """Return the bool mask `(queries, keys)`, True where no key is later than its query."""
     queries, keys = ops.shape(query)[1], ops.shape(key)[1]
@@ -227,11 +208,6 @@ def causal_mask(query: Any, key: Any) -> Any:
 def both(mask: Any, other: Any) -> Any:
     """Return where both masks are True; the first may be None."""
     return other if mask is None else ops.logical_and(mask, other)
-
-
-def wide_dtype(dtype: Any) -> str:
-    """Return the dtype to compute in: float64 for float64, else float32."""
-    return "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
 
 
 def _zero_where_all_masked(outputs: Any, mask: Any) -> Any:

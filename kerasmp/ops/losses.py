@@ -15,7 +15,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kerasmp.ops.precision import as_tensors, widen
+from kerasmp.ops.precision import as_one_node, as_tensors, registered, widen
 from kerasmp.ops.reductions import normalize
 
 
@@ -25,6 +25,8 @@ def _wide(target: Any, output: Any) -> tuple[Any, Any]:
     return ops.cast(target, output.dtype), output
 
 
+@registered
+@as_one_node
 def categorical_crossentropy(
     target: Any,
     output: Any,
@@ -52,6 +54,8 @@ def categorical_crossentropy(
     return ops.categorical_crossentropy(target, output, from_logits=from_logits, axis=axis)
 
 
+@registered
+@as_one_node
 def sparse_categorical_crossentropy(
     target: Any,
     output: Any,
@@ -80,6 +84,8 @@ def sparse_categorical_crossentropy(
     )
 
 
+@registered
+@as_one_node
 def binary_crossentropy(
     target: Any,
     output: Any,
@@ -105,6 +111,8 @@ def binary_crossentropy(
     return ops.binary_crossentropy(target, output, from_logits=from_logits)
 
 
+@registered
+@as_one_node
 def binary_focal_crossentropy(y_true: Any, y_pred: Any, **kwargs: Any) -> Any:
     """Return `keras.losses.binary_focal_crossentropy`, in float32.
 
@@ -122,6 +130,8 @@ def binary_focal_crossentropy(y_true: Any, y_pred: Any, **kwargs: Any) -> Any:
     return keras.losses.binary_focal_crossentropy(*_wide(y_true, y_pred), **kwargs)
 
 
+@registered
+@as_one_node
 def categorical_focal_crossentropy(y_true: Any, y_pred: Any, **kwargs: Any) -> Any:
     """Return `keras.losses.categorical_focal_crossentropy`, in float32.
 
@@ -139,6 +149,8 @@ def categorical_focal_crossentropy(y_true: Any, y_pred: Any, **kwargs: Any) -> A
     return keras.losses.categorical_focal_crossentropy(*_wide(y_true, y_pred), **kwargs)
 
 
+@registered
+@as_one_node
 def kl_divergence(y_true: Any, y_pred: Any) -> Any:
     """Return `keras.losses.kl_divergence` over the last axis, in float32.
 
@@ -155,6 +167,8 @@ def kl_divergence(y_true: Any, y_pred: Any) -> Any:
     return keras.losses.kl_divergence(*_wide(y_true, y_pred))
 
 
+@registered
+@as_one_node
 def poisson(y_true: Any, y_pred: Any) -> Any:
     """Return `keras.losses.poisson` over the last axis, in float32.
 
@@ -170,6 +184,8 @@ def poisson(y_true: Any, y_pred: Any) -> Any:
     return keras.losses.poisson(*_wide(y_true, y_pred))
 
 
+@registered
+@as_one_node
 def mean_squared_error(y_true: Any, y_pred: Any) -> Any:
     """Return `keras.losses.mean_squared_error` over the last axis, in float32.
 
@@ -186,6 +202,8 @@ def mean_squared_error(y_true: Any, y_pred: Any) -> Any:
     return keras.losses.mean_squared_error(*_wide(y_true, y_pred))
 
 
+@registered
+@as_one_node
 def mean_absolute_percentage_error(y_true: Any, y_pred: Any) -> Any:
     """Return `keras.losses.mean_absolute_percentage_error` over the last axis, in float32.
 
@@ -202,6 +220,8 @@ def mean_absolute_percentage_error(y_true: Any, y_pred: Any) -> Any:
     return keras.losses.mean_absolute_percentage_error(*_wide(y_true, y_pred))
 
 
+@registered
+@as_one_node
 def squared_hinge(y_true: Any, y_pred: Any) -> Any:
     """Return `keras.losses.squared_hinge` over the last axis, in float32.
 
@@ -218,6 +238,8 @@ def squared_hinge(y_true: Any, y_pred: Any) -> Any:
     return keras.losses.squared_hinge(*_wide(y_true, y_pred))
 
 
+@registered
+@as_one_node
 def cosine_similarity(y_true: Any, y_pred: Any, axis: int = -1) -> Any:
     """Return `keras.losses.cosine_similarity`, in float32: from -1, for equal directions, to 1.
 

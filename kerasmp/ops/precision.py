@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,6 +11,10 @@ import keras
 from keras import ops
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+# By name in the files of models.
+registered = keras.saving.register_keras_serializable(package="kerasmp")
 
 
 def is_narrow(dtype: Any) -> bool:
@@ -55,6 +60,67 @@ def widen(tensors: Any) -> Any:
     )
 
 
+def wide_dtype(dtype: Any) -> str:
+    """Return the dtype to compute in: float64 for float64, else float32.
+
+    Example:
+
+    >>> wide_dtype("float16"), wide_dtype("float64")
+    ('float32', 'float64')
+    """
+    return "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
+
+
+@registered
+class OneNode(keras.Operation):
+    """A function as one node of a functional model, which sees the dtypes of each run.
+
+    A function that asks for dtypes would else be asked once, when the model is built, and keep the
+    answer when the model is converted to another policy.
+
+    Args:
+        function: Takes and returns tensors.
+        **kwargs: As for `keras.Operation`: `name`.
+    """
+
+    def __init__(self, function: Callable[..., Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.function = function
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self.function(*args, **kwargs)
+
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the symbolic result."""
+        args, kwargs = keras.tree.map_structure(_dense, (args, kwargs))
+        return super().compute_output_spec(*args, **kwargs)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the function, by name where it has one, and the name."""
+        function = keras.saving.serialize_keras_object(self.function)
+        return {"name": self.name, "function": function}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> OneNode:
+        """Return the node with the function that the configuration names."""
+        function = keras.saving.deserialize_keras_object(config["function"])
+        return cls(function, name=config["name"])
+
+
+def as_one_node(function: F) -> F:
+    """Let a function of tensors take symbolic ones too, and be one node of their model."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        given = keras.tree.flatten((args, kwargs))
+        if any(isinstance(x, keras.KerasTensor) for x in given):
+            return OneNode(called)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return called  # type: ignore[return-value] # the same arguments, which no type can say here
+
+
 def in_float32(function: F) -> F:
     """Make a function compute in float32 and give back the dtype of its first argument.
 
@@ -76,15 +142,23 @@ def in_float32(function: F) -> F:
     >>> float(variance(x))
     22496.0
     """
+    first = next(iter(inspect.signature(function).parameters))
 
+    @as_one_node
     @functools.wraps(function)
-    def wide(x: Any, *args: Any, **kwargs: Any) -> Any:
+    def wide(*args: Any, **kwargs: Any) -> Any:
+        x, *others = args or (kwargs.pop(first),)
         x = as_tensors(x)
         dtype = keras.tree.flatten(x)[0].dtype
-        outputs = function(widen(x), *args, **kwargs)
+        outputs = function(widen(x), *others, **kwargs)
         return ops.cast(outputs, dtype) if is_narrow(dtype) else outputs
 
     return wide  # type: ignore[return-value] # the same arguments, which no type can say here
+
+
+def _dense(x: Any) -> Any:
+    # Keras 3.15 says of `x * 0.5` that it is sparse, and then cannot trace what comes after it.
+    return keras.KerasTensor(x.shape, x.dtype) if isinstance(x, keras.KerasTensor) else x
 
 
 def _is_tensor(x: Any) -> bool:

@@ -6,9 +6,10 @@ from typing import Any
 
 from keras import ops
 
-from kerasmp.ops.precision import in_float32
+from kerasmp.ops.precision import in_float32, registered
 
 
+@registered
 @in_float32
 def sum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A001, FBT001, FBT002 - as in keras.ops
     """Return `keras.ops.sum`, summed in float32.
@@ -27,6 +28,7 @@ def sum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A001,
     return ops.sum(x, axis=axis, keepdims=keepdims)
 
 
+@registered
 @in_float32
 def mean(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT001, FBT002
     """Return `keras.ops.mean`, summed in float32.
@@ -45,6 +47,7 @@ def mean(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT0
     return ops.mean(x, axis=axis, keepdims=keepdims)
 
 
+@registered
 @in_float32
 def var(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT001, FBT002
     """Return `keras.ops.var`, computed in float32.
@@ -63,6 +66,7 @@ def var(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT00
     return ops.var(x, axis=axis, keepdims=keepdims)
 
 
+@registered
 @in_float32
 def std(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT001, FBT002
     """Return `keras.ops.std`, computed in float32.
@@ -86,6 +90,7 @@ def std(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT00
     return ops.where(positive, ops.sqrt(ops.where(positive, variance, 1)), 0)
 
 
+@registered
 @in_float32
 def cumsum(x: Any, axis: int | None = None) -> Any:
     """Return `keras.ops.cumsum`, summed in float32.
@@ -103,6 +108,7 @@ def cumsum(x: Any, axis: int | None = None) -> Any:
     return ops.cumsum(x, axis=axis)
 
 
+@registered
 @in_float32
 def logsumexp(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT001, FBT002
     """Return `keras.ops.logsumexp`, computed in float32.
@@ -121,6 +127,7 @@ def logsumexp(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa:
     return ops.logsumexp(x, axis=axis, keepdims=keepdims)
 
 
+@registered
 @in_float32
 def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A002, FBT001, FBT002 - as in keras.ops
     """Return `keras.ops.norm`, computed in float32.
@@ -145,6 +152,7 @@ def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> A
     return ops.where(ops.all(zero, axis=axis, keepdims=keepdims), 0, length)
 
 
+@registered
 @in_float32
 def normalize(x: Any, axis: Any = -1, order: int = 2, epsilon: float | None = None) -> Any:
     """Return `keras.ops.normalize`, computed in float32.
@@ -172,6 +180,7 @@ def normalize(x: Any, axis: Any = -1, order: int = 2, epsilon: float | None = No
     return ops.where(zero, 0, ops.normalize(nonzero, axis=axis, order=order, epsilon=epsilon))
 
 
+@registered
 @in_float32
 def average_pool(
     inputs: Any,

@@ -7,13 +7,14 @@ from typing import Any
 import keras
 from keras import ops
 
-from kerasmp.ops.precision import as_tensors, in_float32
+from kerasmp.ops.precision import as_tensors, in_float32, registered
 
-# Far below every number that float16 holds, and far from the end of float32.
-_MASKED = -1e30
+# Far below every score of float16 inputs (at most 65504 ** 2 * depth), and finite, so that a row
+# of nothing else gives no NaN.
+_MASKED = -1e38
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@registered
 @in_float32
 def softmax(x: Any, axis: Any = -1, mask: Any = None) -> Any:
     """Return `keras.ops.softmax`, computed in float32.
@@ -35,11 +36,10 @@ def softmax(x: Any, axis: Any = -1, mask: Any = None) -> Any:
     """
     if mask is not None:
         mask = _booleans(mask)
-        return ops.where(mask, softmax(ops.where(mask, x, _MASKED), axis), 0)
-    return ops.softmax(x, axis=axis) if isinstance(axis, int) else ops.exp(_log(x, axis))
+    return masked_softmax(x, mask, axis)
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@registered
 @in_float32
 def log_softmax(x: Any, axis: Any = -1, mask: Any = None) -> Any:
     """Return `keras.ops.log_softmax`, computed in float32.
@@ -58,8 +58,27 @@ def log_softmax(x: Any, axis: Any = -1, mask: Any = None) -> Any:
     """
     if mask is not None:
         mask = _booleans(mask)
-        return ops.where(mask, log_softmax(ops.where(mask, x, _MASKED), axis), -float("inf"))
-    return ops.log_softmax(x, axis=axis) if isinstance(axis, int) else _log(x, axis)
+        return ops.where(mask, _log_softmax(hide(x, mask), axis), -float("inf"))
+    return _log_softmax(x, axis)
+
+
+def masked_softmax(scores: Any, mask: Any, axis: Any = -1) -> Any:
+    """Return weights that are 0 where the mask is False, also where a whole row is.
+
+    Args:
+        scores: At least float32.
+        mask: Bool, broadcasts to the scores; or None.
+        axis: One axis or several over which the weights add up to 1.
+    """
+    seen = scores if mask is None else hide(scores, mask)
+    one = isinstance(axis, int)
+    weights = ops.softmax(seen, axis=axis) if one else ops.exp(_log_softmax(seen, axis))
+    return weights if mask is None else ops.where(mask, weights, ops.zeros_like(weights))
+
+
+def hide(scores: Any, mask: Any) -> Any:
+    """Return the scores with a number below all of them where the mask is False."""
+    return ops.where(mask, scores, ops.cast(_MASKED, scores.dtype))
 
 
 def _booleans(mask: Any) -> Any:
@@ -69,11 +88,13 @@ def _booleans(mask: Any) -> Any:
     return mask if is_bool else ops.greater(mask, 0.5)
 
 
-def _log(x: Any, axes: Any) -> Any:
-    """Return the logarithm of the softmax over several axes.
+def _log_softmax(x: Any, axis: Any) -> Any:
+    """Return the logarithm of the softmax over an axis or several.
 
-    Keras flattens them, which fails on a TensorFlow graph with unknown sizes. The largest goes
+    Keras flattens several, which fails on a TensorFlow graph with unknown sizes. The largest goes
     first: next to a logit of 60000 the sum of exponentials would be lost in float32 too.
     """
-    x = x - ops.stop_gradient(ops.max(x, axis=axes, keepdims=True))
-    return x - ops.logsumexp(x, axis=axes, keepdims=True)
+    if isinstance(axis, int):
+        return ops.log_softmax(x, axis=axis)
+    x = x - ops.stop_gradient(ops.max(x, axis=axis, keepdims=True))
+    return x - ops.logsumexp(x, axis=axis, keepdims=True)

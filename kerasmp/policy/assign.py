@@ -10,7 +10,8 @@ import keras
 from kerasmp.backend.keras_graph import policy_of
 from kerasmp.errors import PolicyError
 from kerasmp.policy.places import Place, places
-from kerasmp.policy.safe import is_ours, safe_rule
+from kerasmp.policy.safe import ATTENTION, is_ours, safe_rule
+from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
     from kerasmp.policy.policy import Policy
@@ -47,7 +48,7 @@ class _Inherited(NamedTuple):
     by_user: _Claim | None = None
     by_safe: _Claim | None = None
     kept: bool = False
-    looked_after: bool = False  # by a layer of ours
+    looked_after: bool = False  # by attention of ours
 
 
 def assign(model: Any, policy: Policy) -> list[Assignment]:
@@ -93,9 +94,9 @@ def _decide(
     own, covers_inside = _by_user(layer, place, policy)
     by_user = own if own is not None and covers_inside else above.by_user
     why_kept = _why_kept(layer, above)
-    looked_after = above.looked_after or (is_ours(layer) and not isinstance(layer, keras.Model))
+    looked_after = above.looked_after or (is_ours(layer) and isinstance(layer, ATTENTION))
     safe, by_safe = None, above.by_safe
-    if policy.safe and policy.compute_dtype in {"float16", "bfloat16"} and not looked_after:
+    if policy.safe and policy.compute_dtype in HALVES and not above.looked_after:
         rule = safe_rule(layer, place)
         if rule is not None:
             hazard = "hazards" if "," in rule.hazard else "hazard"

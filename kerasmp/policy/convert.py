@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kerasmp.errors import LossScaleWarning, PolicyError, PolicyWarning
+from kerasmp.errors import ArgumentTypeError, LossScaleWarning, PolicyError, PolicyWarning
 from kerasmp.policy.apply import apply, forget_compiled_steps, put_back
 from kerasmp.policy.assign import Assignment, assign
 from kerasmp.policy.policy import Policy, PolicyLike, RulesLike
@@ -24,7 +24,8 @@ class ConversionReport:
         model: The model.
         policy: The policy with its rules.
         rows: One row for the model and for each layer in it.
-        changed: The layers that were changed, with the policies that they had.
+        changed: The layers that were changed, with the policies that they had; None if nothing was
+            to be changed.
         output_dtype: The dtype that a model of ours had for its outputs.
     """
 
@@ -33,19 +34,19 @@ class ConversionReport:
         model: Any,
         policy: Policy,
         rows: Iterable[Assignment],
-        changed: Iterable[tuple[Any, keras.DTypePolicy]] = (),
+        changed: Iterable[tuple[Any, keras.DTypePolicy]] | None = None,
         output_dtype: str | None = None,
     ) -> None:
         self.model = model
         self.policy = policy
         self.rows = tuple(rows)
-        self._changed = tuple(changed)
+        self._changed = None if changed is None else tuple(changed)
         self._output_dtype = output_dtype
 
     def restore(self) -> None:
         """Give every layer the policy that it had; once, and after a dry run, nothing happens."""
-        changed, self._changed = self._changed, ()
-        if changed:
+        changed, self._changed = self._changed, None
+        if changed is not None:
             put_back(self.model, changed)
             _set_output_dtype(self.model, self._output_dtype)
             forget_compiled_steps(self.model)
@@ -84,6 +85,7 @@ def convert(
     Raises:
         PolicyError: If the policy does not exist, two rules disagree, the model is not built, or
             weights would have to change their dtype. Nothing has changed then.
+        ArgumentTypeError: If `model` is none.
 
     Warns:
         LossScaleWarning: If a stock model that is compiled would train in float16 without scaling.
@@ -99,6 +101,13 @@ def convert(
     >>> [layer.compute_dtype for layer in model.layers]
     ['float32', 'float32']
     """
+    if not isinstance(model, keras.Layer):
+        raise ArgumentTypeError(
+            "Only a Keras model can be converted.",
+            received=f"{model!r}, a {type(model).__name__}",
+            expected="a keras.Model",
+            fix="Pass the model, and the policy after it.",
+        )
     own = Policy(policy)
     checked = Policy(own, rules=[rules, own.rules, "safe" if own.safe else None])
     if not model.built:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # What hands its input on, element by element, so that the layer before it makes the output.
-_HANDS_ON = (
+HANDING_ON = (
     keras.layers.Cropping1D,
     keras.layers.Cropping2D,
     keras.layers.Cropping3D,
@@ -96,7 +96,7 @@ def final_layers(model: Any) -> list[Any]:
         is_layer = isinstance(operation, keras.Layer)
         if is_layer and not isinstance(operation, keras.layers.InputLayer):
             found.append(operation)
-        if not is_layer or isinstance(operation, _HANDS_ON):
+        if not is_layer or isinstance(operation, HANDING_ON):
             waiting += makers[id(tensor)].inputs
     return found
 

@@ -63,6 +63,7 @@ class SafeRule(NamedTuple):
         reason: What goes wrong in half precision.
         claims: Whether a layer at a place is meant.
         inside: Whether the layers inside are meant, too.
+        ours: Whether layers of this package are meant, too, which look after the rest themselves.
     """
 
     name: str
@@ -70,6 +71,7 @@ class SafeRule(NamedTuple):
     reason: str
     claims: Callable[[Any, Place], bool]
     inside: bool = False
+    ours: bool = False
 
 
 def safe_rule(layer: Any, place: Place) -> SafeRule | None:
@@ -87,11 +89,15 @@ def safe_rule(layer: Any, place: Place) -> SafeRule | None:
     >>> safe_rule(keras.layers.Dense(2), Place("dense")) is None
     True
     """
-    return next((rule for rule in RULES if rule.claims(layer, place)), None)
+    ours = is_ours(layer)
+    if ours and getattr(layer, "gives_float32", False):
+        return None
+    rules = (rule for rule in RULES if rule.ours or not ours)
+    return next((rule for rule in rules if rule.claims(layer, place)), None)
 
 
 def is_ours(layer: Any) -> bool:
-    """Return whether a layer is of this package, or derived: those look after themselves."""
+    """Return whether a layer is of this package, or derived."""
     return any(cls.__module__.partition(".")[0] == _PACKAGE for cls in type(layer).__mro__)
 
 
@@ -109,16 +115,14 @@ def _is(*classes: type) -> Callable[[Any, Place], bool]:
 
 def _is_head(layer: Any, place: Place) -> bool:
     # What a user's layer with layers inside gives back is theirs to say: no rule can reach it.
-    return place.final and (_is_stock(layer) or not children(layer))
-
-
-def _is_stock(layer: Any) -> bool:
-    return type(layer).__module__.partition(".")[0] == "keras"
+    own = type(layer).__module__.partition(".")[0] not in {"keras", _PACKAGE}
+    return place.final and not (own and children(layer))
 
 
 def _sums_outputs(layer: Any, _: Place) -> bool:
-    regularizer = getattr(layer, "activity_regularizer", None)
-    return regularizer is not None or isinstance(layer, layers.ActivityRegularization)
+    if isinstance(layer, layers.ActivityRegularization):
+        return not is_ours(layer)
+    return getattr(layer, "activity_regularizer", None) is not None
 
 
 def _is_scores_part(layer: Any, place: Place) -> bool:
@@ -160,12 +164,14 @@ RULES = (
         "losses, metrics and predictions see the model's outputs, and half precision rounds them",
         _is_head,
         inside=True,
+        ours=True,
     ),
     SafeRule(
         "activity",
         "6",
         "the sum over a layer's outputs overflows",
         _sums_outputs,
+        ours=True,
     ),
     SafeRule(
         "softmax",
@@ -190,6 +196,7 @@ RULES = (
         "1, 15",
         "the gradient of softmax and sigmoid is computed from the rounded probability",
         _ends_in_probabilities,
+        ours=True,
     ),
     SafeRule(
         "activation",

@@ -64,3 +64,11 @@ KINDS = {
     "subclassed": subclassed,
     "functional_subclass": functional_subclass,
 }
+
+
+def relu_after(layer, shape, count=1):
+    """Return a model in which `layer` is not the last one."""
+    inputs = [keras.Input(shape) for _ in range(count)]
+    outputs = layer(inputs if count > 1 else inputs[0])
+    outputs = keras.layers.Concatenate(axis=0)(outputs) if isinstance(outputs, list) else outputs
+    return keras.Model(inputs, keras.layers.ReLU()(keras.layers.ReLU()(outputs)))

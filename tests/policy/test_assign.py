@@ -107,17 +107,6 @@ def test_quantised_layers_are_kept():
     assert after("safe", model)["body"] == ("int8_from_float32", "kept: it is quantised")
 
 
-def test_what_is_inside_of_our_layers_is_theirs():
-    class Own(mp.layers.DenseHead):
-        def build(self, shape):
-            super().build(shape)
-            self.softmax = layers.Softmax(name="theirs")
-            self.softmax.build(shape)
-
-    model = keras.Sequential([keras.Input((4,)), Own(2), layers.ReLU()])
-    assert after("safe", model)["theirs"][0] == "mixed_float16"
-
-
 def test_shared_layers_have_one_row():
     inputs = keras.Input((4,))
     dense = layers.Dense(4)

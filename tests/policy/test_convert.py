@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 import kerasmp as mp
 from kerasmp.backend.keras_private import flatten_layers
@@ -247,3 +248,42 @@ def test_our_models_wrap_their_optimizer_by_themselves_and_follow_the_output():
 def test_stock_models_cannot_follow_the_output():
     with pytest.warns(mp.errors.PolicyWarning, match="output=float32"):
         mp.convert(sequential(), "compute=float16,output=float32")
+
+
+def test_restore_puts_the_output_dtype_back_where_no_layer_changed():
+    with mp.policy_scope("mixed_float16"):
+        model = mp.Sequential([keras.Input((4,)), keras.layers.Dense(8), keras.layers.Dense(2)])
+    x = np.ones((1, 4), "float32")
+    before = keras.backend.standardize_dtype(model(x).dtype)
+    report = mp.convert(model, "compute=float16,output=float32", rules=None)
+    assert keras.backend.standardize_dtype(model(x).dtype) == "float32"
+    report.restore()
+    assert keras.backend.standardize_dtype(model(x).dtype) == before == "float16"
+
+
+def test_what_is_no_model_is_an_error():
+    with pytest.raises(mp.errors.ArgumentTypeError, match="a str"):
+        mp.convert("mixed_float16")
+
+
+def norm(x):
+    return mp.ops.norm(x, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("function", [norm, mp.ops.in_float32(lambda x: ops.sum(x, -1))])
+def test_ops_in_a_functional_model_follow(function, tmp_path):
+    inputs = keras.Input((4,))
+    dense = keras.layers.Dense(250, kernel_initializer="ones", dtype="float32")
+    model = keras.Model(inputs, function(dense(inputs)))
+    x = np.full((1, 4), 30, "float32")  # 250 outputs of 120: the sum of their squares is 3.6e6
+    wanted = ops.convert_to_numpy(model(x)).item()
+    mp.convert(model, "mixed_float16", rules=None)
+    found = model(x)
+    assert keras.backend.standardize_dtype(found.dtype) == model.outputs[0].dtype == "float16"
+    np.testing.assert_allclose(ops.convert_to_numpy(found).item(), wanted, rtol=1e-3)
+    mp.convert(model, "float32")
+    assert keras.backend.standardize_dtype(model(x).dtype) == model.outputs[0].dtype == "float32"
+    if function is norm:
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        np.testing.assert_array_equal(*map(ops.convert_to_numpy, (loaded(x), model(x))))

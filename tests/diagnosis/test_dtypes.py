@@ -1,0 +1,119 @@
+"""What lint says of layers and variables whose dtype is not what the policy means."""
+
+import keras
+import pytest
+from helpers.linted import dense, found, made, only
+
+import kerasmp as mp
+
+layers = keras.layers
+
+# NumPy and JAX say so of the constants that are looked for.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+
+
+# half-master
+
+
+class OwnWeight(layers.Layer):
+    weight_dtype = "float16"
+
+    def build(self, shape):
+        self.weight = self.add_weight(shape=(shape[-1],), dtype=self.weight_dtype, name="mine")
+
+    def call(self, inputs):
+        return inputs * keras.ops.cast(self.weight, inputs.dtype)
+
+
+class FloatWeight(OwnWeight):
+    weight_dtype = "float32"
+
+
+def test_a_half_precision_master_is_an_error():
+    each = only(made(OwnWeight), "half-master")
+    assert each.severity == "error"
+    assert "(mine)" in each.reason
+    assert "(kernel, bias)" in only(made(dense(), policy="float16"), "half-master").reason
+
+
+def test_float32_masters_and_frozen_weights_are_in_peace():
+    assert not found(made(FloatWeight), "half-master")
+    frozen = made(OwnWeight)
+    frozen.layers[0].trainable = False
+    assert not found(frozen, "half-master")
+
+
+# float-ids
+
+
+def embedding(size, policy="mixed_float16", **arguments):
+    parts = (lambda: layers.Embedding(size, 8), layers.Flatten)
+    return made(*parts, shape=(4,), policy=policy, **arguments)
+
+
+def test_ids_that_come_as_floats_are_an_error():
+    each = only(embedding(2050), "float-ids")
+    assert each.severity == "error"
+    assert "2048" in each.reason
+    assert "int32" in each.remedy
+    assert found(embedding(258, "mixed_bfloat16"), "float-ids")
+
+
+def test_whole_numbers_few_ids_and_float32_are_in_peace():
+    assert not found(embedding(5000, dtype="int32"), "float-ids")
+    assert not found(embedding(2049), "float-ids")
+    assert not found(embedding(257, "mixed_bfloat16"), "float-ids")
+    assert not found(embedding(5000, "float32"), "float-ids")
+
+
+# ignores-policy
+
+
+class Widens(layers.Layer):
+    def call(self, inputs):
+        return keras.ops.cast(inputs, "float32")
+
+
+class Keeps(layers.Layer):
+    def call(self, inputs):
+        return 2 * inputs
+
+
+def test_a_model_that_was_only_relabelled_is_a_warning():
+    model = made(dense(), policy="float32")
+    model.dtype_policy = "mixed_float16"
+    each = only(model, "ignores-policy")
+    assert each.severity == "warning"
+    assert "convert" in each.remedy
+
+
+def test_a_model_that_the_global_policy_did_not_reach_is_a_warning():
+    model = made(dense(), policy="float32")
+    with mp.policy_scope("mixed_float16"):
+        assert "global policy" in only(model, "ignores-policy").reason
+        assert not found(made(dense()), "ignores-policy")
+    assert not found(model, "ignores-policy")
+
+
+def test_a_layer_that_leaves_its_policy_is_a_warning():
+    each = only(made(lambda: Widens(name="wide")), "ignores-policy")
+    assert each.place.endswith("wide")
+    assert "float32" in each.reason
+    assert not found(made(Keeps), "ignores-policy")
+    assert not found(made(lambda: Widens(dtype="float32"), dense()), "ignores-policy")
+    assert not found(made(lambda: mp.layers.DenseHead(8)), "ignores-policy")
+
+
+# unsafe-layer
+
+
+def test_stock_layers_that_the_safe_rules_know_are_found():
+    each = only(made(layers.UnitNormalization), "unsafe-layer")
+    assert each.severity == "warning"
+    assert "hazards 7, 8" in each.reason
+    assert only(made(dense(activation="sigmoid")), "unsafe-layer").severity == "hint"
+    assert not found(made(dense()), "unsafe-layer")
+    assert not found(made(layers.UnitNormalization, policy="mixed_bfloat16"), "unsafe-layer")
+    model = made(layers.UnitNormalization)
+    mp.convert(model)
+    assert not found(model, "unsafe-layer")

@@ -1,0 +1,95 @@
+"""What lint says of outputs in float16, and of losses that take them for probabilities."""
+
+import keras
+import pytest
+from helpers.linted import compiled, dense, found, made, only
+
+import kerasmp as mp
+
+layers = keras.layers
+
+# NumPy and JAX say so of the constants that are looked for.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+
+
+# float16-head
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_a_float16_head_of_probabilities_is_an_error(activation):
+    each = only(made(dense(name="head", activation=activation), bare=True), "float16-head")
+    assert each.severity == "error"
+    assert each.place.endswith("head")
+
+
+def test_a_softmax_of_its_own_is_an_error_too():
+    assert only(made(dense(), layers.Softmax, bare=True), "float16-head").severity == "error"
+
+
+def test_another_float16_head_is_a_warning():
+    each = only(made(dense(name="head"), bare=True), "float16-head")
+    assert each.severity == "warning"
+    assert "DenseHead" in each.remedy
+
+
+def test_heads_in_float32_or_bfloat16_are_in_peace():
+    heads = [dense(dtype="float32"), lambda: mp.layers.DenseHead(8, activation="softmax")]
+    for head in heads:
+        assert not found(made(dense(), head, bare=True), "float16-head")
+    assert not found(made(dense(), bare=True, policy="mixed_bfloat16"), "float16-head")
+
+
+def test_a_model_of_ours_that_casts_its_outputs_is_in_peace_unless_they_are_probabilities():
+    def model(activation):
+        with pytest.warns(mp.errors.PolicyWarning):
+            scope = mp.policy_scope("compute=float16,output=float32")
+        with scope:
+            head = layers.Dense(8, activation=activation)
+            return mp.Sequential([keras.Input((8,)), head])
+
+    assert not found(model(None), "float16-head")
+    assert found(model("softmax"), "float16-head")
+
+
+def test_heads_are_found_inside_of_models():
+    inner = made(dense(name="head"), bare=True)
+    inputs = keras.Input((8,))
+    assert only(keras.Model(inputs, inner(inputs)), "float16-head").place.endswith("head")
+
+
+# float16-probabilities
+
+
+CROSS_ENTROPIES = [
+    "categorical_crossentropy",
+    "binary_crossentropy",
+    keras.losses.SparseCategoricalCrossentropy(),
+    keras.losses.categorical_crossentropy,
+]
+
+
+@pytest.mark.parametrize("loss", CROSS_ENTROPIES)
+def test_a_cross_entropy_on_float16_probabilities_is_an_error(loss):
+    model = compiled(made(dense(activation="softmax"), bare=True), loss)
+    assert only(model, "float16-probabilities").severity == "error"
+
+
+@pytest.mark.parametrize(
+    "loss", ["mse", keras.losses.CategoricalCrossentropy(from_logits=True), None]
+)
+def test_other_losses_are_in_peace(loss):
+    assert not found(compiled(made(dense(), bare=True), loss), "float16-probabilities")
+
+
+def test_float32_probabilities_are_in_peace():
+    model = compiled(made(dense(activation="softmax", dtype="float32"), bare=True), "bce")
+    assert not found(model, "float16-probabilities")
+
+
+def test_each_loss_belongs_to_its_output():
+    inputs = keras.Input((8,))
+    half = layers.Dense(8, dtype="mixed_float16")(inputs)
+    full = layers.Dense(8, activation="softmax", dtype="float32")(inputs)
+    model = keras.Model(inputs, [half, full])
+    assert not found(compiled(model, ["mse", "categorical_crossentropy"]), "float16-probabilities")
+    assert found(compiled(model, ["categorical_crossentropy", "mse"]), "float16-probabilities")

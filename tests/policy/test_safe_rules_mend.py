@@ -1,0 +1,180 @@
+"""What the rule set "safe" is good for: inputs that break a stock layer, and the layer under it."""
+
+import keras
+import numpy as np
+import pytest
+from helpers.networks import relu_after
+
+import kerasmp as mp
+
+layers = keras.layers
+
+
+def third_from_the_end(model):
+    return model.layers[-3]
+
+
+def attends_itself(layer, shape=(4, 8)):
+    inputs = keras.Input(shape)
+    return keras.Model(inputs, layers.ReLU()(layers.ReLU()(layer(inputs, inputs))))
+
+
+def normalized(x):
+    return x / np.sqrt(np.sum(np.square(x), -1, keepdims=True))
+
+
+def softmax(x, axis):
+    e = np.exp(x - x.max(axis, keepdims=True))
+    return e / e.sum(axis, keepdims=True)
+
+
+def dot_attention(query, value, scale=1.0):
+    return softmax(scale * query @ value.swapaxes(1, 2), -1) @ value
+
+
+def rounded(*shape, scale=1.0, shift=0.0):
+    values = np.random.default_rng(0).normal(shift, scale, shape)
+    return values.astype("float16").astype("float64")
+
+
+def far_from_zero(size):
+    """Return queries and values whose scores differ by little, and are large."""
+    x = rounded(2, 4, 6, 64, scale=0.5)
+    x[..., 0] = size
+    return x
+
+
+HAZARDS = {
+    "normalization": (
+        lambda: relu_after(layers.Normalization(mean=[0.0] * 4, variance=[9e4] * 4), (4,)),
+        rounded(8, 4, scale=300),
+        lambda x: x / 300,
+    ),
+    "unit": (
+        lambda: relu_after(layers.UnitNormalization(), (64,)),
+        rounded(8, 64, scale=100),
+        normalized,
+    ),
+    "pooling": (
+        lambda: relu_after(layers.AveragePooling1D(1024), (1024, 4)),
+        rounded(2, 1024, 4, shift=1),
+        lambda x: x.mean(1, keepdims=True),
+    ),
+    "softmax": (
+        lambda: relu_after(layers.Softmax(axis=(1, 2)), (8, 8)),
+        rounded(4, 8, 8, scale=2),
+        lambda x: softmax(x.reshape(4, -1), 1).reshape(4, 8, 8),
+    ),
+    "attention": (
+        lambda: relu_after(layers.Attention(), (6, 64), count=2),
+        far_from_zero(30),
+        lambda x: dot_attention(*x),
+    ),
+}
+
+
+def error(output, reference):
+    return np.linalg.norm(output - reference) / np.linalg.norm(reference)
+
+
+# Torch sums in float32 when it pools.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.backend("tensorflow", "jax"))
+        if name == "pooling"
+        else name
+        for name in HAZARDS
+    ],
+)
+def test_the_rule_mends_the_hazard(name):
+    build, x, reference = HAZARDS[name]
+    expected = reference(x)
+    best = error(expected.astype("float16"), expected)
+
+    def measured(rules):
+        model = build()
+        mp.convert(model, "mixed_float16", rules=rules)
+        layer = third_from_the_end(model)
+        given = x.astype("float32")
+        output = layer([*given] if name == "attention" else given)
+        return error(keras.ops.convert_to_numpy(output).astype("float64"), expected)
+
+    assert not measured(None) <= 4 * best
+    assert measured("safe") <= best
+
+
+def test_averages_do_not_overflow():
+    x = np.full((1, 4), 4e4, "float32")
+
+    def averaged(rules):
+        model = relu_after(layers.Average(), (4,), count=2)
+        mp.convert(model, "mixed_float16", rules=rules)
+        return model.predict([x, x], verbose=0)
+
+    assert np.all(np.isinf(averaged(None)))
+    assert np.all(averaged("safe") == 4e4)
+
+
+@pytest.mark.backend("tensorflow", "jax")  # torch rounds nothing there
+def test_spectral_normalization_keeps_its_float32_kernel():
+    def kernel(rules):
+        keras.utils.set_random_seed(0)
+        layer = layers.SpectralNormalization(layers.Dense(8, use_bias=False))
+        model = relu_after(layer, (4,))
+        mp.convert(model, "mixed_float16", rules=rules)
+        assert layer.layer.compute_dtype == "float16"
+        with np.errstate(over="ignore"):  # JAX's cast of 1e-12, in float16
+            layer(np.ones((2, 4), "float32"), training=True)
+        return keras.ops.convert_to_numpy(layer.layer.kernel)
+
+    def is_rounded(values):
+        return np.array_equal(values, values.astype("float16").astype("float32"))
+
+    assert is_rounded(kernel(None))
+    assert not is_rounded(kernel("safe"))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_scores_do_not_overflow(fused):
+    x = far_from_zero(64)
+    expected = dot_attention(*x, scale=1 / 8)
+    eye = np.eye(64, dtype="float32")
+
+    def attended(rules):
+        # With dropout Keras cannot use the fused operation; it drops nothing outside of training.
+        layer = layers.MultiHeadAttention(1, 64, use_bias=False, dropout=0.0 if fused else 0.5)
+        model = attends_itself(layer, (6, 64))
+        weights = [w for w in layer.weights if w.path.endswith("kernel")]
+        for weight in weights:
+            weight.assign(eye.reshape(weight.shape))
+        mp.convert(model, "mixed_float16", rules=rules)
+        return keras.ops.convert_to_numpy(layer(*x.astype("float32"))).astype("float64")
+
+    best = error(expected.astype("float16"), expected)
+    assert error(attended("safe"), expected) <= 4 * best
+    if not fused or keras.backend.backend() == "tensorflow":  # elsewhere no CPU kernel does it
+        assert not error(attended(None), expected) <= 4 * best
+
+
+@pytest.mark.backend("tensorflow")
+@pytest.mark.parametrize(
+    "build", [lambda: layers.UpSampling2D(interpolation="bilinear"), lambda: layers.Resizing(8, 8)]
+)
+def test_interpolation_compiles_under_xla(build):
+    import tensorflow as tf
+
+    inputs = keras.Input((4, 4, 2))
+    x = build()(layers.Conv2D(2, 3, activation="relu")(inputs))
+    model = keras.Model(inputs, layers.GlobalAveragePooling2D()(layers.Conv2D(1, 1)(x)))
+
+    def trained(rules):
+        report = mp.convert(model, "mixed_float16", rules=rules)
+        optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD())
+        model.compile(optimizer, "mse", jit_compile=True)
+        model.train_on_batch(np.ones((2, 4, 4, 2)), np.ones((2, 1)))
+        report.restore()
+
+    with pytest.raises(tf.errors.InternalError, match="mixed precision is disallowed"):
+        trained(None)
+    trained("safe")
