@@ -1,8 +1,10 @@
 """What lint says of layers and variables whose dtype is not what the policy means."""
 
 import keras
+import numpy as np
 import pytest
 from helpers.linted import dense, found, made, only
+from keras import ops
 
 import kerasmp as mp
 
@@ -117,3 +119,23 @@ def test_stock_layers_that_the_safe_rules_know_are_found():
     model = made(layers.UnitNormalization)
     mp.convert(model)
     assert not found(model, "unsafe-layer")
+
+
+def test_an_activation_inside_of_a_layer_is_a_hint():
+    each = only(made(dense(activation="gelu")), "unsafe-activation")
+    assert each.severity == "hint"
+    assert "kerasmp.ops.gelu" in each.remedy
+    for activation in ("relu", mp.ops.gelu, "sigmoid"):
+        assert not found(made(dense(activation=activation)), "unsafe-activation")
+    assert not found(made(dense(activation="gelu"), policy="float32"), "unsafe-activation")
+
+
+@pytest.mark.parametrize(("largest", "becomes"), [(2049.0, 2048.0), (7e4, np.inf)])
+def test_what_stock_keras_makes_of_numbers_is_what_lint_tells(largest, becomes):
+    model = made(layers.Identity, lambda: layers.Embedding(4000, 4), shape=(1,))
+    given = np.full((1, 1), largest, "float32")
+    rounded = model.layers[0](given)
+    assert float(ops.convert_to_numpy(rounded)[0, 0]) == becomes
+    rules = {each.rule for each in mp.lint(model, given)}
+    assert "float-ids" in rules
+    assert ("input-range" in rules) is (becomes == np.inf)

@@ -46,3 +46,11 @@ def test_transposed_kernels_and_heads_of_attention_are_read_rightly():
     for layer in (layers.MultiHeadAttention(2, 6), layers.GroupQueryAttention(6, 2, 2)):
         layer.dtype_policy = "mixed_float16"
         assert "head size 6" in only(keras.Model(inputs, layer(inputs, inputs)), "sizes").reason
+
+
+def test_recurrent_layers_and_einsums_are_looked_at():
+    model = made(lambda: layers.LSTM(12, name="lstm"), shape=(4, 16))
+    assert only(model, "sizes").reason.startswith("units 12:")
+    part = lambda: layers.EinsumDense("abc,cd->abd", (4, 12), name="e")  # noqa: E731 - as the others
+    model = made(part, layers.Flatten, shape=(4, 16))
+    assert only(model, "sizes").reason.startswith("kernel size 12:")

@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 import kerasmp as mp
+from kerasmp.model.hints import dtype_hints
 
 X = np.ones((8, 4), "float32")
 TARGETS = X[:, :1]
@@ -135,3 +136,27 @@ def test_other_errors_are_left_alone(error):
 
 def test_a_float32_model_has_no_such_error():
     assert network(mp, "float32")(X).shape == (8, 1)
+
+
+@pytest.mark.backend("tensorflow")
+def test_fit_has_the_hint_too():
+    model = network(mp, "mixed_float16")
+    model.compile(mp.LossScaleOptimizer("sgd"), "mse")
+    with pytest.raises(Exception, match="Exception encountered when calling") as error:
+        model.fit(X, TARGETS, verbose=0)
+    assert "kerasmp: operands of different float dtypes meet" in notes(error)
+
+
+# The function of a module named like a framework's, where operands meet.
+SOURCE = """def step(one, other):
+    return one @ other
+"""
+
+
+@pytest.mark.backend("tensorflow", "torch")
+def test_modules_with_names_like_a_frameworks_are_the_users():
+    space = {"__name__": "keras_of_theirs"}
+    exec(compile(SOURCE, "theirs.py", "exec"), space)
+    with pytest.raises(Exception, match=r"float|Float|Half") as error, dtype_hints():
+        space["step"](ops.ones((1, 1), "float16"), ops.ones((1, 1)))
+    assert "theirs.py, line 2" in notes(error)

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers import processes
 from helpers.networks import KINDS, X, Y
 from helpers.own_steps import OwnStep
 
@@ -159,3 +160,9 @@ def test_it_need_not_be_built_or_compiled_and_twice_is_once():
 def test_anything_else_is_refused():
     with pytest.raises(mp.errors.ArgumentTypeError, match=r"Received: .*Dense.*keras\.Sequential"):
         mp.Model.from_keras(keras.layers.Dense(2))
+
+
+def test_files_of_a_users_class_load_in_a_process_that_has_turned_none(tmp_path):
+    path = str(tmp_path / "model.keras")
+    saved = processes.call("helpers.turned:save", path=path)
+    assert processes.call("helpers.turned:load", path=path) == saved

@@ -1,0 +1,32 @@
+"""A user's model that is turned and saved in one process, and loaded in another."""
+
+import keras
+import numpy as np
+
+import kerasmp as mp
+
+X = np.arange(8, dtype="float32").reshape(2, 4)
+
+
+@keras.saving.register_keras_serializable("turned")
+class Net(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(2)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def save(path):
+    model = Net()
+    model(X)
+    mp.Model.from_keras(model).save(path)
+    return model.predict(X, verbose=0).tolist()
+
+
+def load(path):
+    model = keras.models.load_model(path)
+    assert isinstance(model, mp.Model)
+    assert isinstance(model, Net)
+    return model.predict(X, verbose=0).tolist()
