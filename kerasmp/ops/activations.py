@@ -22,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _activation(function: F) -> F:
-    return registered(in_float32(function))  # type: ignore[no-any-return]
+    return registered(in_float32(function))  # type: ignore[no-any-return] # Keras has no types
 
 
 @_activation

@@ -33,6 +33,24 @@ class GroupQueryAttention(keras.layers.GroupQueryAttention):
         return outputs, None
 
 
+class _Separable:
+    """What comes between the two products is float16, the products themselves are float32."""
+
+    def call(self, inputs):
+        x = ops.cast(inputs, "float32")
+        x = narrow(ops.depthwise_conv(x, ops.cast(self.depthwise_kernel, "float32")))
+        x = ops.conv(x, ops.cast(self.pointwise_kernel, "float32"))
+        return ops.cast(x + ops.cast(self.bias, "float32"), "float16")
+
+
+class SeparableConv1D(_Separable, keras.layers.SeparableConv1D):
+    pass
+
+
+class SeparableConv2D(_Separable, keras.layers.SeparableConv2D):
+    pass
+
+
 def product(inputs, kernel):
     return ops.cast(ops.matmul(*(ops.cast(x, "float16") for x in (inputs, kernel))), "float32")
 

@@ -49,7 +49,9 @@ def _attention(number, layer, std, call, *, mean=0):
 def _positions(number, layer, shape, **arguments):
     """Return a hazard of a layer whose kernel and bias get sums over many positions."""
     of = " x ".join(str(size) for size in shape[1:-1])
-    return Hazard(number, f"{layer}, {of} positions", layer, inputs.normal(shape), arguments)
+    two = layer.startswith("Separable")  # products, one after the other
+    title = f"{layer}, {of} positions"
+    return Hazard(number, title, layer, inputs.normal(shape), arguments, products=two)
 
 
 def _recurrent(layer):
