@@ -152,11 +152,17 @@ def test_where_stock_keras_is_wrong_it_still_is(cls):
         compare_dtypes(cls, **mode(cls, training=True))
 
 
-@every(OURS)
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("cls", "training"),
+    [
+        pytest.param(cls, training, id=f"{name}-{training}")
+        for name, cls in OURS.items()
+        for training in (True, False)
+        if takes(cls, "training") or not training
+    ],
+)
 def test_a_float16_step_of_ours_is_a_float32_step(cls, training):
-    if takes(cls, "training") or not training:
-        compare_dtypes(cls, **mode(cls, training))
+    compare_dtypes(cls, **mode(cls, training))
 
 
 # ------------------------------------------------------------------------------------ ours alone
@@ -196,6 +202,33 @@ def test_config_file_and_open_shapes(cls, tmp_path):
         assert all(s in {None, n} for s, n in zip(symbol.shape, f.shape, strict=True))
 
 
+@pytest.mark.backend("tensorflow")
+@every(OURS)
+def test_a_graph_with_open_shapes_gives_what_eager_steps_give(cls):
+    import tensorflow as tf
+
+    case = CASES[cls.__name__]
+    layer = case.make(cls, "mixed_float16")
+    case.call(layer, *symbols(case))
+    open_shapes = symbols(case, "float16", free=True)
+
+    def gradients_of(*inputs):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = keras.tree.flatten(case.call(layer, *inputs))
+            total = sum(tf.reduce_sum(tf.cast(y, "float32") ** 2) for y in outputs)
+        return outputs, tape.gradient(total, inputs)
+
+    graph = tf.function(
+        gradients_of, input_signature=[tf.TensorSpec(x.shape, x.dtype) for x in open_shapes]
+    )
+    tensors = [tf.constant(x, "float16") for x in case.larger()]
+    found, wanted = (
+        map(gradients.numpy, keras.tree.flatten(f(*tensors))) for f in (graph, gradients_of)
+    )
+    assert_near(found, wanted, case.tolerance)
+
+
 # On torch Keras does not autocast the variables of a layer within another while it makes symbols:
 # stock Wrapper then says float32 too.
 UNSURE = {"WithDtype"} if BACKEND == "torch" else set()
@@ -217,6 +250,14 @@ def test_the_dtype_is_that_of_the_symbol(cls):
     assert dtypes == [y.dtype for y in outputs]
 
 
+def _minds_masks(name, cls):
+    steps = all(len(shape) == 3 for shape in CASES[name].shapes)
+    return steps and (takes(cls, "mask") or CASES[name].make(cls, "float32").supports_masking)
+
+
+MASKED = {name: cls for name, cls in BOTH.items() if _minds_masks(name, cls)}
+
+
 def masked(case, layer):
     """Return a function that passes inputs of steps, the first of which are masked, to a layer."""
 
@@ -228,12 +269,10 @@ def masked(case, layer):
 
 
 @pytest.mark.keras("3.14")  # before, Keras loses a mask where a layer casts its input
-@every({n: c for n, c in BOTH.items() if all(len(s) == 3 for s in CASES[n].shapes)})
+@every(MASKED)
 def test_masks_are_minded_as_in_stock_keras(cls):
     case = CASES[cls.__name__]
     stock = case.make(getattr(keras.layers, cls.__name__), "float32")
-    if not (stock.supports_masking or takes(cls, "mask")):
-        return
     ours = case.make(cls, "mixed_float16")
     with_same_weights(case, [ours, stock])
     arrays = case.inputs()
