@@ -29,6 +29,10 @@ class Activation(CallInFloat32, keras.layers.Activation):
     Output shape:
         As the input, in the policy's compute dtype.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> layer = Activation("squareplus", dtype="mixed_float16")
@@ -53,6 +57,10 @@ class ELU(CallInFloat32, keras.layers.ELU):
     Output shape:
         As the input, in the policy's compute dtype.
 
+    References:
+        Clevert et al., Fast and Accurate Deep Network Learning by Exponential Linear Units,
+        2015, https://arxiv.org/abs/1511.07289.
+
     Example:
 
     >>> layer = ELU(dtype="mixed_float16")
@@ -75,6 +83,9 @@ class PReLU(CallInFloat32, keras.layers.PReLU):
 
     Output shape:
         As the input, in the policy's compute dtype.
+
+    References:
+        He et al., Delving Deep into Rectifiers, 2015, https://arxiv.org/abs/1502.01852.
 
     Example:
 
@@ -107,6 +118,10 @@ class Softmax(keras.layers.Softmax):
 
     Output shape:
         As the input, in the policy's compute dtype.
+
+    References:
+        Blanchard et al., Accurately Computing the Log-Sum-Exp and Softmax Functions, 2021,
+        https://arxiv.org/abs/1909.03469.
 
     Example:
 

@@ -27,6 +27,10 @@ class Conv1D(WideConvolution, keras.layers.Conv1D):
     Output shape:
         `(batch, new_steps, filters)`, in the policy's compute dtype.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> layer = Conv1D(2, 3, dtype="mixed_float16")
@@ -54,6 +58,10 @@ class Conv2D(WideConvolution, keras.layers.Conv2D):
 
     Output shape:
         `(batch, new_rows, new_columns, filters)`, in the policy's compute dtype.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -83,6 +91,10 @@ class Conv3D(WideConvolution, keras.layers.Conv3D):
     Output shape:
         `(batch, new_planes, new_rows, new_columns, filters)`, in the policy's compute dtype.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> layer = Conv3D(2, 3, dtype="mixed_float16")
@@ -110,6 +122,10 @@ class Conv1DTranspose(WideConvolution, keras.layers.Conv1DTranspose):
 
     Output shape:
         `(batch, new_steps, filters)`, in the policy's compute dtype.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -139,6 +155,10 @@ class Conv2DTranspose(WideConvolution, keras.layers.Conv2DTranspose):
     Output shape:
         `(batch, new_rows, new_columns, filters)`, in the policy's compute dtype.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> layer = Conv2DTranspose(2, 3, dtype="mixed_float16")
@@ -167,6 +187,10 @@ class Conv3DTranspose(WideConvolution, keras.layers.Conv3DTranspose):
     Output shape:
         `(batch, new_planes, new_rows, new_columns, filters)`, in the policy's compute dtype.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> layer = Conv3DTranspose(2, 3, dtype="mixed_float16")
@@ -193,6 +217,10 @@ class DepthwiseConv1D(WideConvolution, keras.layers.DepthwiseConv1D):
 
     Output shape:
         `(batch, new_steps, channels * depth_multiplier)`, in the policy's compute dtype.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -222,6 +250,10 @@ class DepthwiseConv2D(WideConvolution, keras.layers.DepthwiseConv2D):
         `(batch, new_rows, new_columns, channels * depth_multiplier)`, in the policy's compute
         dtype.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> layer = DepthwiseConv2D(3, dtype="mixed_float16")
@@ -250,6 +282,10 @@ class SeparableConv1D(WideConvolution, keras.layers.SeparableConv1D):
     Output shape:
         `(batch, new_steps, filters)`, in the policy's compute dtype.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> layer = SeparableConv1D(2, 3, dtype="mixed_float16")
@@ -277,6 +313,10 @@ class SeparableConv2D(WideConvolution, keras.layers.SeparableConv2D):
 
     Output shape:
         `(batch, new_rows, new_columns, filters)`, in the policy's compute dtype.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 

@@ -25,6 +25,10 @@ class Dense(WideProduct, keras.layers.Dense):
     Output shape:
         `(batch, ..., units)`, in the policy's compute dtype.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> layer = Dense(2, activation="relu", dtype="mixed_float16")
@@ -50,6 +54,10 @@ class EinsumDense(WideProduct, keras.layers.EinsumDense):
 
     Output shape:
         As the equation says, in the policy's compute dtype.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 

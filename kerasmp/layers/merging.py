@@ -23,6 +23,10 @@ class Average(CallInFloat32, keras.layers.Average):
     Output shape:
         As for Keras, in the policy's compute dtype.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> x = keras.ops.array([[40000.0]])
@@ -48,6 +52,10 @@ class Dot(keras.layers.Dot):
 
     Output shape:
         As for Keras, in the policy's compute dtype.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 

@@ -25,6 +25,10 @@ class AveragePooling1D(CallInFloat32, keras.layers.AveragePooling1D):
     Output shape:
         As for Keras, in the policy's compute dtype.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> layer = AveragePooling1D(2048, dtype="mixed_float16")
@@ -47,6 +51,10 @@ class AveragePooling2D(CallInFloat32, keras.layers.AveragePooling2D):
     Output shape:
         As for Keras, in the policy's compute dtype.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> layer = AveragePooling2D(112, dtype="mixed_float16")
@@ -68,6 +76,10 @@ class AveragePooling3D(CallInFloat32, keras.layers.AveragePooling3D):
 
     Output shape:
         As for Keras, in the policy's compute dtype.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -93,6 +105,10 @@ class GlobalAveragePooling1D(keras.layers.GlobalAveragePooling1D):
 
     Output shape:
         `(batch, channels)`, in the policy's compute dtype.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 

@@ -33,6 +33,10 @@ class RNN(keras.layers.RNN):
     Output shape:
         As in stock Keras, in the policy's compute dtype.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> layer = RNN(LSTMCell(3), dtype="mixed_float16")

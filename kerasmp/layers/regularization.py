@@ -35,6 +35,10 @@ class ActivityRegularization(keras.layers.ActivityRegularization):
     Output shape:
         As the input.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> layer = ActivityRegularization(l2=0.5, dtype="mixed_float16")

@@ -29,6 +29,10 @@ class Normalization(keras.layers.Normalization):
     Output shape:
         As the input.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> layer = Normalization(mean=100000.0, variance=1e6, axis=None, dtype="mixed_float16")
@@ -73,6 +77,10 @@ class UnitNormalization(keras.layers.UnitNormalization):
 
     Output shape:
         As the input, in the policy's compute dtype.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 

@@ -37,6 +37,10 @@ class WithDtype(keras.layers.Wrapper):
     Raises:
         PolicyError: If `layer` is built and its variables have another dtype than the policy's.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> keras.config.set_dtype_policy("mixed_float16")

@@ -29,6 +29,10 @@ def _activation(function: F) -> F:
 def sigmoid(x: Any) -> Any:
     """Return `1 / (1 + exp(-x))`.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> float(sigmoid(keras.ops.array(0.0, "float16")))
@@ -40,6 +44,10 @@ def sigmoid(x: Any) -> Any:
 @_activation
 def log_sigmoid(x: Any) -> Any:
     """Return `log(sigmoid(x))`.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -53,6 +61,10 @@ def log_sigmoid(x: Any) -> Any:
 def tanh(x: Any) -> Any:
     """Return the hyperbolic tangent.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> float(tanh(keras.ops.array(0.0, "float16")))
@@ -64,6 +76,10 @@ def tanh(x: Any) -> Any:
 @_activation
 def tanh_shrink(x: Any) -> Any:
     """Return `x - tanh(x)`.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -83,6 +99,9 @@ def gelu(x: Any, approximate: bool = False) -> Any:  # noqa: FBT001, FBT002 - as
         x: A tensor of any float dtype.
         approximate: Whether to use the approximation by tanh; default False.
 
+    References:
+        Hendrycks and Gimpel, Gaussian Error Linear Units, 2016, https://arxiv.org/abs/1606.08415.
+
     Example:
 
     >>> float(gelu(keras.ops.array(100.0, "float16")))
@@ -94,6 +113,10 @@ def gelu(x: Any, approximate: bool = False) -> Any:  # noqa: FBT001, FBT002 - as
 @_activation
 def silu(x: Any) -> Any:
     """Return `x * sigmoid(x)`, which is also called swish.
+
+    References:
+        Ramachandran et al., Searching for Activation Functions, 2017,
+        https://arxiv.org/abs/1710.05941.
 
     Example:
 
@@ -107,6 +130,9 @@ def silu(x: Any) -> Any:
 def hard_silu(x: Any) -> Any:
     """Return `x * hard_sigmoid(x)`, which is also called hard swish.
 
+    References:
+        Howard et al., Searching for MobileNetV3, 2019, https://arxiv.org/abs/1905.02244.
+
     Example:
 
     >>> float(hard_silu(keras.ops.array(3.0, "float16")))
@@ -118,6 +144,10 @@ def hard_silu(x: Any) -> Any:
 @_activation
 def mish(x: Any) -> Any:
     """Return `x * tanh(softplus(x))`.
+
+    References:
+        Misra, Mish: A Self Regularized Non-Monotonic Activation Function, 2019,
+        https://arxiv.org/abs/1908.08681.
 
     Example:
 
@@ -135,6 +165,10 @@ def glu(x: Any, axis: int = -1) -> Any:
         x: A tensor of any float dtype, of even length along `axis`.
         axis: The axis to halve; default the last.
 
+    References:
+        Dauphin et al., Language Modeling with Gated Convolutional Networks, 2016,
+        https://arxiv.org/abs/1612.08083.
+
     Example:
 
     >>> float(glu(keras.ops.array([3.0, 0.0], "float16"))[0])
@@ -147,6 +181,10 @@ def glu(x: Any, axis: int = -1) -> Any:
 def softplus(x: Any) -> Any:
     """Return `log(exp(x) + 1)`.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> float(softplus(keras.ops.array(100.0, "float16")))
@@ -158,6 +196,10 @@ def softplus(x: Any) -> Any:
 @_activation
 def softsign(x: Any) -> Any:
     """Return `x / (abs(x) + 1)`.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -175,6 +217,10 @@ def squareplus(x: Any, b: float = 4) -> Any:
         x: A tensor of any float dtype.
         b: The smoothness; default 4.
 
+    References:
+        Barron, Squareplus: A Softplus-Like Algebraic Rectifier, 2021,
+        https://arxiv.org/abs/2112.11687.
+
     Example:
 
     >>> float(squareplus(keras.ops.array(1000.0, "float16")))
@@ -187,6 +233,10 @@ def squareplus(x: Any, b: float = 4) -> Any:
 def sparse_plus(x: Any) -> Any:
     """Return 0 up to -1, `(x + 1)**2 / 4` up to 1, and `x` from there.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> float(sparse_plus(keras.ops.array(0.0, "float16")))
@@ -198,6 +248,10 @@ def sparse_plus(x: Any) -> Any:
 @_activation
 def sparse_sigmoid(x: Any) -> Any:
     """Return 0 up to -1, `(x + 1) / 2` up to 1, and 1 from there.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -215,6 +269,10 @@ def elu(x: Any, alpha: float = 1.0) -> Any:
         x: A tensor of any float dtype.
         alpha: The slope at 0 from below; default 1.
 
+    References:
+        Clevert et al., Fast and Accurate Deep Network Learning by Exponential Linear Units,
+        2015, https://arxiv.org/abs/1511.07289.
+
     Example:
 
     >>> float(elu(keras.ops.array(-100.0, "float16")))
@@ -231,6 +289,10 @@ def celu(x: Any, alpha: float = 1.0) -> Any:
         x: A tensor of any float dtype.
         alpha: Minus the least value; default 1.
 
+    References:
+        Barron, Continuously Differentiable Exponential Linear Units, 2017,
+        https://arxiv.org/abs/1704.07483.
+
     Example:
 
     >>> float(celu(keras.ops.array(-100.0, "float16")))
@@ -243,6 +305,10 @@ def celu(x: Any, alpha: float = 1.0) -> Any:
 def selu(x: Any) -> Any:
     """Return `1.0507 * elu(x, 1.6733)`.
 
+    References:
+        Klambauer et al., Self-Normalizing Neural Networks, 2017,
+        https://arxiv.org/abs/1706.02515.
+
     Example:
 
     >>> round(float(selu(keras.ops.array(-100.0, "float16"))), 2)
@@ -254,6 +320,10 @@ def selu(x: Any) -> Any:
 @_activation
 def exponential(x: Any) -> Any:
     """Return `exp(x)`.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 

@@ -44,6 +44,10 @@ def categorical_crossentropy(
     Returns:
         A float32 tensor without that axis.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> logits = keras.ops.array([[60000.0, -60000.0]], "float16")
@@ -73,6 +77,10 @@ def sparse_categorical_crossentropy(
     Returns:
         A float32 tensor without that axis.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> logits = keras.ops.array([[60000.0, -60000.0]], "float16")
@@ -101,6 +109,10 @@ def binary_crossentropy(
     Returns:
         A float32 tensor of the shape of `output`: not averaged, as in `keras.ops`.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> p = keras.ops.array([0.5, 1.0], "float16")  # log(1 - 1) is no number in float16
@@ -121,6 +133,10 @@ def binary_focal_crossentropy(y_true: Any, y_pred: Any, **kwargs: Any) -> Any:
         y_pred: Predicted probabilities or logits, of any float dtype.
         **kwargs: As for Keras: `gamma`, `from_logits` and so on.
 
+    References:
+        Lin et al., Focal Loss for Dense Object Detection, 2017,
+        https://arxiv.org/abs/1708.02002.
+
     Example:
 
     >>> p = keras.ops.array([[1.0]], "float16")
@@ -140,6 +156,10 @@ def categorical_focal_crossentropy(y_true: Any, y_pred: Any, **kwargs: Any) -> A
         y_pred: Predicted probabilities or logits, of any float dtype.
         **kwargs: As for Keras: `gamma`, `from_logits`, `axis` and so on.
 
+    References:
+        Lin et al., Focal Loss for Dense Object Detection, 2017,
+        https://arxiv.org/abs/1708.02002.
+
     Example:
 
     >>> p = keras.ops.array([[1.0, 0.0]], "float16")
@@ -157,6 +177,10 @@ def kl_divergence(y_true: Any, y_pred: Any) -> Any:
     Args:
         y_true: Probabilities, of any dtype and the shape of `y_pred`.
         y_pred: Predicted probabilities, of any float dtype.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -176,6 +200,10 @@ def poisson(y_true: Any, y_pred: Any) -> Any:
         y_true: Counts, of any dtype and the shape of `y_pred`.
         y_pred: Predicted rates, of any float dtype.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> keras.ops.convert_to_numpy(poisson([[0.0]], keras.ops.array([[2.0]], "float16"))).tolist()
@@ -192,6 +220,10 @@ def mean_squared_error(y_true: Any, y_pred: Any) -> Any:
     Args:
         y_true: Targets, of any dtype and the shape of `y_pred`.
         y_pred: Predictions, of any float dtype.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -211,6 +243,10 @@ def mean_absolute_percentage_error(y_true: Any, y_pred: Any) -> Any:
         y_true: Targets, of any dtype and the shape of `y_pred`.
         y_pred: Predictions, of any float dtype.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> y = keras.ops.array([[1001.0]], "float16")  # 100 times it is inf in float16
@@ -228,6 +264,10 @@ def squared_hinge(y_true: Any, y_pred: Any) -> Any:
     Args:
         y_true: Labels, -1 and 1 or 0 and 1, of any dtype and the shape of `y_pred`.
         y_pred: Predictions, of any float dtype.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -249,6 +289,10 @@ def cosine_similarity(y_true: Any, y_pred: Any, axis: int = -1) -> Any:
         y_true: Vectors, of any dtype and the shape of `y_pred`.
         y_pred: Vectors, of any float dtype.
         axis: The axis of the vectors; default the last.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 

@@ -135,6 +135,10 @@ def in_float32(function: F) -> F:
     Returns:
         The function with the same arguments.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> variance = in_float32(lambda x: keras.ops.mean(keras.ops.square(x)))

@@ -15,9 +15,14 @@ def sum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A001,
     """Return `keras.ops.sum`, summed in float32.
 
     Args:
-        x: A tensor of any dtype; the result has it too.
+        x: A tensor of any shape and dtype; of floats the result has it too, of others it has that
+            of `keras.ops.sum`.
         axis: Axis or axes to sum over; default all.
         keepdims: Whether the axes stay, with length 1.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -38,6 +43,10 @@ def mean(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT0
         axis: Axis or axes to average over; default all.
         keepdims: Whether the axes stay, with length 1.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> x = keras.ops.full((4096,), 100.0, "float16")  # their sum is inf in float16
@@ -56,6 +65,10 @@ def var(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT00
         x: A tensor of any dtype; the result has it too, if it is a float.
         axis: Axis or axes to reduce; default all.
         keepdims: Whether the axes stay, with length 1.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -78,6 +91,10 @@ def std(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT00
         axis: Axis or axes to reduce; default all.
         keepdims: Whether the axes stay, with length 1.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> x = keras.ops.array([-1000.0, 1000.0], "float16")  # the variance is inf in float16
@@ -99,6 +116,10 @@ def cumsum(x: Any, axis: int | None = None) -> Any:
         x: A tensor of any dtype; the result has it too.
         axis: Axis to sum along; default None, which flattens first.
 
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
+
     Example:
 
     >>> x = keras.ops.ones((4096,), "float16")
@@ -117,6 +138,10 @@ def logsumexp(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa:
         x: A tensor of any float dtype; the result has it too.
         axis: Axis or axes to reduce; default all.
         keepdims: Whether the axes stay, with length 1.
+
+    References:
+        Blanchard et al., Accurately Computing the Log-Sum-Exp and Softmax Functions, 2021,
+        https://arxiv.org/abs/1909.03469.
 
     Example:
 
@@ -139,6 +164,10 @@ def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> A
         ord: The order, as for `keras.ops.norm`.
         axis: Axis, or two axes of a matrix; default all.
         keepdims: Whether the axes stay, with length 1.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -167,6 +196,10 @@ def normalize(x: Any, axis: Any = -1, order: int = 2, epsilon: float | None = No
 
     Raises:
         ValueError: If `order` is no int of at least 1.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -198,6 +231,10 @@ def average_pool(
         strides: The steps of the window; default `pool_size`.
         padding: "valid" (default) or "same".
         data_format: "channels_last" or "channels_first"; default that of the Keras config.
+
+    References:
+        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
+        section 3.3 (what arithmetic float16 may do).
 
     Example:
 

@@ -28,6 +28,10 @@ def softmax(x: Any, axis: Any = -1, mask: Any = None) -> Any:
         mask: Booleans, or numbers, that broadcast to `x`: where False, the probability is 0. Where
             a mask leaves nothing, all probabilities are 0. Default None.
 
+    References:
+        Blanchard et al., Accurately Computing the Log-Sum-Exp and Softmax Functions, 2021,
+        https://arxiv.org/abs/1909.03469.
+
     Example:
 
     >>> x = keras.ops.array([-40000.0, -40000.0, 9.0], "float16")
@@ -49,6 +53,10 @@ def log_softmax(x: Any, axis: Any = -1, mask: Any = None) -> Any:
         axis: Axis or axes over which the probabilities sum to 1; default the last.
         mask: Booleans, or numbers, that broadcast to `x`: where False, the result is -inf, the
             logarithm of 0, and the gradient is 0. Default None.
+
+    References:
+        Blanchard et al., Accurately Computing the Log-Sum-Exp and Softmax Functions, 2021,
+        https://arxiv.org/abs/1909.03469.
 
     Example:
 

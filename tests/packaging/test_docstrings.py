@@ -38,6 +38,20 @@ def test_every_public_name_has_a_docstring_with_an_example():
     assert not bare
 
 
+@pytest.mark.parametrize("room", [kerasmp.layers, kerasmp.loss_scale, kerasmp.ops])
+def test_numerics_say_where_they_come_from(room):
+    bare = [
+        name
+        for name, thing in public(room)
+        if "References:" not in (thing.__doc__ or "") and name.rpartition(".")[2] not in PLAIN
+    ]
+    assert not bare
+
+
+# Nothing of numerics is in them.
+PLAIN = {"LossScale", "NoLossScale", "resolve"}
+
+
 def test_every_public_exception_says_what_it_means():
     bare = [
         name
