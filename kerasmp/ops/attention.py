@@ -196,7 +196,8 @@ def attend(weights: Any, value: Any, dtype: str) -> Any:
         Tensor of shape `(batch, queries, heads, depth)`.
     """
     values = ops.cast(ops.transpose(value, _HEADS_FIRST), weights.dtype)
-    return ops.transpose(ops.cast(ops.matmul(weights, values), dtype), _HEADS_FIRST)
+    # Not ops.matmul, which knows no float64 on torch.
+    return ops.transpose(ops.cast(weights @ values, dtype), _HEADS_FIRST)
 
 
 def causal_mask(query: Any, key: Any) -> Any:

@@ -40,7 +40,7 @@ def as_tensors(x: Any) -> Any:
     >>> len(as_tensors([1.0, 2.0, 3.0]).shape)
     1
     """
-    return x if all(map(_is_tensor, keras.tree.flatten(x))) else ops.convert_to_tensor(x)
+    return x if all(map(_is_tensor, _leaves(x))) else ops.convert_to_tensor(x)
 
 
 def widen(tensors: Any) -> Any:
@@ -55,9 +55,11 @@ def widen(tensors: Any) -> Any:
     >>> keras.backend.standardize_dtype(half.dtype), keras.backend.standardize_dtype(whole.dtype)
     ('float32', 'int32')
     """
-    return keras.tree.map_structure(
-        lambda x: ops.cast(x, "float32") if is_narrow(x.dtype) else x, tensors
-    )
+    if isinstance(tensors, list | tuple):
+        return type(tensors)([widen(each) for each in tensors])
+    if isinstance(tensors, dict):
+        return {key: widen(each) for key, each in tensors.items()}
+    return ops.cast(tensors, "float32") if is_narrow(tensors.dtype) else tensors
 
 
 def wide_dtype(dtype: Any) -> str:
@@ -113,8 +115,7 @@ def as_one_node(function: F) -> F:
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
-        given = keras.tree.flatten((args, kwargs))
-        if any(isinstance(x, keras.KerasTensor) for x in given):
+        if any(isinstance(x, keras.KerasTensor) for x in _leaves([args, kwargs])):
             return OneNode(called)(*args, **kwargs)
         return function(*args, **kwargs)
 
@@ -153,11 +154,20 @@ def in_float32(function: F) -> F:
     def wide(*args: Any, **kwargs: Any) -> Any:
         x, *others = args or (kwargs.pop(first),)
         x = as_tensors(x)
-        dtype = keras.tree.flatten(x)[0].dtype
+        dtype = _leaves(x)[0].dtype
         outputs = function(widen(x), *others, **kwargs)
         return ops.cast(outputs, dtype) if is_narrow(dtype) else outputs
 
     return wide  # type: ignore[return-value] # the same arguments, which no type can say here
+
+
+def _leaves(x: Any) -> list[Any]:
+    # Not keras.tree.flatten, which torch.compile cannot look into.
+    if isinstance(x, dict):
+        x = list(x.values())
+    if isinstance(x, list | tuple):
+        return [leaf for each in x for leaf in _leaves(each)]
+    return [x]
 
 
 def _dense(x: Any) -> Any:
