@@ -137,6 +137,7 @@ HAZARDS = [
         rules=True,
         call=calls.extra_losses,
         upstream=2.0**5,
+        ordinary=(1.0, 2.0**5),  # smaller ones have a subnormal loss
     ),
     Hazard(
         6,
