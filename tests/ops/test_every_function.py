@@ -45,7 +45,11 @@ def test_each_is_one_node_also_when_saved_that_decides_by_what_it_is_given(name,
         keras.KerasTensor(x.shape, x.dtype) if ops.is_tensor(x) else x
         for x in arguments_of(name, built_in)
     ]
-    node = function(*symbols)._keras_history.operation
+    symbol = function(*symbols)
+    said = function(*arguments_of(name, built_in))
+    assert symbol.shape == tuple(said.shape)
+    assert symbol.dtype == keras.backend.standardize_dtype(said.dtype)
+    node = symbol._keras_history.operation
     assert isinstance(node, OneNode | DotProductAttention)
     node = type(node).from_config(node.get_config())
     if isinstance(node, OneNode):
