@@ -82,12 +82,19 @@ class OneNode(keras.Operation):
 
     Args:
         function: Takes and returns tensors.
+        narrow: The user's function that `function` is in float32; None for any other.
         **kwargs: As for `keras.Operation`: `name`.
     """
 
-    def __init__(self, function: Callable[..., Any], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        narrow: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.function = function
+        self.narrow = narrow
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""
@@ -99,24 +106,32 @@ class OneNode(keras.Operation):
         return super().compute_output_spec(*args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
-        """Return the function, by name where it has one, and the name."""
-        function = keras.saving.serialize_keras_object(self.function)
-        return {"name": self.name, "function": function}
+        """Return the name, and the function, or what it is in float32, as Keras knows it."""
+        widens = self.narrow is not None and not _is_registered(self.function)
+        function = keras.saving.serialize_keras_object(self.narrow if widens else self.function)
+        return {"name": self.name, "function": function, "in_float32": widens}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> OneNode:
         """Return the node with the function that the configuration names."""
         function = keras.saving.deserialize_keras_object(config["function"])
+        if config["in_float32"]:
+            return cls(in_float32(function), function, name=config["name"])
         return cls(function, name=config["name"])
 
 
-def as_one_node(function: F) -> F:
-    """Let a function of tensors take symbolic ones too, and be one node of their model."""
+def as_one_node(function: F, narrow: Callable[..., Any] | None = None) -> F:
+    """Let a function of tensors take symbolic ones too, and be one node of their model.
+
+    Args:
+        function: Takes and returns tensors.
+        narrow: The user's function that it is in float32; default None, for any other.
+    """
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
         if any(isinstance(x, keras.KerasTensor) for x in _leaves([args, kwargs])):
-            return OneNode(called)(*args, **kwargs)
+            return OneNode(called, narrow)(*args, **kwargs)
         return function(*args, **kwargs)
 
     return called  # type: ignore[return-value] # the same arguments, which no type can say here
@@ -149,7 +164,6 @@ def in_float32(function: F) -> F:
     """
     first = next(iter(inspect.signature(function).parameters))
 
-    @as_one_node
     @functools.wraps(function)
     def wide(*args: Any, **kwargs: Any) -> Any:
         x, *others = args or (kwargs.pop(first),)
@@ -158,7 +172,7 @@ def in_float32(function: F) -> F:
         outputs = function(widen(x), *others, **kwargs)
         return ops.cast(outputs, dtype) if is_narrow(dtype) else outputs
 
-    return wide  # type: ignore[return-value] # the same arguments, which no type can say here
+    return as_one_node(wide, function)  # type: ignore[return-value] # as in as_one_node
 
 
 def _leaves(x: Any) -> list[Any]:
@@ -168,6 +182,11 @@ def _leaves(x: Any) -> list[Any]:
     if isinstance(x, list | tuple):
         return [leaf for each in x for leaf in _leaves(each)]
     return [x]
+
+
+def _is_registered(function: Callable[..., Any]) -> bool:
+    name = keras.saving.get_registered_name(function)
+    return keras.saving.get_registered_object(name) is function
 
 
 def _dense(x: Any) -> Any:

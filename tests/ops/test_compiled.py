@@ -2,6 +2,7 @@
 
 import keras
 import pytest
+from helpers.op_arguments import NAMES, arguments_of
 
 import kerasmp
 
@@ -16,27 +17,9 @@ IN_PARTS = {
     "dot_product_attention",
     "squared_hinge",
 }
-LOSSES = {"cosine_similarity", "kl_divergence", "poisson", "squared_hinge"}
 
 
-def arguments_of(name):
-    """Return float16 tensors that a function takes."""
-    random = keras.random.SeedGenerator(0)
-
-    def drawn(*shape):
-        return keras.ops.cast(keras.random.uniform(shape, 0.1, 0.9, seed=random), "float16")
-
-    if name == "sparse_categorical_crossentropy":
-        return [keras.ops.convert_to_tensor([1, 2, 0, 1]), drawn(4, 8)]
-    if name == "dot_product_attention":
-        return [drawn(1, 4, 2, 8) for _ in range(3)]
-    if name == "average_pool":
-        return [drawn(1, 8, 8, 2), 2]
-    is_loss = name in LOSSES or name.endswith(("entropy", "_error"))
-    return [drawn(4, 8) for _ in range(2 if is_loss else 1)]
-
-
-@pytest.mark.parametrize("name", sorted(set(kerasmp.ops.__all__) - {"in_float32"}))
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_compiled_gives_the_same(name):
     import torch
 

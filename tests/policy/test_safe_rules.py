@@ -264,14 +264,6 @@ def test_a_head_of_ours_is_one_too(name):
     assert model.outputs[0].dtype == "float32"
 
 
-def test_probabilities_of_a_layer_of_ours_are_float32_within_a_model():
-    gate = mp.layers.Dense(4, activation="sigmoid")
-    assert row_of(relu_after(gate, (4,)), gate).after == "float32"
-    wrapped = layers.Dense(4, activation="sigmoid")
-    model = relu_after(mp.layers.SpectralNormalization(wrapped), (4,))
-    assert row_of(model, wrapped).after == "float32"
-
-
 def test_a_head_that_gives_float32_stays_in_float16():
     head = mp.layers.DenseHead(3, activation="softmax", activity_regularizer="l2")
     model = keras.Sequential([keras.Input((4,)), layers.Dense(4), head])

@@ -1,0 +1,108 @@
+"""What holds for each public function: Keras's names of arguments, and one node in a model."""
+
+import inspect
+
+import keras
+import numpy as np
+import pytest
+from helpers.float16 import numpy_of
+from helpers.op_arguments import NAMES, arguments_of
+from keras import ops
+
+import kerasmp
+from kerasmp.ops.attention import DotProductAttention
+from kerasmp.ops.precision import OneNode
+
+WIDER = {"float16": "float32", "float32": "float16"}
+
+
+def of_keras(name):
+    """Return Keras's function of that name: that of the room that ours says it follows."""
+    activations = "kerasmp.ops.activations"
+    first = keras.activations if getattr(kerasmp.ops, name).__module__ == activations else ops
+    return next(getattr(room, name) for room in (first, ops, keras.losses) if hasattr(room, name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_have_the_names_and_places_that_they_have_in_keras(name):
+    def named(function):
+        parameters = inspect.signature(function).parameters.values()
+        return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+
+    function = getattr(kerasmp.ops, name)
+    wanted, found = named(of_keras(name)), named(function)
+    assert found[: len(wanted)] == wanted[: len(found)]
+    given = arguments_of(name)
+    by_name = function(**dict(zip(wanted, given, strict=False)))
+    np.testing.assert_array_equal(numpy_of(by_name), numpy_of(function(*given)))
+
+
+@pytest.mark.parametrize("built_in", WIDER)
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_one_node_also_when_saved_that_decides_by_what_it_is_given(name, built_in):
+    function = getattr(kerasmp.ops, name)
+    symbols = [
+        keras.KerasTensor(x.shape, x.dtype) if ops.is_tensor(x) else x
+        for x in arguments_of(name, built_in)
+    ]
+    symbol = function(*symbols)
+    said = function(*arguments_of(name, built_in))
+    assert symbol.shape == tuple(said.shape)
+    assert symbol.dtype == keras.backend.standardize_dtype(said.dtype)
+    node = symbol._keras_history.operation
+    assert isinstance(node, OneNode | DotProductAttention)
+    node = type(node).from_config(node.get_config())
+    if isinstance(node, OneNode):
+        assert node.function is function
+    given = arguments_of(name, WIDER[built_in])
+    found, wanted = node(*given), function(*given)
+    assert found.dtype == wanted.dtype
+    np.testing.assert_array_equal(numpy_of(found), numpy_of(wanted))
+
+
+def saved_and_loaded(model, tmp_path, **loading):
+    model.save(tmp_path / "model.keras")
+    return keras.models.load_model(tmp_path / "model.keras", **loading)
+
+
+def in_a_model(function):
+    """Return a float16 model, of whose inputs 300 float16 cannot hold the squares."""
+    inputs = keras.Input((4,), dtype="float16")
+    return keras.Model(inputs, function(inputs))
+
+
+LARGE = np.full((1, 4), 300, "float16")
+
+
+def squares(x):
+    return ops.sqrt(ops.sum(ops.square(x), axis=-1))
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_function_that_is_registered_is_saved_wide(outside, tmp_path):
+    def length(x):
+        return squares(x)
+
+    register, widen = keras.saving.register_keras_serializable("test"), kerasmp.ops.in_float32
+    function = register(widen(length)) if outside else widen(register(length))
+    model = in_a_model(function)
+    loaded = saved_and_loaded(model, tmp_path)
+    again = saved_and_loaded(keras.models.clone_model(loaded), tmp_path)
+    for each in (model, loaded, again):
+        assert numpy_of(each(LARGE)).tolist() == [600]
+        assert keras.backend.standardize_dtype(each(LARGE).dtype) == "float16"
+
+
+def test_a_function_that_is_not_is_found_among_custom_objects(tmp_path):
+    model = in_a_model(kerasmp.ops.in_float32(squares))
+    loaded = saved_and_loaded(model, tmp_path, custom_objects={"squares": squares})
+    assert numpy_of(loaded(LARGE)).tolist() == [600]
+
+
+def test_a_lambda_is_saved_as_keras_saves_lambdas(tmp_path):
+    model = in_a_model(kerasmp.ops.in_float32(lambda x: (x * x) ** 0.5))
+    with pytest.warns(UserWarning, match="lambda"):
+        loaded = saved_and_loaded(model, tmp_path, safe_mode=False)
+    np.testing.assert_array_equal(numpy_of(loaded(LARGE)), LARGE)
+    with pytest.raises(ValueError, match="lambda"):
+        keras.models.load_model(tmp_path / "model.keras")
