@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from kerasmp.backend.keras_private import Functional, float16_layers, functional_init_arguments
+from kerasmp.backend.unscaled import trained_in_float16, unscaled_optimizers
 from kerasmp.errors import ArgumentTypeError, LossScaleWarning
 from kerasmp.model.float32 import (
     at_least_float32,
@@ -17,7 +18,7 @@ from kerasmp.model.float32 import (
 )
 from kerasmp.model.guards import with_guards
 from kerasmp.model.hints import dtype_hints
-from kerasmp.model.steps import note_kerass_own, optimizers_of
+from kerasmp.model.steps import note_kerass_own
 from kerasmp.model.turning import class_between, loader, ours_for
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.policy import Policy, global_policy
@@ -221,12 +222,8 @@ class Model(keras.Model):
 
     def _warn_of_optimizers_of_its_own(self) -> None:
         """Warn of optimizers that a compile of the user's own has kept: nothing wraps those."""
-        wrapper = keras.optimizers.LossScaleOptimizer
-        own = optimizers_of(self)
-        scaled = [o for o in own.values() if isinstance(o, wrapper)]
-        known = {id(o) for o in (self.optimizer, *scaled, *(o.inner_optimizer for o in scaled))}
-        plain = [name for name, value in own.items() if id(value) not in known]
-        if plain and self._auto_scale_loss and float16_layers(self):
+        plain = [name for name in unscaled_optimizers(self) if name != "optimizer"]
+        if plain and self._auto_scale_loss and trained_in_float16(self):
             warnings.warn(
                 f"Nothing scales the loss of the model's own optimizers ({', '.join(plain)}), and "
                 "layers compute in float16. Wrap each in kerasmp.LossScaleOptimizer, and call its "
