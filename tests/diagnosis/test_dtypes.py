@@ -97,6 +97,16 @@ def test_a_model_that_the_global_policy_did_not_reach_is_a_warning():
     assert not found(model, "ignores-policy")
 
 
+def test_a_converted_model_whose_rules_leave_nothing_in_half_is_in_peace():
+    model = made(dense(activation="softmax"), bare=True, policy="float32")
+    model.dtype_policy = "mixed_float16"
+    assert not found(model, "ignores-policy")
+    mp.convert(model)
+    assert not mp.lint(model)
+    with mp.policy_scope("mixed_float16"):
+        assert not mp.lint(model)
+
+
 def test_a_layer_that_leaves_its_policy_is_a_warning():
     each = only(made(lambda: Widens(name="wide")), "ignores-policy")
     assert each.place.endswith("wide")
