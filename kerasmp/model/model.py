@@ -11,11 +11,7 @@ import keras
 from kerasmp.backend.keras_private import Functional, float16_layers, functional_init_arguments
 from kerasmp.backend.unscaled import trained_in_float16, unscaled_optimizers
 from kerasmp.errors import ArgumentTypeError, LossScaleWarning
-from kerasmp.model.float32 import (
-    at_least_float32,
-    cast,
-    float32_activity_regularizers,
-)
+from kerasmp.model.float32 import at_least_float32, cast, float32_activity_regularizers
 from kerasmp.model.guards import with_guards
 from kerasmp.model.hints import dtype_hints
 from kerasmp.model.steps import note_kerass_own
@@ -43,6 +39,10 @@ class Model(keras.Model):
     Args:
         *args: As for `keras.Model`: `inputs, outputs` or nothing.
         **kwargs: As for `keras.Model`: `inputs`, `outputs`, `name`, `trainable`, `dtype`.
+
+    Raises:
+        PolicyError: If rules of the global policy disagree on a layer, or would change the dtype
+            of weights that exist. A subclass, whose layers come later, raises it when called.
 
     Example:
 
@@ -185,6 +185,9 @@ class Model(keras.Model):
             *args: As for `keras.Model.compile`.
             auto_scale_loss: False leaves the optimizer as it is.
             **kwargs: As for `keras.Model.compile`.
+
+        Warns:
+            LossScaleWarning: If it is given stock Keras's `LossScaleOptimizer`.
         """
         self._auto_scale_loss = auto_scale_loss
         optimizer = keras.optimizers.get(optimizer)
@@ -212,7 +215,12 @@ class Model(keras.Model):
         )
 
     def make_train_function(self, force: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's
-        """Return the compiled step; wrap the optimizer first if layers came after `compile`."""
+        """Return the compiled step; wrap the optimizer first if layers came after `compile`.
+
+        Warns:
+            LossScaleWarning: If layers train in float16 and the model keeps optimizers in
+                attributes that scale no loss.
+        """
         if self._must_wrap(self.optimizer):
             self.optimizer = ours_for(self.optimizer, self.trainable_variables)
             self.optimizer.build(self.trainable_variables)
@@ -240,6 +248,9 @@ class Model(keras.Model):
 
         Args:
             *args: `data`, and before it on JAX `state`, as for `keras.Model.train_step`.
+
+        Warns:
+            LossScaleWarning: If the first step has made float16 layers and nothing scales its loss.
         """
         note_kerass_own(self)
         return super().train_step(*args)
