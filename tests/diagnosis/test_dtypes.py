@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.linted import dense, found, made, only
+from helpers.linted import Holds, X, dense, found, made, only
 from keras import ops
 
 import kerasmp as mp
@@ -112,6 +112,9 @@ def test_a_layer_that_leaves_its_policy_is_a_warning():
     assert each.place.endswith("wide")
     assert "float32" in each.reason
     assert not found(made(Keeps), "ignores-policy")
+    holds = made(Holds, bare=True)
+    assert keras.backend.standardize_dtype(holds(X).dtype) == "float16"
+    assert not found(holds, "ignores-policy")
     assert not found(made(lambda: Widens(dtype="float32"), dense()), "ignores-policy")
     assert not found(made(lambda: mp.layers.DenseHead(8)), "ignores-policy")
 
