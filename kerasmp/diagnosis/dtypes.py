@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from kerasmp.backend.keras_graph import calls, graph_of
+from kerasmp.backend.keras_graph import calls, children, graph_of
 from kerasmp.backend.keras_private import flatten_layers
 from kerasmp.diagnosis.finding import Finding
 from kerasmp.policy import Policy, global_policy
@@ -154,6 +154,10 @@ def _ignoring(model: Any) -> Iterator[Finding]:
     with_weights = [layer for layer in flatten_layers(model)[1:] if layer.weights]
     if not with_weights or any(layer.compute_dtype in HALVES for layer in with_weights):
         return
+    policy = global_policy()
+    compute = next((c for c in (model.compute_dtype, policy.compute_dtype) if c in HALVES), None)
+    if compute is None or not _would_follow(model, with_weights, compute):
+        return
     if model.compute_dtype in HALVES:
         yield Finding(
             "warning",
@@ -162,7 +166,7 @@ def _ignoring(model: Any) -> Iterator[Finding]:
             f"The model says {model.compute_dtype}, and none of its layers computes in it.",
             "Setting a model's own dtype_policy relabels it: use kerasmp.convert(model, policy).",
         )
-    elif (policy := global_policy()).compute_dtype in HALVES:
+    else:
         yield Finding(
             "warning",
             model.name,
@@ -173,11 +177,23 @@ def _ignoring(model: Any) -> Iterator[Finding]:
         )
 
 
+def _would_follow(model: Any, layers: list[Any], compute: str) -> bool:
+    """Return whether `convert` would let one of these layers compute in half precision.
+
+    It may let none, where all that has weights is a head.
+    """
+    policy, wanted = Policy(f"mixed_{compute}", rules="safe"), {id(layer) for layer in layers}
+    rows = assign(model, policy)
+    return any(id(row.layer) in wanted and row.after == policy.name for row in rows)
+
+
 def _going_their_own_way(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
     for call in _all_calls(model):
         layer = call.operation
         if not isinstance(layer, keras.Layer) or not is_custom(layer):
             continue
+        if keras.backend.backend() == "torch" and children(layer):
+            continue  # traced there, variables do not follow the policy, and all looks like float32
         wide = {dtypes[id(t)] for t in call.outputs if id(t) in dtypes} & {"float32", "float64"}
         if layer.compute_dtype in HALVES and wide:
             yield Finding(

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _REMEDY = (
-    'Let it compute in float32: kerasmp.layers.DenseHead, dtype="float32", or '
-    "kerasmp.convert(model)."
+    'Let it compute in float32: make it a kerasmp.layers.DenseHead, or give it dtype="float32". '
+    "kerasmp.convert(model) does so for layers that are not of your own."
 )
 # From probabilities unless `from_logits` says otherwise.
 _CROSS_ENTROPIES = (

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import keras
-
-from kerasmp.backend.keras_private import float16_layers
+from kerasmp.backend.unscaled import trained_in_float16, unscaled_optimizers
 from kerasmp.diagnosis.finding import Finding
 from kerasmp.policy.safe import is_ours
 
@@ -18,20 +16,22 @@ def unscaled(model: Any) -> Iterator[Finding]:
     """Yield a finding if float16 is trained and nothing scales the loss.
 
     Args:
-        model: A Keras model; one that is not compiled earns none, nor does one of ours that wraps
-            its optimizer by itself.
+        model: A Keras model; one that is not compiled earns none, nor does the optimizer of one of
+            ours, which wraps it by itself. Those that a model keeps besides it count in both.
     """
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is None or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        return
     wraps = is_ours(model) and getattr(model, "_auto_scale_loss", False)
-    layers = [layer for layer in float16_layers(model) if layer.trainable_variables]
-    if layers and not wraps:
-        yield Finding(
-            "error",
-            model.name,
-            "unscaled",
-            f"{len(layers)} layers train in float16 and nothing scales the loss: gradients below "
-            "6e-8 become 0.",
-            "Compile with kerasmp.LossScaleOptimizer(optimizer), or use kerasmp.Model.",
-        )
+    plain = [name for name in unscaled_optimizers(model) if not (wraps and name == "optimizer")]
+    layers = trained_in_float16(model)
+    if not layers or not plain:
+        return
+    others = "" if plain == ["optimizer"] else f" for {', '.join(plain)}"
+    yield Finding(
+        "error",
+        model.name,
+        "unscaled",
+        f"{len(layers)} layers train in float16 and nothing scales the loss{others}: gradients "
+        "below 6e-8 become 0.",
+        "Wrap each in kerasmp.LossScaleOptimizer, and call its scale_loss in the train step."
+        if others
+        else "Compile with kerasmp.LossScaleOptimizer(optimizer), or use kerasmp.Model.",
+    )

@@ -9,15 +9,12 @@ from typing import Any
 import keras
 
 from kerasmp.backend.keras_private import Functional, float16_layers, functional_init_arguments
+from kerasmp.backend.unscaled import trained_in_float16, unscaled_optimizers
 from kerasmp.errors import ArgumentTypeError, LossScaleWarning
-from kerasmp.model.float32 import (
-    at_least_float32,
-    cast,
-    float32_activity_regularizers,
-)
+from kerasmp.model.float32 import at_least_float32, cast, float32_activity_regularizers
 from kerasmp.model.guards import with_guards
 from kerasmp.model.hints import dtype_hints
-from kerasmp.model.steps import note_kerass_own, optimizers_of
+from kerasmp.model.steps import note_kerass_own
 from kerasmp.model.turning import class_between, loader, ours_for
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.policy import Policy, global_policy
@@ -42,6 +39,10 @@ class Model(keras.Model):
     Args:
         *args: As for `keras.Model`: `inputs, outputs` or nothing.
         **kwargs: As for `keras.Model`: `inputs`, `outputs`, `name`, `trainable`, `dtype`.
+
+    Raises:
+        PolicyError: If rules of the global policy disagree on a layer, or would change the dtype
+            of weights that exist. A subclass, whose layers come later, raises it when called.
 
     Example:
 
@@ -184,6 +185,9 @@ class Model(keras.Model):
             *args: As for `keras.Model.compile`.
             auto_scale_loss: False leaves the optimizer as it is.
             **kwargs: As for `keras.Model.compile`.
+
+        Warns:
+            LossScaleWarning: If it is given stock Keras's `LossScaleOptimizer`.
         """
         self._auto_scale_loss = auto_scale_loss
         optimizer = keras.optimizers.get(optimizer)
@@ -211,7 +215,12 @@ class Model(keras.Model):
         )
 
     def make_train_function(self, force: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's
-        """Return the compiled step; wrap the optimizer first if layers came after `compile`."""
+        """Return the compiled step; wrap the optimizer first if layers came after `compile`.
+
+        Warns:
+            LossScaleWarning: If layers train in float16 and the model keeps optimizers in
+                attributes that scale no loss.
+        """
         if self._must_wrap(self.optimizer):
             self.optimizer = ours_for(self.optimizer, self.trainable_variables)
             self.optimizer.build(self.trainable_variables)
@@ -221,12 +230,8 @@ class Model(keras.Model):
 
     def _warn_of_optimizers_of_its_own(self) -> None:
         """Warn of optimizers that a compile of the user's own has kept: nothing wraps those."""
-        wrapper = keras.optimizers.LossScaleOptimizer
-        own = optimizers_of(self)
-        scaled = [o for o in own.values() if isinstance(o, wrapper)]
-        known = {id(o) for o in (self.optimizer, *scaled, *(o.inner_optimizer for o in scaled))}
-        plain = [name for name, value in own.items() if id(value) not in known]
-        if plain and self._auto_scale_loss and float16_layers(self):
+        plain = [name for name in unscaled_optimizers(self) if name != "optimizer"]
+        if plain and self._auto_scale_loss and trained_in_float16(self):
             warnings.warn(
                 f"Nothing scales the loss of the model's own optimizers ({', '.join(plain)}), and "
                 "layers compute in float16. Wrap each in kerasmp.LossScaleOptimizer, and call its "
@@ -243,6 +248,9 @@ class Model(keras.Model):
 
         Args:
             *args: `data`, and before it on JAX `state`, as for `keras.Model.train_step`.
+
+        Warns:
+            LossScaleWarning: If the first step has made float16 layers and nothing scales its loss.
         """
         note_kerass_own(self)
         return super().train_step(*args)

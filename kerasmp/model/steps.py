@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp import backend
+from kerasmp.backend.unscaled import optimizers_of
 from kerasmp.model.hints import dtype_hints
 from kerasmp.optimizer import LossScaleOptimizer
 
@@ -72,15 +73,6 @@ def _run(model: Any, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     logs = backend.current().train_step(model, optimizers, step, logs_after, *args)
     model._guards_steps = _RUNNING.models[id(model)]  # noqa: SLF001
     return logs
-
-
-def optimizers_of(model: Any) -> dict[str, Any]:
-    """Return the optimizer of a model, and those that a user's own `compile` has kept on it."""
-    kept = {n: v for n, v in vars(model).items() if isinstance(v, keras.optimizers.Optimizer)}
-    # Keras keeps its own in an attribute too.
-    return {"optimizer": model.optimizer} | {
-        name: value for name, value in kept.items() if value is not model.optimizer
-    }
 
 
 def _logs(model: Any, logs: Any, skipped: Any, *, by_keras: bool) -> Any:

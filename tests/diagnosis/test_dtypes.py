@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.linted import dense, found, made, only
+from helpers.linted import Holds, X, dense, found, made, only
 from keras import ops
 
 import kerasmp as mp
@@ -97,11 +97,24 @@ def test_a_model_that_the_global_policy_did_not_reach_is_a_warning():
     assert not found(model, "ignores-policy")
 
 
+def test_a_converted_model_whose_rules_leave_nothing_in_half_is_in_peace():
+    model = made(dense(activation="softmax"), bare=True, policy="float32")
+    model.dtype_policy = "mixed_float16"
+    assert not found(model, "ignores-policy")
+    mp.convert(model)
+    assert not mp.lint(model)
+    with mp.policy_scope("mixed_float16"):
+        assert not mp.lint(model)
+
+
 def test_a_layer_that_leaves_its_policy_is_a_warning():
     each = only(made(lambda: Widens(name="wide")), "ignores-policy")
     assert each.place.endswith("wide")
     assert "float32" in each.reason
     assert not found(made(Keeps), "ignores-policy")
+    holds = made(Holds, bare=True)
+    assert keras.backend.standardize_dtype(holds(X).dtype) == "float16"
+    assert not found(holds, "ignores-policy")
     assert not found(made(lambda: Widens(dtype="float32"), dense()), "ignores-policy")
     assert not found(made(lambda: mp.layers.DenseHead(8)), "ignores-policy")
 

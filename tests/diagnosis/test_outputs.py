@@ -2,7 +2,7 @@
 
 import keras
 import pytest
-from helpers.linted import compiled, dense, found, made, only
+from helpers.linted import Holds, compiled, dense, found, made, only
 
 import kerasmp as mp
 
@@ -30,6 +30,26 @@ def test_another_float16_head_is_a_warning():
     each = only(made(dense(name="head"), bare=True), "float16-head")
     assert each.severity == "warning"
     assert "DenseHead" in each.remedy
+
+
+@pytest.mark.parametrize("module", [keras, mp], ids=["stock", "ours"])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", None])
+def test_each_way_of_the_remedy_helps(module, activation):
+    head = lambda **settings: module.layers.Dense(8, activation=activation, **settings)  # noqa: E731 - as the others
+    model = made(dense(), head, bare=True)
+    remedy = only(model, "float16-head").remedy
+    assert all(way in remedy for way in ("DenseHead", 'dtype="float32"', "kerasmp.convert"))
+    mp.convert(model)
+    assert not found(model, "float16-head")
+    assert not found(made(dense(), lambda: head(dtype="float32"), bare=True), "float16-head")
+
+
+@pytest.mark.backend("tensorflow", "jax")  # on torch Keras itself takes this head for float32
+def test_the_remedy_says_which_heads_convert_does_not_reach():
+    model = made(Holds, bare=True)
+    mp.convert(model)
+    assert "not of your own" in only(model, "float16-head").remedy
+    assert not found(made(lambda: Holds(dtype="float32"), bare=True), "float16-head")
 
 
 def test_heads_in_float32_or_bfloat16_are_in_peace():

@@ -33,3 +33,45 @@ def test_scaled_bfloat16_frozen_not_compiled_and_ours_are_in_peace():
     ours = made(dense(), module=mp)
     ours.compile("sgd", "mse", auto_scale_loss=False)
     assert found(ours, "unscaled")
+
+
+class Adversaries(keras.Model):
+    """Has two optimizers of its own, as a GAN does, beside the one that Keras keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(8, dtype="mixed_float16")
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.built = True
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+    def compile(self, d_opt, g_opt):
+        super().compile(mp.LossScaleOptimizer("sgd"))
+        self.d_opt, self.g_opt = d_opt, g_opt
+
+
+def adversaries(*optimizers):
+    model = Adversaries()
+    model.build((None, 8))
+    model.compile(*optimizers)
+    return model
+
+
+def test_optimizers_that_a_model_keeps_are_named_where_nothing_wraps_them():
+    scaled = mp.LossScaleOptimizer("sgd")
+    each = only(adversaries(keras.optimizers.SGD(), scaled), "unscaled")
+    assert each.severity == "error"
+    assert "for d_opt:" in each.reason
+    assert "scale_loss" in each.remedy
+    assert not found(adversaries(scaled.inner_optimizer, scaled), "unscaled")
+
+
+def test_those_of_a_model_of_ours_are_named_too():
+    model = made(dense(), module=mp)
+    model.compile("sgd", "mse")
+    model.other = keras.optimizers.SGD()
+    assert "for other:" in only(model, "unscaled").reason

@@ -48,3 +48,12 @@ class Own(keras.Model):
 
     def call(self, inputs):
         return self.dense(inputs)
+
+
+class Holds(layers.Layer):
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.dense = layers.Dense(8, dtype=self.dtype_policy)
+
+    def call(self, inputs):
+        return self.dense(inputs)

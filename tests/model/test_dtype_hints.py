@@ -138,13 +138,64 @@ def test_a_float32_model_has_no_such_error():
     assert network(mp, "float32")(X).shape == (8, 1)
 
 
-@pytest.mark.backend("tensorflow")
-def test_fit_has_the_hint_too():
-    model = network(mp, "mixed_float16")
-    model.compile(mp.LossScaleOptimizer("sgd"), "mse")
+class Sized(Unfit):
+    """Tells its shape, so that connecting it does not call it: that would raise before `fit`."""
+
+    def compute_output_shape(self, shape):
+        return (*shape[:-1], 1)
+
+
+def connected(dtype):
+    inputs = keras.Input((4,))
+    with mp.policy_scope(dtype):
+        outputs = Sized(dtype=dtype)(inputs)
+    model = mp.Model(inputs, keras.layers.Dense(1, dtype="float32")(outputs))
+    assert isinstance(model, mp.model.FunctionalModel)
+    return model
+
+
+def converted():
+    model = connected("float32")
+    mp.convert(model)
+    return model
+
+
+FUNCTIONAL = {"made in float16": lambda: connected("mixed_float16"), "converted": converted}
+every_functional = pytest.mark.parametrize("build", FUNCTIONAL.values(), ids=FUNCTIONAL)
+
+
+@pytest.mark.backend("tensorflow", "torch")
+@every_functional
+def test_fit_of_a_functional_model_carries_it(build):
+    model = build()
+    model.compile(mp.LossScaleOptimizer("sgd", loss_scale=64.0), "mse")
     with pytest.raises(Exception, match="Exception encountered when calling") as error:
         model.fit(X, TARGETS, verbose=0)
-    assert "kerasmp: operands of different float dtypes meet" in notes(error)
+    hint = notes(error)
+    assert NAMED.replace("Unfit", "Sized") in hint
+    assert "keras.ops.cast(value, self.compute_dtype)" in hint
+
+
+class AddsLoss(keras.layers.Layer):
+    def call(self, x):
+        self.add_loss(ops.sum(x))
+        return _matmul(x, ops.ones((1, 1), "float32"))
+
+
+@pytest.mark.backend("jax")
+@every_functional
+def test_jax_mixes_dtypes_and_trains(build):
+    model = build()
+    outputs = AddsLoss(dtype="mixed_float16")(model.layers[1].output)
+    model = mp.Model(model.inputs[0], keras.layers.Dense(1, dtype="float32")(outputs))
+    model.compile(mp.LossScaleOptimizer("sgd", loss_scale=64.0), "mse")
+    before = [np.asarray(value) for value in model.get_weights()]
+    assert np.isfinite(model.fit(X, TARGETS, verbose=0).history["loss"][0])
+    assert model.optimizer.applied_steps == 1
+    assert all((new != old).any() for new, old in zip(model.get_weights(), before, strict=True))
+    model(X)
+    [loss] = model.losses
+    assert keras.backend.standardize_dtype(loss.dtype) == "float32"  # of a sum in float16
 
 
 # The function of a module named like a framework's, where operands meet.

@@ -132,3 +132,30 @@ def test_what_cannot_be_traced_is_built_by_its_call_and_follows_after():
     model = made_under(SAFE, lambda _: Eager())
     assert model(np.ones((2, 4), "float32")).shape == (2, 2)
     assert model.dense.compute_dtype == "float32"
+
+
+class Narrow(layers.Dense):
+    pass
+
+
+def test_rules_that_disagree_are_an_error_as_soon_as_layers_are_known():
+    policy = mp.Policy("mixed_float16", rules={layers.Dense: "float32", Narrow: "mixed_bfloat16"})
+    with pytest.raises(mp.errors.PolicyError, match="Two rules claim"):
+        made_under(policy, functional_of_narrow)
+    model = made_under(policy, OwnNarrow)
+    with pytest.raises(mp.errors.PolicyError, match="Two rules claim"):
+        model(X)
+
+
+def functional_of_narrow(module):
+    inputs = keras.Input((6, 4))
+    return module.Model(inputs, Narrow(3)(inputs))
+
+
+class OwnNarrow(mp.Model):
+    def __init__(self, _):
+        super().__init__()
+        self.narrow = Narrow(3)
+
+    def call(self, x):
+        return self.narrow(x)

@@ -1,0 +1,38 @@
+"""Which optimizers of a model scale no loss, and which of its layers would need it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from kerasmp.backend.keras_private import float16_layers
+from kerasmp.backend.nested import optimizers_in
+
+
+def optimizers_of(model: Any) -> dict[str, Any]:
+    """Return the optimizer of a model, and those that a user's own `compile` has kept on it."""
+    kept = {n: v for n, v in vars(model).items() if isinstance(v, keras.optimizers.Optimizer)}
+    optimizer = getattr(model, "optimizer", None)
+    # Keras keeps its own in an attribute too.
+    return {"optimizer": optimizer} | {
+        name: value for name, value in kept.items() if value is not optimizer
+    }
+
+
+def unscaled_optimizers(model: Any) -> list[str]:
+    """Return the names of a model's optimizers that scale no loss.
+
+    One that is kept beside the wrapper around it is not among them.
+    """
+    wrapper = keras.optimizers.LossScaleOptimizer
+    own = {name: value for name, value in optimizers_of(model).items() if value is not None}
+    scaled = {
+        id(inside) for o in own.values() if isinstance(o, wrapper) for inside in optimizers_in(o)
+    }
+    return [name for name, value in own.items() if id(value) not in scaled]
+
+
+def trained_in_float16(model: Any) -> list[Any]:
+    """Return the layers at any depth that compute in float16 and have something to train."""
+    return [layer for layer in float16_layers(model) if layer.trainable_variables]
