@@ -21,7 +21,10 @@ class Average(CallInFloat32, keras.layers.Average):
         A list of tensors that broadcast, of any float dtype.
 
     Output shape:
-        As for Keras, in the policy's compute dtype.
+        What the inputs broadcast to, in the policy's compute dtype.
+
+    Raises:
+        ValueError: If the input is no list.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -48,10 +51,14 @@ class Dot(keras.layers.Dot):
         **kwargs: As for `keras.layers.Dot`: `dtype`, `name`.
 
     Input shape:
-        A list of two tensors, of any float dtype.
+        A list of two tensors, as long as each other along `axes`, of any float dtype.
 
     Output shape:
-        As for Keras, in the policy's compute dtype.
+        `(batch, ...)`: what the first has besides `axes`, then what the second has; `(batch, 1)`
+        for two matrices. In the policy's compute dtype.
+
+    Raises:
+        ValueError: If they are not as long as each other.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,

@@ -23,7 +23,7 @@ class AveragePooling1D(CallInFloat32, keras.layers.AveragePooling1D):
         `(batch, steps, channels)`, or as `data_format` says, any float dtype.
 
     Output shape:
-        As for Keras, in the policy's compute dtype.
+        `(batch, new_steps, channels)`, in the policy's compute dtype.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -49,7 +49,7 @@ class AveragePooling2D(CallInFloat32, keras.layers.AveragePooling2D):
         `(batch, rows, columns, channels)`, or as `data_format` says, any float dtype.
 
     Output shape:
-        As for Keras, in the policy's compute dtype.
+        `(batch, new_rows, new_columns, channels)`, in the policy's compute dtype.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -75,7 +75,7 @@ class AveragePooling3D(CallInFloat32, keras.layers.AveragePooling3D):
         `(batch, depth, rows, columns, channels)`, or as `data_format` says, any float dtype.
 
     Output shape:
-        As for Keras, in the policy's compute dtype.
+        `(batch, new_depth, new_rows, new_columns, channels)`, in the policy's compute dtype.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -104,7 +104,8 @@ class GlobalAveragePooling1D(keras.layers.GlobalAveragePooling1D):
         mask: `(batch, steps)`, true where a step counts; default None.
 
     Output shape:
-        `(batch, channels)`, in the policy's compute dtype.
+        `(batch, channels)`, or `(batch, 1, channels)` with `keepdims=True`, in the policy's compute
+        dtype.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,

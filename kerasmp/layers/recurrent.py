@@ -31,11 +31,12 @@ class RNN(keras.layers.RNN):
         `(batch, steps, ...)`, any float dtype.
 
     Output shape:
-        As in stock Keras, in the policy's compute dtype.
+        `(batch, units)`, or `(batch, steps, units)` with `return_sequences=True`, and the states of
+        the cell with `return_state=True`, in the policy's compute dtype.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
+        section 3.1 (float32 weights, of which each iteration uses a float16 copy).
 
     Example:
 
@@ -82,7 +83,8 @@ class LSTM(keras.layers.LSTM, RNN):
         `(batch, units)` with `return_state=True`, in the policy's compute dtype.
 
     References:
-        Hochreiter and Schmidhuber, Long Short-Term Memory, 1997.
+        Hochreiter and Schmidhuber, Long Short-Term Memory, 1997,
+        https://doi.org/10.1162/neco.1997.9.8.1735.
 
     Example:
 

@@ -134,7 +134,8 @@ class LSTMCell(EarlyCast, keras.layers.LSTMCell):
         The output, `(batch, units)`, and the two new states, in the policy's compute dtype.
 
     References:
-        Hochreiter and Schmidhuber, Long Short-Term Memory, 1997.
+        Hochreiter and Schmidhuber, Long Short-Term Memory, 1997,
+        https://doi.org/10.1162/neco.1997.9.8.1735.
 
     Example:
 

@@ -33,7 +33,7 @@ class ActivityRegularization(keras.layers.ActivityRegularization):
         `(batch, ...)`, any float dtype.
 
     Output shape:
-        As the input.
+        As the input, in the policy's compute dtype; the penalty in `losses` is float32.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,

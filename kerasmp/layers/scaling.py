@@ -27,7 +27,7 @@ class Normalization(keras.layers.Normalization):
         As `axis` says; any dtype, also whole numbers.
 
     Output shape:
-        As the input.
+        As the input, in the policy's compute dtype.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,

@@ -29,6 +29,9 @@ def _activation(function: F) -> F:
 def sigmoid(x: Any) -> Any:
     """Return `1 / (1 + exp(-x))`.
 
+    Args:
+        x: A tensor of any shape and float dtype; the result has both.
+
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
         section 3.3 (what arithmetic float16 may do).
@@ -44,6 +47,9 @@ def sigmoid(x: Any) -> Any:
 @_activation
 def log_sigmoid(x: Any) -> Any:
     """Return `log(sigmoid(x))`.
+
+    Args:
+        x: A tensor of any shape and float dtype; the result has both.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -61,6 +67,9 @@ def log_sigmoid(x: Any) -> Any:
 def tanh(x: Any) -> Any:
     """Return the hyperbolic tangent.
 
+    Args:
+        x: A tensor of any shape and float dtype; the result has both.
+
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
         section 3.3 (what arithmetic float16 may do).
@@ -76,6 +85,9 @@ def tanh(x: Any) -> Any:
 @_activation
 def tanh_shrink(x: Any) -> Any:
     """Return `x - tanh(x)`.
+
+    Args:
+        x: A tensor of any shape and float dtype; the result has both.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -96,7 +108,7 @@ def gelu(x: Any, approximate: bool = False) -> Any:  # noqa: FBT001, FBT002 - as
     As in `keras.activations`, and not as in `keras.ops`, the default is the exact form.
 
     Args:
-        x: A tensor of any float dtype.
+        x: A tensor of any shape and float dtype; the result has both.
         approximate: Whether to use the approximation by tanh; default False.
 
     References:
@@ -114,6 +126,9 @@ def gelu(x: Any, approximate: bool = False) -> Any:  # noqa: FBT001, FBT002 - as
 def silu(x: Any) -> Any:
     """Return `x * sigmoid(x)`, which is also called swish.
 
+    Args:
+        x: A tensor of any shape and float dtype; the result has both.
+
     References:
         Ramachandran et al., Searching for Activation Functions, 2017,
         https://arxiv.org/abs/1710.05941.
@@ -130,6 +145,9 @@ def silu(x: Any) -> Any:
 def hard_silu(x: Any) -> Any:
     """Return `x * hard_sigmoid(x)`, which is also called hard swish.
 
+    Args:
+        x: A tensor of any shape and float dtype; the result has both.
+
     References:
         Howard et al., Searching for MobileNetV3, 2019, https://arxiv.org/abs/1905.02244.
 
@@ -144,6 +162,9 @@ def hard_silu(x: Any) -> Any:
 @_activation
 def mish(x: Any) -> Any:
     """Return `x * tanh(softplus(x))`.
+
+    Args:
+        x: A tensor of any shape and float dtype; the result has both.
 
     References:
         Misra, Mish: A Self Regularized Non-Monotonic Activation Function, 2019,
@@ -162,8 +183,11 @@ def glu(x: Any, axis: int = -1) -> Any:
     """Return one half of `x` times the sigmoid of the other.
 
     Args:
-        x: A tensor of any float dtype, of even length along `axis`.
+        x: A tensor of any shape and float dtype, of even length along `axis`.
         axis: The axis to halve; default the last.
+
+    Returns:
+        A tensor of half that length there, in the dtype of `x`.
 
     References:
         Dauphin et al., Language Modeling with Gated Convolutional Networks, 2016,
@@ -181,6 +205,9 @@ def glu(x: Any, axis: int = -1) -> Any:
 def softplus(x: Any) -> Any:
     """Return `log(exp(x) + 1)`.
 
+    Args:
+        x: A tensor of any shape and float dtype; the result has both.
+
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
         section 3.3 (what arithmetic float16 may do).
@@ -196,6 +223,9 @@ def softplus(x: Any) -> Any:
 @_activation
 def softsign(x: Any) -> Any:
     """Return `x / (abs(x) + 1)`.
+
+    Args:
+        x: A tensor of any shape and float dtype; the result has both.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -214,7 +244,7 @@ def squareplus(x: Any, b: float = 4) -> Any:
     """Return `(x + sqrt(x**2 + b)) / 2`.
 
     Args:
-        x: A tensor of any float dtype.
+        x: A tensor of any shape and float dtype; the result has both.
         b: The smoothness; default 4.
 
     References:
@@ -233,6 +263,9 @@ def squareplus(x: Any, b: float = 4) -> Any:
 def sparse_plus(x: Any) -> Any:
     """Return 0 up to -1, `(x + 1)**2 / 4` up to 1, and `x` from there.
 
+    Args:
+        x: A tensor of any shape and float dtype; the result has both.
+
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
         section 3.3 (what arithmetic float16 may do).
@@ -248,6 +281,9 @@ def sparse_plus(x: Any) -> Any:
 @_activation
 def sparse_sigmoid(x: Any) -> Any:
     """Return 0 up to -1, `(x + 1) / 2` up to 1, and 1 from there.
+
+    Args:
+        x: A tensor of any shape and float dtype; the result has both.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -266,7 +302,7 @@ def elu(x: Any, alpha: float = 1.0) -> Any:
     """Return `x` where it is positive, `alpha * (exp(x) - 1)` elsewhere.
 
     Args:
-        x: A tensor of any float dtype.
+        x: A tensor of any shape and float dtype; the result has both.
         alpha: The slope at 0 from below; default 1.
 
     References:
@@ -286,7 +322,7 @@ def celu(x: Any, alpha: float = 1.0) -> Any:
     """Return `x` where it is positive, `alpha * (exp(x / alpha) - 1)` elsewhere.
 
     Args:
-        x: A tensor of any float dtype.
+        x: A tensor of any shape and float dtype; the result has both.
         alpha: Minus the least value; default 1.
 
     References:
@@ -305,6 +341,9 @@ def celu(x: Any, alpha: float = 1.0) -> Any:
 def selu(x: Any) -> Any:
     """Return `1.0507 * elu(x, 1.6733)`.
 
+    Args:
+        x: A tensor of any shape and float dtype; the result has both.
+
     References:
         Klambauer et al., Self-Normalizing Neural Networks, 2017,
         https://arxiv.org/abs/1706.02515.
@@ -320,6 +359,9 @@ def selu(x: Any) -> Any:
 @_activation
 def exponential(x: Any) -> Any:
     """Return `exp(x)`.
+
+    Args:
+        x: A tensor of any shape and float dtype; the result has both.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,

@@ -85,6 +85,16 @@ class DotProductAttention(keras.Operation):
         flash_attention: Default None.
         attn_logits_soft_cap: Default None.
         **kwargs: As for `keras.Operation`: `name`.
+
+    References:
+        Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs/1706.03762.
+
+    Example:
+
+    >>> x = keras.ops.ones((1, 3, 2, 4), "float16")  # (batch, time, heads, depth)
+    >>> y = DotProductAttention(is_causal=True)(x, x, x)
+    >>> keras.backend.standardize_dtype(y.dtype), tuple(y.shape)
+    ('float16', (1, 3, 2, 4))
     """
 
     def __init__(

@@ -42,7 +42,10 @@ def categorical_crossentropy(
         axis: The axis of the classes; default the last.
 
     Returns:
-        A float32 tensor without that axis.
+        A tensor of the shape of `output` without `axis`; float32, or float64 if `output` is.
+
+    Raises:
+        ValueError: If the shapes differ.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -72,10 +75,13 @@ def sparse_categorical_crossentropy(
         target: Class numbers of any integer dtype, of the shape of `output` without `axis`.
         output: Predicted probabilities or logits, of any float dtype.
         from_logits: Whether `output` are logits, which is better; default False.
-        axis: The axis of the classes; default the last.
+        axis: The axis of the classes; default the last, the only one that TensorFlow and JAX take.
 
     Returns:
-        A float32 tensor without that axis.
+        A tensor of the shape of `output` without `axis`; float32, or float64 if `output` is.
+
+    Raises:
+        ValueError: If the shapes do not fit.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -107,7 +113,11 @@ def binary_crossentropy(
         from_logits: Whether `output` are logits, which is better; default False.
 
     Returns:
-        A float32 tensor of the shape of `output`: not averaged, as in `keras.ops`.
+        A tensor of the shape of `output`: not averaged, as in `keras.ops`; float32, or float64 if
+        `output` is.
+
+    Raises:
+        ValueError: If the shapes differ.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -133,6 +143,13 @@ def binary_focal_crossentropy(y_true: Any, y_pred: Any, **kwargs: Any) -> Any:
         y_pred: Predicted probabilities or logits, of any float dtype.
         **kwargs: As for Keras: `gamma`, `from_logits` and so on.
 
+    Returns:
+        The mean over the last axis, or over `axis`: a tensor of the shape of `y_pred` without it;
+        float32, or float64 if `y_pred` is.
+
+    Raises:
+        ValueError: If the shapes differ.
+
     References:
         Lin et al., Focal Loss for Dense Object Detection, 2017,
         https://arxiv.org/abs/1708.02002.
@@ -156,6 +173,10 @@ def categorical_focal_crossentropy(y_true: Any, y_pred: Any, **kwargs: Any) -> A
         y_pred: Predicted probabilities or logits, of any float dtype.
         **kwargs: As for Keras: `gamma`, `from_logits`, `axis` and so on.
 
+    Returns:
+        The sum over the last axis, or over `axis`: a tensor of the shape of `y_pred` without it;
+        float32, or float64 if `y_pred` is.
+
     References:
         Lin et al., Focal Loss for Dense Object Detection, 2017,
         https://arxiv.org/abs/1708.02002.
@@ -177,6 +198,10 @@ def kl_divergence(y_true: Any, y_pred: Any) -> Any:
     Args:
         y_true: Probabilities, of any dtype and the shape of `y_pred`.
         y_pred: Predicted probabilities, of any float dtype.
+
+    Returns:
+        The sum: a tensor of the shape of `y_pred` without its last axis;
+        float32, or float64 if `y_pred` is.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -200,6 +225,10 @@ def poisson(y_true: Any, y_pred: Any) -> Any:
         y_true: Counts, of any dtype and the shape of `y_pred`.
         y_pred: Predicted rates, of any float dtype.
 
+    Returns:
+        The mean: a tensor of the shape of `y_pred` without its last axis;
+        float32, or float64 if `y_pred` is.
+
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
         section 3.3 (what arithmetic float16 may do).
@@ -220,6 +249,10 @@ def mean_squared_error(y_true: Any, y_pred: Any) -> Any:
     Args:
         y_true: Targets, of any dtype and the shape of `y_pred`.
         y_pred: Predictions, of any float dtype.
+
+    Returns:
+        The mean: a tensor of the shape of `y_pred` without its last axis;
+        float32, or float64 if `y_pred` is.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -243,6 +276,10 @@ def mean_absolute_percentage_error(y_true: Any, y_pred: Any) -> Any:
         y_true: Targets, of any dtype and the shape of `y_pred`.
         y_pred: Predictions, of any float dtype.
 
+    Returns:
+        The mean, in percent: a tensor of the shape of `y_pred` without its last axis;
+        float32, or float64 if `y_pred` is.
+
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
         section 3.3 (what arithmetic float16 may do).
@@ -264,6 +301,10 @@ def squared_hinge(y_true: Any, y_pred: Any) -> Any:
     Args:
         y_true: Labels, -1 and 1 or 0 and 1, of any dtype and the shape of `y_pred`.
         y_pred: Predictions, of any float dtype.
+
+    Returns:
+        The mean: a tensor of the shape of `y_pred` without its last axis;
+        float32, or float64 if `y_pred` is (float32 on torch then, too).
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -289,6 +330,9 @@ def cosine_similarity(y_true: Any, y_pred: Any, axis: int = -1) -> Any:
         y_true: Vectors, of any dtype and the shape of `y_pred`.
         y_pred: Vectors, of any float dtype.
         axis: The axis of the vectors; default the last.
+
+    Returns:
+        A tensor of the shape of `y_pred` without `axis`; float32, or float64 if `y_pred` is.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,

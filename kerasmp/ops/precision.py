@@ -149,7 +149,7 @@ def in_float32(function: F) -> F:
             tensor. The other arguments are not cast.
 
     Returns:
-        The function with the same arguments.
+        The function with the same arguments, whose results have the shapes they had.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,

@@ -15,10 +15,13 @@ def sum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A001,
     """Return `keras.ops.sum`, summed in float32.
 
     Args:
-        x: A tensor of any shape and dtype; of floats the result has it too, of others it has that
-            of `keras.ops.sum`.
+        x: A tensor of any shape and dtype.
         axis: Axis or axes to sum over; default all.
         keepdims: Whether the axes stay, with length 1.
+
+    Returns:
+        A tensor without those axes, or with length 1 there if `keepdims`, in the dtype of `x` if
+        that is a float, else in that of `keras.ops.sum`: int8 and bool give int32.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -39,9 +42,13 @@ def mean(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT0
     """Return `keras.ops.mean`, summed in float32.
 
     Args:
-        x: A tensor of any dtype; the result has it too, if it is a float.
+        x: A tensor of any shape and dtype.
         axis: Axis or axes to average over; default all.
         keepdims: Whether the axes stay, with length 1.
+
+    Returns:
+        A tensor without those axes, or with length 1 there if `keepdims`, in the dtype of `x` if
+        that is a float, else in float32.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -62,9 +69,13 @@ def var(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT00
     """Return `keras.ops.var`, computed in float32.
 
     Args:
-        x: A tensor of any dtype; the result has it too, if it is a float.
+        x: A tensor of any shape and dtype.
         axis: Axis or axes to reduce; default all.
         keepdims: Whether the axes stay, with length 1.
+
+    Returns:
+        A tensor without those axes, or with length 1 there if `keepdims`, in the dtype of `x` if
+        that is a float, else in float32; on JAX and torch, in float32 for float64 too.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -87,9 +98,13 @@ def std(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT00
     Where all values are equal the gradient is 0, and not NaN.
 
     Args:
-        x: A tensor of any dtype; the result has it too, if it is a float.
+        x: A tensor of any shape and dtype.
         axis: Axis or axes to reduce; default all.
         keepdims: Whether the axes stay, with length 1.
+
+    Returns:
+        A tensor without those axes, or with length 1 there if `keepdims`, in the dtype of `x` if
+        that is a float, else in float32; on JAX and torch, in float32 for float64 too.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -113,8 +128,12 @@ def cumsum(x: Any, axis: int | None = None) -> Any:
     """Return `keras.ops.cumsum`, summed in float32.
 
     Args:
-        x: A tensor of any dtype; the result has it too.
+        x: A tensor of any shape and dtype.
         axis: Axis to sum along; default None, which flattens first.
+
+    Returns:
+        A tensor of the shape of `x`, or of one axis if `axis` is None, in the dtype of `x`, but of
+        bool in int32, and of float64 on torch in float32.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -135,9 +154,12 @@ def logsumexp(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa:
     """Return `keras.ops.logsumexp`, computed in float32.
 
     Args:
-        x: A tensor of any float dtype; the result has it too.
+        x: A tensor of any shape and float dtype.
         axis: Axis or axes to reduce; default all.
         keepdims: Whether the axes stay, with length 1.
+
+    Returns:
+        A tensor without those axes, or with length 1 there if `keepdims`, in the dtype of `x`.
 
     References:
         Blanchard et al., Accurately Computing the Log-Sum-Exp and Softmax Functions, 2021,
@@ -160,10 +182,15 @@ def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> A
     The gradient of a zero vector is 0, and not NaN.
 
     Args:
-        x: A tensor of any float dtype; the result has it too.
+        x: A tensor of any shape and float dtype.
         ord: The order, as for `keras.ops.norm`.
-        axis: Axis, or two axes of a matrix; default all.
+        axis: Axis, or two axes of a matrix; default all, which may be more than two only on JAX and
+            torch, and without `ord`.
         keepdims: Whether the axes stay, with length 1.
+
+    Returns:
+        A tensor without those axes, or with length 1 there if `keepdims`, in the dtype of `x`; on
+        JAX and torch, in float32 for float64.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -189,7 +216,7 @@ def normalize(x: Any, axis: Any = -1, order: int = 2, epsilon: float | None = No
     A zero vector stays zero, and its gradient is 0, not NaN.
 
     Args:
-        x: A tensor of any float dtype; the result has it too.
+        x: A tensor of any shape and float dtype; the result has both.
         axis: Axis or axes along which the length is 1; default the last.
         order: The order of the norm, an int of at least 1; default 2.
         epsilon: The least length by which is divided; default `keras.config.epsilon()`.
@@ -226,11 +253,15 @@ def average_pool(
 
     Args:
         inputs: A tensor of shape `(batch, ..., channels)`, or as `data_format` says, of any float
-            dtype; the result has it too.
+            dtype; one, two or three axes lie between.
         pool_size: The size of the window, an int or one for each dimension.
         strides: The steps of the window; default `pool_size`.
         padding: "valid" (default) or "same".
         data_format: "channels_last" or "channels_first"; default that of the Keras config.
+
+    Returns:
+        A tensor with as many positions along each axis as windows fit there, in the dtype of
+        `inputs`.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,

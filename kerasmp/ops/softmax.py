@@ -23,7 +23,7 @@ def softmax(x: Any, axis: Any = -1, mask: Any = None) -> Any:
     computed: over many classes take float32 logits, or `kerasmp.layers.DenseHead`.
 
     Args:
-        x: Logits of any float dtype; the result has it too.
+        x: Logits of any shape with an axis, and any float dtype; the result has both.
         axis: Axis or axes over which the probabilities sum to 1; default the last.
         mask: Booleans, or numbers, that broadcast to `x`: where False, the probability is 0. Where
             a mask leaves nothing, all probabilities are 0. Default None.
@@ -49,7 +49,7 @@ def log_softmax(x: Any, axis: Any = -1, mask: Any = None) -> Any:
     """Return `keras.ops.log_softmax`, computed in float32.
 
     Args:
-        x: Logits of any float dtype; the result has it too.
+        x: Logits of any shape with an axis, and any float dtype; the result has both.
         axis: Axis or axes over which the probabilities sum to 1; default the last.
         mask: Booleans, or numbers, that broadcast to `x`: where False, the result is -inf, the
             logarithm of 0, and the gradient is 0. Default None.

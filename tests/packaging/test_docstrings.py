@@ -4,6 +4,7 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
 import types
 
 import keras
@@ -50,6 +51,23 @@ def test_numerics_say_where_they_come_from(room):
 
 # Nothing of numerics is in them.
 PLAIN = {"LossScale", "NoLossScale", "resolve"}
+
+
+@pytest.mark.parametrize(
+    ("room", "parts"),
+    [
+        (kerasmp.layers, (">>> ", "Args:", "Output shape:")),
+        (kerasmp.ops, (">>> ", "Args:", "shape", "Returns:|the result has both")),
+    ],
+)
+def test_numerics_have_an_example_that_is_run_and_say_what_comes_in_and_out(room, parts):
+    bare = [
+        (name, part)
+        for name, thing in public(room)
+        for part in parts
+        if not re.search(part, thing.__doc__ or "")
+    ]
+    assert not bare
 
 
 def test_every_public_exception_says_what_it_means():
