@@ -27,6 +27,7 @@ _PRODUCTS = (
     keras.layers.Conv3DTranspose,
 )
 _RECURRENT = (keras.layers.SimpleRNNCell, keras.layers.LSTMCell, keras.layers.GRUCell)
+_MATRIX = 2  # axes; the kernels inside of attention have more
 # A stem takes what an image has, and a classifier what classes there are; padding pays from here.
 _STEM_CHANNELS = 4
 _LARGE_HEAD = 128
@@ -64,7 +65,8 @@ def _sizes(layer: Any, *, is_head: bool) -> Iterator[tuple[str, int]]:
     if isinstance(layer, _RECURRENT) and layer.built:
         yield "input size", layer.kernel.shape[0]
         yield "units", layer.units
-    if isinstance(layer, keras.layers.EinsumDense) and layer.built and len(layer.kernel.shape) == 2:  # noqa: PLR2004 - the parts of attention have more
+    einsum = isinstance(layer, keras.layers.EinsumDense) and layer.built
+    if einsum and len(layer.kernel.shape) == _MATRIX:
         yield from (("kernel size", size) for size in layer.kernel.shape)
     depthwise = getattr(layer, "groups", 1) > 1
     if not isinstance(layer, _PRODUCTS) or not layer.built or depthwise:

@@ -9,11 +9,11 @@ from typing import Any
 import keras
 
 from kerasmp.backend.keras_private import Functional, float16_layers, functional_init_arguments
-from kerasmp.backend.unscaled import trained_in_float16, unscaled_optimizers
 from kerasmp.errors import ArgumentTypeError, LossScaleWarning
 from kerasmp.model.float32 import at_least_float32, cast, float32_activity_regularizers
 from kerasmp.model.guards import with_guards
 from kerasmp.model.hints import dtype_hints
+from kerasmp.model.own_optimizers import trained_in_float16, unscaled_optimizers
 from kerasmp.model.steps import note_kerass_own
 from kerasmp.model.turning import class_between, loader, ours_for
 from kerasmp.optimizer import LossScaleOptimizer

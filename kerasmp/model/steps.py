@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp import backend
-from kerasmp.backend.unscaled import optimizers_of
 from kerasmp.model.hints import dtype_hints
+from kerasmp.model.own_optimizers import optimizers_of
 from kerasmp.optimizer import LossScaleOptimizer
 
 if TYPE_CHECKING:

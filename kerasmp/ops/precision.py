@@ -162,17 +162,20 @@ def in_float32(function: F) -> F:
     >>> float(variance(x))
     22496.0
     """
-    first = next(iter(inspect.signature(function).parameters))
 
     @functools.wraps(function)
     def wide(*args: Any, **kwargs: Any) -> Any:
-        x, *others = args or (kwargs.pop(first),)
+        x, *others = args or (kwargs.pop(_first_parameter(function)),)
         x = as_tensors(x)
         dtype = _leaves(x)[0].dtype
         outputs = function(widen(x), *others, **kwargs)
         return ops.cast(outputs, dtype) if is_narrow(dtype) else outputs
 
     return as_one_node(wide, function)  # type: ignore[return-value] # as in as_one_node
+
+
+def _first_parameter(function: Callable[..., Any]) -> str:
+    return next(iter(inspect.signature(function).parameters))
 
 
 def _leaves(x: Any) -> list[Any]:

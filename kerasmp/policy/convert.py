@@ -85,7 +85,7 @@ def convert(
     Raises:
         PolicyError: If the policy does not exist, two rules disagree, the model is not built, or
             weights would have to change their dtype. Nothing has changed then.
-        ArgumentTypeError: If `model` is none.
+        ArgumentTypeError: If `model` is no Keras model.
 
     Warns:
         LossScaleWarning: If a stock model that is compiled would train in float16 without scaling.

@@ -47,9 +47,9 @@ class RulesToFollow:
         present = [id(layer) for layer in flatten_layers(model)]
         if present == self._seen:
             return
-        self._seen = present
         rows = assign(model, self._policy)
         apply(model, [row for row in rows if row.before == self._policy.name])
+        self._seen = present  # now: rules that disagree are an error each time
 
 
 def _symbol(value: Any) -> Any:

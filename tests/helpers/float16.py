@@ -78,7 +78,9 @@ def assert_near_best(found, wanted, slack=0.0):
     `slack` is an absolute error that float32 has too.
     """
     of_ours, best = errors(found, wanted)
-    if best is None:
+    if best is None:  # nothing but zeros and subnormal numbers, of which the zeros have to be zeros
+        assert of_ours is None, "not finite"
+        assert not np.any(found[wanted == 0])
         return
     allowed = 4 * best + slack / (np.linalg.norm(wanted) or 1)
     assert of_ours <= allowed, f"error {of_ours:.3g}, best {best:.3g}"

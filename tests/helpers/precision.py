@@ -90,8 +90,11 @@ class Measured:
         nothing = [None] * len(names)
         columns = (found.get(c, nothing) for c in ("stock", "ours", "best"))
         rows = [
-            # Where the best overflows too, float16 has no answer.
-            Row(name, stock, ours, max(best, least)) if best not in {None, math.inf} else None
+            # Where the best overflows too, float16 has no answer; where all that is wanted is
+            # subnormal, any answer is good that is finite.
+            Row(name, stock, ours, max(best or 0.0, least))
+            if best != math.inf and not (best is None and ours != math.inf)
+            else None
             for name, stock, ours, best in zip(names, *columns, strict=True)
         ]
         forward, backward = rows[: len(outputs)], rows[len(outputs) :]

@@ -143,8 +143,9 @@ def test_rules_that_disagree_are_an_error_as_soon_as_layers_are_known():
     with pytest.raises(mp.errors.PolicyError, match="Two rules claim"):
         made_under(policy, functional_of_narrow)
     model = made_under(policy, OwnNarrow)
-    with pytest.raises(mp.errors.PolicyError, match="Two rules claim"):
-        model(X)
+    for _ in range(2):  # the second call does not go on without the rules
+        with pytest.raises(mp.errors.PolicyError, match="Two rules claim"):
+            model(X)
 
 
 def functional_of_narrow(module):

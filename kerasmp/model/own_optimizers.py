@@ -1,4 +1,4 @@
-"""Which optimizers of a model scale no loss, and which of its layers would need it."""
+"""The optimizers that a model keeps, those that scale no loss, and layers that would need it."""
 
 from __future__ import annotations
 
