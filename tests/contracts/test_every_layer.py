@@ -58,6 +58,17 @@ def takes(layer, name):
     return name in inspect.signature(layer.call).parameters
 
 
+def every_mode(classes):
+    """Return a mark for each class with `training` both ways, or once if it does not take it."""
+    cases = [
+        pytest.param(cls, training, id=f"{name}-{training}")
+        for name, cls in classes.items()
+        for training in (True, False)
+        if takes(cls, "training") or not training
+    ]
+    return pytest.mark.parametrize(("cls", "training"), cases)
+
+
 def symbols(case, dtype="float32", *, free=False):
     return [
         keras.Input(
@@ -139,10 +150,15 @@ def test_no_layer_is_forgotten():
     assert not [name for name in [*STOCK, *OURS] if name not in CASES]
 
 
-@every(RIGHT)
-def test_a_float16_step_of_stock_keras_is_a_float32_step(cls):
-    # A random layer draws other numbers in another dtype.
-    compare_dtypes(cls, **mode(cls, training=cls.__name__ not in RANDOM))
+# A random layer draws other numbers in another dtype.
+@every_mode({name: cls for name, cls in RIGHT.items() if name not in RANDOM})
+def test_a_float16_step_of_stock_keras_is_a_float32_step(cls, training):
+    compare_dtypes(cls, **mode(cls, training))
+
+
+@every({name: cls for name, cls in RIGHT.items() if name in RANDOM})
+def test_so_is_that_of_a_random_layer_which_does_not_train(cls):
+    compare_dtypes(cls, **mode(cls, training=False))
 
 
 @every({name: STOCK[name] for name in WRONG})
@@ -152,15 +168,7 @@ def test_where_stock_keras_is_wrong_it_still_is(cls):
         compare_dtypes(cls, **mode(cls, training=True))
 
 
-@pytest.mark.parametrize(
-    ("cls", "training"),
-    [
-        pytest.param(cls, training, id=f"{name}-{training}")
-        for name, cls in OURS.items()
-        for training in (True, False)
-        if takes(cls, "training") or not training
-    ],
-)
+@every_mode(OURS)
 def test_a_float16_step_of_ours_is_a_float32_step(cls, training):
     compare_dtypes(cls, **mode(cls, training))
 
