@@ -2,6 +2,7 @@
 
 from kerasmp import errors, layers, loss_scale, ops
 from kerasmp.callbacks import OverflowMonitor
+from kerasmp.conversion import convert
 from kerasmp.diagnosis import Finding, LintReport, lint
 from kerasmp.loss_scale import (
     DynamicLossScale,
@@ -15,7 +16,6 @@ from kerasmp.model import Model, Sequential
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.policy import (
     Policy,
-    convert,
     global_policy,
     policy_scope,
     recommend_policy,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from kerasmp.policy.convert import ConversionReport, convert
 from kerasmp.policy.hardware import Recommendation, recommend_policy
 from kerasmp.policy.policy import Policy
 from kerasmp.policy.scope import global_policy, policy_scope, set_global_policy
 
 __all__ = [
-    "ConversionReport",
     "Policy",
     "Recommendation",
-    "convert",
     "global_policy",
     "policy_scope",
     "recommend_policy",
