@@ -15,6 +15,7 @@ from kerasmp.loss_scale import (
 from kerasmp.model import Model, Sequential
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.policy import (
+    LayerPolicies,
     Policy,
     global_policy,
     policy_scope,
@@ -28,6 +29,7 @@ __all__ = [
     "DynamicLossScale",
     "Finding",
     "FixedLossScale",
+    "LayerPolicies",
     "LintReport",
     "LogMaxLossScale",
     "LossScale",

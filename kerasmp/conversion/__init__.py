@@ -1,5 +1,6 @@
 """A model that exists into another policy, and back."""
 
-from kerasmp.conversion.convert import ConversionReport, convert
+from kerasmp.conversion.convert import convert
+from kerasmp.conversion.report import ConversionReport, ConvertedLayer
 
-__all__ = ["ConversionReport", "convert"]
+__all__ = ["ConversionReport", "ConvertedLayer", "convert"]

@@ -14,11 +14,12 @@ from kerasmp.model.float32 import at_least_float32, cast, float32_activity_regul
 from kerasmp.model.guards import with_guards
 from kerasmp.model.hints import dtype_hints
 from kerasmp.model.own_optimizers import trained_in_float16, unscaled_optimizers
+from kerasmp.model.saved import take_up, with_extras, without_extras
 from kerasmp.model.steps import note_kerass_own
 from kerasmp.model.turning import class_between, loader, ours_for
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.policy import Policy, global_policy
-from kerasmp.policy.follow import RulesToFollow
+from kerasmp.policy.follow import PoliciesToFollow, RulesToFollow
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -57,7 +58,10 @@ class Model(keras.Model):
     optimizer: Any
     _auto_scale_loss = True
     _output_dtype: str | None = None
-    _rules = RulesToFollow(Policy("float32"))  # none: those of a model that was turned into ours
+    _keeps_layer_policies = False  # whether files say the policy of each layer, inner ones too
+    _rules: RulesToFollow | PoliciesToFollow = RulesToFollow(
+        Policy("float32")
+    )  # none: those of a model that was turned into ours
     _guards_steps = False
     _looked_for_late_layers = False
 
@@ -83,6 +87,7 @@ class Model(keras.Model):
         policy = global_policy()
         self._output_dtype = policy.output_dtype
         self._rules = RulesToFollow(policy)
+        self._keeps_layer_policies = self._rules.any
         self._rules.follow(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,22 +109,23 @@ class Model(keras.Model):
         return keras.tree.map_structure(functools.partial(cast, dtype=self._output_dtype), outputs)
 
     def get_config(self) -> dict[str, Any]:
-        """Return the parent's config, and the dtype of the outputs where a policy gave one."""
-        config: dict[str, Any] = super().get_config()
-        if self._output_dtype is not None:
-            config = {**config, "output_dtype": self._output_dtype}
-        return config
+        """Return the parent's config, and what else a model of ours has to keep."""
+        return with_extras(super().get_config(), self)
 
     @classmethod
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> Any:
         """Return the model that `get_config` described."""
-        config = dict(config)
-        output_dtype = config.pop("output_dtype", None)
+        config, extras = without_extras(config)
         model = super().from_config(config, custom_objects=custom_objects)
-        model._output_dtype = output_dtype  # noqa: SLF001 - not the global policy of this moment
+        take_up(model, extras)
         return model
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Build the model; layers that come only now follow what the file says of them."""
+        super().build_from_config(config)
+        self._rules.follow(self)
 
     @classmethod
     def from_keras(cls, model: Any, *, auto_scale_loss: bool = True) -> Any:

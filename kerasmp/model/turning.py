@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from kerasmp.model.saved import KEY, take_up, without_extras
 from kerasmp.optimizer import LossScaleOptimizer
 
 if TYPE_CHECKING:
@@ -52,14 +53,14 @@ def class_between(theirs: Any, ours: Any, turn: Callable[[Any], Any]) -> Any:
     """
 
     def get_config(self: Any) -> dict[str, Any]:
-        return {
-            "stock": {
-                "module": theirs.__module__,
-                "class_name": theirs.__name__,
-                "registered_name": keras.saving.get_registered_name(theirs),
-                "config": super(between, self).get_config(),
-            }
+        config, extras = without_extras(super(between, self).get_config())
+        stock = {
+            "module": theirs.__module__,
+            "class_name": theirs.__name__,
+            "registered_name": keras.saving.get_registered_name(theirs),
+            "config": config,
         }
+        return {"stock": stock, KEY: extras}
 
     names = {
         "__module__": theirs.__module__,
@@ -85,7 +86,9 @@ def loader(turn: Callable[[Any], Any]) -> Any:
 
 def _loading(turn: Callable[[Any], Any]) -> Any:
     def from_config(_: Any, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        return turn(keras.saving.deserialize_keras_object(config["stock"], custom_objects))
+        model = turn(keras.saving.deserialize_keras_object(config["stock"], custom_objects))
+        take_up(model, config.get(KEY, {}))
+        return model
 
     return classmethod(from_config)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from kerasmp.policy.hardware import Recommendation, recommend_policy
+from kerasmp.policy.layer_policies import LayerPolicies
 from kerasmp.policy.policy import Policy
 from kerasmp.policy.scope import global_policy, policy_scope, set_global_policy
 
 __all__ = [
+    "LayerPolicies",
     "Policy",
     "Recommendation",
     "global_policy",

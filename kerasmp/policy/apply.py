@@ -7,16 +7,12 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp.backend.keras_graph import policy_of, refresh_symbolic_dtypes, set_policy
-from kerasmp.backend.keras_private import flatten_layers
 from kerasmp.errors import PolicyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kerasmp.policy.assign import Assignment
-
-# The compiled steps that Keras keeps: they would go on in the dtypes of before.
-_COMPILED = ("train_function", "test_function", "predict_function")
 
 
 def apply(model: Any, assignments: Iterable[Assignment]) -> list[tuple[Any, keras.DTypePolicy]]:
@@ -57,18 +53,6 @@ def put_back(model: Any, changed: Iterable[tuple[Any, keras.DTypePolicy]]) -> No
     for layer, policy in pairs:
         set_policy(layer, policy)
     _renew(model, [layer for layer, _ in pairs])
-
-
-def forget_compiled_steps(model: Any) -> None:
-    """Let a model, and all models inside it, compile their steps anew.
-
-    Args:
-        model: The model.
-    """
-    for layer in flatten_layers(model):
-        if isinstance(layer, keras.Model):
-            for name in _COMPILED:
-                setattr(layer, name, None)
 
 
 def _check_variables(row: Assignment) -> None:

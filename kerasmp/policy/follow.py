@@ -12,6 +12,7 @@ from kerasmp.policy.apply import apply
 from kerasmp.policy.assign import assign
 
 if TYPE_CHECKING:
+    from kerasmp.policy.layer_policies import LayerPolicies
     from kerasmp.policy.policy import Policy
 
 
@@ -27,7 +28,7 @@ class RulesToFollow:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._rules_at_all = any(not what.startswith("output=") for what in policy.beyond_keras)
+        self.any = any(not what.startswith("output=") for what in policy.beyond_keras)
         self._seen: list[int] = []
 
     def follow(self, model: Any, *inputs: Any) -> None:
@@ -37,19 +38,49 @@ class RulesToFollow:
             model: The model.
             *inputs: What it is about to be called with; builds the model where it is not built.
         """
-        if not self._rules_at_all:
+        if not self.any:
             return
-        if inputs and not model.built:
-            # Layers make parts of their own when they are built, attention its softmax.
-            # What cannot be traced is built by the call itself, as in Keras, and followed after it.
-            with contextlib.suppress(Exception):
-                keras.Model.__call__(model, *keras.tree.map_structure(_symbol, inputs))
+        _build(model, inputs)
         present = [id(layer) for layer in flatten_layers(model)]
         if present == self._seen:
             return
         rows = assign(model, self._policy)
         apply(model, [row for row in rows if row.before == self._policy.name])
         self._seen = present  # now: rules that disagree are an error each time
+
+
+class PoliciesToFollow:
+    """The policies that the layers of one model had when it was saved; to be followed once.
+
+    Args:
+        policies: The policies.
+    """
+
+    def __init__(self, policies: LayerPolicies) -> None:
+        self.waiting: LayerPolicies | None = policies
+
+    def follow(self, model: Any, *inputs: Any) -> None:
+        """Give the layers their policies, if the model is built.
+
+        Args:
+            model: The model.
+            *inputs: What it is about to be called with; builds the model where it is not built.
+        """
+        if self.waiting is None:
+            return
+        _build(model, inputs)
+        # Keras says that it has built the model of a file only afterwards.
+        if model.built or all(part.built for part in flatten_layers(model) if part is not model):
+            apply(model, self.waiting.assign(model))
+            self.waiting = None
+
+
+def _build(model: Any, inputs: tuple[Any, ...]) -> None:
+    """Build a model that is not, as layers make parts of their own then, attention its softmax."""
+    if inputs and not model.built:
+        # What cannot be traced is built by the call itself, as in Keras, and followed after it.
+        with contextlib.suppress(Exception):
+            keras.Model.__call__(model, *keras.tree.map_structure(_symbol, inputs))
 
 
 def _symbol(value: Any) -> Any:

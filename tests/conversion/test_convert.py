@@ -164,9 +164,12 @@ def test_the_report_names_the_exceptions_and_their_reasons():
         [keras.Input((4,)), layers.Dense(4), layers.Softmax(name="soft"), layers.Dense(2)]
     )
     text = str(mp.convert(model, dry_run=True))
-    assert "1 layers mixed_float16, 2 otherwise" in text
-    assert "soft: float32" in text
-    assert "hazard" in text
+    lines = [line.split() for line in text.splitlines()]
+    assert text.startswith(f"{model.name}: 2 float32, 1 mixed_float16; 1 changed")
+    assert ["layer", "class", "before", "after", "why"] in lines
+    (soft,) = [line for line in lines if line[:1] == ["soft"]]
+    assert soft[1:4] == ["Softmax", "float32", "float32"]
+    assert soft[-5:] == ["(hazards", "3,", "14,", "18,", "19)"]
 
 
 def test_rules_of_the_policy_and_of_the_call_are_put_together():
@@ -223,16 +226,6 @@ def test_a_layer_that_cannot_be_called_leaves_the_model_as_it_was():
     assert model.layers[0].output.dtype == "float32"
 
 
-def test_a_compiled_stock_model_without_scaling_earns_a_warning():
-    model = sequential()
-    model.compile("sgd", "mse")
-    with pytest.warns(mp.errors.LossScaleWarning, match="Compile it again"):
-        mp.convert(model).restore()
-    mp.convert(model, "mixed_bfloat16").restore()
-    model.compile(mp.LossScaleOptimizer("sgd"), "mse")
-    mp.convert(model)
-
-
 def test_our_models_wrap_their_optimizer_by_themselves_and_follow_the_output():
     model = mp.Sequential(sequential().layers)
     model(X)
@@ -245,9 +238,14 @@ def test_our_models_wrap_their_optimizer_by_themselves_and_follow_the_output():
     assert model.predict(X, verbose=0).dtype == np.float32
 
 
-def test_stock_models_cannot_follow_the_output():
-    with pytest.warns(mp.errors.PolicyWarning, match="output=float32"):
-        mp.convert(sequential(), "compute=float16,output=float32")
+def test_stock_models_follow_the_output_too():
+    model = sequential()
+    report = mp.convert(model, "compute=float16,output=float32", rules=None)
+    assert model.layers[-1].compute_dtype == "float16"
+    assert model.predict(X, verbose=0).dtype == "float32"
+    report.restore()
+    assert type(model) is keras.Sequential
+    assert model.predict(X, verbose=0).dtype == "float32"
 
 
 def test_restore_puts_the_output_dtype_back_where_no_layer_changed():
@@ -287,3 +285,157 @@ def test_ops_in_a_functional_model_follow(function, tmp_path):
         model.save(tmp_path / "model.keras")
         loaded = keras.models.load_model(tmp_path / "model.keras")
         np.testing.assert_array_equal(*map(ops.convert_to_numpy, (loaded(x), model(x))))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [("sequental/dense", "sequential/dense"), ("dens", "sequential/dense"), ("xyz.*", None)],
+)
+def test_a_pattern_that_matches_nothing_is_an_error_with_near_matches(pattern, near):
+    dense = layers.Dense(2, name="dense")
+    model = keras.Sequential([keras.Input((4,)), dense, layers.ReLU()], name="sequential")
+    with pytest.raises(mp.errors.PolicyError, match="no layer in the model") as caught:
+        mp.convert(model, rules={pattern: "float32"})
+    assert repr(pattern) in str(caught.value)
+    assert ("such as" in str(caught.value)) is (near is not None)
+    assert near is None or repr(near) in str(caught.value)
+    assert dense.compute_dtype == "float32"
+    assert type(model) is keras.Sequential
+    report = mp.convert(model, rules={"sequential/.*": "float32", layers.GRU: "float32"})
+    assert "no layer is a GRU, as a rule says" in report.notes
+
+
+def compiled(optimizer):
+    keras.utils.set_random_seed(0)
+    model = sequential()
+    model.compile(optimizer, "mse")
+    model.fit(X, np.ones((8, 3)), verbose=0, epochs=2)
+    return model
+
+
+def test_a_compiled_optimizer_is_wrapped_with_its_state_and_taken_out_again():
+    model = compiled("adam")
+    adam = model.optimizer
+    state = [keras.ops.convert_to_numpy(v.value) for v in adam.variables]
+    report = mp.convert(model)
+    assert isinstance(model, mp.Sequential)
+    assert isinstance(model.optimizer, mp.LossScaleOptimizer)
+    assert model.optimizer.inner_optimizer is adam
+    for variable, before in zip(adam.variables, state, strict=True):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable.value), before)
+    assert any("the optimizer Adam is inside" in note for note in report.notes)
+    model.fit(X, np.ones((8, 3)), verbose=0)
+    steps = 2 + int(model.optimizer.applied_steps)
+    assert int(adam.iterations) == steps
+    report.restore()
+    assert model.optimizer is adam
+    assert type(model) is keras.Sequential
+    model.fit(X, np.ones((8, 3)), verbose=0)
+    assert int(adam.iterations) == steps + 1
+
+
+def test_stock_keras_wrapper_is_replaced_with_its_scale_and_comes_back():
+    model = compiled(
+        keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(), initial_scale=512.0)
+    )
+    stock = model.optimizer
+    report = mp.convert(model)
+    assert isinstance(model.optimizer, mp.LossScaleOptimizer)
+    assert model.optimizer.loss_scale == 512
+    report.restore()
+    assert model.optimizer is stock
+
+
+def test_ours_stays_and_so_does_what_the_user_compiles_afterwards():
+    model = compiled(mp.LossScaleOptimizer("sgd", loss_scale=8.0))
+    optimizer = model.optimizer
+    report = mp.convert(model)
+    assert model.optimizer is optimizer
+    assert report.notes == ()
+    model.compile("adam", "mse")
+    assert isinstance(model.optimizer, mp.LossScaleOptimizer)
+    later = model.optimizer
+    report.restore()
+    assert model.optimizer is later
+    assert type(model) is keras.Sequential
+
+
+def test_bfloat16_needs_no_scale():
+    model = compiled("adam")
+    adam = model.optimizer
+    assert mp.convert(model, "mixed_bfloat16").notes == ()
+    assert model.optimizer is adam
+
+
+def test_optimizers_of_the_users_own_are_named():
+    class Adversarial(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(3)
+
+        def call(self, x):
+            return self.dense(x)
+
+        def compile(self, first, second):
+            super().compile(loss="mse")
+            self.first, self.second = first, second
+
+    model = Adversarial()
+    model(X)
+    model.compile(keras.optimizers.SGD(), mp.LossScaleOptimizer("sgd"))
+    with pytest.warns(mp.errors.LossScaleWarning, match=r"its optimizers \(first\)"):
+        report = mp.convert(model, rules=None)
+    assert any("nothing scales the loss of first" in note for note in report.notes)
+
+
+def test_a_failure_after_the_layers_have_changed_leaves_the_model_as_it_was(monkeypatch):
+    model = compiled("adam")
+    before, adam = model.predict(X, verbose=0), model.optimizer
+
+    def broken(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mp.Model, "_scale_as_turned", broken)
+    with pytest.raises(KeyboardInterrupt):
+        mp.convert(model)
+    assert type(model) is keras.Sequential
+    assert model.optimizer is adam
+    assert "_keeps_layer_policies" not in vars(model)
+    assert {layer.compute_dtype for layer in flatten_layers(model)} == {"float32"}
+    np.testing.assert_array_equal(model.predict(X, verbose=0), before)
+
+
+def test_a_dry_run_keeps_what_is_compiled():
+    model = compiled("adam")
+    model.predict(X, verbose=0)
+    steps = model.train_function, model.predict_function
+    assert None not in steps
+    mp.convert(model, dry_run=True)
+    assert (model.train_function, model.predict_function) == steps
+    assert isinstance(model.optimizer, keras.optimizers.Adam)
+
+
+def test_a_tensor_that_a_layer_made_when_it_was_built_is_named():
+    class Shifted(layers.Layer):
+        def build(self, _):
+            self.shift = ops.ones((4,), dtype=self.compute_dtype)
+
+        def call(self, x):
+            return x + ops.cast(self.shift, x.dtype)
+
+    model = keras.Sequential([keras.Input((4,)), Shifted(name="shifted"), layers.ReLU()])
+    notes = mp.convert(model).notes
+    assert len(notes) == 1
+    assert "made the tensor `shift` in float32" in notes[0]
+    assert not mp.convert(model).notes
+
+
+def test_clones_and_copies_keep_the_policies(tmp_path):
+    model = functional()
+    mp.convert(model)
+    dtypes = [layer.compute_dtype for layer in flatten_layers(model)]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    copied = type(model).from_config(model.get_config())
+    for other in (loaded, copied):
+        assert [layer.compute_dtype for layer in flatten_layers(other)] == dtypes

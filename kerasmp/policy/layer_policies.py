@@ -1,0 +1,172 @@
+"""The policy of each layer of a model, as text: to read, to keep with a project, to apply again."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import keras
+
+from kerasmp.backend.keras_graph import policy_of
+from kerasmp.errors import ArgumentTypeError, PolicyError
+from kerasmp.policy.assign import Assignment
+from kerasmp.policy.places import places
+
+_INDENT = "  "
+_LINE = re.compile(r"( *)(.*) \(([^()]*)\): (\S+)")
+_EXPECTED = '"name (Class): policy" in each line, two blanks further in for what a layer holds'
+
+
+class LayerPolicy(NamedTuple):
+    """One layer and its policy.
+
+    Args:
+        depth: How many layers and models hold it; 0 for the model.
+        name: Its name.
+        class_name: The name under which Keras knows its class.
+        policy: The name of its Keras policy.
+    """
+
+    depth: int
+    name: str
+    class_name: str
+    policy: str
+
+    def __str__(self) -> str:
+        return f"{_INDENT * self.depth}{self.name} ({self.class_name}): {self.policy}"
+
+
+class LayerPolicies(tuple[LayerPolicy, ...]):
+    """The policy of each layer of a model, the model's own first, holders before what they hold.
+
+    `str()` is one line for each, which `LayerPolicies.parse` reads back. Layers are found by where
+    they stand: Keras numbers automatic names anew, and gives some inner layers no path. The class
+    must be the same, and the name too but for a number at its end.
+
+    Example:
+
+    >>> inputs = keras.Input((4,))
+    >>> outputs = keras.layers.Dense(2, name="out", dtype="float32")(inputs)
+    >>> model = keras.Model(inputs, outputs, name="net")
+    >>> print(LayerPolicies.of(model))
+    net (Functional): float32
+      out (Dense): float32
+    >>> LayerPolicies.parse(str(LayerPolicies.of(model))) == LayerPolicies.of(model)
+    True
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, model: Any) -> LayerPolicies:
+        """Return the policies that a model's layers have now.
+
+        Args:
+            model: A built model.
+        """
+        return cls(
+            LayerPolicy(depth, layer.name, _class_name(layer), policy_of(layer).name)
+            for layer, _, depth in _with_depths(model)
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> LayerPolicies:
+        """Read what `str()` wrote. Empty lines and lines that begin with "#" are passed over.
+
+        Args:
+            text: The text.
+
+        Raises:
+            ArgumentTypeError: If `text` is no string.
+            PolicyError: If a line is not of that form, or a policy does not exist.
+        """
+        if not isinstance(text, str):
+            raise ArgumentTypeError(
+                "Layer policies are read from text.",
+                received=f"{text!r}, a {type(text).__name__}",
+                expected="a string",
+                fix="Path(file).read_text() is one.",
+            )
+        lines = enumerate(text.splitlines(), 1)
+        rows = [_read(n, line) for n, line in lines if line.strip() and line[0] != "#"]
+        if not rows:
+            raise PolicyError("There is no line in the text.", expected=_EXPECTED)
+        return cls(rows)
+
+    def assign(self, model: Any) -> list[Assignment]:
+        """Decide as `kerasmp.policy.assign.assign` does, from these policies.
+
+        Args:
+            model: A built model.
+
+        Returns:
+            One row for the model and for each layer in it.
+
+        Raises:
+            PolicyError: If the model's layers are not those that the policies are of.
+        """
+        present = list(_with_depths(model))
+        for wanted, (layer, place, depth) in zip(self, present, strict=False):
+            found = (depth, _plain(layer.name), _class_name(layer))
+            # What the model itself is called, and whether it is one of ours, is the same to us.
+            if depth and found != (wanted.depth, _plain(wanted.name), wanted.class_name):
+                raise _misfit(str(wanted).strip(), f'"{place.path}" ({_class_name(layer)})')
+        if len(present) > len(self):
+            layer, place, _ = present[len(self)]
+            raise _misfit("no further layer", f'"{place.path}" ({_class_name(layer)})')
+        if len(present) < len(self):
+            raise _misfit(str(self[len(present)]).strip(), "no further layer")
+        return [
+            Assignment(layer, place.path, policy_of(layer).name, wanted.policy, "the text")
+            for wanted, (layer, place, _) in zip(self, present, strict=True)
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+
+def _with_depths(model: Any) -> Any:
+    depths = {id(None): -1}
+    for layer, place in places(model):
+        depths[id(layer)] = depths[id(place.holder)] + 1
+        if not isinstance(layer, keras.layers.InputLayer):
+            yield layer, place, depths[id(layer)]
+
+
+def _class_name(layer: Any) -> str:
+    return str(keras.saving.get_registered_name(type(layer)))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"_\d+$", "", name)
+
+
+def _read(number: int, line: str) -> LayerPolicy:
+    match = _LINE.fullmatch(line.rstrip())
+    if match is None:
+        raise PolicyError(
+            f"Line {number} names no layer and policy.",
+            received=repr(line),
+            expected=_EXPECTED,
+            fix="print(report.layer_policies) shows such a text.",
+        )
+    blanks, name, class_name, policy = match.groups()
+    try:
+        keras.dtype_policies.get(policy)
+    except (TypeError, ValueError) as error:
+        raise PolicyError(
+            f"Keras does not know the policy in line {number}.",
+            received=repr(policy),
+            expected='a name such as "mixed_float16"',
+            fix=f"Keras says: {error}",
+        ) from error
+    return LayerPolicy(len(blanks) // len(_INDENT), name, class_name, policy)
+
+
+def _misfit(wanted: str, found: str) -> PolicyError:
+    return PolicyError(
+        "The policies are not those of this model: layers differ.",
+        received=f"a model with {found}",
+        expected=f"{wanted}, at this place",
+        fix="Convert by rules, and write down report.layer_policies anew.",
+    )

@@ -1,0 +1,114 @@
+"""Models of several kinds, converted and trained, saved here and loaded in another process."""
+
+import re
+from pathlib import Path
+
+import keras
+import numpy as np
+
+import kerasmp as mp
+
+
+layers = keras.layers
+X = np.random.default_rng(0).normal(size=(4, 6, 4)).astype("float32")
+Y = np.zeros((4, 3), "float32")
+
+
+def attention():
+    inputs = keras.Input((6, 4))
+    x = layers.MultiHeadAttention(2, 4)(inputs, inputs)
+    x = layers.GroupQueryAttention(4, 2, 1)(x, x)
+    x = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
+    return keras.Model(inputs, layers.Dense(3)(x))
+
+
+def recurrent():
+    inputs = keras.Input((6, 4))
+    x = layers.Bidirectional(layers.LSTM(2, return_sequences=True))(inputs)
+    x = layers.TimeDistributed(layers.Dense(3, activation="softmax"))(x)
+    x = layers.SpectralNormalization(layers.Dense(4))(x)
+    x = layers.RNN([layers.GRUCell(2), layers.SimpleRNNCell(2)])(x)
+    return keras.Model(inputs, layers.Dense(3)(x))
+
+
+def nested():
+    inner = keras.Sequential(
+        [keras.Input((6, 4)), layers.Dense(4, activation="gelu"), layers.UnitNormalization()]
+    )
+    return keras.Sequential(
+        [keras.Input((6, 4)), inner, layers.Flatten(), layers.BatchNormalization(), layers.Dense(3)]
+    )
+
+
+@keras.saving.register_keras_serializable("converted")
+class Block(layers.Layer):
+    """A user's layer with layers in a list."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.parts = [layers.Dense(4, activation="relu"), layers.Softmax()]
+
+    def build(self, shape):
+        self.parts[0].build(shape)
+        self.parts[1].build(shape)
+
+    def call(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+@keras.saving.register_keras_serializable("converted")
+class Net(keras.Model):
+    """A user's model with attention inside, which makes its softmax when it is built."""
+
+    def __init__(self, units=3, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+        self.attend = layers.MultiHeadAttention(2, 4)
+        self.block = Block()
+        self.flatten = layers.Flatten()
+        self.dense = layers.Dense(units)
+
+    def call(self, x):
+        return self.dense(self.flatten(self.block(self.attend(x, x))))
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+
+
+def subclassed():
+    model = Net()
+    model(X)
+    return model
+
+
+KINDS = {"attention": attention, "recurrent": recurrent, "nested": nested, "subclassed": subclassed}
+
+
+def facts(model):
+    """Return what must be the same after loading."""
+    values = [keras.ops.convert_to_numpy(v.value) for v in model.optimizer.variables]
+    return {
+        "class": type(model).__name__,
+        # Keras numbers the parts of a user's model anew.
+        "policies": re.sub(r"_\d+ \(", " (", str(mp.LayerPolicies.of(model))),
+        "symbolic": [out.dtype for out in model.outputs] if hasattr(model, "outputs") else None,
+        "optimizer": type(model.optimizer).__name__,
+        "scale": model.optimizer.loss_scale,
+        "values": [np.asarray(value, "float64").tolist() for value in values],
+        "outputs": keras.ops.convert_to_numpy(model(X)).astype("float64").tolist(),
+    }
+
+
+def save(model, path):
+    """Train one step and save; return the facts."""
+    model.fit(X, Y, verbose=0)
+    model.save(path)
+    return facts(model)
+
+
+def load(folder, policy):
+    """Return the facts of all kinds, loaded under a global policy."""
+    keras.config.set_dtype_policy(policy)
+    return {kind: facts(keras.models.load_model(Path(folder, f"{kind}.keras"))) for kind in KINDS}
