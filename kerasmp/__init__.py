@@ -2,7 +2,7 @@
 
 from kerasmp import errors, layers, loss_scale, ops
 from kerasmp.callbacks import OverflowMonitor
-from kerasmp.conversion import convert
+from kerasmp.conversion import convert, save_for_stock_keras
 from kerasmp.diagnosis import Finding, LintReport, lint
 from kerasmp.loss_scale import (
     DynamicLossScale,
@@ -49,5 +49,6 @@ __all__ = [
     "ops",
     "policy_scope",
     "recommend_policy",
+    "save_for_stock_keras",
     "set_global_policy",
 ]

@@ -8,7 +8,6 @@ import numpy as np
 
 import kerasmp as mp
 
-
 layers = keras.layers
 X = np.random.default_rng(0).normal(size=(4, 6, 4)).astype("float32")
 Y = np.zeros((4, 3), "float32")

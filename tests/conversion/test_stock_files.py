@@ -1,0 +1,78 @@
+"""Files for places without kerasmp: they load with stock Keras alone, or are refused."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import converted, processes, stock_only
+
+import kerasmp as mp
+
+layers = keras.layers
+ATTENTION = (layers.MultiHeadAttention, layers.GroupQueryAttention)
+
+
+@pytest.mark.parametrize("kind", ["nested", "recurrent"])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_stock_keras_loads_it_and_computes_the_same(kind, policy, tmp_path):
+    model = converted.KINDS[kind]()
+    model.compile("adam", "mse")
+    mp.convert(model)
+    model.fit(converted.X, converted.Y, verbose=0)
+    path = tmp_path / "model.keras"
+    mp.save_for_stock_keras(model, path)
+    dtypes, outputs = processes.call("helpers.stock_only:load", path=str(path), policy=policy)
+    assert dtypes == stock_only.dtypes_of(model)
+    wanted = keras.ops.convert_to_numpy(model(converted.X)).astype("float64")
+    np.testing.assert_array_equal(np.asarray(outputs), wanted)
+    assert isinstance(model.optimizer, mp.LossScaleOptimizer)  # and the model is what it was
+
+
+@pytest.mark.parametrize("kind", ["attention", "subclassed"])
+def test_parts_that_keras_would_load_otherwise_are_named(kind, tmp_path):
+    model = converted.KINDS[kind]()
+    mp.convert(model)
+    # A class of the user's own says nothing of its parts, whose policy is then the global one.
+    named = {"attention": 'query" .* "float32", loaded', "subclassed": "attention"}[kind]
+    with pytest.raises(mp.errors.PolicyError, match=named):
+        mp.save_for_stock_keras(model, tmp_path / "model.keras")
+    assert not (tmp_path / "model.keras").exists()
+    if kind == "attention":
+        mp.convert(model, rules=["safe", dict.fromkeys(ATTENTION, "float32")])
+        mp.save_for_stock_keras(model, tmp_path / "model.keras")
+
+
+def test_layers_of_ours_and_outputs_are_named(tmp_path):
+    path = tmp_path / "model.keras"
+    model = keras.Sequential([keras.Input((4,)), mp.layers.DenseHead(2, name="head")])
+    with pytest.raises(mp.errors.PolicyError, match='head", a DenseHead'):
+        mp.save_for_stock_keras(model, path)
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    mp.convert(model, "compute=float16,output=float32", rules=None)
+    with pytest.raises(mp.errors.PolicyError, match="output=float32"):
+        mp.save_for_stock_keras(model, path)
+    with pytest.raises(mp.errors.ArgumentTypeError, match="a Dense"):
+        mp.save_for_stock_keras(layers.Dense(2), path)
+    assert not path.exists()
+
+
+def test_a_class_that_needs_kerasmp_is_refused(tmp_path):
+    class Net(mp.Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.dense = layers.Dense(2)
+
+        def call(self, x):
+            return self.dense(x)
+
+    model = Net()
+    model(np.ones((1, 4), "float32"))
+    with pytest.raises(mp.errors.PolicyError, match=r"derived from kerasmp\.Model"):
+        mp.save_for_stock_keras(model, tmp_path / "model.keras")
+
+
+def test_a_stock_model_is_saved_as_it_is(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2, dtype="mixed_float16")])
+    mp.save_for_stock_keras(model, tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    x = np.ones((1, 4), "float32")
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
