@@ -23,7 +23,7 @@ def bound(report, policy):
     of one unit roundoff: together the root of twice their number. What that is for a logit of 1 it
     is for a probability at most a quarter of, but logits go up to 15 here, which the factor of
     the root of 2 allows for. Measured on all backends, in float16 and bfloat16: at most 6.0
-    roundoffs of 13.3 for Emotions, and 2.4 of 9.8 for Edges. A prediction in float16 throughout
+    roundoffs of 13.3 for Emotions, and 2.4 of 9.6 for Edges. A prediction in float16 throughout
     rounds the probabilities, too.
     """
     half = sum(row.after == policy for row in report.rows[1:])
