@@ -1,0 +1,53 @@
+"""The smallest architecture of each family of `keras.applications`: to float16, a step, and back.
+
+`benchmarks/applications.py` does the same with all of them.
+"""
+
+import keras
+import pytest
+from helpers import applications
+
+SMALLEST = {
+    "convnext": "ConvNeXtTiny",
+    "densenet": "DenseNet121",
+    "efficientnet": "EfficientNetB0",
+    "efficientnet_v2": "EfficientNetV2B0",
+    "inception_resnet_v2": "InceptionResNetV2",
+    "inception_v3": "InceptionV3",
+    "mobilenet": "MobileNet",
+    "mobilenet_v2": "MobileNetV2",
+    "mobilenet_v3": "MobileNetV3Small",
+    "nasnet": "NASNetMobile",
+    "resnet": "ResNet50",
+    "resnet_v2": "ResNet50V2",
+    "vgg16": "VGG16",
+    "vgg19": "VGG19",
+    "xception": "Xception",
+}
+EVERYWHERE = {"mobilenet", "vgg16"}  # the others on TensorFlow: JAX compiles each layer
+
+
+def _case(family, name):
+    marks = () if family in EVERYWHERE else (pytest.mark.backend("tensorflow"),)
+    return pytest.param(name, marks=marks)
+
+
+def test_every_family_that_keras_has_is_listed():
+    found = applications.architectures()
+    assert SMALLEST.keys() == found.keys()
+    assert all(SMALLEST[family] in names for family, names in found.items())
+    assert sum(map(len, found.values())) >= 40
+
+
+@pytest.mark.parametrize("name", [_case(*item) for item in SMALLEST.items()])
+def test_an_architecture_converts_trains_and_comes_back(name):
+    result = applications.check(name, eager=keras.backend.backend() != "jax")
+    assert result.float16 > 3 * result.float32
+    # Untrained networks amplify each rounding, so the bound is what rounding kernels and inputs
+    # costs in float32. Layers round their results as well, each normalization and activation its
+    # own: three more roundings for each kernel. Measured: at most 2.6 times.
+    assert 0 < result.error < 4 * result.rounded
+    assert not result.skipped, result
+    assert result.moved
+    assert result.restored
+    assert result.converted_back

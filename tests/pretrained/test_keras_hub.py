@@ -1,0 +1,124 @@
+"""Backbones of KerasHub, small and untrained: to mixed precision, a step, LoRA, and back."""
+
+import keras
+import numpy as np
+import pytest
+
+import kerasmp as mp
+
+# KerasHub asks for it.
+pytestmark = [
+    pytest.mark.keras("3.15.0"),
+    # KerasHub's own: a layer of T5 that takes no mask, and an embedding that is not tied.
+    pytest.mark.filterwarnings("ignore:.*does not support masking and will therefore destroy"),
+    pytest.mark.filterwarnings("ignore:Gradients do not exist for variables.*reverse_embeddings"),
+]
+TOKENS = np.arange(32).reshape(4, 8) % 50
+ONES = np.ones((4, 8), "int32")
+WORDS = {"token_ids": TOKENS, "padding_mask": ONES}
+
+
+def bert(models):
+    backbone = models.BertBackbone(50, 2, 2, 16, 32, dropout=0.0, max_sequence_length=8)
+    return backbone, {**WORDS, "segment_ids": 0 * ONES}
+
+
+def gpt2(models):
+    return models.GPT2Backbone(50, 2, 2, 16, 32, dropout=0.0, max_sequence_length=8), WORDS
+
+
+def llama(models):
+    return models.LlamaBackbone(50, 2, 4, 16, 32, 2), WORDS
+
+
+def vit(models):
+    pictures = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype("float32")
+    return models.ViTBackbone((16, 16, 3), 4, 2, 2, 16, 32), pictures
+
+
+def t5(models):
+    return models.T5Backbone(50, 2, 2, 16, 32, dropout=0.0), {
+        "encoder_token_ids": TOKENS,
+        "encoder_padding_mask": ONES,
+        "decoder_token_ids": TOKENS,
+        "decoder_padding_mask": ONES,
+    }
+
+
+def made(build):
+    """Return a backbone and its inputs."""
+    import keras_hub  # takes a second
+
+    return build(keras_hub.models)
+
+
+def predictions(model, x):
+    found = model.predict(x, verbose=0)
+    return list(found.values()) if isinstance(found, dict) else [found]
+
+
+def with_head(backbone):
+    """Return a classifier of two classes."""
+    output = backbone.output
+    output = next(iter(output.values())) if isinstance(output, dict) else output
+    x = keras.layers.GlobalAveragePooling1D()(output) if len(output.shape) == 3 else output
+    return keras.Model(backbone.input, keras.layers.Dense(2)(x))
+
+
+def train(model, x):
+    """Take three steps in float16 without a skip; return whether the loss fell."""
+    optimizer = mp.LossScaleOptimizer(keras.optimizers.Adam(1e-3), loss_scale=2.0**10)
+    jit = "auto" if keras.backend.backend() == "jax" else False
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, jit_compile=jit)
+    losses = model.fit(x, np.arange(4) % 2, epochs=3, verbose=0).history["loss"]
+    assert optimizer.skipped_steps == 0
+    return losses[-1] < losses[0]
+
+
+# Llama's own attention multiplies in float16 and adds in float32, which JAX has not on a CPU.
+LLAMA = pytest.param(llama, marks=pytest.mark.backend("tensorflow", "torch"))
+
+
+@pytest.mark.parametrize("build", [bert, gpt2, LLAMA, vit])
+def test_a_backbone_converts_trains_adapts_and_comes_back(build):
+    backbone, x = made(build)
+    exact = predictions(backbone, x)
+    report = mp.convert(backbone)
+    dtypes = [keras.dtype_policies.get(row.after).compute_dtype for row in report.rows[1:]]
+    assert dtypes.count("float16") > dtypes.count("float32")
+    for half, wanted in zip(predictions(backbone, x), exact, strict=True):
+        # Some thirty layers round: the root of twice their number, and its double; measured: 3.4.
+        assert 0 < np.abs(half - wanted).max() < 16 * 2.0**-11 * np.abs(wanted).max()
+    report.restore()
+    for again, wanted in zip(predictions(backbone, x), exact, strict=True):
+        np.testing.assert_array_equal(again, wanted)
+    model = with_head(backbone)
+    mp.convert(model)
+    assert train(model, x)
+    backbone.enable_lora(4)
+    assert train(model, x)
+    mp.convert(model, "float32")
+    assert {layer.compute_dtype for layer in model.layers} <= {"float32", "int32"}
+
+
+def test_t5_overflows_in_float16_as_stock_does_and_a_rule_mends_it():
+    backbone, x = made(t5)
+    attention = next(
+        type(layer)
+        for layer in backbone._flatten_layers()
+        if type(layer).__name__ == "T5MultiHeadAttention"
+    )
+    exact = predictions(backbone, x)
+    with np.errstate(over="ignore"):
+        # Its mask is 0 * -1e9 where nothing is masked, and -1e9 is -inf in float16; torch alone
+        # takes the factor as float32.
+        mp.convert(backbone)
+        broken = [np.isnan(half).any() for half in predictions(backbone, x)]
+        assert broken == [keras.backend.backend() != "torch"] * 2
+    mp.convert(backbone, rules=["safe", {attention: "float32"}])
+    for half, wanted in zip(predictions(backbone, x), exact, strict=True):
+        assert 0 < np.abs(half - wanted).max() < 16 * 2.0**-11 * np.abs(wanted).max()
+    model = with_head(backbone)
+    mp.convert(model, rules=["safe", {attention: "float32"}])
+    assert train(model, x)
