@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AutocastScope",
     "Functional",
+    "autocasts",
     "enclosing_callback_list",
     "flatten_layers",
     "float16_layers",
@@ -34,6 +35,8 @@ __all__ = [
     "learning_rate_functions",
     "learning_rate_schedules",
     "losses_kept",
+    "own_variables",
+    "set_autocast",
     "states_of",
     "weights_and_averages",
     "with_mask_of",
@@ -66,6 +69,24 @@ def flatten_layers(model: Any) -> list[Any]:
     Public `layers` shows one level only, and not the parts of wrappers or of attention.
     """
     return list(model._flatten_layers())  # noqa: SLF001 - no public way to reach inner layers
+
+
+def own_variables(layer: Any) -> list[Any]:
+    """Return the variables that a layer holds itself, without those of the layers inside it.
+
+    Public `variables` has both, and those of seed generators, which `add_weight` did not make.
+    """
+    return [*layer._trainable_variables, *layer._non_trainable_variables]  # noqa: SLF001 - see above
+
+
+def autocasts(variable: Any) -> bool:
+    """Return whether layers read a variable in their compute dtype; publicly only to be given."""
+    return bool(variable._autocast)  # noqa: SLF001 - see above
+
+
+def set_autocast(variable: Any, *, to: bool) -> None:
+    """Let layers read a variable in their compute dtype, or in its own."""
+    variable._autocast = to  # noqa: SLF001 - see above
 
 
 def weights_and_averages(optimizer: Any) -> list[tuple[Any, Any]]:

@@ -73,12 +73,16 @@ def _renew(model: Any, changed: list[Any]) -> None:
         return
     for layer in changed:
         if isinstance(layer, keras.layers.Normalization):
-            _renew_statistics(layer)
+            renew_statistics(layer)
     refresh_symbolic_dtypes(model)
 
 
-def _renew_statistics(layer: Any) -> None:
-    """Normalization casts its mean and variance once, when it is built or adapted."""
+def renew_statistics(layer: Any) -> None:
+    """Cast the mean and variance of a Normalization anew: it does so when built or adapted only.
+
+    Args:
+        layer: The layer.
+    """
     if layer.input_mean is None:
         layer.finalize_state()
     elif layer.built:

@@ -115,6 +115,29 @@ def test_an_autocast_scope_decides_in_which_dtype_a_layer_reads_variables(scope,
     assert found == [dtype, "float16"]
 
 
+def test_autocast_of_a_variable_can_be_turned_off_and_on_after_it_was_made():
+    class Reader(keras.layers.Layer):
+        def build(self, _):
+            self.kernel = self.add_weight(shape=(1,))
+            self.fixed = self.add_weight(shape=(1,), trainable=False, autocast=False)
+            self.inner = keras.layers.Dense(1)
+
+        def call(self, inputs):
+            found.append(keras.backend.standardize_dtype((self.kernel + 0).dtype))
+            return self.inner(inputs)
+
+    found = []
+    layer = Reader(dtype="mixed_float16")
+    layer(keras.ops.ones((1, 1)))
+    assert keras_private.own_variables(layer) == [layer.kernel, layer.fixed]
+    assert keras_private.autocasts(layer.kernel)
+    assert not keras_private.autocasts(layer.fixed)
+    for to in (False, True):
+        keras_private.set_autocast(layer.kernel, to=to)
+        layer(keras.ops.ones((1, 1)))
+    assert found[-3:] == ["float16", "float32", "float16"]
+
+
 def test_the_parent_classes_still_have_what_the_optimizer_calls():
     optimizer = keras.optimizers.SGD()
     variable = keras.Variable([1.0])

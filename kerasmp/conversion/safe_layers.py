@@ -1,0 +1,216 @@
+"""Stock layers into those of `kerasmp.layers`, in place and back.
+
+Each of ours is a subclass of the stock one with the same weights, so that a layer is turned by its
+class. What our constructors and `add_weight` set otherwise is set here; the test that compares
+`vars()` of the two tells when there comes to be more.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from kerasmp import layers, ops
+from kerasmp.backend import current
+from kerasmp.backend.keras_graph import policy_of, refresh_symbolic_dtypes
+from kerasmp.backend.keras_private import autocasts, own_variables, set_autocast
+from kerasmp.conversion.compiled import forget_compiled_steps
+from kerasmp.layers.bias import WideBias
+from kerasmp.ops.precision import wide_dtype
+from kerasmp.policy.apply import renew_statistics
+from kerasmp.policy.places import Place, places
+from kerasmp.policy.safe import ATTENTION
+
+if TYPE_CHECKING:
+    import contextlib
+    from collections.abc import Callable
+
+    Undo = contextlib.ExitStack[bool | None]
+
+# Those whose `add_weight` makes no weight that is cast; `WideBias` makes such a bias.
+_NEVER_CAST = (layers.AdditiveAttention, layers.Attention, layers.DenseHead, layers.PReLU)
+# They compute their activation in float32, whichever it is. Left as it is, losses recognise a
+# stock softmax or sigmoid at the end of a model, and go by its logits.
+_ACTIVATED_IN_FLOAT32 = (layers.Activation, layers.DenseHead)
+# Keras asks for stock functions by identity before it takes cuDNN.
+_RECURRENT = (keras.layers.RNN, keras.layers.LSTMCell, keras.layers.GRUCell)
+
+
+def turn_to_safe(model: Any, undo: Undo) -> dict[int, str]:
+    """Turn every stock layer of a model that has a float16-safe counterpart into it, in place.
+
+    Meant are layers at any depth whose class is exactly a stock one, up to those that are quantised
+    or inside `kerasmp.layers.WithDtype`, and those that attention, or a subclass of LSTM or GRU,
+    makes for itself. A stock Dense that makes the model's outputs becomes a `DenseHead`, unless
+    the model's own constructor would make it a Dense again. Stock activations inside become those
+    of `kerasmp.ops`, except for recurrent ones. Weights stay the variables that they are.
+
+    Args:
+        model: A model. What is not built yet has no parts that could be found.
+        undo: Is given, before each single change, what takes it back. Close it to have the model as
+            it was, also after an error midway.
+
+    Returns:
+        From `id(layer)` to the name of the class that the layer had.
+
+    Example:
+
+    >>> import contextlib
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Softmax(), keras.layers.Dense(2)])
+    >>> with contextlib.ExitStack() as undo:
+    ...     names = turn_to_safe(model, undo)
+    ...     [type(layer).__name__ for layer in model.layers], list(names.values())
+    (['Softmax', 'DenseHead'], ['Softmax', 'Dense'])
+    >>> [type(layer).__module__.partition(".")[0] for layer in model.layers]
+    ['keras', 'keras']
+    """
+    found = list(places(model))
+    todo = [(layer, ours) for layer, ours in _counterparts(found) if ours is not None]
+    if not todo:
+        return {}
+    undo.callback(forget_compiled_steps, model)
+    # A head's output is float32 where the policy is a narrow one.
+    widens = any(ours is layers.DenseHead and _is_narrow(layer) for layer, ours in todo)
+    if widens:
+        undo.callback(refresh_symbolic_dtypes, model)
+    holders = Counter(id(v) for layer, _ in found for v in own_variables(layer))
+    names = {}
+    for layer, ours in todo:
+        names[id(layer)] = type(layer).__name__
+        _turn(layer, ours, holders, undo)
+    if widens:
+        refresh_symbolic_dtypes(model)
+    forget_compiled_steps(model)
+    return names
+
+
+@functools.cache
+def stock_to_safe() -> dict[type, type]:
+    """Return the stock classes that have a counterpart under the same name, with it.
+
+    Example:
+
+    >>> stock_to_safe()[keras.layers.Softmax].__module__
+    'kerasmp.layers.activations'
+    """
+    pairs = ((getattr(keras.layers, name, None), getattr(layers, name)) for name in layers.__all__)
+    return {stock: ours for stock, ours in pairs if stock is not None and issubclass(ours, stock)}
+
+
+@functools.cache
+def safe_activations() -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
+    """Return the stock activations that overflow or round in float16, each with ours.
+
+    Example:
+
+    >>> [ours.__module__ for stock, ours in safe_activations() if stock is keras.activations.gelu]
+    ['kerasmp.ops.activations']
+    """
+    names = [name for name in ops.__all__ if hasattr(keras.activations, name)]
+    return [
+        (getattr(module, name), getattr(ops, name))
+        for module in (keras.activations, keras.ops)
+        for name in names
+        if hasattr(module, name) and _has_defaults_of(getattr(module, name), getattr(ops, name))
+    ]
+
+
+def _has_defaults_of(stock: Callable[..., Any], ours: Callable[..., Any]) -> bool:
+    # Ours may take more. `keras.ops.gelu` approximates where `keras.activations.gelu` does not.
+    defaults = [
+        [parameter.default for parameter in inspect.signature(function).parameters.values()]
+        for function in (stock, ours)
+    ]
+    return all(one == other for one, other in zip(*defaults, strict=False))
+
+
+def _counterparts(found: list[tuple[Any, Place]]) -> list[tuple[Any, type | None]]:
+    """Return each layer with the class that it is to have; None where it keeps its own."""
+    closed: set[int] = set()
+    answers: list[tuple[Any, type | None]] = []
+    for layer, place in found:
+        inside = id(place.holder) in closed
+        if inside or _keeps_its_parts(layer):
+            closed.add(id(layer))
+        quantised = policy_of(layer).quantization_mode is not None
+        answers.append((layer, None if inside or quantised else _counterpart(layer, place)))
+    return answers
+
+
+def _counterpart(layer: Any, place: Place) -> type | None:
+    if type(layer) is keras.layers.Dense and place.final and _is_rebuilt(place.holder):
+        return layers.DenseHead
+    return stock_to_safe().get(type(layer))
+
+
+def _is_rebuilt(holder: Any) -> bool:
+    """Return whether a file has the classes of the layers inside, and makes those again.
+
+    A user's model makes its layers itself, and looks for a Dense's weights under that name.
+    """
+    return type(holder).__module__.partition(".")[0] in {"keras", __name__.partition(".")[0]}
+
+
+def _keeps_its_parts(layer: Any) -> bool:
+    """Return whether the layers inside are made by a constructor, which files do not ask."""
+    own_recurrent = isinstance(layer, (keras.layers.LSTM, keras.layers.GRU)) and (
+        type(layer) not in stock_to_safe()
+    )
+    keeps = getattr(layer, "keeps_its_dtype", False)
+    return isinstance(layer, ATTENTION) or own_recurrent or keeps
+
+
+def _is_narrow(layer: Any) -> bool:
+    return wide_dtype(layer.compute_dtype) != str(layer.compute_dtype)
+
+
+def _turn(layer: Any, ours: type, holders: Counter[int], undo: Undo) -> None:
+    computed_in = layer.compute_dtype
+    _set(layer, "__class__", ours, undo)
+    for variable in _never_cast(layer):
+        # Another layer that holds it counts on the cast.
+        if holders[id(variable)] == 1 and autocasts(variable):
+            undo.callback(set_autocast, variable, to=True)
+            set_autocast(variable, to=False)
+    if isinstance(layer, layers.ActivityRegularization):
+        # The name keeps Keras from counting this one among the layers it has to name.
+        like = type(layer)(layer.l1, layer.l2, name=layer.name)
+        _set(layer, "activity_regularizer", like.activity_regularizer, undo)
+    if layer.compute_dtype != computed_in:  # Normalization's
+        undo.callback(_put_back, layer, dict(vars(layer)))
+        renew_statistics(layer)
+    if not isinstance(layer, (*_ACTIVATED_IN_FLOAT32, *_RECURRENT)):
+        _activate_safely(layer, undo)
+
+
+def _never_cast(layer: Any) -> list[Any]:
+    """Return the variables that no autocast narrows in a layer of this class."""
+    variables = own_variables(layer)
+    if isinstance(layer, _NEVER_CAST):
+        return variables
+    narrow_sums = isinstance(layer, WideBias) and current().NARROW_SUMS
+    return [v for v in variables if narrow_sums and v.name == "bias"]
+
+
+def _activate_safely(layer: Any, undo: Undo) -> None:
+    present = vars(layer).get("activation")
+    for stock, ours in safe_activations():
+        if stock is present:
+            _set(layer, "activation", ours, undo)
+            return
+
+
+def _set(layer: Any, name: str, value: Any, undo: Undo) -> None:
+    # Around Keras's own __setattr__, which tracks what it is given and locks built layers.
+    undo.callback(object.__setattr__, layer, name, getattr(layer, name))
+    object.__setattr__(layer, name, value)
+
+
+def _put_back(layer: Any, attributes: dict[str, Any]) -> None:
+    for name, value in attributes.items():
+        if vars(layer).get(name) is not value:
+            object.__setattr__(layer, name, value)

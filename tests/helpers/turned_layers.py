@@ -1,0 +1,65 @@
+"""What a model's layers are and hold, before they are turned into ours and after."""
+
+import keras
+import numpy as np
+
+from kerasmp.backend.keras_graph import policy_of
+from kerasmp.backend.keras_private import autocasts, flatten_layers, own_variables
+from kerasmp.conversion.safe_layers import stock_to_safe
+
+layers = keras.layers
+
+
+def numpy(tensor):
+    return np.array(keras.ops.convert_to_numpy(tensor))
+
+
+def state(model):
+    """Return all that turning could change, for `assert_state`: attributes and variables' flags."""
+    return [
+        (
+            layer,
+            type(layer),
+            {name: value for name, value in vars(layer).items() if name not in STEPS_KEPT},
+            [(v, v.dtype, v.trainable, autocasts(v)) for v in own_variables(layer)],
+            policy_of(layer).name,
+        )
+        for layer in flatten_layers(model)
+    ]
+
+
+# Compiled steps are forgotten either way; the others are there since the first call.
+STEPS_KEPT = {
+    *("train_function", "test_function", "predict_function", "_jit_compile"),
+    *("_called", "_dropout_mask", "_recurrent_dropout_mask"),
+}
+
+
+def assert_state(model, before):
+    for now, then in zip(state(model), before, strict=True):
+        assert now[0] is then[0]
+        assert now[1] is then[1]
+        assert now[2].keys() == then[2].keys()
+        for name, value in then[2].items():
+            assert _is_same(now[2][name], value), (now[0], name)
+        assert [(id(v), *rest) for v, *rest in now[3]] == [(id(v), *rest) for v, *rest in then[3]]
+        assert now[4] == then[4]
+
+
+def _is_same(one, other):
+    if one is other:
+        return True
+    if keras.ops.is_tensor(one):  # Normalization's, which the policy's way back makes anew
+        return one.dtype == other.dtype and np.array_equal(numpy(one), numpy(other))
+    return type(one) is type(other) and isinstance(one, (tuple, list, dict)) and one == other
+
+
+def stock_left(model):
+    """Return the layers with a counterpart that are still stock, but for attention's parts."""
+    parts = [
+        part
+        for layer in flatten_layers(model)
+        if isinstance(layer, (layers.MultiHeadAttention, layers.GroupQueryAttention))
+        for part in flatten_layers(layer)[1:]
+    ]
+    return [x for x in flatten_layers(model) if type(x) in stock_to_safe() and x not in parts]
