@@ -13,7 +13,9 @@ from kerasmp.errors import ArgumentTypeError, LossScaleWarning
 from kerasmp.model.float32 import at_least_float32, cast, float32_activity_regularizers
 from kerasmp.model.guards import with_guards
 from kerasmp.model.hints import dtype_hints
-from kerasmp.model.own_optimizers import trained_in_float16, unscaled_optimizers
+from kerasmp.model.inference import refuse_training
+from kerasmp.model.kept import apart, given, with_ours
+from kerasmp.model.own_optimizers import warn_of_unscaled
 from kerasmp.model.steps import note_kerass_own
 from kerasmp.model.turning import class_between, loader, ours_for
 from kerasmp.optimizer import LossScaleOptimizer
@@ -57,6 +59,7 @@ class Model(keras.Model):
     optimizer: Any
     _auto_scale_loss = True
     _output_dtype: str | None = None
+    _for_inference = False
     _rules = RulesToFollow(Policy("float32"))  # none: those of a model that was turned into ours
     _guards_steps = False
     _looked_for_late_layers = False
@@ -104,22 +107,16 @@ class Model(keras.Model):
         return keras.tree.map_structure(functools.partial(cast, dtype=self._output_dtype), outputs)
 
     def get_config(self) -> dict[str, Any]:
-        """Return the parent's config, and the dtype of the outputs where a policy gave one."""
-        config: dict[str, Any] = super().get_config()
-        if self._output_dtype is not None:
-            config = {**config, "output_dtype": self._output_dtype}
-        return config
+        """Return the parent's config, and what of ours differs from the default."""
+        return with_ours(self, super().get_config())
 
     @classmethod
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> Any:
         """Return the model that `get_config` described."""
-        config = dict(config)
-        output_dtype = config.pop("output_dtype", None)
-        model = super().from_config(config, custom_objects=custom_objects)
-        model._output_dtype = output_dtype  # noqa: SLF001 - not the global policy of this moment
-        return model
+        theirs, ours = apart(config)
+        return given(super().from_config(theirs, custom_objects=custom_objects), ours)
 
     @classmethod
     def from_keras(cls, model: Any, *, auto_scale_loss: bool = True) -> Any:
@@ -217,28 +214,20 @@ class Model(keras.Model):
     def make_train_function(self, force: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's
         """Return the compiled step; wrap the optimizer first if layers came after `compile`.
 
+        Raises:
+            PolicyError: If the model was converted for inference alone.
+
         Warns:
             LossScaleWarning: If layers train in float16 and the model keeps optimizers in
                 attributes that scale no loss.
         """
+        refuse_training(self)
         if self._must_wrap(self.optimizer):
             self.optimizer = ours_for(self.optimizer, self.trainable_variables)
             self.optimizer.build(self.trainable_variables)
             force = True  # a step that is compiled already holds the optimizer of before
-        self._warn_of_optimizers_of_its_own()
+        warn_of_unscaled(self)
         return super().make_train_function(force)
-
-    def _warn_of_optimizers_of_its_own(self) -> None:
-        """Warn of optimizers that a compile of the user's own has kept: nothing wraps those."""
-        plain = [name for name in unscaled_optimizers(self) if name != "optimizer"]
-        if plain and self._auto_scale_loss and trained_in_float16(self):
-            warnings.warn(
-                f"Nothing scales the loss of the model's own optimizers ({', '.join(plain)}), and "
-                "layers compute in float16. Wrap each in kerasmp.LossScaleOptimizer, and call its "
-                "scale_loss in the train step.",
-                LossScaleWarning,
-                stacklevel=3,
-            )
 
     def train_step(self, *args: Any) -> Any:
         """Run one step; if it is skipped, only the optimizer's scale and counters change.
@@ -337,7 +326,7 @@ class Model(keras.Model):
             super().compile_from_config(config)
             return
         self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.built and self.optimizer is not None:
+        if self.built and self.optimizer is not None and not self._for_inference:
             self.optimizer.build(self.trainable_variables)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from kerasmp.model.kept import apart, given, with_ours
 from kerasmp.optimizer import LossScaleOptimizer
 
 if TYPE_CHECKING:
@@ -52,14 +53,14 @@ def class_between(theirs: Any, ours: Any, turn: Callable[[Any], Any]) -> Any:
     """
 
     def get_config(self: Any) -> dict[str, Any]:
-        return {
-            "stock": {
-                "module": theirs.__module__,
-                "class_name": theirs.__name__,
-                "registered_name": keras.saving.get_registered_name(theirs),
-                "config": super(between, self).get_config(),
-            }
+        config, _ = apart(super(between, self).get_config())  # what `theirs` would not take
+        stock = {
+            "module": theirs.__module__,
+            "class_name": theirs.__name__,
+            "registered_name": keras.saving.get_registered_name(theirs),
+            "config": config,
         }
+        return with_ours(self, {"stock": stock})
 
     names = {
         "__module__": theirs.__module__,
@@ -85,7 +86,9 @@ def loader(turn: Callable[[Any], Any]) -> Any:
 
 def _loading(turn: Callable[[Any], Any]) -> Any:
     def from_config(_: Any, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        return turn(keras.saving.deserialize_keras_object(config["stock"], custom_objects))
+        _, ours = apart(config)
+        model = turn(keras.saving.deserialize_keras_object(config["stock"], custom_objects))
+        return given(model, ours)
 
     return classmethod(from_config)
 
