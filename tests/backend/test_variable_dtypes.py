@@ -1,4 +1,4 @@
-"""A variable's dtype changes in place, and the private names by which it does are where they were."""
+"""A variable's dtype changes in place, by private names that are where they were."""
 
 import gc
 import weakref

@@ -90,9 +90,7 @@ def test_a_file_has_half_the_bytes_and_loads_in_another_process(kind, dtype, tmp
     model = models.lived_in(build)
     narrowed(model, dtype)
     model.save(tmp_path / "half.keras")
-    loaded = processes.call(
-        "helpers.narrowed:load", path=str(tmp_path / "half.keras"), batch=kind
-    )
+    loaded = processes.call("helpers.narrowed:load", path=str(tmp_path / "half.keras"), batch=kind)
     assert loaded["dtypes"] == [dtype]
     expected = np.asarray(model.predict(x, verbose=0), "float32")
     np.testing.assert_array_equal(np.float32(loaded["predicted"]), expected)
@@ -224,9 +222,7 @@ def test_a_shared_variable_counts_once_and_must_be_wanted_alike():
     two.kernel_of_one = one.kernel
     two.build((None, 3))
     with pytest.raises(mp.errors.PolicyError, match="share"):
-        narrow_variables(
-            [*wanted(one), *wanted(two, dtype="float32")], contextlib.ExitStack()
-        )
+        narrow_variables([*wanted(one), *wanted(two, dtype="float32")], contextlib.ExitStack())
     first, second = narrow_variables(wanted(one, two), contextlib.ExitStack())
     assert (first.bytes_after, second.bytes_after) == (16, 16)
     assert {v.dtype for v in (*one.variables, *two.variables)} == {"float16"}
@@ -237,9 +233,7 @@ def test_nothing_keeps_the_values_of_before_once_the_undo_is_gone():
     model = models.lived_in(build)
     model.predict(x, verbose=0)
     torch = keras.backend.backend() == "torch"
-    kept = [
-        weakref.ref(v.value.untyped_storage() if torch else v.value) for v in floats(model)
-    ]
+    kept = [weakref.ref(v.value.untyped_storage() if torch else v.value) for v in floats(model)]
     narrowed(model)
     model.predict(x, verbose=0)
     gc.collect()
