@@ -45,7 +45,7 @@ def set_variable_dtype(variable: Any, dtype: str) -> Callable[[], None]:
 
     >>> variable = keras.Variable([1.0, 0.1], dtype="float32")
     >>> undo = set_variable_dtype(variable, "float16")
-    >>> variable.dtype, float(variable[1])
+    >>> variable.dtype, float(variable.numpy()[1])
     ('float16', 0.0999755859375)
     >>> undo()
     >>> variable.dtype
