@@ -123,6 +123,11 @@ def sync(model: Any) -> None:
     model.jax_state_sync()
 
 
+def in_dtype(value: Any, dtype: str) -> tuple[Any, Callable[[], None]]:
+    """Return an array in another dtype, sharded as it is, and what puts back what this changed."""
+    return jax.device_put(value.astype(dtype), value.sharding), lambda: None
+
+
 def mixes_dtypes(error: Exception) -> bool:
     """Return whether an error says that operands of different float dtypes met."""
     return isinstance(error, TypeError) and "requires arguments to have the same dtypes" in str(

@@ -74,9 +74,12 @@ def flatten_layers(model: Any) -> list[Any]:
 def own_variables(layer: Any) -> list[Any]:
     """Return the variables that a layer holds itself, without those of the layers inside it.
 
-    Public `variables` has both, and those of seed generators, which `add_weight` did not make.
+    Public `variables` has both, and those of seed generators, which `add_weight` did not make. The
+    states of a stateful RNN layer are among them, which Keras tracks nowhere.
     """
-    return [*layer._trainable_variables, *layer._non_trainable_variables]  # noqa: SLF001 - see above
+    own = [*layer._trainable_variables, *layer._non_trainable_variables]  # noqa: SLF001 - see above
+    states = getattr(layer, "states", None) if isinstance(layer, keras.layers.RNN) else None
+    return own + [s for s in keras.tree.flatten(states) if isinstance(s, keras.Variable)]
 
 
 def autocasts(variable: Any) -> bool:

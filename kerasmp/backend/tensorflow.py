@@ -293,6 +293,24 @@ def sync(model: Any) -> None:
     """Make the variables current: TensorFlow's always are."""
 
 
+def in_dtype(variable: Any, dtype: str) -> tuple[Any, Callable[[], None]]:
+    """Return a variable in another dtype, otherwise alike, and what puts back what this changed.
+
+    A variable of TensorFlow keeps the dtype that it was made in.
+    """
+    strategy = getattr(variable, "distribute_strategy", None)
+    where = tf.device(variable.device) if strategy is None else strategy.scope()
+    with tf.init_scope(), where:
+        alike = tf.Variable(
+            tf.cast(variable, dtype),
+            trainable=variable.trainable,
+            name=variable.name.partition(":")[0],
+            synchronization=variable.synchronization,
+            aggregation=variable.aggregation,
+        )
+    return alike, lambda: None
+
+
 def mixes_dtypes(error: Exception) -> bool:
     """Return whether an error says that operands of different float dtypes met."""
     kinds = (TypeError, ValueError, tf.errors.InvalidArgumentError)

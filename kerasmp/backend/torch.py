@@ -133,6 +133,28 @@ def sync(model: Any) -> None:
     """Make the variables current: torch's always are."""
 
 
+def in_dtype(parameter: Any, dtype: str) -> tuple[Any, Callable[[], None]]:
+    """Change the dtype of a parameter, as `torch.nn.Module.to` does.
+
+    It stays the object that the dicts of layers and of all that hold them have, and optimizers of
+    torch's own. Its gradient, which would not fit, is dropped.
+
+    Returns:
+        The parameter, and what puts back its numbers and its gradient.
+    """
+    before, gradient = parameter.data, parameter.grad
+    data = before.to(getattr(torch, dtype))
+    parameter.grad = None
+    parameter.data = data
+
+    def put_back() -> None:
+        parameter.grad = None
+        parameter.data = before
+        parameter.grad = gradient
+
+    return parameter, put_back
+
+
 def mixes_dtypes(error: Exception) -> bool:
     """Return whether an error says that operands of different float dtypes met."""
     return isinstance(error, RuntimeError) and MIXED_DTYPES.search(str(error)) is not None

@@ -13,7 +13,8 @@ from kerasmp.errors import ArgumentTypeError, LossScaleWarning
 from kerasmp.model.float32 import at_least_float32, cast, float32_activity_regularizers
 from kerasmp.model.guards import with_guards
 from kerasmp.model.hints import dtype_hints
-from kerasmp.model.own_optimizers import trained_in_float16, unscaled_optimizers
+from kerasmp.model.inference import refuse_training
+from kerasmp.model.own_optimizers import warn_of_unscaled
 from kerasmp.model.saved import take_up, with_extras, without_extras
 from kerasmp.model.steps import note_kerass_own
 from kerasmp.model.turning import class_between, loader, ours_for
@@ -62,6 +63,7 @@ class Model(keras.Model):
     _rules: RulesToFollow | PoliciesToFollow = RulesToFollow(
         Policy("float32")
     )  # none: those of a model that was turned into ours
+    _for_inference = False
     _guards_steps = False
     _looked_for_late_layers = False
 
@@ -223,28 +225,20 @@ class Model(keras.Model):
     def make_train_function(self, force: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's
         """Return the compiled step; wrap the optimizer first if layers came after `compile`.
 
+        Raises:
+            PolicyError: If the model was converted for inference alone.
+
         Warns:
             LossScaleWarning: If layers train in float16 and the model keeps optimizers in
                 attributes that scale no loss.
         """
+        refuse_training(self)
         if self._must_wrap(self.optimizer):
             self.optimizer = ours_for(self.optimizer, self.trainable_variables)
             self.optimizer.build(self.trainable_variables)
             force = True  # a step that is compiled already holds the optimizer of before
-        self._warn_of_optimizers_of_its_own()
+        warn_of_unscaled(self)
         return super().make_train_function(force)
-
-    def _warn_of_optimizers_of_its_own(self) -> None:
-        """Warn of optimizers that a compile of the user's own has kept: nothing wraps those."""
-        plain = [name for name in unscaled_optimizers(self) if name != "optimizer"]
-        if plain and self._auto_scale_loss and trained_in_float16(self):
-            warnings.warn(
-                f"Nothing scales the loss of the model's own optimizers ({', '.join(plain)}), and "
-                "layers compute in float16. Wrap each in kerasmp.LossScaleOptimizer, and call its "
-                "scale_loss in the train step.",
-                LossScaleWarning,
-                stacklevel=3,
-            )
 
     def train_step(self, *args: Any) -> Any:
         """Run one step; if it is skipped, only the optimizer's scale and counters change.
@@ -343,7 +337,7 @@ class Model(keras.Model):
             super().compile_from_config(config)
             return
         self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.built and self.optimizer is not None:
+        if self.built and self.optimizer is not None and not self._for_inference:
             self.optimizer.build(self.trainable_variables)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import keras
 
 from kerasmp.backend.keras_private import float16_layers
 from kerasmp.backend.nested import optimizers_in
+from kerasmp.errors import LossScaleWarning
 
 
 def optimizers_of(model: Any) -> dict[str, Any]:
@@ -36,3 +38,23 @@ def unscaled_optimizers(model: Any) -> list[str]:
 def trained_in_float16(model: Any) -> list[Any]:
     """Return the layers at any depth that compute in float16 and have something to train."""
     return [layer for layer in float16_layers(model) if layer.trainable_variables]
+
+
+def warn_of_unscaled(model: Any) -> None:
+    """Warn of optimizers that a compile of the user's own has kept: nothing wraps those.
+
+    Args:
+        model: A model of ours, whose `make_train_function` calls this.
+
+    Warns:
+        LossScaleWarning: If layers train in float16 and those optimizers scale no loss.
+    """
+    plain = [name for name in unscaled_optimizers(model) if name != "optimizer"]
+    if plain and model._auto_scale_loss and trained_in_float16(model):  # noqa: SLF001 - ours
+        warnings.warn(
+            f"Nothing scales the loss of the model's own optimizers ({', '.join(plain)}), and "
+            "layers compute in float16. Wrap each in kerasmp.LossScaleOptimizer, and call its "
+            "scale_loss in the train step.",
+            LossScaleWarning,
+            stacklevel=3,
+        )

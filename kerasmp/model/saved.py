@@ -24,6 +24,8 @@ def with_extras(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
     extras: dict[str, Any] = {}
     if model._output_dtype is not None:  # noqa: SLF001 - its own room
         extras["output_dtype"] = model._output_dtype  # noqa: SLF001
+    if model._for_inference:  # noqa: SLF001
+        extras["for_inference"] = True
     if model._keeps_layer_policies:  # noqa: SLF001
         waiting = getattr(model._rules, "waiting", None)  # noqa: SLF001 - loaded, and not yet built
         extras["layer_policies"] = str(waiting or LayerPolicies.of(model))
@@ -48,6 +50,7 @@ def take_up(model: Any, extras: Mapping[str, Any]) -> None:
         extras: What `without_extras` returned.
     """
     model._output_dtype = extras.get("output_dtype")  # noqa: SLF001 - not that of the global policy
+    model._for_inference = extras.get("for_inference", False)  # noqa: SLF001
     if "layer_policies" not in extras:
         return
     model._keeps_layer_policies = True  # noqa: SLF001

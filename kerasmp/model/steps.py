@@ -10,6 +10,7 @@ import keras
 
 from kerasmp import backend
 from kerasmp.model.hints import dtype_hints
+from kerasmp.model.inference import refuse_training
 from kerasmp.model.own_optimizers import optimizers_of
 from kerasmp.optimizer import LossScaleOptimizer
 
@@ -43,6 +44,7 @@ def guarded(step: Callable[..., Any]) -> Callable[..., Any]:
     def train_step(model: Any, *args: Any, **kwargs: Any) -> Any:
         if id(model) in _RUNNING.models:
             return step(model, *args, **kwargs)
+        refuse_training(model)  # of a loop of the user's own: `fit` has done so
         _RUNNING.models[id(model)] = False
         try:
             with dtype_hints():

@@ -1,0 +1,50 @@
+"""The dtype of a Keras variable that exists, changed in place: Keras has no way to do so.
+
+`tests/backend/test_variable_dtypes.py` tells when one of the private names moves.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kerasmp.backend import current
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def set_variable_dtype(variable: Any, dtype: str) -> Callable[[], None]:
+    """Change the dtype of a variable, and round its value to it, in place.
+
+    The variable stays the object that layers, optimizers and trackers know, with its name, path,
+    trainability, regularizer, constraint and sharding. Steps that TensorFlow has compiled go on
+    with what it was: they must be forgotten.
+
+    Args:
+        variable: A `keras.Variable` of a floating dtype that has a value.
+        dtype: Another floating dtype.
+
+    Returns:
+        What puts back the dtype and the value, not a copy of it.
+
+    Example:
+
+    >>> variable = keras.Variable([1.0, 0.1], dtype="float32")
+    >>> undo = set_variable_dtype(variable, "float16")
+    >>> variable.dtype, float(variable.numpy()[1])
+    ('float16', 0.0999755859375)
+    >>> undo()
+    >>> variable.dtype
+    'float32'
+    """
+    # Around the public reader, which casts within a layer's call.
+    before_dtype, before = variable._dtype, variable._value  # noqa: SLF001
+    value, put_back = current().in_dtype(before, dtype)
+
+    def undo() -> None:
+        put_back()
+        # Keras has no setter for the dtype, and `assign` copies, or casts.
+        variable._dtype, variable._value = before_dtype, before  # noqa: SLF001
+
+    variable._dtype, variable._value = dtype, value  # noqa: SLF001
+    return undo

@@ -1,0 +1,240 @@
+"""Variables of layers in half the bytes: checked before, all or none, and as if built so."""
+
+import contextlib
+import gc
+import weakref
+
+import keras
+import numpy as np
+import pytest
+from helpers import narrowed as models
+from helpers import processes
+from helpers.narrowed import MODELS, narrowed
+
+import kerasmp as mp
+from kerasmp.conversion import variables
+from kerasmp.conversion.variables import Wanted, narrow_variables
+
+layers = keras.layers
+DTYPES = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+KINDS = pytest.mark.parametrize("kind", MODELS)
+
+
+def floats(model):
+    return [v for v in model.variables if "seed" not in v.path]
+
+
+def dense(name="dense", units=2):
+    layer = layers.Dense(units, name=name)
+    layer.build((None, 3))
+    return layer
+
+
+def wanted(*parts, dtype="float16"):
+    return [Wanted(layer, layer.name, dtype) for layer in parts]
+
+
+@KINDS
+@DTYPES
+def test_predictions_are_those_of_a_model_built_so(kind, dtype):
+    build, x = MODELS[kind]
+    model = models.lived_in(build)
+    narrowed(model, dtype)
+    keras.config.set_dtype_policy(dtype)
+    other = build(recurrent_initializer="zeros") if kind == "text" else build()
+    other.set_weights(model.get_weights())
+    assert [v.dtype for v in floats(model)] == [v.dtype for v in floats(other)]
+    assert model.outputs[0].dtype == other.outputs[0].dtype == dtype
+    predicted = model.predict(x, verbose=0)
+    assert predicted.dtype == other.predict(x, verbose=0).dtype
+    np.testing.assert_array_equal(predicted, other.predict(x, verbose=0))
+    np.testing.assert_array_equal(*(keras.ops.convert_to_numpy(m(x)) for m in (model, other)))
+
+
+@DTYPES
+def test_recurrent_layers_can_be_built_in_half_precision(dtype):
+    layer = layers.GRU(4, recurrent_initializer=keras.initializers.Orthogonal(2.0, seed=3))
+    layer.build((None, 5, 3))
+    before = layer.cell.recurrent_initializer
+    with contextlib.ExitStack() as undo:
+        narrow_variables(wanted(layer, layer.cell, dtype=dtype), undo)
+        config = layer.get_config()
+    assert layer.cell.recurrent_initializer is before
+    other = layers.GRU.from_config({**config, "dtype": dtype})
+    other.build((None, 5, 3))
+    kernel = np.float32(keras.ops.convert_to_numpy(other.cell.recurrent_kernel.value))
+    np.testing.assert_allclose(kernel, np.float32(layer.cell.recurrent_kernel), atol=0.01)
+
+
+@KINDS
+def test_undone_it_is_as_before_bit_for_bit(kind):
+    build, x = MODELS[kind]
+    model = models.lived_in(build)
+    before, values, weights = model.predict(x, verbose=0), floats(model), model.get_weights()
+    held = [v.value for v in values]
+    undo = contextlib.ExitStack()
+    narrowed(model, undo=undo)
+    assert not np.array_equal(model.predict(x, verbose=0), before)
+    undo.close()
+    assert all(v.value is old for v, old in zip(values, held, strict=True))
+    for now, then in zip(model.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(now, then, strict=True)
+    model.predict_function = None
+    np.testing.assert_array_equal(model.predict(x, verbose=0), before)
+
+
+@KINDS
+@DTYPES
+def test_a_file_has_half_the_bytes_and_loads_in_another_process(kind, dtype, tmp_path):
+    build, x = MODELS[kind]
+    model = models.lived_in(build)
+    narrowed(model, dtype)
+    model.save(tmp_path / "half.keras")
+    loaded = processes.call("helpers.narrowed:load", path=str(tmp_path / "half.keras"), batch=kind)
+    assert loaded["dtypes"] == [dtype]
+    expected = np.asarray(model.predict(x, verbose=0), "float32")
+    np.testing.assert_array_equal(np.float32(loaded["predicted"]), expected)
+
+
+@DTYPES
+def test_a_large_file_has_half_the_bytes_and_each_number_exactly(dtype, tmp_path):
+    model = keras.Sequential([keras.Input((512,)), layers.Dense(512)])
+    model.save(tmp_path / "whole.keras")
+    narrowed(model, dtype)
+    model.save(tmp_path / "half.keras")
+    whole, half = ((tmp_path / f"{name}.keras").stat().st_size for name in ("whole", "half"))
+    assert half < 0.55 * whole
+    weights = keras.models.load_model(tmp_path / "half.keras").get_weights()
+    for one, other in zip(weights, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
+
+
+def test_weights_files_go_round_and_come_from_wider_ones(tmp_path):
+    wide, model, other = (keras.Sequential([keras.Input((3,)), dense()]) for _ in range(3))
+    wide.save_weights(tmp_path / "wide.weights.h5")
+    narrowed(model)
+    narrowed(other)
+    model.save_weights(tmp_path / "narrow.weights.h5")
+    other.load_weights(tmp_path / "narrow.weights.h5")
+    np.testing.assert_array_equal(other.get_weights()[0], model.get_weights()[0])
+    other.load_weights(tmp_path / "wide.weights.h5")
+    np.testing.assert_array_equal(other.get_weights()[0], wide.get_weights()[0].astype("float16"))
+
+
+@pytest.mark.backend("tensorflow")
+def test_an_exported_model_holds_the_narrow_variables(tmp_path):
+    import tensorflow as tf
+
+    model = models.lived_in(models.vision)
+    narrowed(model)
+    model.export(tmp_path / "exported", verbose=False)
+    served = tf.saved_model.load(tmp_path / "exported")
+    assert {v.dtype.name for v in served.variables} == {"float16"}
+    outputs = served.serve(models.IMAGES.astype("float16"))
+    np.testing.assert_array_equal(outputs, model.predict(models.IMAGES, verbose=0))
+
+
+def test_facts_of_each_layer():
+    layer = dense(units=3)
+    kernel = np.array([[1.0, 1e-9, -1e-9], [0.0, 1 + 2.0**-11, 2.0], [4.0, 8.0, np.inf]])
+    layer.kernel.assign(kernel)
+    narrow, kept = dense("narrow"), dense("kept")
+    undo = contextlib.ExitStack()
+    narrow_variables(wanted(narrow), undo)
+    drop = layers.Dropout(0.5, seed=1)
+    seed = drop.seed_generator.state.value
+    rows = [*wanted(layer, narrow), *wanted(kept, dtype="float32"), *wanted(drop)]
+    first, second, third, fourth = narrow_variables(rows, undo)
+    assert first[:4] == ("dense", 48, 24, 2)
+    assert first.error == pytest.approx(2.0**-11, rel=1e-3)
+    assert second == ("narrow", 16, 16, 0, 0.0)
+    assert third == ("kept", 32, 32, 0, 0.0)
+    assert fourth[3:] == (0, 0.0)
+    assert drop.seed_generator.state.value is seed
+    assert layer.kernel.numpy()[2, 2] == np.inf
+
+
+def test_numbers_that_do_not_fit_are_named_and_nothing_changes():
+    fits, norm = dense(), layers.BatchNormalization(name="norm")
+    norm.build((None, 3))
+    norm.moving_variance.assign([1.0, 1e6, 2e6])
+    undo = contextlib.ExitStack()
+    before = [v.value for v in (*fits.variables, *norm.variables)]
+    with pytest.raises(mp.errors.PolicyError) as caught:
+        narrow_variables(wanted(fits, norm), undo)
+    said = str(caught.value)
+    for words in ("moving_variance", '"norm"', "2e+06", "65504", 'rules={"norm": "float32"}'):
+        assert words in said
+    assert 'variables="bfloat16"' in said
+    after = [v.value for v in (*fits.variables, *norm.variables)]
+    assert all(one is other for one, other in zip(before, after, strict=True))
+    assert {v.dtype for v in (*fits.variables, *norm.variables)} == {"float32"}
+    narrow_variables(wanted(fits, norm, dtype="bfloat16"), undo)
+    np.testing.assert_allclose(np.float32(norm.moving_variance), [1, 1e6, 2e6], rtol=2.0**-8)
+
+
+def test_the_largest_that_rounds_to_a_number_fits():
+    layer = dense()
+    layer.bias.assign([65519.0, -65519.0])
+    narrow_variables(wanted(layer), contextlib.ExitStack())
+    np.testing.assert_array_equal(layer.bias.numpy(), [65504, -65504])
+    other = dense()
+    other.bias.assign([65520.0, 0])
+    with pytest.raises(mp.errors.PolicyError, match="65520"):
+        narrow_variables(wanted(other), contextlib.ExitStack())
+
+
+def test_more_than_a_few_are_counted():
+    parts = [dense(f"dense_{number}") for number in range(5)]
+    for layer in parts:
+        layer.bias.assign([1e5, 0])
+    with pytest.raises(mp.errors.PolicyError, match="2 variables more") as caught:
+        narrow_variables(wanted(*parts), contextlib.ExitStack())
+    assert '"dense_4": "float32"' in str(caught.value)
+    for layer in parts:
+        layer.bias.assign([3.4e38, 0])
+        layer.kernel.assign(np.full((3, 2), 3.4028235e38))
+    with pytest.raises(mp.errors.PolicyError) as caught:
+        narrow_variables(wanted(*parts, dtype="bfloat16"), contextlib.ExitStack())
+    assert 'variables="bfloat16"' not in str(caught.value)
+
+
+def test_closing_after_an_error_midway_leaves_all_as_it_was(monkeypatch):
+    first, second = dense(), dense("second")
+    before = [v.value for v in (*first.variables, *second.variables)]
+    change = variables.set_variable_dtype
+
+    def failing(variable, dtype):
+        if variable is second.bias:
+            raise MemoryError
+        return change(variable, dtype)
+
+    monkeypatch.setattr(variables, "set_variable_dtype", failing)
+    with pytest.raises(MemoryError), contextlib.ExitStack() as undo:
+        narrow_variables(wanted(first, second), undo)
+    after = [v.value for v in (*first.variables, *second.variables)]
+    assert all(one is other for one, other in zip(before, after, strict=True))
+    assert {v.dtype for v in (*first.variables, *second.variables)} == {"float32"}
+
+
+def test_a_shared_variable_counts_once_and_must_be_wanted_alike():
+    one, two = dense("one"), layers.Dense(2, name="two")
+    two.kernel_of_one = one.kernel
+    two.build((None, 3))
+    with pytest.raises(mp.errors.PolicyError, match="share"):
+        narrow_variables([*wanted(one), *wanted(two, dtype="float32")], contextlib.ExitStack())
+    first, second = narrow_variables(wanted(one, two), contextlib.ExitStack())
+    assert (first.bytes_after, second.bytes_after) == (16, 16)
+    assert {v.dtype for v in (*one.variables, *two.variables)} == {"float16"}
+
+
+def test_nothing_keeps_the_values_of_before_once_the_undo_is_gone():
+    build, x = MODELS["vision"]
+    model = models.lived_in(build)
+    model.predict(x, verbose=0)
+    torch = keras.backend.backend() == "torch"
+    kept = [weakref.ref(v.value.untyped_storage() if torch else v.value) for v in floats(model)]
+    narrowed(model)
+    model.predict(x, verbose=0)
+    gc.collect()
+    assert [each() for each in kept] == [None] * len(kept)

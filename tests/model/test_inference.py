@@ -1,0 +1,105 @@
+"""A model for inference alone refuses to train, before the first step and after loading."""
+
+import contextlib
+
+import keras
+import numpy as np
+import pytest
+from helpers import processes
+from helpers.networks import KINDS, X, Y
+from helpers.own_steps import OwnStep
+from helpers.turned import Net
+
+import kerasmp as mp
+from kerasmp.errors import PolicyError
+from kerasmp.model.inference import only_for_inference
+
+REFUSED = "inference alone.*Received.*Expected: predict, evaluate or a call.*restore"
+
+
+def compiled(kind="sequential", module=mp):
+    model = KINDS[kind](module)
+    model.compile("adam", "mse", metrics=["mae"])
+    model.fit(X[:8], Y[:8], batch_size=8, verbose=0)
+    return model
+
+
+def refuses(model):
+    before = model.get_weights()
+    for train in (
+        lambda: model.fit(X, Y, verbose=0),
+        lambda: model.fit(X, Y, verbose=0, validation_data=(X, Y)),
+        lambda: model.train_on_batch(X[:8], Y[:8]),
+    ):
+        with pytest.raises(PolicyError, match=REFUSED):
+            train()
+    for one, other in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_refuses_and_still_predicts_and_evaluates(kind):
+    model = compiled(kind)
+    predicted, evaluated = model.predict(X, verbose=0), model.evaluate(X, Y, verbose=0)
+    only_for_inference(model, contextlib.ExitStack())
+    refuses(model)
+    np.testing.assert_array_equal(model.predict(X, verbose=0), predicted)
+    np.testing.assert_allclose(model.evaluate(X, Y, verbose=0), evaluated, rtol=1e-6)
+    model.test_on_batch(X[:8], Y[:8])
+
+
+def test_compiled_again_it_still_refuses():
+    model = compiled()
+    only_for_inference(model, contextlib.ExitStack())
+    model.compile("sgd", "mse")
+    refuses(model)
+
+
+def test_a_step_of_the_users_own_is_refused():
+    class Own(OwnStep, mp.Sequential):
+        pass
+
+    model = Own([keras.Input((X.shape[1],)), keras.layers.Dense(1)])
+    only_for_inference(model, contextlib.ExitStack())
+    with pytest.raises(PolicyError, match=REFUSED):
+        model.train_step((X, Y))
+
+
+def test_undone_it_goes_on_with_its_optimizer():
+    model, undo = compiled(), contextlib.ExitStack()
+    optimizer = model.optimizer
+    only_for_inference(model, undo)
+    undo.close()
+    assert model.optimizer is optimizer
+    model.fit(X, Y, batch_size=8, verbose=0)
+    assert int(optimizer.iterations) > 1
+
+
+@pytest.mark.parametrize("kind", ["sequential", "functional"])
+@pytest.mark.parametrize("module", [mp, keras])
+def test_a_loaded_one_refuses_and_evaluates(kind, module, tmp_path):
+    model = mp.Model.from_keras(compiled(kind, module))
+    only_for_inference(model, contextlib.ExitStack())
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    refuses(loaded)
+    expected = model.evaluate(X, Y, verbose=0)
+    np.testing.assert_allclose(loaded.evaluate(X, Y, verbose=0), expected, rtol=1e-6)
+    loaded.save(tmp_path / "again.keras")
+    refuses(keras.models.load_model(tmp_path / "again.keras"))
+
+
+def test_a_users_class_refuses_in_another_process(tmp_path):
+    model = Net()
+    model(np.ones((2, 4), "float32"))
+    model = mp.Model.from_keras(model)
+    model._output_dtype = "float16"
+    only_for_inference(model, contextlib.ExitStack())
+    model.save(tmp_path / "model.keras")
+    said = processes.call("helpers.turned:train", path=str(tmp_path / "model.keras"))
+    assert "inference alone" in said["error"]
+    assert said["outputs"] == "float16"
+
+
+def test_others_say_nothing_of_it_in_their_config():
+    assert "kerasmp" not in compiled().get_config()
