@@ -13,9 +13,17 @@ from kerasmp.conversion.compiled import (
     put_compiled_steps_back,
     turn_to_ours,
 )
+from kerasmp.conversion.inference import (
+    change_variables,
+    check_asked,
+    let_train_or_refuse,
+    over_float32,
+    with_variables,
+)
 from kerasmp.conversion.kept import kept_tensors
 from kerasmp.conversion.report import ConversionReport, ConvertedLayer
 from kerasmp.errors import ArgumentTypeError, PolicyError
+from kerasmp.layers.from_stock import turn_to_safe
 from kerasmp.policy import Policy
 from kerasmp.policy.apply import apply, put_back
 from kerasmp.policy.assign import Assignment, assign
@@ -26,11 +34,13 @@ if TYPE_CHECKING:
     from kerasmp.policy.policy import PolicyLike, RulesLike
 
 
-def convert(
+def convert(  # noqa: PLR0913 - all but two have to be named
     model: Any,
     policy: PolicyLike | LayerPolicies = "mixed_float16",
     *,
     rules: RulesLike = "safe",
+    safe_layers: bool = False,
+    variables: str | None = None,
     dry_run: bool = False,
 ) -> ConversionReport:
     """Let a built or loaded model compute under another policy, in place.
@@ -47,6 +57,13 @@ def convert(
         policy: A policy, or anything that `Policy` accepts, default "mixed_float16"; or the
             `LayerPolicies` of an earlier conversion, also of another build of the same model.
         rules: Rules as for `Policy`, beside those of `policy`; default "safe". None adds none.
+        safe_layers: Also turn stock layers into those of `kerasmp.layers` where there are such, in
+            place, with their weights, so that more of the model can stay in half precision. Of
+            `LayerPolicies` the text says which.
+        variables: "float16" or "bfloat16" for inference alone: layers that compute in it keep their
+            variables in it too, in half the bytes, and the model refuses to be trained. "float32"
+            undoes that, less the rounding, as does any policy over float32 variables. None, the
+            default, narrows none.
         dry_run: Only say what would be done.
 
     Returns:
@@ -54,7 +71,8 @@ def convert(
 
     Raises:
         PolicyError: If the policy does not exist, two rules disagree, a pattern matches no layer,
-            the model is not built, or weights would have to change their dtype.
+            the model is not built, weights would have to change to a dtype that was not asked for,
+            or a weight would become inf in it.
         ArgumentTypeError: If `model` is no Keras model.
 
     Warns:
@@ -72,12 +90,19 @@ def convert(
     ['float32', 'float32']
     """
     _check(model)
-    wanted = policy if isinstance(policy, LayerPolicies) else _with_rules(policy, rules)
+    check_asked(variables)
+    wanted: Policy | LayerPolicies = (
+        policy
+        if isinstance(policy, LayerPolicies)
+        else _with_rules(over_float32(Policy(policy), variables), rules)
+    )
     undo = contextlib.ExitStack()
     if dry_run:
         undo.callback(put_compiled_steps_back, compiled_steps(model))
+    undo.callback(forget_compiled_steps, model)
     try:
-        report = _convert(model, wanted, undo)
+        replaced = _turn_layers(model, wanted, undo, all_of_them=safe_layers)
+        report = _convert(model, wanted, variables, replaced, undo)
     except BaseException:  # an interrupt, too
         undo.close()
         raise
@@ -87,9 +112,12 @@ def convert(
 
 
 def _convert(
-    model: Any, wanted: Policy | LayerPolicies, undo: contextlib.ExitStack
+    model: Any,
+    wanted: Policy | LayerPolicies,
+    variables: str | None,
+    replaced: dict[int, str],
+    undo: contextlib.ExitStack,
 ) -> ConversionReport:
-    undo.callback(forget_compiled_steps, model)
     notes: list[str] = []
     if isinstance(wanted, Policy):
         rows = assign(model, wanted)
@@ -99,20 +127,35 @@ def _convert(
         ]
     else:
         rows = wanted.assign(model)
+    rows = with_variables(rows, variables)
     before = {id(row.layer): row.layer.compute_dtype for row in rows}
-    undo.callback(put_back, model, apply(model, rows))
+    undo.callback(put_back, model, apply(model, rows, variables_follow=True))
+    changed = change_variables(rows, undo)
     notes += [text for row in rows for text in kept_tensors(row, before[id(row.layer)])]
     output_dtype = wanted.output_dtype if isinstance(wanted, Policy) else None
     notes += turn_to_ours(model, output_dtype, undo)
+    notes += let_train_or_refuse(model, changed, undo)
     forget_compiled_steps(model)
     return ConversionReport(
         model=model,
         policy=wanted if isinstance(wanted, Policy) else None,
-        rows=[_converted(row) for row in rows],
+        rows=[_converted(row, replaced.get(id(row.layer))) for row in rows],
         layer_policies=LayerPolicies.of(model),
         notes=notes,
         undo=undo,
     )
+
+
+def _turn_layers(
+    model: Any,
+    wanted: Policy | LayerPolicies,
+    undo: contextlib.ExitStack,
+    *,
+    all_of_them: bool,
+) -> dict[int, str]:
+    if isinstance(wanted, LayerPolicies):
+        return turn_to_safe(model, undo, only=wanted.ours_in(model))
+    return turn_to_safe(model, undo) if all_of_them else {}
 
 
 def _check(model: Any) -> None:
@@ -132,12 +175,11 @@ def _check(model: Any) -> None:
         )
 
 
-def _with_rules(policy: PolicyLike, rules: RulesLike) -> Policy:
-    own = Policy(policy)
-    return Policy(own, rules=[rules, own.rules, "safe" if own.safe else None])
+def _with_rules(policy: Policy, rules: RulesLike) -> Policy:
+    return Policy(policy, rules=[rules, policy.rules, "safe" if policy.safe else None])
 
 
-def _converted(row: Assignment) -> ConvertedLayer:
+def _converted(row: Assignment, replaced: str | None) -> ConvertedLayer:
     return ConvertedLayer(
         layer=row.layer,
         path=row.path,
@@ -145,4 +187,5 @@ def _converted(row: Assignment) -> ConvertedLayer:
         before=row.before,
         after=row.after,
         reason=row.reason,
+        replaced=replaced,
     )

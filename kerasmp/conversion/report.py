@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kerasmp.backend.keras_graph import policy_of
 from kerasmp.conversion.table import table
+from kerasmp.errors import PolicyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -72,6 +74,7 @@ class ConversionReport:
         self.layer_policies = layer_policies
         self.notes = tuple(notes)
         self._undo = undo or contextlib.ExitStack()
+        self._restored = False
 
     @property
     def multiply_adds(self) -> Mapping[str, int] | None:
@@ -115,8 +118,26 @@ class ConversionReport:
 
         Weights keep what training has made of them since. After a dry run, and a second time,
         nothing happens.
+
+        Raises:
+            PolicyError: If a layer was quantised since. Nothing has changed then.
         """
+        if self._restored:
+            return
+        self._refuse_quantised()
+        self._restored = True
         self._undo.pop_all().close()
+
+    def _refuse_quantised(self) -> None:
+        for row in self.rows:
+            policy = policy_of(row.layer)
+            if policy.quantization_mode is not None and policy.name != row.after:
+                raise PolicyError(
+                    "A layer was quantised since the conversion, and has no such weights any more.",
+                    received=f'"{row.path}" under "{policy.name}"',
+                    expected=f'"{row.after}"',
+                    fix="Load the model anew, or restore before model.quantize(...).",
+                )
 
     def __str__(self) -> str:
         return table(self)

@@ -36,9 +36,10 @@ def save_for_stock_keras(model: Any, path: str | os.PathLike[str]) -> None:
         path: The file, ending in ".keras".
 
     Raises:
-        PolicyError: If a layer is one of kerasmp's, the policy has an `output`, or Keras would load
-            a layer with another policy, as it does the parts of attention under the rules "safe".
-            The error names the layer. No file is written.
+        PolicyError: If a layer is one of kerasmp's or has something of its, such as an activation;
+            if the policy has an `output`; or if Keras would load a layer with another policy, as it
+            does the parts of attention under the rules "safe". The error names the layer. No file
+            is written.
         ArgumentTypeError: If `model` is no Keras model.
 
     Example:
@@ -59,6 +60,7 @@ def save_for_stock_keras(model: Any, path: str | os.PathLike[str]) -> None:
         )
     _refuse_ours(model)
     config = _stock_config(model)
+    _refuse_parts_of_ours(config, model.name)
     # Whatever the global policy there is: "float32" is what Keras starts with.
     with policy_scope("float32"):
         stock = keras.saving.deserialize_keras_object(config)
@@ -104,6 +106,29 @@ def _stock_config(model: Any) -> dict[str, Any]:
             fix=_FIX,
         )
     return config
+
+
+def _refuse_parts_of_ours(config: Any, layer: str) -> None:
+    """Raise where a config names an activation, initializer or the like that is registered by us.
+
+    Args:
+        config: The config, or a part of it.
+        layer: The name of the layer that the part is of.
+    """
+    if isinstance(config, dict):
+        if isinstance(config.get("config"), dict):
+            layer = config["config"].get("name", layer)
+        config = list(config.values())
+    if isinstance(config, (list, tuple)):
+        for part in config:
+            _refuse_parts_of_ours(part, layer)
+    elif isinstance(config, str) and config.startswith("kerasmp>"):
+        raise PolicyError(
+            "A layer has something of kerasmp's, which stock Keras cannot load.",
+            received=f'"{layer}" with {config}',
+            expected="what Keras has, or you",
+            fix=_FIX,
+        )
 
 
 def _refuse_other_policies(model: Any, stock: Any) -> None:

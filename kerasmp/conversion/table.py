@@ -72,11 +72,17 @@ def _summary(report: ConversionReport) -> list[str]:
 
 
 def _cells(row: ConvertedLayer, *, measured: bool) -> tuple[str, ...]:
-    name = row.class_name if row.replaced is None else f"{row.class_name} (was {row.replaced})"
-    front = (row.path, name, row.before, row.after)
+    front = (row.path, _class(row), row.before, row.after)
     if not measured:
         return (*front, row.reason)
     return (*front, *_figures(row), row.reason)
+
+
+def _class(row: ConvertedLayer) -> str:
+    if row.replaced is None:
+        return row.class_name
+    was = "" if row.replaced == row.class_name else f", was {row.replaced}"
+    return f"{row.class_name} (kerasmp{was})"
 
 
 def _figures(row: ConvertedLayer) -> tuple[str, str, str, str]:

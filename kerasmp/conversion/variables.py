@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import keras
 import numpy as np
 
-from kerasmp.backend.keras_private import own_variables
+from kerasmp.backend.keras_private import flatten_layers, own_variables
 from kerasmp.backend.variable_dtypes import set_variable_dtype
 from kerasmp.conversion.initializers import make_loadable
 from kerasmp.errors import PolicyError
@@ -27,12 +27,12 @@ class Wanted(NamedTuple):
     Args:
         layer: The layer; what is inside of it has wishes of its own.
         path: Its path, as rules name it.
-        dtype: The dtype.
+        dtype: The dtype; None for the one that they have.
     """
 
     layer: Any
     path: str
-    dtype: str
+    dtype: str | None
 
 
 class Narrowed(NamedTuple):
@@ -97,42 +97,50 @@ def narrow_variables(rows: Iterable[Wanted], undo: contextlib.ExitStack) -> list
         make_loadable(row.layer, undo)
         for variable in variables:
             if _changes(variable, row):
-                undo.callback(set_variable_dtype(variable, row.dtype))
+                undo.callback(set_variable_dtype(variable, str(row.dtype)))
     return [facts for facts, _ in done]
 
 
 def _each_once(rows: list[Wanted]) -> list[tuple[Wanted, list[Any]]]:
-    """Return each row with the variables that no row before it has.
+    """Return each row with the variables that are its own.
+
+    Those that a wrapper keeps of what it wraps, as SpectralNormalization does, belong to the inner
+    layer, which made them; those that other layers share, to the first.
 
     Raises:
         PolicyError: If two rows want one variable in different dtypes.
     """
     owners: dict[int, Wanted] = {}
-    wanted = []
     for row in rows:
-        new = []
         for variable in own_variables(row.layer):
             owner = owners.setdefault(id(variable), row)
-            if owner is row:
-                new.append(variable)
-            elif _changes(variable, owner) or _changes(variable, row):
+            if owner is not row and any(each is row.layer for each in flatten_layers(owner.layer)):
+                owners[id(variable)] = row
+            elif owner is not row and (_changes(variable, owner) or _changes(variable, row)):
                 _refuse_two_dtypes(variable, owner, row)
-        wanted.append((row, list({id(variable): variable for variable in new}.values())))
-    return wanted
+    return [
+        (row, [v for v in _once(own_variables(row.layer)) if owners[id(v)] is row]) for row in rows
+    ]
+
+
+def _once(variables: list[Any]) -> list[Any]:
+    return list({id(variable): variable for variable in variables}.values())
 
 
 def _refuse_two_dtypes(variable: Any, one: Wanted, other: Wanted) -> None:
     if one.dtype != other.dtype:
         raise PolicyError(
             f'Two layers share the variable "{variable.path}" and want it in different dtypes.',
-            received=f'"{one.path}" in {one.dtype} and "{other.path}" in {other.dtype}',
+            received=" and ".join(
+                f'"{row.path}" in {row.dtype or "the one that it has"}' for row in (one, other)
+            ),
             expected="one dtype for both",
             fix="Give both layers the same rule.",
         )
 
 
 def _changes(variable: Any, row: Wanted) -> bool:
-    return variable.dtype in _FLOATS and variable.dtype != row.dtype
+    return row.dtype is not None and variable.dtype in _FLOATS and variable.dtype != row.dtype
 
 
 def _checked(row: Wanted, variables: list[Any]) -> tuple[Narrowed, list[tuple[Wanted, Any, float]]]:
@@ -160,7 +168,7 @@ def _roundings(row: Wanted, variables: list[Any]) -> Iterator[tuple[Any, int, _R
         values = _values(variable)
         stays = _Rounding(values.nbytes, 0, 0.0, 0.0)
         changes = _changes(variable, row)
-        yield variable, values.nbytes, _rounding(values, row.dtype) if changes else stays
+        yield variable, values.nbytes, _rounding(values, str(row.dtype)) if changes else stays
 
 
 def _values(variable: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
+from kerasmp.layers.from_stock import turn_to_safe
 from kerasmp.policy.follow import PoliciesToFollow
 from kerasmp.policy.layer_policies import LayerPolicies
 
@@ -54,6 +56,16 @@ def take_up(model: Any, extras: Mapping[str, Any]) -> None:
     if "layer_policies" not in extras:
         return
     model._keeps_layer_policies = True  # noqa: SLF001
-    model._rules = PoliciesToFollow(LayerPolicies.parse(extras["layer_policies"]))  # noqa: SLF001
+    policies = LayerPolicies.parse(extras["layer_policies"])
+    model._rules = PoliciesToFollow(  # noqa: SLF001
+        policies,
+        turn=_turn,
+        variables_follow=model._for_inference,  # noqa: SLF001
+    )
     if model.built:
         model._rules.follow(model)  # noqa: SLF001
+
+
+def _turn(model: Any, policies: LayerPolicies) -> None:
+    """Turn what a user's class has made of stock layers, where the file had ours."""
+    turn_to_safe(model, contextlib.ExitStack(), only=policies.ours_in(model))

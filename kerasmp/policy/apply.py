@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from kerasmp.policy.assign import Assignment
 
 
-def apply(model: Any, assignments: Iterable[Assignment]) -> list[tuple[Any, keras.DTypePolicy]]:
+def apply(
+    model: Any, assignments: Iterable[Assignment], *, variables_follow: bool = False
+) -> list[tuple[Any, keras.DTypePolicy]]:
     """Let layers follow the policies assigned to them. Weights stay as they are.
 
     Args:
         model: The model.
         assignments: What to do; rows whose policy does not change are passed over.
+        variables_follow: Whether the caller changes the dtypes of variables accordingly.
 
     Returns:
         The layers that were changed, with the policy of each before, for `put_back`.
@@ -30,7 +33,8 @@ def apply(model: Any, assignments: Iterable[Assignment]) -> list[tuple[Any, kera
     """
     todo = [row for row in assignments if row.before != row.after]
     for row in todo:
-        _check_variables(row)
+        if not variables_follow:
+            refuse_other_variables(row)
     changed = [(row.layer, row.layer.dtype_policy) for row in todo]
     for row in todo:
         set_policy(row.layer, keras.dtype_policies.get(row.after))
@@ -55,7 +59,15 @@ def put_back(model: Any, changed: Iterable[tuple[Any, keras.DTypePolicy]]) -> No
     _renew(model, [layer for layer, _ in pairs])
 
 
-def _check_variables(row: Assignment) -> None:
+def refuse_other_variables(row: Assignment) -> None:
+    """Raise if a layer's weights would have to change their dtype.
+
+    Args:
+        row: What the layer is assigned.
+
+    Raises:
+        PolicyError: If they would.
+    """
     have = policy_of(row.layer).variable_dtype
     want = keras.dtype_policies.get(row.after).variable_dtype
     if have != want and row.layer.weights:
@@ -63,7 +75,8 @@ def _check_variables(row: Assignment) -> None:
             "The layer is built, and its weights stay in the dtype they have.",
             received=f'"{row.path}" with weights in {have}, and a policy that wants {want}',
             expected=f"a policy with {have} variables",
-            fix='For half precision over float32 variables use a "mixed_" policy.',
+            fix='For half precision over float32 variables use a "mixed_" policy. convert(...) '
+            'changes variables where it is asked to, as by variables="float16".',
         )
 
 

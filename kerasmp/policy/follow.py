@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kerasmp.backend.keras_private import flatten_layers
+from kerasmp.backend.keras_private import flatten_layers, own_variables
+from kerasmp.backend.variable_dtypes import set_variable_dtype
 from kerasmp.policy.apply import apply
 from kerasmp.policy.assign import assign
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kerasmp.policy.assign import Assignment
     from kerasmp.policy.layer_policies import LayerPolicies
     from kerasmp.policy.policy import Policy
 
@@ -54,10 +58,21 @@ class PoliciesToFollow:
 
     Args:
         policies: The policies.
+        turn: Is called with the model and the policies first, to give layers the classes of then.
+        variables_follow: Whether variables are to have the policies' dtypes, too. Their values come
+            from the file later.
     """
 
-    def __init__(self, policies: LayerPolicies) -> None:
+    def __init__(
+        self,
+        policies: LayerPolicies,
+        *,
+        turn: Callable[[Any, LayerPolicies], object],
+        variables_follow: bool = False,
+    ) -> None:
         self.waiting: LayerPolicies | None = policies
+        self._turn = turn
+        self._variables_follow = variables_follow
 
     def follow(self, model: Any, *inputs: Any) -> None:
         """Give the layers their policies, if the model is built.
@@ -71,8 +86,21 @@ class PoliciesToFollow:
         _build(model, inputs)
         # Keras says that it has built the model of a file only afterwards.
         if model.built or all(part.built for part in flatten_layers(model) if part is not model):
-            apply(model, self.waiting.assign(model))
+            self._turn(model, self.waiting)
+            rows = self.waiting.assign(model)
+            apply(model, rows, variables_follow=self._variables_follow)
+            if self._variables_follow:
+                _change_variables(rows)
             self.waiting = None
+
+
+def _change_variables(rows: list[Assignment]) -> None:
+    for row in rows:
+        have, want = (keras.dtype_policies.get(name) for name in (row.before, row.after))
+        for variable in own_variables(row.layer):
+            # Others, a seed or a counter, have a dtype of their own.
+            if variable.dtype == have.variable_dtype != want.variable_dtype:
+                set_variable_dtype(variable, want.variable_dtype)
 
 
 def _build(model: Any, inputs: tuple[Any, ...]) -> None:

@@ -11,8 +11,10 @@ from kerasmp.backend.keras_graph import policy_of
 from kerasmp.errors import ArgumentTypeError, PolicyError
 from kerasmp.policy.assign import Assignment
 from kerasmp.policy.places import places
+from kerasmp.policy.safe import is_ours
 
 _INDENT = "  "
+_OURS = "kerasmp>"  # before the names under which Keras knows our classes
 _LINE = re.compile(r"( *)(.*) \(([^()]*)\): (\S+)")
 _EXPECTED = '"name (Class): policy" in each line, two blanks further in for what a layer holds'
 
@@ -120,6 +122,18 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
             Assignment(layer, place.path, policy_of(layer).name, wanted.policy, "the text")
             for wanted, (layer, place, _) in zip(self, present, strict=True)
         ]
+
+    def ours_in(self, model: Any) -> set[int]:
+        """Return the `id`s of the layers that were kerasmp's and are stock here.
+
+        Args:
+            model: A built model.
+        """
+        return {
+            id(layer)
+            for wanted, (layer, _, depth) in zip(self, _with_depths(model), strict=False)
+            if depth and wanted.class_name.startswith(_OURS) and not is_ours(layer)
+        }
 
     def __str__(self) -> str:
         return "\n".join(map(str, self))

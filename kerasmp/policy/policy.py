@@ -72,7 +72,8 @@ class Policy:
                 'The rule set "safe" lets layers compute in float32 over float32 variables.',
                 received=f"{str(self)!r}, whose variables are {self.variable_dtype}",
                 expected="a policy with float32 variables",
-                fix=f'"mixed_{self.variable_dtype}" is one.',
+                fix=f'"mixed_{self.variable_dtype}" is one. For inference alone, give '
+                f'convert(...) variables="{self.variable_dtype}".',
             )
 
     @property

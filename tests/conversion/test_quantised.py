@@ -63,6 +63,20 @@ def test_keras_itself_does_not_quantise_float16_layers_to_int8():
         model.quantize("int8")
 
 
+def test_restoring_after_it_was_quantised_is_refused_and_changes_nothing():
+    model = build()
+    report = mp.convert(model, "mixed_bfloat16")
+    model.layers[1].quantize("int8")
+    before = str(mp.LayerPolicies.of(model))
+    for _ in range(2):
+        with pytest.raises(
+            mp.errors.PolicyError, match=r'quantised since.*"sequential\w*/dense_\d"'
+        ):
+            report.restore()
+    assert str(mp.LayerPolicies.of(model)) == before
+    assert isinstance(model, mp.Sequential)
+
+
 @pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
 def test_a_quantised_model_keeps_its_layers(mode):
     model, exact = quantised(mode)

@@ -55,6 +55,21 @@ def test_layers_of_ours_and_outputs_are_named(tmp_path):
     assert not path.exists()
 
 
+def test_activations_and_initializers_of_ours_are_named(tmp_path):
+    gelu = layers.Dense(2, activation=mp.ops.gelu, name="second")
+    lstm = keras.Sequential([keras.Input((6, 4)), layers.LSTM(2, name="lstm"), layers.Dense(2)])
+    mp.convert(lstm, "float16", variables="float16", rules=None)
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(2), gelu])
+    nested = keras.Sequential([keras.Input((4,)), inner])
+    for model, named in (
+        (nested, '"second" with kerasmp>gelu'),
+        (lstm, '"lstm" with kerasmp>Orth'),
+    ):
+        with pytest.raises(mp.errors.PolicyError, match=named):
+            mp.save_for_stock_keras(model, tmp_path / "model.keras")
+    assert not (tmp_path / "model.keras").exists()
+
+
 def test_a_class_that_needs_kerasmp_is_refused(tmp_path):
     class Net(mp.Model):
         def __init__(self, **kwargs):

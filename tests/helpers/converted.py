@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 import kerasmp as mp
+from kerasmp.backend.keras_private import flatten_layers
 
 layers = keras.layers
 X = np.random.default_rng(0).normal(size=(4, 6, 4)).astype("float32")
@@ -85,16 +86,20 @@ def subclassed():
 KINDS = {"attention": attention, "recurrent": recurrent, "nested": nested, "subclassed": subclassed}
 
 
+def facts_of_policies(model):
+    """Return the policies as text; Keras numbers the parts of a user's model anew."""
+    return re.sub(r"_\d+ \(", " (", str(mp.LayerPolicies.of(model)))
+
+
 def facts(model):
     """Return what must be the same after loading."""
     values = [keras.ops.convert_to_numpy(v.value) for v in model.optimizer.variables]
     return {
         "class": type(model).__name__,
-        # Keras numbers the parts of a user's model anew.
-        "policies": re.sub(r"_\d+ \(", " (", str(mp.LayerPolicies.of(model))),
+        "policies": facts_of_policies(model),
         "symbolic": [out.dtype for out in model.outputs] if hasattr(model, "outputs") else None,
         "optimizer": type(model.optimizer).__name__,
-        "scale": model.optimizer.loss_scale,
+        "scale": getattr(model.optimizer, "loss_scale", None),
         "values": [np.asarray(value, "float64").tolist() for value in values],
         "outputs": keras.ops.convert_to_numpy(model(X)).astype("float64").tolist(),
     }
@@ -111,3 +116,33 @@ def load(folder, policy):
     """Return the facts of all kinds, loaded under a global policy."""
     keras.config.set_dtype_policy(policy)
     return {kind: facts(keras.models.load_model(Path(folder, f"{kind}.keras"))) for kind in KINDS}
+
+
+def predictions(model):
+    """Return what a model for inference says, its dtypes, and the error that training raises."""
+    try:
+        model.train_on_batch(X, Y)
+    except mp.errors.PolicyError as error:
+        said = str(error)
+    else:
+        said = "none"
+    return {
+        "policies": facts_of_policies(model),
+        "classes": [type(layer).__module__.split(".")[0] for layer in flatten_layers(model)],
+        # SpectralNormalization makes this one in its kernel's dtype, and only training reads it.
+        "dtypes": [v.dtype for v in model.variables if v.name != "vector_u"],
+        "outputs": keras.ops.convert_to_numpy(model(X)).astype("float64").tolist(),
+        "error": re.sub(r"_\d+", "", said),
+    }
+
+
+def load_one(path):
+    """Return what `predictions` says of a model of a file, under another global policy."""
+    keras.config.set_dtype_policy("mixed_float16")
+    return predictions(keras.models.load_model(path))
+
+
+def load_facts(path):
+    """Return the `facts` of a model of a file, under another global policy."""
+    keras.config.set_dtype_policy("float32")
+    return facts(keras.models.load_model(path))

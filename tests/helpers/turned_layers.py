@@ -5,7 +5,7 @@ import numpy as np
 
 from kerasmp.backend.keras_graph import policy_of
 from kerasmp.backend.keras_private import autocasts, flatten_layers, own_variables
-from kerasmp.conversion.safe_layers import stock_to_safe
+from kerasmp.layers.from_stock import stock_to_safe
 
 layers = keras.layers
 

@@ -18,7 +18,6 @@ from kerasmp import layers, ops
 from kerasmp.backend import current
 from kerasmp.backend.keras_graph import policy_of, refresh_symbolic_dtypes
 from kerasmp.backend.keras_private import autocasts, own_variables, set_autocast
-from kerasmp.conversion.compiled import forget_compiled_steps
 from kerasmp.layers.bias import WideBias
 from kerasmp.ops.precision import wide_dtype
 from kerasmp.policy.apply import renew_statistics
@@ -27,7 +26,7 @@ from kerasmp.policy.safe import ATTENTION
 
 if TYPE_CHECKING:
     import contextlib
-    from collections.abc import Callable
+    from collections.abc import Callable, Container
 
     Undo = contextlib.ExitStack[bool | None]
 
@@ -40,19 +39,21 @@ _ACTIVATED_IN_FLOAT32 = (layers.Activation, layers.DenseHead)
 _RECURRENT = (keras.layers.RNN, keras.layers.LSTMCell, keras.layers.GRUCell)
 
 
-def turn_to_safe(model: Any, undo: Undo) -> dict[int, str]:
+def turn_to_safe(model: Any, undo: Undo, only: Container[int] | None = None) -> dict[int, str]:
     """Turn every stock layer of a model that has a float16-safe counterpart into it, in place.
 
     Meant are layers at any depth whose class is exactly a stock one, up to those that are quantised
     or inside `kerasmp.layers.WithDtype`, and those that attention, or a subclass of LSTM or GRU,
     makes for itself. A stock Dense that makes the model's outputs becomes a `DenseHead`, unless
     the model's own constructor would make it a Dense again. Stock activations inside become those
-    of `kerasmp.ops`, except for recurrent ones. Weights stay the variables that they are.
+    of `kerasmp.ops`, except for recurrent ones. Weights stay the variables that they are. Steps
+    that are compiled go on with what it was: to forget them is the caller's.
 
     Args:
         model: A model. What is not built yet has no parts that could be found.
         undo: Is given, before each single change, what takes it back. Close it to have the model as
             it was, also after an error midway.
+        only: The `id`s of the layers that may be turned; None for all.
 
     Returns:
         From `id(layer)` to the name of the class that the layer had.
@@ -69,10 +70,11 @@ def turn_to_safe(model: Any, undo: Undo) -> dict[int, str]:
     ['keras', 'keras']
     """
     found = list(places(model))
-    todo = [(layer, ours) for layer, ours in _counterparts(found) if ours is not None]
-    if not todo:
-        return {}
-    undo.callback(forget_compiled_steps, model)
+    todo = [
+        (layer, ours)
+        for layer, ours in _counterparts(found)
+        if ours is not None and (only is None or id(layer) in only)
+    ]
     # A head's output is float32 where the policy is a narrow one.
     widens = any(ours is layers.DenseHead and _is_narrow(layer) for layer, ours in todo)
     if widens:
@@ -84,7 +86,6 @@ def turn_to_safe(model: Any, undo: Undo) -> dict[int, str]:
         _turn(layer, ours, holders, undo)
     if widens:
         refresh_symbolic_dtypes(model)
-    forget_compiled_steps(model)
     return names
 
 

@@ -9,7 +9,7 @@ from helpers.turned_layers import assert_state, numpy, state, stock_left
 
 import kerasmp as mp
 from kerasmp.backend.keras_private import autocasts, own_variables
-from kerasmp.conversion.safe_layers import safe_activations, turn_to_safe
+from kerasmp.layers.from_stock import safe_activations, turn_to_safe
 
 layers = keras.layers
 BACKEND = keras.backend.backend()

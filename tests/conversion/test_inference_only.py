@@ -1,0 +1,144 @@
+"""Half-precision variables by one call: half the bytes, no training, in files too, and back."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import converted, processes
+
+import kerasmp as mp
+from kerasmp.backend.keras_private import flatten_layers
+from kerasmp.conversion.inference import variable_dtype
+
+layers = keras.layers
+X, Y = converted.X, converted.Y
+HALVES = pytest.mark.parametrize("half", ["float16", "bfloat16"])
+# On JAX's CPU no float16 attention runs.
+NO_ATTENTION = ("nested", "recurrent")
+
+
+def compiled(kind="nested"):
+    keras.utils.set_random_seed(0)
+    model = converted.KINDS[kind]()
+    model.compile("adam", "mse", metrics=["mae"])
+    model.fit(X, Y, verbose=0)
+    return model
+
+
+def predict(model):
+    return np.asarray(model.predict(X, verbose=0), "float32")
+
+
+def dtypes(model):
+    return [v.dtype for v in model.variables if "seed" not in v.path]
+
+
+@HALVES
+@pytest.mark.parametrize("given", ["mixed_", ""])
+def test_without_rules_all_variables_take_half_the_bytes(half, given):
+    model = compiled("recurrent")
+    exact, optimizer = predict(model), model.optimizer
+    before = 4 * sum(int(np.prod(v.shape)) for v in model.weights)
+    report = mp.convert(model, given + half, rules=None, variables=half)
+    assert set(dtypes(model)) == {half}
+    assert {row.after for row in report.rows} == {half}
+    assert f"take {before // 2:,} bytes, not {before:,}; rounding" in str(report)
+    assert f"variables in {half}: the model refuses to be trained" in report.notes
+    np.testing.assert_allclose(predict(model), exact, atol=0.05)
+    assert model.evaluate(X, Y, verbose=0)[0] > 0
+    assert model.optimizer is None
+    for train in (model.fit, model.train_on_batch):
+        with pytest.raises(mp.errors.PolicyError, match="inference alone"):
+            train(X, Y)
+    report.restore()
+    assert set(dtypes(model)) == {"float32"}
+    np.testing.assert_array_equal(predict(model), exact)
+    assert model.optimizer is optimizer
+    model.fit(X, Y, verbose=0)
+
+
+@pytest.mark.parametrize("kind", NO_ATTENTION)
+def test_layers_that_the_safe_rules_keep_in_float32_keep_their_variables(kind):
+    model = compiled(kind)
+    report = mp.convert(model, "float16", variables="float16")
+    kept = [row for row in report.rows if row.after == "float32"]
+    assert kept
+    # A wrapper's variables that its inner layer has made are that one's.
+    for row in report.rows:
+        if not flatten_layers(row.layer)[1:]:
+            assert {v.dtype for v in row.layer.weights} <= {variable_dtype(row.after)}
+    assert set(dtypes(model)) == {"float16", "float32"}
+    assert np.isfinite(predict(model)).all()
+
+
+@pytest.mark.parametrize("kind", [*NO_ATTENTION, "attention", "subclassed"])
+@pytest.mark.parametrize("safe_layers", [False, True])
+def test_a_file_is_the_same_model_in_another_process(kind, safe_layers, tmp_path):
+    model = compiled(kind)
+    mp.convert(model, "bfloat16", variables="bfloat16", safe_layers=safe_layers)
+    model.save(tmp_path / "model.keras")
+    found = processes.call("helpers.converted:load_one", path=str(tmp_path / "model.keras"))
+    assert found == converted.predictions(model)
+    assert "inference alone" in found["error"]
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_a_policy_over_float32_variables_widens_them_again(policy):
+    model = compiled()
+    exact = predict(model)
+    mp.convert(model, "float16", variables="float16")
+    report = mp.convert(model, policy)
+    assert set(dtypes(model)) == {"float32"}
+    assert any("float32 again" in note for note in report.notes)
+    error = np.abs(predict(model) - exact).max()
+    assert 0 < error < 0.05  # what rounding took stays lost
+    model.compile("adam", "mse")
+    model.fit(X, Y, verbose=0)
+    report.restore()
+    assert "float16" in dtypes(model)
+    with pytest.raises(mp.errors.PolicyError, match="inference alone"):
+        model.fit(X, Y)
+
+
+def test_what_nobody_asked_for_is_refused_and_nothing_changes():
+    model = compiled()
+    before, weights = str(mp.LayerPolicies.of(model)), model.get_weights()
+    model.layers[-1].kernel.assign(model.layers[-1].kernel + 1e6)
+    calls = [
+        ({"policy": "float16"}, 'give convert.* variables="float16"'),
+        ({"policy": "float16", "rules": None}, 'asked to, as by variables="float16"'),
+        ({"policy": "float16", "variables": "float32"}, "float32 variables"),
+        ({"policy": "mixed_bfloat16", "variables": "float16"}, "No layer computes in float16"),
+        ({"variables": "int8"}, "variables='int8'.*'float16', 'bfloat16', 'float32' or None"),
+        ({"policy": "float16", "variables": "float16", "rules": None}, "would become inf"),
+    ]
+    for arguments, said in calls:
+        with pytest.raises(mp.errors.PolicyError, match=said):
+            mp.convert(model, **arguments)
+        assert str(mp.LayerPolicies.of(model)) == before
+        assert set(dtypes(model)) == {"float32"}
+        assert type(model) is keras.Sequential
+        assert isinstance(model.optimizer, keras.optimizers.Adam)
+    np.testing.assert_array_equal(model.get_weights()[0], weights[0])
+
+
+def test_a_dry_run_changes_no_variable():
+    model = compiled()
+    values = [v.value for v in model.variables]
+    dry = mp.convert(model, "float16", variables="float16", dry_run=True)
+    assert any("bytes, not" in note for note in dry.notes)
+    assert all(v.value is old for v, old in zip(model.variables, values, strict=True))
+    model.fit(X, Y, verbose=0)
+
+
+def test_rules_of_the_users_hold_for_variables_too():
+    model = compiled()
+    mp.convert(model, "float16", variables="float16", rules={model.layers[-1].path: "float32"})
+    assert {v.dtype for v in model.layers[-1].weights} == {"float32"}
+    assert {v.dtype for v in model.layers[0].weights} == {"float16"}
+    text = mp.LayerPolicies.of(model)
+    other = compiled()
+    with pytest.raises(mp.errors.PolicyError, match="asked to"):
+        mp.convert(other, text)
+    mp.convert(other, text, variables="float16")
+    assert str(mp.LayerPolicies.of(other)).split()[2::3] == str(text).split()[2::3]
+    assert dtypes(other) == dtypes(model)
