@@ -211,3 +211,12 @@ def _choose(skipped: Any, before: Sequence[Any], after: Sequence[Any]) -> list[A
         new if new is old else jax.tree.map(lambda o, n: jnp.where(skipped, o, n), old, new)
         for old, new in zip(before, after, strict=True)
     ]
+
+
+# The products that a user's layer may call itself; `kerasmp.backend.products` counts them.
+PRODUCTS = tuple((jnp, name) for name in ("matmul", "dot", "inner", "vdot", "einsum", "tensordot"))
+
+
+def eagerly() -> Any:
+    """Let all be computed when it is called, each step of a loop and what is compiled too."""
+    return jax.disable_jit()

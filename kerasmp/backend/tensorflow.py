@@ -361,3 +361,25 @@ def train_step(
 
     tf.cond(skipped, restore, lambda: None)
     return logs_after(logs, skipped)
+
+
+# The products that a user's layer may call itself; `kerasmp.backend.products` counts them.
+PRODUCTS = (
+    (tf, "matmul"),
+    (tf.linalg, "matmul"),
+    (tf, "einsum"),
+    (tf.linalg, "einsum"),
+    (tf, "tensordot"),
+    (tf.linalg, "tensordot"),
+)
+
+
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """Let all be computed when it is called, the bodies of a user's `tf.function` too."""
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)

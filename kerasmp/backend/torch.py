@@ -192,3 +192,12 @@ def _generators() -> list[Any]:
     # The default generators of devices that are in use; asking for others would initialise them.
     used = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
     return [torch.default_generator, *used]
+
+
+# The products that a user's layer may call itself; `kerasmp.backend.products` counts them.
+PRODUCTS = tuple((torch, name) for name in ("matmul", "inner", "vdot", "einsum", "tensordot"))
+
+
+def eagerly() -> Any:
+    """Let no gradients be recorded; all else is eager."""
+    return torch.no_grad()

@@ -13,6 +13,7 @@ from kerasmp.conversion.compiled import (
     put_compiled_steps_back,
     turn_to_ours,
 )
+from kerasmp.conversion.costs import Cost, measure
 from kerasmp.conversion.inference import (
     change_variables,
     check_asked,
@@ -41,6 +42,7 @@ def convert(  # noqa: PLR0913 - all but two have to be named
     rules: RulesLike = "safe",
     safe_layers: bool = False,
     variables: str | None = None,
+    sample: Any = None,
     dry_run: bool = False,
 ) -> ConversionReport:
     """Let a built or loaded model compute under another policy, in place.
@@ -64,6 +66,9 @@ def convert(  # noqa: PLR0913 - all but two have to be named
             variables in it too, in half the bytes, and the model refuses to be trained. "float32"
             undoes that, less the rounding, as does any policy over float32 variables. None, the
             default, narrows none.
+        sample: A batch of inputs. The converted model is called on it once, eagerly, and the report
+            says what each layer does: multiply-adds, bytes of activations and of casts. Without
+            it these are unknown.
         dry_run: Only say what would be done.
 
     Returns:
@@ -74,6 +79,7 @@ def convert(  # noqa: PLR0913 - all but two have to be named
             the model is not built, weights would have to change to a dtype that was not asked for,
             or a weight would become inf in it.
         ArgumentTypeError: If `model` is no Keras model.
+        Exception: Whatever the model raises when it is called on `sample`.
 
     Warns:
         LossScaleWarning: If layers train in float16 and the model keeps optimizers in attributes
@@ -102,10 +108,19 @@ def convert(  # noqa: PLR0913 - all but two have to be named
     undo.callback(forget_compiled_steps, model)
     try:
         replaced = _turn_layers(model, wanted, undo, all_of_them=safe_layers)
-        report = _convert(model, wanted, variables, replaced, undo)
+        rows, notes = _convert(model, wanted, variables, undo)
+        costs = {} if sample is None else measure(model, sample)
     except BaseException:  # an interrupt, too
         undo.close()
         raise
+    report = ConversionReport(
+        model=model,
+        policy=wanted if isinstance(wanted, Policy) else None,
+        rows=[_converted(row, replaced, costs) for row in rows],
+        layer_policies=LayerPolicies.of(model),
+        notes=notes,
+        undo=undo,
+    )
     if dry_run:
         report.restore()
     return report
@@ -115,9 +130,8 @@ def _convert(
     model: Any,
     wanted: Policy | LayerPolicies,
     variables: str | None,
-    replaced: dict[int, str],
     undo: contextlib.ExitStack,
-) -> ConversionReport:
+) -> tuple[list[Assignment], list[str]]:
     notes: list[str] = []
     if isinstance(wanted, Policy):
         rows = assign(model, wanted)
@@ -136,14 +150,7 @@ def _convert(
     notes += turn_to_ours(model, output_dtype, undo)
     notes += let_train_or_refuse(model, changed, undo)
     forget_compiled_steps(model)
-    return ConversionReport(
-        model=model,
-        policy=wanted if isinstance(wanted, Policy) else None,
-        rows=[_converted(row, replaced.get(id(row.layer))) for row in rows],
-        layer_policies=LayerPolicies.of(model),
-        notes=notes,
-        undo=undo,
-    )
+    return rows, notes
 
 
 def _turn_layers(
@@ -179,7 +186,7 @@ def _with_rules(policy: Policy, rules: RulesLike) -> Policy:
     return Policy(policy, rules=[rules, policy.rules, "safe" if policy.safe else None])
 
 
-def _converted(row: Assignment, replaced: str | None) -> ConvertedLayer:
+def _converted(row: Assignment, replaced: dict[int, str], costs: dict[int, Cost]) -> ConvertedLayer:
     return ConvertedLayer(
         layer=row.layer,
         path=row.path,
@@ -187,5 +194,6 @@ def _converted(row: Assignment, replaced: str | None) -> ConvertedLayer:
         before=row.before,
         after=row.after,
         reason=row.reason,
-        replaced=replaced,
+        replaced=replaced.get(id(row.layer)),
+        cost=costs.get(id(row.layer)),
     )

@@ -207,7 +207,8 @@ def attend(weights: Any, value: Any, dtype: str) -> Any:
     """
     values = ops.cast(ops.transpose(value, _HEADS_FIRST), weights.dtype)
     # Not ops.matmul, which knows no float64 on torch.
-    return ops.transpose(ops.cast(weights @ values, dtype), _HEADS_FIRST)
+    averages = current().matmul_wide(weights, values, wide_dtype(weights.dtype))
+    return ops.transpose(ops.cast(averages, dtype), _HEADS_FIRST)
 
 
 def causal_mask(query: Any, key: Any) -> Any:
