@@ -89,3 +89,29 @@ def test_a_rule_that_fails_leaves_them_stock():
     with pytest.raises(mp.errors.PolicyError, match="matches the path of no layer"):
         mp.convert(model, POLICY, safe_layers=True, rules={"nowhere": "float32"})
     assert_state(model, before)
+
+
+def test_weights_files_of_the_stock_model_load_but_for_a_turned_head(tmp_path):
+    path = tmp_path / "stock.weights.h5"
+    model, other = compiled("nested"), converted.nested()
+    model.save_weights(path)
+    mp.convert(other, POLICY)
+    other.load_weights(path)
+    for one, wanted in zip(other.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, wanted)
+    mp.convert(other, POLICY, safe_layers=True)
+    with pytest.raises(ValueError, match="dense"):
+        other.load_weights(path)
+
+
+def test_clones_keep_the_policies_of_layers_and_not_of_their_parts():
+    model = converted.attention()
+    mp.convert(model, POLICY)
+    clone = keras.models.clone_model(model)
+    assert [x.dtype_policy for x in clone.layers] == [x.dtype_policy for x in model.layers]
+    policies = [str(mp.LayerPolicies.of(each)).split()[2::3] for each in (clone, model)]
+    assert policies[0] != policies[1]
+    mp.convert(clone, mp.LayerPolicies.of(model))
+    assert [x.compute_dtype for x in flatten_layers(clone)] == [
+        x.compute_dtype for x in flatten_layers(model)
+    ]
