@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kerasmp.backend.keras_graph import policy_of, refresh_symbolic_dtypes, set_policy
+from kerasmp.backend.keras_graph import (
+    calls,
+    graph_of,
+    policy_of,
+    refresh_symbolic_dtypes,
+    set_policy,
+)
+from kerasmp.backend.keras_private import flatten_layers
 from kerasmp.errors import PolicyError
 
 if TYPE_CHECKING:
@@ -32,11 +39,11 @@ def apply(model: Any, assignments: Iterable[Assignment]) -> list[tuple[Any, kera
     for row in todo:
         _check_variables(row)
     changed = [(row.layer, row.layer.dtype_policy) for row in todo]
-    for row in todo:
-        set_policy(row.layer, keras.dtype_policies.get(row.after))
     try:
+        for row in todo:
+            set_policy(row.layer, keras.dtype_policies.get(row.after))
         _renew(model, [layer for layer, _ in changed])
-    except Exception:  # a layer that cannot be called in its new dtype
+    except BaseException:  # a layer that cannot be called in its new dtype, or an interrupt
         put_back(model, changed)
         raise
     return changed
@@ -74,7 +81,15 @@ def _renew(model: Any, changed: list[Any]) -> None:
     for layer in changed:
         if isinstance(layer, keras.layers.Normalization):
             _renew_statistics(layer)
-    refresh_symbolic_dtypes(model)
+    for each in _outermost(model):
+        refresh_symbolic_dtypes(each)
+
+
+def _outermost(model: Any) -> list[Any]:
+    """Return the models with a graph that no other graph calls: a user's model may hold several."""
+    inside = flatten_layers(model)
+    called = {id(call.operation) for layer in inside for call in calls(layer)}
+    return [layer for layer in inside if graph_of(layer) is not None and id(layer) not in called]
 
 
 def _renew_statistics(layer: Any) -> None:
