@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from kerasmp.backend.keras_private import Functional
+from kerasmp.backend.keras_private import Functional, flatten_layers
 
 MAP = keras.dtype_policies.DTypePolicyMap
 
@@ -104,12 +104,23 @@ def symbolic_dtypes(model: Any) -> dict[int, str]:
 
 
 def refresh_symbolic_dtypes(model: Any) -> None:
-    """Let the tensors of a model's graph say the dtypes that the layers' present policies give."""
-    dtypes = symbolic_dtypes(model)
-    for graph in _graphs(model):
-        for call in calls(graph):
-            for tensor in call.outputs:
-                tensor._dtype = dtypes[id(tensor)]  # noqa: SLF001 - `dtype` refuses to be set
+    """Let the tensors of a model's graph say the dtypes that the layers' present policies give.
+
+    A user's model has no graph, and may hold several.
+    """
+    for outermost in _outermost(model):
+        dtypes = symbolic_dtypes(outermost)
+        for graph in _graphs(outermost):
+            for call in calls(graph):
+                for tensor in call.outputs:
+                    tensor._dtype = dtypes[id(tensor)]  # noqa: SLF001 - `dtype` refuses to be set
+
+
+def _outermost(model: Any) -> list[Any]:
+    """Return the models with a graph that no other graph calls."""
+    inside = flatten_layers(model)
+    called = {id(call.operation) for layer in inside for call in calls(layer)}
+    return [layer for layer in inside if graph_of(layer) is not None and id(layer) not in called]
 
 
 def set_policy(layer: Any, policy: keras.DTypePolicy) -> None:

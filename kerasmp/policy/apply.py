@@ -36,11 +36,11 @@ def apply(
         if not variables_follow:
             refuse_other_variables(row)
     changed = [(row.layer, row.layer.dtype_policy) for row in todo]
-    for row in todo:
-        set_policy(row.layer, keras.dtype_policies.get(row.after))
     try:
+        for row in todo:
+            set_policy(row.layer, keras.dtype_policies.get(row.after))
         _renew(model, [layer for layer, _ in changed])
-    except Exception:  # a layer that cannot be called in its new dtype
+    except BaseException:  # a layer that cannot be called in its new dtype, or an interrupt
         put_back(model, changed)
         raise
     return changed

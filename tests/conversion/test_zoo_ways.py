@@ -1,0 +1,131 @@
+"""Conversions of drawn models that break off, go through text and files, and train."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from helpers import zoo, zoo_facts
+from helpers.zoo_drawn import POLICIES, feasible, recipes
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+import kerasmp as mp
+
+JAX = keras.backend.backend() == "jax"
+ZOO = settings(
+    max_examples=5 if JAX else 12,  # JAX compiles each operation of each model
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate, Phase.shrink],  # to explain takes minutes
+    suppress_health_check=[HealthCheck.too_slow],
+)
+POLICY = st.sampled_from(POLICIES)
+HALF = st.sampled_from(POLICIES[:2])
+RULES = st.sampled_from(["safe", None])
+
+# Keras says so when such a part comes after a mask, which is what may be drawn.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not support masking:UserWarning"),
+    # Without rules, float16 does overflow.
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    # A part may have been drawn that no output comes from.
+    pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning"),
+]
+
+
+class Broken(BaseException):
+    """As an interrupt: nothing but what puts things back may catch it."""
+
+
+class Breaking:
+    """Stands for a function, and raises in one of its calls.
+
+    Args:
+        function: The function.
+        number: Which call, from 0.
+    """
+
+    def __init__(self, function, number):
+        self.function, self.left = function, number
+
+    def __call__(self, *args, **kwargs):
+        self.left -= 1
+        if self.left == -1:
+            raise Broken
+        return self.function(*args, **kwargs)
+
+
+def compiled(recipe, policy="float32"):
+    model = zoo.fresh(recipe, policy)
+    model.compile("adam", "mse", run_eagerly=True)
+    return model
+
+
+PLACES = [
+    "kerasmp.policy.apply.set_policy",
+    "kerasmp.policy.apply.set_policy",
+    "kerasmp.policy.apply.refresh_symbolic_dtypes",
+    "kerasmp.conversion.convert.kept_tensors",
+    "kerasmp.conversion.convert.turn_to_ours",
+    "kerasmp.conversion.convert.ConversionReport",
+]
+
+
+@ZOO
+@given(recipes(), HALF, RULES, st.sampled_from(PLACES), st.integers(0, 6))
+def test_one_that_breaks_off_leaves_all_as_it_was(recipe, policy, rules, place, number):
+    model = compiled(recipe)
+    before = zoo_facts.everything(model, recipe)
+    module, _, name = place.rpartition(".")
+    breaking = Breaking(getattr(sys.modules[module], name), number)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[module], name, breaking)
+        broken = False
+        try:
+            report = mp.convert(model, feasible(recipe, policy), rules=rules)
+        except Broken:
+            broken = True
+    assert broken == (breaking.left < 0)
+    if not broken:
+        report.restore()
+    assert zoo_facts.everything(model, recipe) == before
+
+
+@ZOO
+@given(recipes(), POLICY, POLICY, RULES)
+def test_text_and_files_bring_back_the_same(recipe, policy, other, rules):
+    policy, other = feasible(recipe, policy), feasible(recipe, other)
+    model = zoo.fresh(recipe)
+    report = mp.convert(model, policy, rules=rules)
+    wanted = zoo_facts.policies(model), zoo_facts.symbols(model), zoo.outputs(model, recipe)
+    again = zoo.fresh(recipe)
+    mp.convert(again, mp.LayerPolicies.parse(str(report.layer_policies)))
+    assert zoo_facts.policies(again) == wanted[0]
+    assert zoo_facts.symbols(again) == wanted[1]
+    assert zoo.outputs(again, recipe) == wanted[2]
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(Path(folder, "model.keras"))
+        keras.config.set_dtype_policy(other)
+        loaded = keras.models.load_model(Path(folder, "model.keras"))
+    assert isinstance(loaded, mp.Model)
+    assert zoo_facts.policies(loaded) == wanted[0]
+    assert zoo_facts.weights(loaded) == zoo_facts.weights(model)
+    assert zoo.outputs(loaded, recipe) == wanted[2]
+
+
+@ZOO
+@given(recipes(), HALF)
+def test_training_goes_on_in_float32_variables(recipe, policy):
+    heads = [head._replace(activation=head.activation or "linear") for head in recipe.heads]
+    recipe = recipe._replace(heads=tuple(heads))  # without a Dense there may be nothing to train
+    model = compiled(recipe)
+    mp.convert(model, feasible(recipe, policy))
+    model.train_on_batch(zoo.data(recipe), zoo.targets(model, recipe))
+    assert {v.dtype for v in model.trainable_variables} == {"float32"}
+    for variable in model.trainable_variables:
+        assert np.isfinite(keras.ops.convert_to_numpy(variable.value)).all(), variable.path
+    if model.optimizer.name == "loss_scale_optimizer":
+        assert not model.optimizer.last_step_skipped
