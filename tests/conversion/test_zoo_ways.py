@@ -60,7 +60,7 @@ class Breaking:
 
 def compiled(recipe, policy="float32"):
     model = zoo.fresh(recipe, policy)
-    model.compile("adam", "mse", run_eagerly=True)
+    model.compile("adam", "mse", run_eagerly=not JAX)
     return model
 
 
