@@ -110,17 +110,17 @@ def convert(  # noqa: PLR0913 - all but two have to be named
         replaced = _turn_layers(model, wanted, undo, all_of_them=safe_layers)
         rows, notes = _convert(model, wanted, variables, undo)
         costs = {} if sample is None else measure(model, sample)
+        report = ConversionReport(
+            model=model,
+            policy=wanted if isinstance(wanted, Policy) else None,
+            rows=[_converted(row, replaced, costs) for row in rows],
+            layer_policies=LayerPolicies.of(model),
+            notes=notes,
+            undo=undo,
+        )
     except BaseException:  # an interrupt, too
         undo.close()
         raise
-    report = ConversionReport(
-        model=model,
-        policy=wanted if isinstance(wanted, Policy) else None,
-        rows=[_converted(row, replaced, costs) for row in rows],
-        layer_policies=LayerPolicies.of(model),
-        notes=notes,
-        undo=undo,
-    )
     if dry_run:
         report.restore()
     return report
@@ -148,7 +148,7 @@ def _convert(
     notes += [text for row in rows for text in kept_tensors(row, before[id(row.layer)])]
     output_dtype = wanted.output_dtype if isinstance(wanted, Policy) else None
     notes += turn_to_ours(model, output_dtype, undo)
-    notes += let_train_or_refuse(model, changed, undo)
+    notes += let_train_or_refuse(model, rows, changed, undo)
     forget_compiled_steps(model)
     return rows, notes
 

@@ -10,6 +10,7 @@ from kerasmp.backend.keras_private import flatten_layers, losses_kept, own_varia
 from kerasmp.backend.watched import Watched, watched
 
 _MATRIX = 2
+_BY_KERAS_OPS = {"keras", "keras_hub", "kerasmp"}
 
 
 class Cost(NamedTuple):
@@ -76,6 +77,6 @@ def _is_known(layer: Any, seen: Watched) -> bool:
     own: it is taken to have one if it has a kernel, and no product was seen.
     """
     module = type(layer).__module__.partition(".")[0]
-    if module in {"keras", "kerasmp"} or id(layer) in seen.multiply_adds:
+    if module in _BY_KERAS_OPS or id(layer) in seen.multiply_adds:
         return True
     return all(len(v.shape) < _MATRIX for v in own_variables(layer))

@@ -91,9 +91,7 @@ def variable_dtype(policy: str) -> str:
     return str(keras.dtype_policies.get(policy).variable_dtype)
 
 
-def change_variables(
-    rows: Iterable[Assignment], undo: contextlib.ExitStack
-) -> list[tuple[Assignment, Narrowed]]:
+def change_variables(rows: Iterable[Assignment], undo: contextlib.ExitStack) -> list[Narrowed]:
     """Let the variables of layers follow their new policies.
 
     Args:
@@ -101,7 +99,7 @@ def change_variables(
         undo: Takes what puts the variables back.
 
     Returns:
-        Each row whose variables have changed, with what became of them.
+        What became of the variables of each layer whose policy wants them otherwise.
     """
     rows = list(rows)
     changes = [variable_dtype(row.before) != variable_dtype(row.after) for row in rows]
@@ -111,17 +109,21 @@ def change_variables(
         Wanted(row.layer, row.path, variable_dtype(row.after) if change else None)
         for row, change in zip(rows, changes, strict=True)
     ]
-    facts = zip(rows, narrow_variables(wanted, undo), changes, strict=True)
-    return [(row, narrowed) for row, narrowed, change in facts if change]
+    facts = zip(narrow_variables(wanted, undo), changes, strict=True)
+    return [narrowed for narrowed, change in facts if change]
 
 
 def let_train_or_refuse(
-    model: Any, changed: list[tuple[Assignment, Narrowed]], undo: contextlib.ExitStack
+    model: Any,
+    rows: Iterable[Assignment],
+    changed: list[Narrowed],
+    undo: contextlib.ExitStack,
 ) -> list[str]:
     """Let a model whose variables have changed refuse to train, or train again.
 
     Args:
         model: The model, one of ours unless it is a layer.
+        rows: All that is assigned.
         changed: What `change_variables` returned.
         undo: Takes what puts it back.
 
@@ -130,8 +132,8 @@ def let_train_or_refuse(
     """
     if not changed:
         return []
-    half = sorted({variable_dtype(row.after) for row, _ in changed} & set(HALVES))
-    notes = [_said([narrowed for _, narrowed in changed])]
+    half = sorted({variable_dtype(row.after) for row in rows} & set(HALVES))
+    notes = [_said(changed)]
     if not isinstance(model, Model):
         return notes
     if half:

@@ -23,8 +23,13 @@ def only_for_inference(model: Any, undo: contextlib.ExitStack) -> None:
     undo.callback(setattr, model, "_for_inference", model._for_inference)  # noqa: SLF001 - ours
     model._for_inference = True  # noqa: SLF001
     if getattr(model, "optimizer", None) is not None:
-        undo.callback(setattr, model, "optimizer", model.optimizer)
+        undo.callback(_put_back, model, model.optimizer)
         model.optimizer = None
+
+
+def _put_back(model: Any, optimizer: Any) -> None:
+    if model.optimizer is None:  # another is what the user has compiled it with since
+        model.optimizer = optimizer
 
 
 def refuse_training(model: Any) -> None:

@@ -99,6 +99,27 @@ def test_a_policy_over_float32_variables_widens_them_again(policy):
         model.fit(X, Y)
 
 
+def test_while_some_variables_are_half_it_refuses_to_train():
+    model = compiled()
+    mp.convert(model, "float16", variables="float16", rules=None)
+    report = mp.convert(model, "float16", variables="float16")  # the head is float32 again
+    assert set(dtypes(model)) == {"float16", "float32"}
+    assert any("refuses to be trained" in note for note in report.notes)
+    model.compile("sgd", "mse")
+    with pytest.raises(mp.errors.PolicyError, match="inference alone"):
+        model.fit(X, Y)
+
+
+def test_an_optimizer_that_it_was_compiled_with_since_stays():
+    model = compiled()
+    report = mp.convert(model, "float16", variables="float16")
+    model.compile("sgd", "mse")
+    optimizer = model.optimizer
+    report.restore()
+    assert model.optimizer is optimizer
+    model.fit(X, Y, verbose=0)
+
+
 def test_what_nobody_asked_for_is_refused_and_nothing_changes():
     model = compiled()
     before, weights = str(mp.LayerPolicies.of(model)), model.get_weights()
