@@ -37,6 +37,7 @@ class Watched:
             layers that were called are in it.
         multiply_adds: Multiplications that are added up, by the dtype of the factors, of its own
             and not of a layer inside it.
+        uncounted: The layers with a product that was called in a way that is not known.
         cast_bytes: Bytes that casts from one float dtype to another wrote, likewise.
     """
 
@@ -44,6 +45,7 @@ class Watched:
         self.output_bytes: dict[int, int] = {}
         self.multiply_adds: dict[int, dict[str, int]] = {}
         self.cast_bytes: dict[int, int] = {}
+        self.uncounted: set[int] = set()
         self._running: list[int] = []
         self._in_product = self._in_cast = False
         self._returned: dict[int, Any] = {}
@@ -77,8 +79,13 @@ class Watched:
             finally:
                 self._in_product = False
             values = [*args, *kwargs.values()]
+            try:
+                number = count(values, kwargs, result)
+            except Exception:  # noqa: BLE001 - a way to call it that is not known here
+                self.uncounted.add(self._running[-1])
+                return result
             counts = self.multiply_adds.setdefault(self._running[-1], {})
-            _add(counts, _dtype_of_factors(values), count(values, kwargs, result))
+            _add(counts, _dtype_of_factors(values), number)
             return result
 
         return watched_product

@@ -22,13 +22,16 @@ _OURS = ("_auto_scale_loss", "_output_dtype", "_keeps_layer_policies", "_looked_
 _MISSING = object()
 
 
-def turn_to_ours(model: Any, output_dtype: str | None, undo: contextlib.ExitStack) -> list[str]:
+def turn_to_ours(
+    model: Any, output_dtype: str | None, undo: contextlib.ExitStack, *, trains: bool = True
+) -> list[str]:
     """Make a model one of ours, which scales its loss and keeps the policies of its layers.
 
     Args:
         model: The model, whose layers follow their new policies already.
         output_dtype: What it is to cast its outputs to; None leaves them.
-        undo: Takes what puts back the class, the optimizer and the output dtype.
+        undo: Takes what puts back the class, the optimizer, the output dtype and the rules.
+        trains: Whether it is to be trained.
 
     Returns:
         What there is to say of the optimizer.
@@ -51,7 +54,28 @@ def turn_to_ours(model: Any, output_dtype: str | None, undo: contextlib.ExitStac
     model._scale_as_turned(model._auto_scale_loss)  # noqa: SLF001 - one of ours, now
     model._output_dtype = output_dtype  # noqa: SLF001
     model._keeps_layer_policies = True  # noqa: SLF001
-    return _notes(model, optimizer)
+    _forget_rules(model, undo)
+    return _notes(model, optimizer) if trains else []
+
+
+def _forget_rules(model: Any, undo: contextlib.ExitStack) -> None:
+    """Let no model of ours inside follow the rules any more that it was made under."""
+    for part in flatten_layers(model):
+        if isinstance(part, Model):
+            set_attribute(part, "_rules", Model._rules, undo)  # noqa: SLF001 - of one turned: none
+
+
+def set_attribute(model: Any, name: str, value: Any, undo: contextlib.ExitStack) -> None:
+    """Set an attribute of a model, which may be one of its class alone.
+
+    Args:
+        model: The model.
+        name: The attribute.
+        value: Its value.
+        undo: Takes what puts back the old one, or none.
+    """
+    undo.callback(_put_attributes_back, model, {name: vars(model).get(name, _MISSING)})
+    setattr(model, name, value)
 
 
 def compiled_steps(model: Any) -> list[tuple[Any, str, Any]]:
@@ -79,12 +103,16 @@ def _put_back(model: Any, its_class: type, optimizer: Any, attributes: dict[str,
     # An optimizer that the user has compiled the model with since is theirs.
     if _inner(_optimizer(model)) in _with_inner(optimizer):
         model.optimizer = optimizer
+    _put_attributes_back(model, attributes)
+    object.__setattr__(model, "__class__", its_class)
+
+
+def _put_attributes_back(model: Any, attributes: dict[str, Any]) -> None:
     for name, value in attributes.items():
         if value is not _MISSING:
             setattr(model, name, value)
         elif name in vars(model):
             delattr(model, name)
-    object.__setattr__(model, "__class__", its_class)
 
 
 def _with_inner(optimizer: Any) -> list[Any]:

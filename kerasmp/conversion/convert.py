@@ -15,10 +15,12 @@ from kerasmp.conversion.compiled import (
 )
 from kerasmp.conversion.costs import Cost, measure
 from kerasmp.conversion.inference import (
+    any_half,
     change_variables,
     check_asked,
     let_train_or_refuse,
     over_float32,
+    stop_training,
     with_variables,
 )
 from kerasmp.conversion.kept import kept_tensors
@@ -97,14 +99,14 @@ def convert(  # noqa: PLR0913 - all but two have to be named
     """
     _check(model)
     check_asked(variables)
+    _refuse_beside_text(policy, rules, safe_layers=safe_layers)
     wanted: Policy | LayerPolicies = (
         policy
         if isinstance(policy, LayerPolicies)
         else _with_rules(over_float32(Policy(policy), variables), rules)
     )
+    steps = compiled_steps(model)
     undo = contextlib.ExitStack()
-    if dry_run:
-        undo.callback(put_compiled_steps_back, compiled_steps(model))
     undo.callback(forget_compiled_steps, model)
     try:
         replaced = _turn_layers(model, wanted, undo, all_of_them=safe_layers)
@@ -120,9 +122,11 @@ def convert(  # noqa: PLR0913 - all but two have to be named
         )
     except BaseException:  # an interrupt, too
         undo.close()
+        put_compiled_steps_back(steps)
         raise
     if dry_run:
         report.restore()
+        put_compiled_steps_back(steps)
     return report
 
 
@@ -146,11 +150,25 @@ def _convert(
     undo.callback(put_back, model, apply(model, rows, variables_follow=True))
     changed = change_variables(rows, undo)
     notes += [text for row in rows for text in kept_tensors(row, before[id(row.layer)])]
-    output_dtype = wanted.output_dtype if isinstance(wanted, Policy) else None
-    notes += turn_to_ours(model, output_dtype, undo)
-    notes += let_train_or_refuse(model, rows, changed, undo)
+    half = any_half(model) and bool(changed or getattr(model, "_for_inference", False))
+    notes += stop_training(model, undo) if half else []
+    # A text says nothing of it.
+    known = getattr(model, "_output_dtype", None)
+    output_dtype = wanted.output_dtype if isinstance(wanted, Policy) else known
+    notes += turn_to_ours(model, output_dtype, undo, trains=not half)
+    notes += let_train_or_refuse(model, changed, undo)
     forget_compiled_steps(model)
     return rows, notes
+
+
+def _refuse_beside_text(policy: object, rules: object, *, safe_layers: bool) -> None:
+    if isinstance(policy, LayerPolicies) and (safe_layers or rules not in ("safe", None)):
+        raise PolicyError(
+            "LayerPolicies say all of each layer, and leave nothing to rules.",
+            received=f"LayerPolicies with rules={rules!r}, safe_layers={safe_layers}",
+            expected="LayerPolicies alone",
+            fix="Change the text, or convert by a policy with rules.",
+        )
 
 
 def _turn_layers(

@@ -76,6 +76,8 @@ def _is_known(layer: Any, seen: Watched) -> bool:
     Keras's layers and ours multiply by functions that are watched. A user's may have a way of its
     own: it is taken to have one if it has a kernel, and no product was seen.
     """
+    if id(layer) in seen.uncounted:
+        return False
     module = type(layer).__module__.partition(".")[0]
     if module in _BY_KERAS_OPS or id(layer) in seen.multiply_adds:
         return True

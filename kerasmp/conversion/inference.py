@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from kerasmp.backend.keras_private import flatten_layers
+from kerasmp.conversion.compiled import set_attribute
 from kerasmp.conversion.variables import Narrowed, Wanted, narrow_variables
 from kerasmp.errors import PolicyError
 from kerasmp.model import Model
-from kerasmp.model.inference import only_for_inference
+from kerasmp.model.inference import let_go_optimizer
 from kerasmp.policy import Policy
 from kerasmp.policy.apply import refuse_other_variables
 from kerasmp.policy.spec import HALVES
@@ -113,17 +115,35 @@ def change_variables(rows: Iterable[Assignment], undo: contextlib.ExitStack) -> 
     return [narrowed for narrowed, change in facts if change]
 
 
+def any_half(model: Any) -> bool:
+    """Return whether any variable of a model or layer is float16 or bfloat16."""
+    return any(variable.dtype in HALVES for variable in model.variables)
+
+
+def stop_training(model: Any, undo: contextlib.ExitStack) -> list[str]:
+    """Let go the optimizer of a model that is to be for inference.
+
+    Args:
+        model: The model, before it is turned into one of ours.
+        undo: Takes what puts it back.
+
+    Returns:
+        What there is to say of it.
+    """
+    optimizer = let_go_optimizer(model, undo)
+    if optimizer is None:
+        return []
+    name = type(getattr(optimizer, "inner_optimizer", optimizer)).__name__
+    return [f"the optimizer {name} is let go with its state: the model is for inference"]
+
+
 def let_train_or_refuse(
-    model: Any,
-    rows: Iterable[Assignment],
-    changed: list[Narrowed],
-    undo: contextlib.ExitStack,
+    model: Any, changed: list[Narrowed], undo: contextlib.ExitStack
 ) -> list[str]:
-    """Let a model whose variables have changed refuse to train, or train again.
+    """Let a model whose variables have changed, and those inside, refuse to train, or train again.
 
     Args:
         model: The model, one of ours unless it is a layer.
-        rows: All that is assigned.
         changed: What `change_variables` returned.
         undo: Takes what puts it back.
 
@@ -132,16 +152,17 @@ def let_train_or_refuse(
     """
     if not changed:
         return []
-    half = sorted({variable_dtype(row.after) for row in rows} & set(HALVES))
-    notes = [_said(changed)]
+    for part in flatten_layers(model):
+        if isinstance(part, Model):
+            set_attribute(part, "_for_inference", any_half(part), undo)
     if not isinstance(model, Model):
-        return notes
-    if half:
-        only_for_inference(model, undo)
-        return [*notes, f"variables in {' and '.join(half)}: the model refuses to be trained"]
-    undo.callback(setattr, model, "_for_inference", model._for_inference)  # noqa: SLF001 - ours
-    model._for_inference = False  # noqa: SLF001
-    return [*notes, "variables are float32 again, less what rounding took: compile it to train it"]
+        return [_said(changed)]
+    return [
+        _said(changed),
+        "variables in half precision: the model refuses to be trained"
+        if any_half(model)
+        else "variables are float32 again, less what rounding took: compile it to train it",
+    ]
 
 
 def _said(changed: list[Narrowed]) -> str:

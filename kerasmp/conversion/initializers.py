@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from kerasmp.policy.spec import HALVES
+
 if TYPE_CHECKING:
     import contextlib
 
@@ -34,14 +36,17 @@ class Orthogonal(keras.initializers.Orthogonal):
         return keras.ops.cast(super().__call__(shape, dtype="float32"), dtype)
 
 
-def make_loadable(layer: Any, undo: contextlib.ExitStack) -> None:
+def make_loadable(layer: Any, dtype: str, undo: contextlib.ExitStack) -> None:
     """Replace the initializers of a layer that raise in half precision by those that do not.
 
     Args:
         layer: The layer; those inside are left alone.
+        dtype: That of its variables. In a wide one Keras's own initializers come back.
         undo: Is given what puts them back.
     """
+    theirs, ours = keras.initializers.Orthogonal, Orthogonal
+    old, new = (theirs, ours) if dtype in HALVES else (ours, theirs)
     for name, value in list(vars(layer).items()):
-        if type(value) is keras.initializers.Orthogonal:
+        if type(value) is old:
             undo.callback(setattr, layer, name, value)
-            setattr(layer, name, Orthogonal(**value.get_config()))
+            setattr(layer, name, new(**value.get_config()))

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kerasmp.backend.keras_graph import policy_of
 from kerasmp.conversion.table import table
 from kerasmp.errors import PolicyError
+from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from kerasmp.policy import Policy
     from kerasmp.policy.layer_policies import LayerPolicies
-
-HALVES = ("float16", "bfloat16")
 
 
 class ConvertedLayer(NamedTuple):

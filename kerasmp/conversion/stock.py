@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import pathlib
+import tempfile
+import zipfile
 from typing import TYPE_CHECKING, Any
 
 import keras
 
 from kerasmp.backend.keras_graph import graph_of
-from kerasmp.errors import ArgumentTypeError, PolicyError
+from kerasmp.errors import ArgumentError, ArgumentTypeError, PolicyError
+from kerasmp.model.inference import let_go_optimizer
 from kerasmp.model.saved import KEY
 from kerasmp.policy import LayerPolicies, policy_scope
 from kerasmp.policy.places import places
@@ -21,6 +27,7 @@ _STOCK = {
     "kerasmp>FunctionalModel": ("keras.src.models.functional", "Functional", "Functional"),
     "kerasmp>Sequential": ("keras", "Sequential", None),
 }
+_CONFIG = "config.json"  # in a `.keras` file
 _TURNED = "kerasmp>Turned"
 _FIX = "Save the whole with model.save(path), and import kerasmp where it is loaded."
 
@@ -41,6 +48,7 @@ def save_for_stock_keras(model: Any, path: str | os.PathLike[str]) -> None:
             does the parts of attention under the rules "safe". The error names the layer. No file
             is written.
         ArgumentTypeError: If `model` is no Keras model.
+        ArgumentError: If `path` does not end in ".keras".
 
     Example:
 
@@ -58,15 +66,34 @@ def save_for_stock_keras(model: Any, path: str | os.PathLike[str]) -> None:
             expected="a keras.Model",
             fix="Pass the model, and the path after it.",
         )
+    if pathlib.Path(path).suffix != ".keras":
+        raise ArgumentError(
+            "Only one format keeps the policies of layers.",
+            received=f"the path {str(path)!r}",
+            expected='a path that ends in ".keras"',
+            fix="model.export(path) is for places without Keras.",
+        )
     _refuse_ours(model)
     config = _stock_config(model)
     _refuse_parts_of_ours(config, model.name)
+    text = json.dumps(config)
     # Whatever the global policy there is: "float32" is what Keras starts with.
     with policy_scope("float32"):
-        stock = keras.saving.deserialize_keras_object(config)
+        stock = keras.saving.deserialize_keras_object(json.loads(text))  # which takes it apart
     _refuse_other_policies(model, stock)
-    stock.set_weights(model.get_weights())
-    stock.save(path)
+    _save(model, text, path)
+
+
+def _save(model: Any, config: str, path: str | os.PathLike[str]) -> None:
+    """Save the model as it is, for all that layers keep beside weights, with another config."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
+        ours = pathlib.Path(folder, "ours.keras")
+        let_go_optimizer(model, undo)
+        model.save(ours)
+        with zipfile.ZipFile(ours) as before, zipfile.ZipFile(path, "w") as after:
+            for item in before.infolist():
+                is_config = item.filename == _CONFIG
+                after.writestr(item, config if is_config else before.read(item))
 
 
 def _refuse_ours(model: Any) -> None:
@@ -135,6 +162,13 @@ def _refuse_other_policies(model: Any, stock: Any) -> None:
     paths = [place.path for layer, place in places(model) if not _is_input(layer)]
     layers = [layer for layer, _ in places(model) if not _is_input(layer)]
     here, there = LayerPolicies.of(model), LayerPolicies.of(stock)
+    if len(here) != len(there):
+        raise PolicyError(
+            "Keras would not make all layers before the model is called, and cannot be compared.",
+            received=f"{len(here)} layers, and {len(there)} of them when loaded",
+            expected="a model that says how it is built, by `build` or `build_from_config`",
+            fix=_FIX,
+        )
     for path, layer, ours, theirs in zip(paths, layers, here, there, strict=True):
         # A container's own policy is in no file of Keras's, and changes no result.
         if ours.policy != theirs.policy and graph_of(layer) is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kerasmp.policy.spec import HALVES
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -12,7 +14,6 @@ if TYPE_CHECKING:
 _UNKNOWN = "unknown"
 _HEAD = ("layer", "class", "before", "after", "why")
 _MEASURED = ("multiply-adds", "in half", "activations", "casts")
-_HALVES = ("float16", "bfloat16")
 _STEP = {"count": 1000, "bytes": 1024}
 
 
@@ -90,7 +91,7 @@ def _figures(row: ConvertedLayer) -> tuple[str, str, str, str]:
     if cost is None:
         return (_UNKNOWN,) * 4
     total = sum(cost.multiply_adds.values())
-    half = sum(cost.multiply_adds.get(name, 0) for name in _HALVES)
+    half = sum(cost.multiply_adds.get(name, 0) for name in HALVES)
     products = (amount(total, "count"), f"{half / total:.0%}" if total else "-")
     return (
         *(products if cost.known else (_UNKNOWN, _UNKNOWN)),

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from kerasmp.backend.keras_private import flatten_layers, own_variables
-from kerasmp.backend.variable_dtypes import set_variable_dtype
+from kerasmp.backend.variable_dtypes import set_variable_dtype, takes_dtype
 from kerasmp.conversion.initializers import make_loadable
 from kerasmp.errors import PolicyError
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     import contextlib
     from collections.abc import Iterable, Iterator
 
-# Others, float8 say, are parts of a layer that is quantised.
-_FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
 _NAMED = 3  # so many variables does an error name
 
 
@@ -94,7 +92,8 @@ def narrow_variables(rows: Iterable[Wanted], undo: contextlib.ExitStack) -> list
     done = [_checked(row, variables) for row, variables in wanted]
     _refuse_infinities(problem for _, problems in done for problem in problems)
     for row, variables in wanted:
-        make_loadable(row.layer, undo)
+        if row.dtype is not None:
+            make_loadable(row.layer, row.dtype, undo)
         for variable in variables:
             if _changes(variable, row):
                 undo.callback(set_variable_dtype(variable, str(row.dtype)))
@@ -140,7 +139,7 @@ def _refuse_two_dtypes(variable: Any, one: Wanted, other: Wanted) -> None:
 
 
 def _changes(variable: Any, row: Wanted) -> bool:
-    return row.dtype is not None and variable.dtype in _FLOATS and variable.dtype != row.dtype
+    return row.dtype is not None and takes_dtype(variable, row.dtype)
 
 
 def _checked(row: Wanted, variables: list[Any]) -> tuple[Narrowed, list[tuple[Wanted, Any, float]]]:

@@ -170,6 +170,8 @@ def _is_narrow(layer: Any) -> bool:
 
 
 def _turn(layer: Any, ours: type, holders: Counter[int], undo: Undo) -> None:
+    if isinstance(layer, keras.layers.Normalization):
+        undo.callback(renew_statistics, layer)  # when its class is what it was
     computed_in = layer.compute_dtype
     _set(layer, "__class__", ours, undo)
     for variable in _never_cast(layer):
@@ -182,7 +184,6 @@ def _turn(layer: Any, ours: type, holders: Counter[int], undo: Undo) -> None:
         like = type(layer)(layer.l1, layer.l2, name=layer.name)
         _set(layer, "activity_regularizer", like.activity_regularizer, undo)
     if layer.compute_dtype != computed_in:  # Normalization's
-        undo.callback(_put_back, layer, dict(vars(layer)))
         renew_statistics(layer)
     if not isinstance(layer, (*_ACTIVATED_IN_FLOAT32, *_RECURRENT)):
         _activate_safely(layer, undo)
@@ -209,9 +210,3 @@ def _set(layer: Any, name: str, value: Any, undo: Undo) -> None:
     # Around Keras's own __setattr__, which tracks what it is given and locks built layers.
     undo.callback(object.__setattr__, layer, name, getattr(layer, name))
     object.__setattr__(layer, name, value)
-
-
-def _put_back(layer: Any, attributes: dict[str, Any]) -> None:
-    for name, value in attributes.items():
-        if vars(layer).get(name) is not value:
-            object.__setattr__(layer, name, value)

@@ -22,9 +22,24 @@ def only_for_inference(model: Any, undo: contextlib.ExitStack) -> None:
     """
     undo.callback(setattr, model, "_for_inference", model._for_inference)  # noqa: SLF001 - ours
     model._for_inference = True  # noqa: SLF001
-    if getattr(model, "optimizer", None) is not None:
-        undo.callback(_put_back, model, model.optimizer)
+    let_go_optimizer(model, undo)
+
+
+def let_go_optimizer(model: Any, undo: contextlib.ExitStack) -> Any:
+    """Take the optimizer from a model, stock or ours.
+
+    Args:
+        model: The model.
+        undo: Is given what puts it back.
+
+    Returns:
+        The optimizer; None if there was none.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None:
+        undo.callback(_put_back, model, optimizer)
         model.optimizer = None
+    return optimizer
 
 
 def _put_back(model: Any, optimizer: Any) -> None:

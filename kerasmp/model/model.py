@@ -60,9 +60,8 @@ class Model(keras.Model):
     _auto_scale_loss = True
     _output_dtype: str | None = None
     _keeps_layer_policies = False  # whether files say the policy of each layer, inner ones too
-    _rules: RulesToFollow | PoliciesToFollow = RulesToFollow(
-        Policy("float32")
-    )  # none: those of a model that was turned into ours
+    # None: those of a model that was turned into ours.
+    _rules: RulesToFollow | PoliciesToFollow = RulesToFollow(Policy("float32"))
     _for_inference = False
     _guards_steps = False
     _looked_for_late_layers = False
@@ -337,7 +336,9 @@ class Model(keras.Model):
             super().compile_from_config(config)
             return
         self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.built and self.optimizer is not None and not self._for_inference:
+        if self._for_inference:
+            self.optimizer = None  # as in the model that was saved
+        elif self.built and self.optimizer is not None:
             self.optimizer.build(self.trainable_variables)
 
 

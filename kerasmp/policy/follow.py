@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp.backend.keras_private import flatten_layers, own_variables
-from kerasmp.backend.variable_dtypes import set_variable_dtype
+from kerasmp.backend.variable_dtypes import set_variable_dtype, takes_dtype
 from kerasmp.policy.apply import apply
 from kerasmp.policy.assign import assign
+from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,11 +97,13 @@ class PoliciesToFollow:
 
 def _change_variables(rows: list[Assignment]) -> None:
     for row in rows:
-        have, want = (keras.dtype_policies.get(name) for name in (row.before, row.after))
-        for variable in own_variables(row.layer):
-            # Others, a seed or a counter, have a dtype of their own.
-            if variable.dtype == have.variable_dtype != want.variable_dtype:
-                set_variable_dtype(variable, want.variable_dtype)
+        have, dtype = (
+            keras.dtype_policies.get(name).variable_dtype for name in (row.before, row.after)
+        )
+        if {have, dtype} & set(HALVES):
+            for variable in own_variables(row.layer):
+                if takes_dtype(variable, dtype):
+                    set_variable_dtype(variable, dtype)
 
 
 def _build(model: Any, inputs: tuple[Any, ...]) -> None:

@@ -1,5 +1,7 @@
 """Converting models that are built: in place, weights kept, and back."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -305,116 +307,6 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_near_matches(pattern, n
     assert "no layer is a GRU, as a rule says" in report.notes
 
 
-def compiled(optimizer):
-    keras.utils.set_random_seed(0)
-    model = sequential()
-    model.compile(optimizer, "mse")
-    model.fit(X, np.ones((8, 3)), verbose=0, epochs=2)
-    return model
-
-
-def test_a_compiled_optimizer_is_wrapped_with_its_state_and_taken_out_again():
-    model = compiled("adam")
-    adam = model.optimizer
-    state = [keras.ops.convert_to_numpy(v.value) for v in adam.variables]
-    report = mp.convert(model)
-    assert isinstance(model, mp.Sequential)
-    assert isinstance(model.optimizer, mp.LossScaleOptimizer)
-    assert model.optimizer.inner_optimizer is adam
-    for variable, before in zip(adam.variables, state, strict=True):
-        np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable.value), before)
-    assert any("the optimizer Adam is inside" in note for note in report.notes)
-    model.fit(X, np.ones((8, 3)), verbose=0)
-    steps = 2 + int(model.optimizer.applied_steps)
-    assert int(adam.iterations) == steps
-    report.restore()
-    assert model.optimizer is adam
-    assert type(model) is keras.Sequential
-    model.fit(X, np.ones((8, 3)), verbose=0)
-    assert int(adam.iterations) == steps + 1
-
-
-def test_stock_keras_wrapper_is_replaced_with_its_scale_and_comes_back():
-    model = compiled(
-        keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(), initial_scale=512.0)
-    )
-    stock = model.optimizer
-    report = mp.convert(model)
-    assert isinstance(model.optimizer, mp.LossScaleOptimizer)
-    assert model.optimizer.loss_scale == 512
-    report.restore()
-    assert model.optimizer is stock
-
-
-def test_ours_stays_and_so_does_what_the_user_compiles_afterwards():
-    model = compiled(mp.LossScaleOptimizer("sgd", loss_scale=8.0))
-    optimizer = model.optimizer
-    report = mp.convert(model)
-    assert model.optimizer is optimizer
-    assert report.notes == ()
-    model.compile("adam", "mse")
-    assert isinstance(model.optimizer, mp.LossScaleOptimizer)
-    later = model.optimizer
-    report.restore()
-    assert model.optimizer is later
-    assert type(model) is keras.Sequential
-
-
-def test_bfloat16_needs_no_scale():
-    model = compiled("adam")
-    adam = model.optimizer
-    assert mp.convert(model, "mixed_bfloat16").notes == ()
-    assert model.optimizer is adam
-
-
-def test_optimizers_of_the_users_own_are_named():
-    class Adversarial(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.dense = layers.Dense(3)
-
-        def call(self, x):
-            return self.dense(x)
-
-        def compile(self, first, second):
-            super().compile(loss="mse")
-            self.first, self.second = first, second
-
-    model = Adversarial()
-    model(X)
-    model.compile(keras.optimizers.SGD(), mp.LossScaleOptimizer("sgd"))
-    with pytest.warns(mp.errors.LossScaleWarning, match=r"its optimizers \(first\)"):
-        report = mp.convert(model, rules=None)
-    assert any("nothing scales the loss of first" in note for note in report.notes)
-
-
-def test_a_failure_after_the_layers_have_changed_leaves_the_model_as_it_was(monkeypatch):
-    model = compiled("adam")
-    before, adam = model.predict(X, verbose=0), model.optimizer
-
-    def broken(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(mp.Model, "_scale_as_turned", broken)
-    with pytest.raises(KeyboardInterrupt):
-        mp.convert(model)
-    assert type(model) is keras.Sequential
-    assert model.optimizer is adam
-    assert "_keeps_layer_policies" not in vars(model)
-    assert {layer.compute_dtype for layer in flatten_layers(model)} == {"float32"}
-    np.testing.assert_array_equal(model.predict(X, verbose=0), before)
-
-
-def test_a_dry_run_keeps_what_is_compiled():
-    model = compiled("adam")
-    model.predict(X, verbose=0)
-    steps = model.train_function, model.predict_function
-    assert None not in steps
-    mp.convert(model, dry_run=True)
-    assert (model.train_function, model.predict_function) == steps
-    assert isinstance(model.optimizer, keras.optimizers.Adam)
-
-
 def test_a_tensor_that_a_layer_made_when_it_was_built_is_named():
     class Shifted(layers.Layer):
         def build(self, _):
@@ -439,3 +331,27 @@ def test_clones_and_copies_keep_the_policies(tmp_path):
     copied = type(model).from_config(model.get_config())
     for other in (loaded, copied):
         assert [layer.compute_dtype for layer in flatten_layers(other)] == dtypes
+
+
+def test_rules_that_the_model_was_made_under_act_no_more():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mp.errors.PolicyWarning)
+        with mp.policy_scope(mp.Policy("mixed_float16", rules="safe")):
+            model = mp.Sequential([layers.Dense(8), layers.Dense(3)])
+            model.build((None, 4))
+    rules = model._rules
+    report = mp.convert(model, "mixed_float16", rules=None)
+    model(X[:, 0])
+    assert [layer.compute_dtype for layer in model.layers] == ["float16"] * 2
+    report.restore()
+    assert model._rules is rules
+
+
+def test_layer_policies_leave_nothing_to_rules_and_the_output_as_it_is():
+    model = sequential()
+    text = mp.convert(model, "compute=float16,output=float32", rules=None).layer_policies
+    for arguments in ({"rules": {"nosuch": "float32"}}, {"safe_layers": True}):
+        with pytest.raises(mp.errors.PolicyError, match="leave nothing to rules"):
+            mp.convert(model, text, **arguments)
+    mp.convert(model, text)
+    assert model.predict(X, verbose=0).dtype == np.float32

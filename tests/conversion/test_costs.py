@@ -229,6 +229,17 @@ def test_what_cannot_be_seen_is_said_to_be_unknown():
     assert str(report).splitlines()[-2].split()[4:6] == ["unknown", "unknown"]
 
 
+def test_a_product_that_is_called_in_an_unknown_way_is_unknown():
+    class Scaled(layers.Layer):
+        def call(self, x):
+            return ops.dot(ops.convert_to_tensor(2.0), x)
+
+    model = keras.Sequential([keras.Input((4,)), Scaled(), layers.Dense(2)])
+    report = mp.convert(model, rules=None, sample=np.ones((B, 4)), dry_run=True)
+    assert report.multiply_adds is None
+    assert not report.rows[1].cost.known
+
+
 def test_nothing_changes_and_nothing_is_remembered():
     class Noisy(layers.Layer):
         def __init__(self):

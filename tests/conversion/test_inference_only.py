@@ -42,7 +42,9 @@ def test_without_rules_all_variables_take_half_the_bytes(half, given):
     assert set(dtypes(model)) == {half}
     assert {row.after for row in report.rows} == {half}
     assert f"take {before // 2:,} bytes, not {before:,}; rounding" in str(report)
-    assert f"variables in {half}: the model refuses to be trained" in report.notes
+    assert "variables in half precision: the model refuses to be trained" in report.notes
+    assert any("the optimizer Adam is let go" in note for note in report.notes)
+    assert not any("LossScaleOptimizer" in note for note in report.notes)
     np.testing.assert_allclose(predict(model), exact, atol=0.05)
     assert model.evaluate(X, Y, verbose=0)[0] > 0
     assert model.optimizer is None
@@ -92,9 +94,14 @@ def test_a_policy_over_float32_variables_widens_them_again(policy):
     error = np.abs(predict(model) - exact).max()
     assert 0 < error < 0.05  # what rounding took stays lost
     model.compile("adam", "mse")
+    before = model.get_weights()
     model.fit(X, Y, verbose=0)
+    trained = model.get_weights()
+    assert any((one != other).any() for one, other in zip(trained, before, strict=True))
     report.restore()
     assert "float16" in dtypes(model)
+    for now, then in zip(model.get_weights(), trained, strict=True):
+        np.testing.assert_array_equal(now, then.astype(now.dtype))  # restore keeps training
     with pytest.raises(mp.errors.PolicyError, match="inference alone"):
         model.fit(X, Y)
 
@@ -108,6 +115,47 @@ def test_while_some_variables_are_half_it_refuses_to_train():
     model.compile("sgd", "mse")
     with pytest.raises(mp.errors.PolicyError, match="inference alone"):
         model.fit(X, Y)
+
+
+def test_models_inside_refuse_too_and_come_back_from_files(tmp_path):
+    inner = converted.nested()
+    mp.convert(inner)
+    inputs = keras.Input((6, 4))
+    model = keras.Model(inputs, layers.Dense(3)(inner(inputs)))
+    mp.convert(model, "float16", variables="float16")
+    inner.compile("sgd", "mse")
+    with pytest.raises(mp.errors.PolicyError, match="inference alone"):
+        inner.fit(X, Y)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert dtypes(loaded) == dtypes(model)
+    np.testing.assert_array_equal(predict(loaded), predict(model))
+
+
+def test_layers_that_ask_for_float32_variables_are_narrowed_here_and_in_files(tmp_path):
+    model = keras.Sequential([keras.Input((6, 4)), Asking(), layers.Flatten(), layers.Dense(3)])
+    mp.convert(model, "float16", variables="float16", rules=None)
+    assert set(dtypes(model)) == {"float16"}
+    model.save(tmp_path / "model.keras")
+    assert set(dtypes(keras.models.load_model(tmp_path / "model.keras"))) == {"float16"}
+
+
+@keras.saving.register_keras_serializable("inference_only")
+class Asking(layers.Layer):
+    """A user's layer whose weight has a dtype of its own."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), dtype="float32")
+
+    def call(self, x):
+        return x * self.scale
+
+
+def test_an_lstm_that_was_narrowed_is_stock_again_in_float32(tmp_path):
+    model = compiled("recurrent")
+    mp.convert(model, "float16", variables="float16")
+    mp.convert(model, "float32")
+    mp.save_for_stock_keras(model, tmp_path / "model.keras")
 
 
 def test_an_optimizer_that_it_was_compiled_with_since_stays():

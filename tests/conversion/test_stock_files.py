@@ -55,6 +55,28 @@ def test_layers_of_ours_and_outputs_are_named(tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.backend("tensorflow")  # lookups need it
+def test_vocabularies_go_along_and_optimizers_do_not(tmp_path):
+    lookup = layers.IntegerLookup(dtype="int64")
+    lookup.adapt(np.array([7, 9, 9]))
+    inputs = keras.Input((1,), dtype="int64")
+    outputs = layers.Dense(2)(layers.Flatten()(layers.Embedding(3, 4)(lookup(inputs))))
+    model = keras.Model(inputs, outputs)
+    model.compile("adam", "mse")
+    x = np.array([[9], [7], [1]])
+    model.fit(x, np.ones((3, 2)), verbose=0)
+    mp.convert(model)
+    mp.save_for_stock_keras(model, tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded) is type(keras.Model(inputs, outputs))
+    assert not loaded.compiled
+    assert list(loaded.layers[1].get_vocabulary()) == list(lookup.get_vocabulary())
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
+    model.fit(x, np.ones((3, 2)), verbose=0)
+    with pytest.raises(mp.errors.ArgumentError, match=r"ends in \".keras\""):
+        mp.save_for_stock_keras(model, tmp_path / "model.h5")
+
+
 def test_activations_and_initializers_of_ours_are_named(tmp_path):
     gelu = layers.Dense(2, activation=mp.ops.gelu, name="second")
     lstm = keras.Sequential([keras.Input((6, 4)), layers.LSTM(2, name="lstm"), layers.Dense(2)])

@@ -1,0 +1,154 @@
+"""What a conversion does to a compiled model: its optimizer, its steps, and nothing if it fails."""
+
+import sys
+
+import keras
+import numpy as np
+import pytest
+from helpers.turned_layers import assert_state, state
+
+import kerasmp as mp
+from kerasmp.backend.keras_private import flatten_layers
+
+layers = keras.layers
+X = np.random.default_rng(0).normal(size=(8, 6, 4)).astype("float32")
+
+
+def sequential():
+    return keras.Sequential(
+        [
+            keras.Input((6, 4)),
+            layers.Dense(8, activation="relu"),
+            layers.BatchNormalization(),
+            layers.Flatten(),
+            layers.Dense(3),
+        ]
+    )
+
+
+def compiled(optimizer):
+    keras.utils.set_random_seed(0)
+    model = sequential()
+    model.compile(optimizer, "mse")
+    model.fit(X, np.ones((8, 3)), verbose=0, epochs=2)
+    return model
+
+
+def test_a_compiled_optimizer_is_wrapped_with_its_state_and_taken_out_again():
+    model = compiled("adam")
+    adam = model.optimizer
+    state = [keras.ops.convert_to_numpy(v.value) for v in adam.variables]
+    report = mp.convert(model)
+    assert isinstance(model, mp.Sequential)
+    assert isinstance(model.optimizer, mp.LossScaleOptimizer)
+    assert model.optimizer.inner_optimizer is adam
+    for variable, before in zip(adam.variables, state, strict=True):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable.value), before)
+    assert any("the optimizer Adam is inside" in note for note in report.notes)
+    model.fit(X, np.ones((8, 3)), verbose=0)
+    steps = 2 + int(model.optimizer.applied_steps)
+    assert int(adam.iterations) == steps
+    report.restore()
+    assert model.optimizer is adam
+    assert type(model) is keras.Sequential
+    model.fit(X, np.ones((8, 3)), verbose=0)
+    assert int(adam.iterations) == steps + 1
+
+
+def test_stock_keras_wrapper_is_replaced_with_its_scale_and_comes_back():
+    model = compiled(
+        keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(), initial_scale=512.0)
+    )
+    stock = model.optimizer
+    report = mp.convert(model)
+    assert isinstance(model.optimizer, mp.LossScaleOptimizer)
+    assert model.optimizer.loss_scale == 512
+    report.restore()
+    assert model.optimizer is stock
+
+
+def test_ours_stays_and_so_does_what_the_user_compiles_afterwards():
+    model = compiled(mp.LossScaleOptimizer("sgd", loss_scale=8.0))
+    optimizer = model.optimizer
+    report = mp.convert(model)
+    assert model.optimizer is optimizer
+    assert report.notes == ()
+    model.compile("adam", "mse")
+    assert isinstance(model.optimizer, mp.LossScaleOptimizer)
+    later = model.optimizer
+    report.restore()
+    assert model.optimizer is later
+    assert type(model) is keras.Sequential
+
+
+def test_bfloat16_needs_no_scale():
+    model = compiled("adam")
+    adam = model.optimizer
+    assert mp.convert(model, "mixed_bfloat16").notes == ()
+    assert model.optimizer is adam
+
+
+def test_optimizers_of_the_users_own_are_named():
+    class Adversarial(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(3)
+
+        def call(self, x):
+            return self.dense(x)
+
+        def compile(self, first, second):
+            super().compile(loss="mse")
+            self.first, self.second = first, second
+
+    model = Adversarial()
+    model(X)
+    model.compile(keras.optimizers.SGD(), mp.LossScaleOptimizer("sgd"))
+    with pytest.warns(mp.errors.LossScaleWarning, match=r"its optimizers \(first\)"):
+        report = mp.convert(model, rules=None)
+    assert any("nothing scales the loss of first" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "assign",
+        "apply",
+        "change_variables",
+        "kept_tensors",
+        "stop_training",
+        "turn_to_ours",
+        "let_train_or_refuse",
+        "measure",
+        "ConversionReport",
+        "ConvertedLayer",
+    ],
+)
+def test_a_failure_anywhere_leaves_the_model_as_it_was(place, monkeypatch):
+    model = compiled("adam")
+    before, adam = model.predict(X, verbose=0), model.optimizer
+    kept, steps = state(model), (model.train_function, model.predict_function)
+
+    def broken(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["kerasmp.conversion.convert"], place, broken)
+    with pytest.raises(KeyboardInterrupt):
+        mp.convert(model, "float16", variables="float16", safe_layers=True, sample=X)
+    assert_state(model, kept)
+    assert (model.train_function, model.predict_function) == steps
+    assert type(model) is keras.Sequential
+    assert model.optimizer is adam
+    assert "_keeps_layer_policies" not in vars(model)
+    assert {layer.compute_dtype for layer in flatten_layers(model)} == {"float32"}
+    np.testing.assert_array_equal(model.predict(X, verbose=0), before)
+
+
+def test_a_dry_run_keeps_what_is_compiled():
+    model = compiled("adam")
+    model.predict(X, verbose=0)
+    steps = model.train_function, model.predict_function
+    assert None not in steps
+    mp.convert(model, dry_run=True)
+    assert (model.train_function, model.predict_function) == steps
+    assert isinstance(model.optimizer, keras.optimizers.Adam)
