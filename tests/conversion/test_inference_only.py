@@ -93,7 +93,7 @@ def test_a_policy_over_float32_variables_widens_them_again(policy):
     assert any("float32 again" in note for note in report.notes)
     error = np.abs(predict(model) - exact).max()
     assert 0 < error < 0.05  # what rounding took stays lost
-    model.compile("adam", "mse")
+    model.compile(mp.LossScaleOptimizer(keras.optimizers.SGD(0.1), loss_scale=1.0), "mse")
     before = model.get_weights()
     model.fit(X, Y, verbose=0)
     trained = model.get_weights()
