@@ -72,8 +72,8 @@ def build(recipe, policy="float32", *, ours=False):
     keras.utils.set_random_seed(0)
     try:
         model = _KINDS[recipe.shape](recipe, mp if ours else keras)
-        with quick():
-            model(data(recipe))
+        # Traced, since what JAX runs it compiles.
+        model(keras.tree.map_structure(_symbol, data(recipe)))
     finally:
         keras.config.set_dtype_policy(before)
     _fill(model)
@@ -100,7 +100,7 @@ def data(recipe):
     return _formed(recipe.form, values, "x")
 
 
-def quick():
+def _quick():
     """Return a context in which JAX does not compile the loop of each call of a recurrent layer."""
     if keras.backend.backend() != "jax":
         return contextlib.nullcontext()
@@ -111,10 +111,14 @@ def quick():
 
 def targets(model, recipe):
     """Return what the model could be trained towards."""
-    with quick():
+    with _quick():
         found = keras.tree.flatten(model(data(recipe)))
     zeros = [np.zeros(out.shape, "float32") for out in found]
     return _formed(recipe.form, zeros, "y") if len(zeros) > 1 else zeros[0]
+
+
+def _symbol(value):
+    return keras.KerasTensor(value.shape, str(value.dtype))
 
 
 def _fill(model):
@@ -146,7 +150,7 @@ class _Insides:
         self.recipe = recipe
         self.entries = [_entry(kind) for kind in recipe.inputs]
         self.join = layers.Add() if len(recipe.inputs) > 1 else None
-        self.parts = [zoo_layers.make(part) for part in recipe.parts]
+        self.parts = zoo_layers.make_all(recipe.parts)
         self.heads = [_head(head) for head in recipe.heads]
 
     @property
@@ -238,7 +242,7 @@ _KINDS = {
 
 def outputs(model, recipe):
     """Return the dtype and the bytes of each output of an eager call."""
-    with quick():
+    with _quick():
         found = keras.tree.flatten(model(data(recipe)))
     return [
         (
