@@ -5,8 +5,8 @@ import warnings
 import keras
 import pytest
 from helpers import zoo, zoo_facts
-from helpers.zoo_drawn import POLICIES, built_alike, feasible, recipes
-from hypothesis import HealthCheck, Phase, given, settings
+from helpers.zoo_drawn import HOLDING, POLICIES, built_alike, feasible, recipes
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 import kerasmp as mp
@@ -17,7 +17,7 @@ ZOO = settings(
     max_examples=6 if JAX else 16,  # JAX compiles each operation of each model
     deadline=None,
     derandomize=True,
-    phases=[Phase.generate, Phase.shrink],  # to explain takes minutes
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],  # to explain takes minutes
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 POLICY = st.sampled_from(POLICIES)
@@ -45,6 +45,7 @@ def said(report):
 
 @ZOO
 @given(recipes(), POLICY, POLICY, RULES)
+@example(HOLDING, "float32", "mixed_bfloat16", None)
 def test_there_twice_and_back(recipe, start, policy, rules):
     start, policy = feasible(recipe, start), feasible(recipe, policy)
     model = zoo.fresh(recipe, start)
@@ -76,6 +77,7 @@ def test_there_twice_and_back(recipe, start, policy, rules):
 
 @ZOO
 @given(recipes(overrides=False).filter(built_alike), POLICY, POLICY)
+@example(HOLDING, "float32", "mixed_bfloat16")
 def test_it_equals_building_under_the_policy(recipe, start, policy):
     # A Sequential without Input makes one of the dtype that its first layer computes in, which
     # rounds what goes in, and is the data's for a conversion.

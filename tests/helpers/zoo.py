@@ -150,7 +150,7 @@ class _Insides:
         self.recipe = recipe
         self.entries = [_entry(kind) for kind in recipe.inputs]
         self.join = layers.Add() if len(recipe.inputs) > 1 else None
-        self.parts = [zoo_layers.make(part) for part in recipe.parts]
+        self.parts = zoo_layers.make_all(recipe.parts)
         self.heads = [_head(head) for head in recipe.heads]
 
     @property

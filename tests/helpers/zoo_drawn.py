@@ -11,7 +11,7 @@ SHAPES = ("functional", "sequential", "deferred", "subclassed")
 ACTIVATIONS = ("linear", "relu", "gelu", "tanh", "sigmoid", "softmax")
 # What its inner layers make anew from a policy of their own, or what has no policy at all.
 _MODELS = {"inner", "functional", "sequential"}
-_NO_DTYPE = {"again", "op"} | _MODELS
+_NO_DTYPE = {"again", "borrow", "op"} | _MODELS
 _ATTENTION = {"mha", "gqa"}
 
 
@@ -72,6 +72,15 @@ _HEADS = _made(
     st.sampled_from(["linear", "softmax", "sigmoid", None]),
 )
 
+# What is drawn too seldom. A user's model that holds a model with a graph, and a layer twice.
+HOLDING = Recipe(
+    "subclassed",
+    ("float",),
+    "one",
+    (Part("functional", inner=(Part("dense", "relu"),)), Part("mha"), Part("borrow", 0)),
+    (Head("flat"),),
+)
+
 
 @st.composite
 def recipes(draw, *, overrides=True, shapes=SHAPES):
@@ -85,6 +94,8 @@ def recipes(draw, *, overrides=True, shapes=SHAPES):
     shape = draw(st.sampled_from(shapes))
     one_way = shape in {"sequential", "deferred"}
     part = (_CHAIN if one_way else _GRAPH) | _HOLDING
+    if shape == "subclassed":  # whose file is the recipe
+        part |= _parts(["borrow"], (0, 1, 2))
     parts = draw(st.lists(part, min_size=1, max_size=5))
     if overrides:
         parts = [_overridden(draw, each) for each in parts]

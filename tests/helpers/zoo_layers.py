@@ -15,8 +15,9 @@ class Part(NamedTuple):
     """One layer, or one operation.
 
     Args:
-        kind: Which: a key of `MAKERS`, "again" or "op".
-        option: What the kind takes; of "again" which layer before it is called once more.
+        kind: Which: a key of `MAKERS`, "again", "borrow" or "op".
+        option: What the kind takes; of "again" which layer before it is called once more, of
+            "borrow" which a user's layer holds.
         inner: The parts inside.
         dtype: A policy of its own.
         back: How many tensors before the last one its input is.
@@ -42,6 +43,15 @@ def make(part):
         return None
     arguments = {} if part.dtype is None else {"dtype": part.dtype}
     return MAKERS[part.kind](part, **arguments)
+
+
+def make_all(parts):
+    """Return what `make` makes of each part; one that borrows holds a layer before it, too."""
+    made = []
+    for part in parts:
+        borrows = part.kind == "borrow"
+        made.append(Borrower(_earlier(made, part.option)) if borrows else make(part))
+    return made
 
 
 def run(parts, made, tensors):
@@ -93,7 +103,7 @@ class _Chain:
     def __init__(self, parts, **kwargs):
         super().__init__(**kwargs)
         self.recipe = tuple(map(tuple, parts))
-        self.inside = [make(part) for part in self._read]
+        self.inside = make_all(self._read)
         self.parts = [layer for layer in self.inside if layer is not None]
 
     @property
@@ -113,6 +123,20 @@ class _Chain:
         return {**super().get_config(), "parts": self.recipe}
 
 
+class Borrower(layers.Layer):
+    """A user's layer that holds what is held elsewhere, too; no file can say so."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def build(self, shape):
+        build_all([self.part], tuple(shape))
+
+    def call(self, x):
+        return call(self.part, x, [x])
+
+
 @keras.saving.register_keras_serializable("zoo")
 class Block(_Chain, layers.Layer):
     """A user's layer with layers in a list."""
@@ -125,7 +149,7 @@ class Inner(_Chain, keras.Model):
 
 def _functional(part, **_):
     x = keras.Input((STEPS, FEATURES))
-    return keras.Model(x, run(part.inner, [make(each) for each in part.inner], [x])[-1])
+    return keras.Model(x, run(part.inner, make_all(part.inner), [x])[-1])
 
 
 def _sequential(part, **_):
