@@ -54,7 +54,7 @@ def set_variable_dtype(variable: Any, dtype: str) -> Callable[[], None]:
     'float32'
     """
     # Around the public reader, which casts within a layer's call.
-    before_dtype, before = variable._dtype, variable._value  # noqa: SLF001
+    before_dtype, before = variable._dtype, variable._value  # noqa: SLF001 - see above
     value, put_back = current().in_dtype(before, dtype)
 
     def undo() -> None:
