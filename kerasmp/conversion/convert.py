@@ -23,7 +23,7 @@ from kerasmp.conversion.inference import (
     stop_training,
     with_variables,
 )
-from kerasmp.conversion.kept import kept_tensors
+from kerasmp.conversion.kept import kept_tensors, narrow_inputs
 from kerasmp.conversion.report import ConversionReport, ConvertedLayer
 from kerasmp.errors import ArgumentTypeError, PolicyError
 from kerasmp.layers.from_stock import turn_to_safe
@@ -150,6 +150,7 @@ def _convert(
     undo.callback(put_back, model, apply(model, rows, variables_follow=True))
     changed = change_variables(rows, undo)
     notes += [text for row in rows for text in kept_tensors(row, before[id(row.layer)])]
+    notes += narrow_inputs(model)
     half = any_half(model) and bool(changed or getattr(model, "_for_inference", False))
     notes += stop_training(model, undo) if half else []
     # A text says nothing of it.

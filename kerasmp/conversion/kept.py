@@ -1,10 +1,13 @@
-"""Tensors that layers made when they were built, in the dtype of that time."""
+"""What stays in the dtype of the time when a model was built: tensors, and inputs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import keras
+
+from kerasmp.backend.keras_private import flatten_layers
+from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
     from kerasmp.policy.assign import Assignment
@@ -34,4 +37,21 @@ def kept_tensors(row: Assignment, compute_dtype: str) -> list[str]:
         f'"{row.path}" made the tensor `{name}` in {compute_dtype} when it was built, and keeps it '
         "so: cast it where it is used"
         for name in kept
+    ]
+
+
+def narrow_inputs(model: Any) -> list[str]:
+    """Say which inputs round what they are given before any layer sees it, in words.
+
+    Keras gives a Sequential without `Input` one of the dtype that its first layer computes in, and
+    a conversion changes no input: a user may have chosen its dtype for the data.
+
+    Args:
+        model: The model.
+    """
+    return [
+        f'the input "{layer.name}" is {layer.dtype} and rounds what it is given, whatever the '
+        "layers compute in: build the model with keras.Input for another"
+        for layer in flatten_layers(model)
+        if isinstance(layer, keras.layers.InputLayer) and layer.dtype in HALVES
     ]

@@ -159,8 +159,11 @@ def _refuse_parts_of_ours(config: Any, layer: str) -> None:
 
 
 def _refuse_other_policies(model: Any, stock: Any) -> None:
-    paths = [place.path for layer, place in places(model) if not _is_input(layer)]
-    layers = [layer for layer, _ in places(model) if not _is_input(layer)]
+    present = [
+        (layer, place.path)
+        for layer, place in places(model)
+        if not isinstance(layer, keras.layers.InputLayer)
+    ]
     here, there = LayerPolicies.of(model), LayerPolicies.of(stock)
     if len(here) != len(there):
         raise PolicyError(
@@ -169,7 +172,7 @@ def _refuse_other_policies(model: Any, stock: Any) -> None:
             expected="a model that says how it is built, by `build` or `build_from_config`",
             fix=_FIX,
         )
-    for path, layer, ours, theirs in zip(paths, layers, here, there, strict=True):
+    for (layer, path), ours, theirs in zip(present, here, there, strict=True):
         # A container's own policy is in no file of Keras's, and changes no result.
         if ours.policy != theirs.policy and graph_of(layer) is None:
             raise PolicyError(
@@ -180,7 +183,3 @@ def _refuse_other_policies(model: Any, stock: Any) -> None:
                 fix="Convert with a rule for the class of the layer that holds it, such as "
                 'rules={keras.layers.MultiHeadAttention: "float32"}. ' + _FIX,
             )
-
-
-def _is_input(layer: Any) -> bool:
-    return isinstance(layer, keras.layers.InputLayer)

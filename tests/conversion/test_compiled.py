@@ -5,6 +5,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from helpers.converted import sequential
 from helpers.turned_layers import assert_state, state
 
 import kerasmp as mp
@@ -12,18 +13,6 @@ from kerasmp.backend.keras_private import flatten_layers
 
 layers = keras.layers
 X = np.random.default_rng(0).normal(size=(8, 6, 4)).astype("float32")
-
-
-def sequential():
-    return keras.Sequential(
-        [
-            keras.Input((6, 4)),
-            layers.Dense(8, activation="relu"),
-            layers.BatchNormalization(),
-            layers.Flatten(),
-            layers.Dense(3),
-        ]
-    )
 
 
 def compiled(optimizer):

@@ -5,6 +5,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from helpers.converted import sequential
 from keras import ops
 
 import kerasmp as mp
@@ -12,18 +13,6 @@ from kerasmp.backend.keras_private import flatten_layers
 
 layers = keras.layers
 X = np.random.default_rng(0).normal(size=(8, 6, 4)).astype("float32")
-
-
-def sequential():
-    return keras.Sequential(
-        [
-            keras.Input((6, 4)),
-            layers.Dense(8, activation="relu"),
-            layers.BatchNormalization(),
-            layers.Flatten(),
-            layers.Dense(3),
-        ]
-    )
 
 
 def functional():
@@ -355,3 +344,14 @@ def test_layer_policies_leave_nothing_to_rules_and_the_output_as_it_is():
             mp.convert(model, text, **arguments)
     mp.convert(model, text)
     assert model.predict(X, verbose=0).dtype == np.float32
+
+
+def test_an_input_that_keras_made_in_half_precision_is_named():
+    keras.config.set_dtype_policy("mixed_float16")
+    model = keras.Sequential([layers.Dense(4), layers.Dense(2)])
+    model(X)
+    keras.config.set_dtype_policy("float32")
+    notes = mp.convert(model, "float32").notes
+    assert model.inputs[0].dtype == "float16"
+    assert [note for note in notes if "is float16 and rounds what it is given" in note]
+    assert not any("rounds what" in note for note in mp.convert(sequential()).notes)

@@ -154,8 +154,11 @@ class Asking(layers.Layer):
 def test_an_lstm_that_was_narrowed_is_stock_again_in_float32(tmp_path):
     model = compiled("recurrent")
     mp.convert(model, "float16", variables="float16")
+    assert "kerasmp>Orthogonal" in str(keras.saving.serialize_keras_object(model))
     mp.convert(model, "float32")
     mp.save_for_stock_keras(model, tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(predict(loaded), predict(model))
 
 
 def test_an_optimizer_that_it_was_compiled_with_since_stays():

@@ -14,6 +14,18 @@ X = np.random.default_rng(0).normal(size=(4, 6, 4)).astype("float32")
 Y = np.zeros((4, 3), "float32")
 
 
+def sequential():
+    return keras.Sequential(
+        [
+            keras.Input((6, 4)),
+            layers.Dense(8, activation="relu"),
+            layers.BatchNormalization(),
+            layers.Flatten(),
+            layers.Dense(3),
+        ]
+    )
+
+
 def attention():
     inputs = keras.Input((6, 4))
     x = layers.MultiHeadAttention(2, 4)(inputs, inputs)
