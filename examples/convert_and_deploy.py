@@ -1,6 +1,6 @@
 """Convert a network that exists, fine-tune it in float16, and deploy it in half the bytes.
 
-Run with `python examples/convert_and_deploy.py`; KERAS_BACKEND chooses the framework.
+Backend: any
 """
 
 import pathlib

@@ -78,3 +78,10 @@ def test_blocks_are_found_with_their_lines_and_marked_ones_left_out():
     left_out = "<!-- not run: slow -->\n```python\nb\n```\n"
     text = f"# T\n\n```python\na = 1\n```\n{left_out}```bash\nc\n```\n"
     assert blocks(text) == [(3, "a = 1\n")]
+
+
+def test_every_example_names_its_backend():
+    example = re.compile(r'\A"""[^"]*^Backend: (tensorflow|jax|torch|any)$', re.MULTILINE)
+    files = sorted((ROOT / "examples").glob("*.py"))
+    assert files
+    assert not [name(file) for file in files if not example.match(file.read_text(encoding="utf-8"))]
