@@ -7,6 +7,10 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 # The CPU jobs must not reserve an accelerator that happens to be there.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
+# On CPUs that know float16, oneDNN adds up its products in float32, so that faults of stock Keras
+# are not there; it is also six times slower than TensorFlow's own. Without it all CPUs do the same.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
 import atexit
 import importlib.util
 import shutil
@@ -22,6 +26,7 @@ if os.environ["KERAS_BACKEND"] == "jax" and "JAX_COMPILATION_CACHE_DIR" not in o
 
 import keras
 import pytest
+from helpers import processes
 
 # Without the packages of the `demo` extra there is no demo to test.
 _DEMO = ("jinja2", "matplotlib", "rich", "sklearn", "tensorflow_datasets", "typer")
@@ -63,3 +68,19 @@ def _fresh_keras():
     yield
     keras.config.set_dtype_policy(policy)
     keras.backend.clear_session(free_memory=False)  # collecting garbage costs 0.3 s a test
+
+
+@pytest.fixture(scope="session")
+def another_process():
+    """A process that has made none of a test's models; other tests have asked it before."""
+    kept = processes.Kept()
+    yield kept.call
+    kept.close()
+
+
+@pytest.fixture(scope="session")
+def stock_process():
+    """The same, without kerasmp."""
+    kept = processes.Kept()
+    yield kept.call
+    kept.close()

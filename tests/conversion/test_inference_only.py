@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import converted, processes
+from helpers import converted
 
 import kerasmp as mp
 from kerasmp.backend.keras_private import flatten_layers
@@ -74,11 +74,11 @@ def test_layers_that_the_safe_rules_keep_in_float32_keep_their_variables(kind):
 
 @pytest.mark.parametrize("kind", [*NO_ATTENTION, "attention", "subclassed"])
 @pytest.mark.parametrize("safe_layers", [False, True])
-def test_a_file_is_the_same_model_in_another_process(kind, safe_layers, tmp_path):
+def test_a_file_is_the_same_model_in_another_process(kind, safe_layers, tmp_path, another_process):
     model = compiled(kind)
     mp.convert(model, "bfloat16", variables="bfloat16", safe_layers=safe_layers)
     model.save(tmp_path / "model.keras")
-    found = processes.call("helpers.converted:load_one", path=str(tmp_path / "model.keras"))
+    found = another_process("helpers.converted:load_one", path=str(tmp_path / "model.keras"))
     assert found == converted.predictions(model)
     assert "inference alone" in found["error"]
 

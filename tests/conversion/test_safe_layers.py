@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import converted, processes
+from helpers import converted
 from helpers.turned_layers import assert_state, state, stock_left
 
 import kerasmp as mp
@@ -62,12 +62,12 @@ def test_more_of_the_model_is_in_half_precision_then():
 
 
 @KINDS
-def test_a_file_has_them_in_another_process(kind, tmp_path):
+def test_a_file_has_them_in_another_process(kind, tmp_path, another_process):
     model = compiled(kind)
     mp.convert(model, POLICY, safe_layers=True)
     model.fit(X, Y, verbose=0)
     model.save(tmp_path / f"{kind}.keras")
-    found = processes.call("helpers.converted:load_facts", path=str(tmp_path / f"{kind}.keras"))
+    found = another_process("helpers.converted:load_facts", path=str(tmp_path / f"{kind}.keras"))
     assert found == converted.facts(model)
     assert "kerasmp>" in found["policies"].split("\n", 1)[1]
 

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import converted, processes
+from helpers import converted
 
 import kerasmp as mp
 from kerasmp.backend.keras_private import flatten_layers
@@ -23,9 +23,9 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
-def test_another_process_loads_the_same(saved, policy):
+def test_another_process_loads_the_same(saved, policy, another_process):
     folder, facts = saved
-    loaded = processes.call("helpers.converted:load", folder=str(folder), policy=policy)
+    loaded = another_process("helpers.converted:load", folder=str(folder), policy=policy)
     for kind, wanted in facts.items():
         assert loaded[kind] == wanted, kind
 

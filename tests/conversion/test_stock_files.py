@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import converted, processes, stock_only
+from helpers import converted, stock_only
 
 import kerasmp as mp
 
@@ -13,14 +13,14 @@ ATTENTION = (layers.MultiHeadAttention, layers.GroupQueryAttention)
 
 @pytest.mark.parametrize("kind", ["nested", "recurrent"])
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-def test_stock_keras_loads_it_and_computes_the_same(kind, policy, tmp_path):
+def test_stock_keras_loads_it_and_computes_the_same(kind, policy, tmp_path, stock_process):
     model = converted.KINDS[kind]()
     model.compile("adam", "mse")
     mp.convert(model)
     model.fit(converted.X, converted.Y, verbose=0)
     path = tmp_path / "model.keras"
     mp.save_for_stock_keras(model, path)
-    dtypes, outputs = processes.call("helpers.stock_only:load", path=str(path), policy=policy)
+    dtypes, outputs = stock_process("helpers.stock_only:load", path=str(path), policy=policy)
     assert dtypes == stock_only.dtypes_of(model)
     wanted = keras.ops.convert_to_numpy(model(converted.X)).astype("float64")
     np.testing.assert_array_equal(np.asarray(outputs), wanted)

@@ -8,7 +8,6 @@ import keras
 import numpy as np
 import pytest
 from helpers import narrowed as models
-from helpers import processes
 from helpers.narrowed import MODELS, narrowed
 
 import kerasmp as mp
@@ -85,12 +84,14 @@ def test_undone_it_is_as_before_bit_for_bit(kind):
 
 @KINDS
 @DTYPES
-def test_a_file_has_half_the_bytes_and_loads_in_another_process(kind, dtype, tmp_path):
+def test_a_file_has_half_the_bytes_and_loads_in_another_process(
+    kind, dtype, tmp_path, another_process
+):
     build, x = MODELS[kind]
     model = models.lived_in(build)
     narrowed(model, dtype)
     model.save(tmp_path / "half.keras")
-    loaded = processes.call("helpers.narrowed:load", path=str(tmp_path / "half.keras"), batch=kind)
+    loaded = another_process("helpers.narrowed:load", path=str(tmp_path / "half.keras"), batch=kind)
     assert loaded["dtypes"] == [dtype]
     expected = np.asarray(model.predict(x, verbose=0), "float32")
     np.testing.assert_array_equal(np.float32(loaded["predicted"]), expected)

@@ -36,6 +36,49 @@ def call(name, *, env=None, seconds=SECONDS, **arguments):
     return _together(name, [arguments], env, time.monotonic() + seconds)[0]
 
 
+class Kept:
+    """A process that answers call after call: for what needs another process, not a new one.
+
+    To start a framework takes longer than most of what is asked.
+    """
+
+    def __init__(self):
+        self._child = None
+
+    def call(self, name, *, seconds=SECONDS, **arguments):
+        """Return what `module:function` of `name` returns there."""
+        if self._child is None:
+            self._directory = tempfile.TemporaryDirectory()
+            self._log = Path(self._directory.name, "log")
+            self._child = _start([], self._log, None, stdin=subprocess.PIPE)
+        result = Path(self._directory.name, "result.json")
+        line = json.dumps([seconds, name, json.dumps(arguments), str(result)])
+        self._child.stdin.write(line.encode() + b"\n")
+        self._child.stdin.flush()
+        deadline = time.monotonic() + seconds
+        while not result.exists():
+            if self._child.poll() is not None or time.monotonic() > deadline:
+                self._child.kill()
+                said = self._log.read_text(encoding="utf-8", errors="replace")
+                self.close()
+                raise ProcessError(said[-6000:])
+            time.sleep(0.02)
+        returned = json.loads(result.read_text(encoding="utf-8"))
+        result.unlink()
+        return returned
+
+    def close(self):
+        """End the process; the next call starts another."""
+        if self._child is not None:
+            self._child.stdin.close()
+            try:
+                self._child.wait(timeout=10)
+            finally:
+                self._child.kill()
+                self._child = None
+                self._directory.cleanup()
+
+
 def cluster(name, ranks, *, env=None, seconds=SECONDS, **arguments):
     """Return what the function returns in each of `ranks` processes, given `rank` and `ports`."""
     deadline = time.monotonic() + seconds  # of all attempts together
@@ -83,7 +126,7 @@ def _together(name, calls, env, deadline):
         return [json.loads(result.read_text(encoding="utf-8")) for result in results]
 
 
-def _start(arguments, log, env):
+def _start(arguments, log, env, **more):
     with log.open("w") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "helpers.child", *arguments],
@@ -95,6 +138,7 @@ def _start(arguments, log, env):
             },
             stdout=output,
             stderr=output,
+            **more,
         )
 
 

@@ -5,7 +5,6 @@ import contextlib
 import keras
 import numpy as np
 import pytest
-from helpers import processes
 from helpers.networks import KINDS, X, Y
 from helpers.own_steps import OwnStep
 from helpers.turned import Net
@@ -89,14 +88,14 @@ def test_a_loaded_one_refuses_and_evaluates(kind, module, tmp_path):
     refuses(keras.models.load_model(tmp_path / "again.keras"))
 
 
-def test_a_users_class_refuses_in_another_process(tmp_path):
+def test_a_users_class_refuses_in_another_process(tmp_path, another_process):
     model = Net()
     model(np.ones((2, 4), "float32"))
     model = mp.Model.from_keras(model)
     model._output_dtype = "float16"
     only_for_inference(model, contextlib.ExitStack())
     model.save(tmp_path / "model.keras")
-    said = processes.call("helpers.turned:train", path=str(tmp_path / "model.keras"))
+    said = another_process("helpers.turned:train", path=str(tmp_path / "model.keras"))
     assert "inference alone" in said["error"]
     assert said["outputs"] == "float16"
 

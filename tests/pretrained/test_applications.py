@@ -24,7 +24,7 @@ SMALLEST = {
     "vgg19": "VGG19",
     "xception": "Xception",
 }
-EVERYWHERE = {"mobilenet", "vgg16"}  # the others on TensorFlow: JAX compiles each layer
+EVERYWHERE = {"mobilenet"}  # the others on TensorFlow: JAX compiles each layer
 
 
 def _case(family, name):
