@@ -4,6 +4,7 @@ Logical devices and clusters are set before a framework's first use, so a test c
 itself. No process outlives its time: all are killed when one of them fails or the time is up.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -61,7 +62,7 @@ class Kept:
                 self._child.kill()
                 said = self._log.read_text(encoding="utf-8", errors="replace")
                 self.close()
-                raise ProcessError(said[-6000:])
+                raise (HungError if HUNG in said else ProcessError)(said[-6000:])
             time.sleep(0.02)
         returned = json.loads(result.read_text(encoding="utf-8"))
         result.unlink()
@@ -70,13 +71,12 @@ class Kept:
     def close(self):
         """End the process; the next call starts another."""
         if self._child is not None:
-            self._child.stdin.close()
-            try:
-                self._child.wait(timeout=10)
-            finally:
-                self._child.kill()
-                self._child = None
-                self._directory.cleanup()
+            child, self._child = self._child, None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.communicate(timeout=10)  # by the end of its input it ends itself
+            child.kill()
+            child.wait()
+            self._directory.cleanup()
 
 
 def cluster(name, ranks, *, env=None, seconds=SECONDS, **arguments):
