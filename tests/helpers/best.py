@@ -1,7 +1,9 @@
 """The best that float16 can do in layers that multiply matrices: for comparison, not for use.
 
 Products by weights are the backend's own in float16. Everything else is float32, and so are the
-sums of the products within attention, whose factors are float16.
+sums of the products within attention, whose factors are float16. Where a softmax is one weight
+alone, all that can be wrong of it is the backend's own softmax in float32: TensorFlow's multiplies
+by a reciprocal, so that without oneDNN a weight of 1 is 1 - 2^-24.
 """
 
 import keras
@@ -19,6 +21,12 @@ def _attend(query, key, value, scale):
     scores = ops.einsum("btnh,bsnh->bnts", query, key) * scale
     weights = narrow(ops.softmax(scores))
     return ops.cast(ops.einsum("bnts,bsnh->btnh", weights, value), "float16")
+
+
+class Attention(keras.layers.Attention):
+    def call(self, inputs):
+        outputs = super().call([ops.cast(x, "float32") for x in inputs])
+        return ops.cast(outputs, "float16")
 
 
 class MultiHeadAttention(keras.layers.MultiHeadAttention):

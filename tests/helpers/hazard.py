@@ -31,7 +31,8 @@ class Hazard:
         upstream: Standard deviation of the gradients that come from above.
         subnormal: Whether numbers below float16's normal ones count.
         wide: Whether the outputs have to be good float32 numbers.
-        products: Whether it multiplies matrices in float16; `helpers.best` then has its best.
+        products: Whether it multiplies matrices in float16, or is nothing but the backend's softmax
+            of one weight; `helpers.best` then has its best.
         ordinary: Standard deviations of further inputs, on which ours must be as good.
     """
 

@@ -109,6 +109,7 @@ HAZARDS = [
         "Attention",
         inputs.normal((2, 16, 64), std=40),
         call=calls.to_itself,
+        products=True,
         ordinary=(0.25, 1.0),
     ),
     Hazard(

@@ -30,7 +30,8 @@ page has every place that we know of, measured: the stock layer, ours, and the b
 - **Best** is the error of the float64 result rounded to float16. Where a layer multiplies by
   weights in float16, it is that of the same layer with the framework's own float16 products and
   all else in float32; in a separable convolution, what comes between its two products is float16
-  and all else float32. A best below {least} is luck, and counts as that.
+  and all else float32; in an attention of one key alone (4, to itself), that of the stock layer
+  in float32. A best below {least} is luck, and counts as that.
 - **Ours** is a layer of `kerasmp.layers`, or the stock layer as the rules "safe" run it.
 - **inf** means that a value is inf or NaN; **-** that the layer does not run.
 - Of several outputs or gradients, a row shows the one that stock Keras gets most wrong. **Worst**
