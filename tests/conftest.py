@@ -1,4 +1,7 @@
-"""What every test needs: its backend's tests only, a fresh global policy, a fixed seed."""
+"""What every test needs: its backend's tests only, a fresh global policy, a fixed seed.
+
+With KERAS_BACKEND=numpy the unit tests run, without a framework; elsewhere all the others.
+"""
 
 import os
 
@@ -35,6 +38,13 @@ collect_ignore = (
 )
 
 
+def pytest_ignore_collect(collection_path):
+    """Leave files without a unit test unread on NumPy: they ask for a framework at import."""
+    if keras.backend.backend() == "numpy" and collection_path.name.startswith("test_"):
+        return "mark.unit" not in collection_path.read_text(encoding="utf-8") or None
+    return None
+
+
 def _version(text):
     return tuple(int(number) for number in text.split(".")[:3])
 
@@ -45,6 +55,8 @@ if _version(keras.__version__) < (3, 15, 1):
 
 
 def _belongs_here(item):
+    if (item.get_closest_marker("unit") is not None) != (keras.backend.backend() == "numpy"):
+        return False
     backend, since = item.get_closest_marker("backend"), item.get_closest_marker("keras")
     return (backend is None or keras.backend.backend() in backend.args) and (
         since is None or _version(keras.__version__) >= _version(since.args[0])
@@ -64,6 +76,10 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _fresh_keras():
     policy = keras.config.dtype_policy()
+    if keras.backend.backend() == "numpy":  # `set_random_seed` imports TensorFlow and torch
+        yield
+        keras.config.set_dtype_policy(policy)
+        return
     keras.utils.set_random_seed(1)
     yield
     keras.config.set_dtype_policy(policy)
