@@ -2,14 +2,15 @@
 
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 
-def counts(results: Path) -> Counter[str]:
-    """Return how many tests of a JUnit file passed, failed and were skipped."""
+def counts(results: Iterable[Path]) -> Counter[str]:
+    """Return how many tests of JUnit files passed, failed and were skipped."""
     found: Counter[str] = Counter()
-    for suite in ET.parse(results).iter("testsuite"):
+    for suite in (each for file in results for each in ET.parse(file).iter("testsuite")):
         tests, skipped = int(suite.get("tests", 0)), int(suite.get("skipped", 0))
         failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
         found.update(passed=tests - failed - skipped, failed=failed, skipped=skipped)
@@ -30,13 +31,12 @@ def main(folder: str) -> None:
     print("\n===== summary =====")
     for line in (log / "parts.tsv").read_text().splitlines():
         part, result, took = line.split("\t")
-        results = log / f"{part}.xml"
-        found = counts(results) if results.exists() else Counter()
+        found = counts(log.glob(f"{part}-*.xml"))
         total += found
         seconds += int(took)
         verdict = "ok" if result == "0" else "FAILED"
-        print(f"{part:<10}{verdict:<8}{took:>5} s  {words(found) if found else ''}".rstrip())
-    print(f"{'all':<18}{seconds:>5} s")
+        print(f"{part:<14}{verdict:<8}{took:>5} s  {words(found) if found else ''}".rstrip())
+    print(f"{'all':<22}{seconds:>5} s")
     if total:
         print(words(total))
 
