@@ -58,8 +58,8 @@ SETTINGS = {"MPLBACKEND": "Agg", "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVI
 # A run without a fault goes through all tests, and may take so many times as long.
 CONTROL_PATIENCE = 4
 
-# A test's id in the list that ends pytest's output.
-NAMED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
+# A test's id in the list that ends pytest's output. There may be blanks in its brackets.
+NAMED = re.compile(r"^(?:FAILED|ERROR) (\S+?\[.*?\]|\S+)(?: - |$)", re.MULTILINE)
 
 # Imports nothing, and so takes no time: where is it, here and in a process that this one starts?
 WHERE = "import importlib.util as u; print(u.find_spec('kerasmp').origin, flush=True)"
@@ -226,11 +226,18 @@ class Processes:
 
     def __init__(self) -> None:
         self._running: set[int] = set()
+        self._ended = False
 
     def run(
         self, command: list[str], folder: Path, environment: dict[str, str], seconds: float
     ) -> tuple[int | None, str]:
-        """Return the exit code, None if the time was up, and what was printed."""
+        """Return the exit code, None if the time was up, and what was printed.
+
+        Raises:
+            CancelledError: If all have been ended.
+        """
+        if self._ended:
+            raise cf.CancelledError
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(  # noqa: S603 - the user names the interpreter
                 command,
@@ -249,11 +256,14 @@ class Processes:
             finally:
                 self._end(process.pid)
                 process.wait()
+            if self._ended:
+                raise cf.CancelledError
             output.seek(0)
             return code, output.read().decode(errors="replace")
 
     def end_all(self) -> None:
-        """End all that runs, and all that it has started."""
+        """End all that runs, and all that it has started, for good."""
+        self._ended = True
         for group in list(self._running):
             self._end(group)
 
@@ -351,7 +361,7 @@ class Runner:
             by = named[1] if named else ""
             if code is None:
                 verdict = "hung"
-            elif code == FAILED or (code == INTERRUPTED and named):
+            elif named and code in {FAILED, INTERRUPTED}:  # the latter while tests are collected
                 verdict = "killed"
             elif code not in {PASSED, NO_TESTS}:
                 verdict, said = "error", f"pytest ended with {code}:\n{output[-2000:]}"
@@ -487,6 +497,8 @@ def main() -> None:
         print(side_by_side(faults, given.table))
         return
     tree = given.tree.resolve()
+    if not (tree / "kerasmp").is_dir():
+        sys.exit(f"{tree} is no checkout of kerasmp. Name one with --tree.")
     refuse_misfits(faults, tree)
     if given.list:
         print("\n".join(f"{fault.name} ({fault.room}): {fault.idea}" for fault in faults))
