@@ -1,7 +1,5 @@
 """The global policy: set, read back, put back, and never out of step with Keras's."""
 
-import subprocess
-import sys
 import threading
 
 import keras
@@ -38,6 +36,7 @@ def test_variables_are_float32_under_every_mixed_policy(name, make):
     assert {variable.dtype for variable in layer.variables} == {"float32"}
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize(
     "policy", [keras.DTypePolicy("mixed_bfloat16"), Policy("mixed_bfloat16"), "compute=bfloat16"]
 )
@@ -46,12 +45,14 @@ def test_everything_that_a_policy_accepts_can_be_global(policy):
     assert keras.config.dtype_policy().name == "mixed_bfloat16"
 
 
+@pytest.mark.unit
 def test_path_rules_become_global_without_a_warning():
     set_global_policy(WITH_PATH)
     assert global_policy() == WITH_PATH
     assert keras.config.dtype_policy()["head"].name == "float32"
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize(
     ("policy", "what"),
     [(WITH_OUTPUT, "output=float32"), (WITH_CLASS, "the rule for the class Softmax")],
@@ -63,6 +64,7 @@ def test_what_stock_models_will_not_follow_is_said_at_the_callers_line(policy, w
     assert [warning.filename for warning in caught] == [__file__]
 
 
+@pytest.mark.unit
 @pytest.mark.filterwarnings("ignore::kerasmp.errors.PolicyWarning")
 @pytest.mark.parametrize("policy", [WITH_OUTPUT, WITH_CLASS])
 def test_what_keras_cannot_express_is_read_back(policy):
@@ -71,6 +73,7 @@ def test_what_keras_cannot_express_is_read_back(policy):
     assert keras.config.dtype_policy() == keras.DTypePolicy("mixed_float16")
 
 
+@pytest.mark.unit
 def test_a_warning_made_an_error_changes_nothing():
     before = keras.config.dtype_policy()
     with pytest.raises(PolicyWarning):  # pytest turns warnings into errors here
@@ -80,6 +83,7 @@ def test_a_warning_made_an_error_changes_nothing():
     assert keras.config.dtype_policy() is before
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize(
     ("wrong", "error"), [("mixed_flaot16", PolicyError), (None, ArgumentTypeError)]
 )
@@ -92,6 +96,7 @@ def test_bad_input_changes_nothing(use, wrong, error):
     assert keras.config.dtype_policy() is before
 
 
+@pytest.mark.unit
 def test_changes_through_keras_are_seen():
     set_global_policy(WITH_PATH)
     keras.config.set_dtype_policy("float64")
@@ -100,6 +105,7 @@ def test_changes_through_keras_are_seen():
     assert global_policy() == Policy("mixed_float16")
 
 
+@pytest.mark.unit
 def test_a_layer_that_writes_into_the_global_map_is_seen():
     set_global_policy(WITH_PATH)
     head = keras.layers.Dense(2, name="head")
@@ -109,6 +115,7 @@ def test_a_layer_that_writes_into_the_global_map_is_seen():
     assert Policy("mixed_float16", rules={"head": "float32"}) == WITH_PATH
 
 
+@pytest.mark.unit
 def test_a_policy_put_back_through_keras_is_ours_again():
     set_global_policy(WITH_PATH)
     saved = keras.config.dtype_policy()
@@ -117,18 +124,21 @@ def test_a_policy_put_back_through_keras_is_ours_again():
     assert global_policy() == WITH_PATH
 
 
+@pytest.mark.unit
 def test_clear_session_resets_the_global_policy_as_keras_says():
     set_global_policy("mixed_float16")
     keras.backend.clear_session()
     assert global_policy() == Policy(keras.config.floatx())
 
 
+@pytest.mark.unit
 def test_a_keras_policy_that_no_policy_can_be_is_an_error_that_says_so():
     keras.config.set_dtype_policy("int32")
     with pytest.raises(PolicyError, match=r"Unknown policy name\. Received: 'int32'"):
         global_policy()
 
 
+@pytest.mark.unit
 def test_the_global_policy_belongs_to_the_thread_as_keras_does_it():
     set_global_policy("mixed_float16")
     seen = []
@@ -138,6 +148,7 @@ def test_the_global_policy_belongs_to_the_thread_as_keras_does_it():
     assert seen == [Policy(keras.config.floatx())]
 
 
+@pytest.mark.unit
 def test_scopes_nest_and_restore():
     before = keras.config.dtype_policy()
     with policy_scope(WITH_PATH) as outer:
@@ -148,6 +159,7 @@ def test_scopes_nest_and_restore():
     assert keras.config.dtype_policy() is before
 
 
+@pytest.mark.unit
 def test_a_scope_restores_after_an_exception():
     set_global_policy("mixed_bfloat16")
     before = keras.config.dtype_policy()
@@ -156,6 +168,7 @@ def test_a_scope_restores_after_an_exception():
     assert keras.config.dtype_policy() is before
 
 
+@pytest.mark.unit
 def test_a_scope_restores_what_the_block_set():
     set_global_policy("mixed_bfloat16")
     with policy_scope("float16"):
@@ -163,6 +176,7 @@ def test_a_scope_restores_what_the_block_set():
     assert global_policy() == Policy("mixed_bfloat16")
 
 
+@pytest.mark.unit
 def test_a_scope_restores_a_keras_policy_that_no_policy_can_be():
     keras.config.set_dtype_policy("int32")
     with policy_scope("float16"):
@@ -170,6 +184,7 @@ def test_a_scope_restores_a_keras_policy_that_no_policy_can_be():
     assert keras.config.dtype_policy().name == "int32"
 
 
+@pytest.mark.unit
 def test_a_scope_does_nothing_before_it_is_entered():
     before = keras.config.dtype_policy()
     scope = policy_scope("float16")
@@ -188,14 +203,3 @@ def test_a_saved_model_keeps_its_dtypes(tmp_path):
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     dtypes = [(layer.variable_dtype, layer.compute_dtype) for layer in loaded.layers]
     assert dtypes == [("float32", "float16"), ("float32", "float32")]
-
-
-def test_importing_the_room_loads_no_framework_that_keras_has_not():
-    code = (
-        "import sys, keras\n"
-        "names = {'tensorflow', 'jax', 'torch'}\n"
-        "before = names & set(sys.modules)\n"
-        "import kerasmp.policy, kerasmp.backend.devices\n"
-        "assert names & set(sys.modules) == before, names & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
