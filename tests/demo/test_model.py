@@ -16,6 +16,7 @@ def test_any_image_size(shape):
     assert np.isfinite(keras.ops.convert_to_numpy(outputs)).all()
 
 
+@pytest.mark.unit
 def test_blocks_grow_with_the_image_up_to_five():
     convolutions = [
         sum(isinstance(layer, keras.layers.Conv2D) for layer in build_cnn(spec).layers)
@@ -37,6 +38,7 @@ def test_convolutions_compute_low_but_pixels_logits_and_weights_are_float32(poli
     assert {variable.dtype for variable in model.weights} == {"float32"}
 
 
+@pytest.mark.unit
 def test_bytes_follow_from_shapes_and_dtypes():
     spec = ImageSpec((2, 2, 1), 3, 1.0)
     with policy_scope("float32"):

@@ -122,12 +122,14 @@ def test_one_step_an_epoch_has_no_time_a_step():
     assert math.isnan(result.runs[0].seconds_per_step)
 
 
+@pytest.mark.unit
 @pytest.mark.usefixtures("no_disk")
 def test_fewer_images_than_a_batch_is_an_error():
     with pytest.raises(DemoError, match=r"Received: 48 images, 64 a step"):
         run_demo(DemoSettings(batch_size=64))
 
 
+@pytest.mark.unit
 def test_batches_are_full_and_reshuffled_and_rewind(images):
     batches = run._Batches(images.train, 20, seed=3)
     assert len(batches) == 2
@@ -139,6 +141,7 @@ def test_batches_are_full_and_reshuffled_and_rewind(images):
     assert batches[0][0].dtype == "float32"
 
 
+@pytest.mark.unit
 def test_warnings_of_kerasmp_are_kept_and_others_handed_on():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

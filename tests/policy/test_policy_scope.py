@@ -45,7 +45,6 @@ def test_everything_that_a_policy_accepts_can_be_global(policy):
     assert keras.config.dtype_policy().name == "mixed_bfloat16"
 
 
-@pytest.mark.unit
 def test_path_rules_become_global_without_a_warning():
     set_global_policy(WITH_PATH)
     assert global_policy() == WITH_PATH
@@ -64,7 +63,6 @@ def test_what_stock_models_will_not_follow_is_said_at_the_callers_line(policy, w
     assert [warning.filename for warning in caught] == [__file__]
 
 
-@pytest.mark.unit
 @pytest.mark.filterwarnings("ignore::kerasmp.errors.PolicyWarning")
 @pytest.mark.parametrize("policy", [WITH_OUTPUT, WITH_CLASS])
 def test_what_keras_cannot_express_is_read_back(policy):
@@ -105,7 +103,6 @@ def test_changes_through_keras_are_seen():
     assert global_policy() == Policy("mixed_float16")
 
 
-@pytest.mark.unit
 def test_a_layer_that_writes_into_the_global_map_is_seen():
     set_global_policy(WITH_PATH)
     head = keras.layers.Dense(2, name="head")
@@ -115,7 +112,6 @@ def test_a_layer_that_writes_into_the_global_map_is_seen():
     assert Policy("mixed_float16", rules={"head": "float32"}) == WITH_PATH
 
 
-@pytest.mark.unit
 def test_a_policy_put_back_through_keras_is_ours_again():
     set_global_policy(WITH_PATH)
     saved = keras.config.dtype_policy()
@@ -148,7 +144,6 @@ def test_the_global_policy_belongs_to_the_thread_as_keras_does_it():
     assert seen == [Policy(keras.config.floatx())]
 
 
-@pytest.mark.unit
 def test_scopes_nest_and_restore():
     before = keras.config.dtype_policy()
     with policy_scope(WITH_PATH) as outer:
@@ -168,7 +163,6 @@ def test_a_scope_restores_after_an_exception():
     assert keras.config.dtype_policy() is before
 
 
-@pytest.mark.unit
 def test_a_scope_restores_what_the_block_set():
     set_global_policy("mixed_bfloat16")
     with policy_scope("float16"):
@@ -184,7 +178,6 @@ def test_a_scope_restores_a_keras_policy_that_no_policy_can_be():
     assert keras.config.dtype_policy().name == "int32"
 
 
-@pytest.mark.unit
 def test_a_scope_does_nothing_before_it_is_entered():
     before = keras.config.dtype_policy()
     scope = policy_scope("float16")
