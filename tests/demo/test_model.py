@@ -38,7 +38,6 @@ def test_convolutions_compute_low_but_pixels_logits_and_weights_are_float32(poli
     assert {variable.dtype for variable in model.weights} == {"float32"}
 
 
-@pytest.mark.unit
 def test_bytes_follow_from_shapes_and_dtypes():
     spec = ImageSpec((2, 2, 1), 3, 1.0)
     with policy_scope("float32"):
