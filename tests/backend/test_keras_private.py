@@ -160,6 +160,15 @@ def test_own_variables_of_a_stateful_layer_have_its_states():
     assert [v.shape for v in keras_private.own_variables(layer)] == [(3, 2), (3, 2)]
 
 
+def test_layers_and_variables_keep_what_they_hold_where_it_was():
+    layer = keras.layers.Dense(3)
+    layer.build((None, 4))
+    assert layer._trainable_variables == [layer.kernel, layer.bias]
+    assert layer._non_trainable_variables == []
+    assert layer.kernel._dtype == "float32"
+    assert layer.kernel._value is layer.kernel.value
+
+
 def test_the_parent_classes_still_have_what_the_optimizer_calls():
     optimizer = keras.optimizers.SGD()
     variable = keras.Variable([1.0])

@@ -88,14 +88,6 @@ def test_nothing_keeps_the_value_of_before_without_the_undo():
     assert kept() is None
 
 
-def test_the_private_names_are_where_they_were():
-    layer = dense()
-    assert layer._trainable_variables == [layer.kernel, layer.bias]
-    assert layer._non_trainable_variables == []
-    assert layer.kernel._dtype == "float32"
-    assert layer.kernel._value is layer.kernel.value
-
-
 @pytest.mark.backend("torch")
 def test_torch_modules_hold_the_same_parameters():
     model = keras.Sequential([keras.Input((4,)), dense()])

@@ -14,6 +14,12 @@ from kerasmp.loss_scale import FixedLossScale
 from kerasmp.policy import global_policy
 
 
+@pytest.fixture
+def no_disk(monkeypatch, images):
+    """Let `run_demo` train on `images`, so that it needs no package but Keras."""
+    monkeypatch.setattr(run, "load", lambda _: images)
+
+
 @pytest.fixture(scope="module")
 def everything(images):
     """One demo with all recipes: two epochs of three steps."""
