@@ -105,13 +105,7 @@ def demo(  # noqa: PLR0913 - one argument for each option
     from rich.console import Console
 
     from kerasmp.demo import DemoSettings, run_demo
-    from kerasmp.report import (
-        ProgressDisplay,
-        check_folder,
-        demo_table,
-        stderr_held_back,
-        write_demo,
-    )
+    from kerasmp.report import ProgressDisplay, check_folder, demo_table, write_demo
 
     settings = DemoSettings(
         dataset=dataset,
@@ -123,7 +117,7 @@ def demo(  # noqa: PLR0913 - one argument for each option
     )
     folder = check_folder(output)
     console = Console()
-    with stderr_held_back(), ProgressDisplay(console) as display:
+    with ProgressDisplay(console) as display:
         result = run_demo(settings, progress=display)
     console.print(demo_table(result))
     report, results = write_demo(result, folder)

@@ -1,10 +1,12 @@
 """The command, as a user types it: what it prints, writes and returns."""
 
+import importlib
 import json
 import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import pytest
@@ -12,8 +14,9 @@ import pytest
 import kerasmp
 from kerasmp.demo import DemoSettings
 
-# Typer comes with the demo's packages, which are installed with TensorFlow only.
-pytestmark = pytest.mark.backend("tensorflow")
+ROOT = Path(__file__).parents[1]
+# Only with TensorFlow the demo's packages are installed, and its log is what is to be hidden.
+on_tensorflow = pytest.mark.backend("tensorflow")
 
 
 @pytest.fixture
@@ -34,10 +37,12 @@ def call(monkeypatch, capfd):
     return run
 
 
+@pytest.mark.unit
 def test_version(call):
     assert call("--version") == (0, f"kerasmp {kerasmp.__version__}\n", "")
 
 
+@pytest.mark.unit
 def test_help_lists_the_commands_and_every_option(call):
     assert "demo" in call("--help")[1]
     code, printed, _ = call("demo", "--help")
@@ -46,13 +51,39 @@ def test_help_lists_the_commands_and_every_option(call):
         assert f"--{option}" in printed
 
 
-def test_env(call):
-    code, printed, _ = call("env")
-    assert code == 0
+def in_a_process(*arguments):
+    """Run the command as the console script does, without a word on TensorFlow's log."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kerasmp_command", *map(str, arguments)],
+        env={k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+        | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@on_tensorflow
+def test_env_tells_of_this_machine_and_nothing_else():
+    code, printed, complained = in_a_process("env")
+    assert (code, complained) == (0, "")
     assert keras.__version__ in printed
     assert "recommended policy" in printed
 
 
+@on_tensorflow
+@pytest.mark.full  # the next test has the results, tests/test_command.py what is hidden
+def test_the_demo_of_all_policies_prints_nothing_of_tensorflow(tmp_path):
+    code, printed, complained = in_a_process(
+        *("demo", "--epochs", 1, "--limit", 100),
+        *("--output", tmp_path / "out", "--data-dir", tmp_path / "tfds"),
+    )
+    assert (code, complained) == (0, "")
+    assert printed.startswith("1/5 float32: training for 3 steps\n")
+
+
+@on_tensorflow
 def test_demo_from_digits_to_report(call, tmp_path):
     output = tmp_path / "out"
     code, printed, complained = call(
@@ -78,6 +109,7 @@ def test_demo_from_digits_to_report(call, tmp_path):
     assert "<svg" in (output / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -98,6 +130,7 @@ def test_wrong_usage_is_told_without_a_traceback(call, tmp_path, arguments, code
     assert "Traceback" not in complained
 
 
+@pytest.mark.unit
 def test_the_output_folder_is_checked_before_any_work(call, tmp_path, monkeypatch):
     def work(*_, **__):
         raise AssertionError("trained although the report cannot be written")
@@ -111,6 +144,7 @@ def test_the_output_folder_is_checked_before_any_work(call, tmp_path, monkeypatc
     assert file.read_text() == "precious"
 
 
+@pytest.mark.unit
 def test_the_options_defaults_are_those_of_the_settings(call, tmp_path, monkeypatch):
     asked = []
 
@@ -123,11 +157,12 @@ def test_the_options_defaults_are_those_of_the_settings(call, tmp_path, monkeypa
     assert asked == [DemoSettings()]
 
 
-def test_without_typer_one_line_says_what_to_install():
-    script = "import sys; sys.modules['typer'] = None; import kerasmp.cli"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ, check=False
-    )
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].endswith('pip install "kerasmp[demo]"')
+@pytest.mark.unit
+def test_without_typer_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "kerasmp.cli", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module("kerasmp.cli")
+    line = stopped.value.code  # a text, which Python prints before it ends with 1
+    assert line.endswith('pip install "kerasmp[demo]"')
+    assert "\n" not in line

@@ -6,6 +6,8 @@ import pytest
 
 from kerasmp import errors
 
+pytestmark = pytest.mark.unit
+
 ERRORS = [
     cls
     for _, cls in inspect.getmembers(errors, inspect.isclass)

@@ -3,7 +3,6 @@
 from kerasmp.report.files import check_folder, write_demo
 from kerasmp.report.html import demo_html
 from kerasmp.report.progress import ProgressDisplay
-from kerasmp.report.stderr import stderr_held_back
 from kerasmp.report.table import demo_table, environment_table, lint_table
 
 __all__ = [
@@ -13,6 +12,5 @@ __all__ = [
     "demo_table",
     "environment_table",
     "lint_table",
-    "stderr_held_back",
     "write_demo",
 ]

@@ -138,6 +138,37 @@ def test_autocast_of_a_variable_can_be_turned_off_and_on_after_it_was_made():
     assert found[-3:] == ["float16", "float32", "float16"]
 
 
+def test_own_variables_are_those_of_no_layer_inside():
+    inner = keras.layers.Dense(2)
+    outer = keras.layers.TimeDistributed(inner)
+    outer.build((None, 3, 4))
+    assert keras_private.own_variables(outer) == []
+    assert [id(v) for v in keras_private.own_variables(inner)] == [id(inner.kernel), id(inner.bias)]
+    norm = keras.layers.BatchNormalization()
+    norm.build((None, 4))
+    assert {v.name for v in keras_private.own_variables(norm)} == {
+        "gamma",
+        "beta",
+        "moving_mean",
+        "moving_variance",
+    }
+
+
+def test_own_variables_of_a_stateful_layer_have_its_states():
+    layer = keras.layers.LSTM(2, stateful=True)
+    layer.build((3, 5, 4))
+    assert [v.shape for v in keras_private.own_variables(layer)] == [(3, 2), (3, 2)]
+
+
+def test_layers_and_variables_keep_what_they_hold_where_it_was():
+    layer = keras.layers.Dense(3)
+    layer.build((None, 4))
+    assert layer._trainable_variables == [layer.kernel, layer.bias]
+    assert layer._non_trainable_variables == []
+    assert layer.kernel._dtype == "float32"
+    assert layer.kernel._value is layer.kernel.value
+
+
 def test_the_parent_classes_still_have_what_the_optimizer_calls():
     optimizer = keras.optimizers.SGD()
     variable = keras.Variable([1.0])

@@ -7,7 +7,6 @@ import keras
 import numpy as np
 import pytest
 
-from kerasmp.backend.keras_private import own_variables
 from kerasmp.backend.variable_dtypes import set_variable_dtype
 
 layers = keras.layers
@@ -87,36 +86,6 @@ def test_nothing_keeps_the_value_of_before_without_the_undo():
     del undo
     gc.collect()
     assert kept() is None
-
-
-def test_own_variables_are_those_of_no_layer_inside():
-    inner = layers.Dense(2)
-    outer = layers.TimeDistributed(inner)
-    outer.build((None, 3, 4))
-    assert own_variables(outer) == []
-    assert [id(v) for v in own_variables(inner)] == [id(inner.kernel), id(inner.bias)]
-    norm = layers.BatchNormalization()
-    norm.build((None, 4))
-    assert {v.name for v in own_variables(norm)} == {
-        "gamma",
-        "beta",
-        "moving_mean",
-        "moving_variance",
-    }
-
-
-def test_own_variables_of_a_stateful_layer_have_its_states():
-    layer = layers.LSTM(2, stateful=True)
-    layer.build((3, 5, 4))
-    assert [v.shape for v in own_variables(layer)] == [(3, 2), (3, 2)]
-
-
-def test_the_private_names_are_where_they_were():
-    layer = dense()
-    assert layer._trainable_variables == [layer.kernel, layer.bias]
-    assert layer._non_trainable_variables == []
-    assert layer.kernel._dtype == "float32"
-    assert layer.kernel._value is layer.kernel.value
 
 
 @pytest.mark.backend("torch")

@@ -16,6 +16,11 @@ from kerasmp.model import Sequential
 from kerasmp.optimizer import LossScaleOptimizer
 
 
+def full(*values, **more):
+    """Return the parameters of a case that is left to the full set."""
+    return pytest.param(*values, marks=pytest.mark.full, **more)
+
+
 @pytest.fixture
 def reads(monkeypatch):
     """Return what has been read from the device so far."""
@@ -45,7 +50,7 @@ class Recorder(keras.callbacks.Callback):
 # ---------------------------------------------------------------------------------------- entries
 
 
-@pytest.mark.parametrize("model", [keras.Sequential, Sequential])
+@pytest.mark.parametrize("model", [keras.Sequential, full(Sequential)])
 def test_the_entries_of_each_epoch_and_of_each_fit(model):
     model = make(LossScaleOptimizer("sgd", loss_scale=DynamicLossScale(64.0)), model, loss="mae")
     monitor = OverflowMonitor()
@@ -64,7 +69,7 @@ def test_the_entries_of_each_epoch_and_of_each_fit(model):
     assert kinds == [float, int, int, float]
 
 
-@pytest.mark.parametrize("position", ["before", "after"])
+@pytest.mark.parametrize("position", ["before", full("after")])
 def test_others_see_the_entries_wherever_they_stand(position, tmp_path):
     recorder, logger = Recorder(), keras.callbacks.CSVLogger(tmp_path / "log.csv")
     others = [recorder, logger]
@@ -76,11 +81,7 @@ def test_others_see_the_entries_wherever_they_stand(position, tmp_path):
     assert [float(row[name]) for name in ENTRIES] == [8.0, 1.0, 1.0, pytest.approx(1 / 3)]
 
 
-def test_early_stopping_listed_before_can_watch_an_entry():
-    stop = keras.callbacks.EarlyStopping("skipped_steps", mode="min", patience=1)
-    assert len(fit(make(), "gbg", [stop, OverflowMonitor()], epochs=9)["loss"]) == 2
-
-
+@pytest.mark.full
 @pytest.mark.backend("tensorflow")  # Keras's TensorBoard writes through TensorFlow
 def test_tensorboard_listed_before_has_the_scalars(tmp_path):
     import tensorflow as tf
@@ -179,9 +180,18 @@ def generator(pattern):
         yield x[None], y[None]
 
 
-@OURS_AND_STOCK
 @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
-@pytest.mark.parametrize("steps", [None, 7, 9], ids=lambda n: f"steps_per_epoch={n}")
+@pytest.mark.parametrize(
+    ("optimizer", "steps"),
+    [
+        (LossScaleOptimizer, None),
+        (STOCK, 9),
+        full(LossScaleOptimizer, 7),
+        full(LossScaleOptimizer, 9),
+        full(STOCK, None),
+        full(STOCK, 7),
+    ],
+)
 def test_a_generator_of_unknown_length(optimizer, steps):
     """Keras begins one batch more than there are; it must not count as skipped."""
     model = make(optimizer(keras.optimizers.SGD(0.1)))
@@ -196,6 +206,7 @@ def test_a_generator_of_unknown_length(optimizer, steps):
     assert history["overflow_rate"] == [pytest.approx(1 / 7)]
 
 
+@pytest.mark.full
 @pytest.mark.backend("tensorflow")
 @OURS_AND_STOCK
 @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
@@ -214,8 +225,15 @@ def test_a_dataset_of_unknown_cardinality(optimizer):
 
 
 @pytest.mark.backend("tensorflow", "jax")  # on torch Keras runs single steps
-@OURS_AND_STOCK
-@pytest.mark.parametrize("pattern", ["gbgggg", "gbggggg"], ids=["divides", "leaves a rest"])
+@pytest.mark.parametrize(
+    ("optimizer", "pattern"),
+    [
+        (STOCK, "gbggggg"),  # leaves a rest
+        full(STOCK, "gbgggg"),
+        full(LossScaleOptimizer, "gbggggg"),
+        full(LossScaleOptimizer, "gbgggg"),
+    ],
+)
 def test_several_steps_per_execution(optimizer, pattern):
     model = make(optimizer(keras.optimizers.SGD(0.1)), steps_per_execution=3)
     history = fit(model, pattern, [OverflowMonitor(check_every=2)], epochs=2)
@@ -238,7 +256,7 @@ def test_training_that_a_callback_stops_within_an_epoch():
 # ------------------------------------------------------------------------------- other optimizers
 
 
-@pytest.mark.parametrize("accumulate", [None, 2, 3])
+@pytest.mark.parametrize("accumulate", [full(None), 2, full(3)])
 def test_the_stock_optimizer_with_and_without_accumulation(accumulate):
     inner = keras.optimizers.SGD(0.1, gradient_accumulation_steps=accumulate)
     model = make(STOCK(inner, initial_scale=64.0))
@@ -260,14 +278,14 @@ def test_our_optimizer_with_accumulation():
     assert history["overflow_rate"] == [0.2, 0.2]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("dtype", [full("float32"), "mixed_bfloat16"])
 def test_a_plain_optimizer_needs_no_word_without_float16(dtype, told):
     history = fit(make(keras.optimizers.SGD(0.1), dtype=dtype), "gg", [OverflowMonitor()])
     assert list(history) == ["loss"]
     assert told() == []
 
 
-@pytest.mark.parametrize("dtype", ["mixed_float16", "float16"])
+@pytest.mark.parametrize("dtype", ["mixed_float16", full("float16")])
 def test_a_plain_optimizer_under_float16_earns_a_warning(dtype, told):
     warnings.filterwarnings("ignore", "Before the first step")  # other findings
     model = make(keras.optimizers.SGD(0.1), dtype=dtype)
@@ -287,6 +305,7 @@ def test_a_model_without_an_optimizer():
         monitor.on_train_begin()
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("name", ["check_every", "streak", "stalled"])
 @pytest.mark.parametrize(
     ("value", "error"),
@@ -305,6 +324,7 @@ def test_arguments_that_cannot_work(name, value, error):
     assert repr(value) in caught.value.received
 
 
+@pytest.mark.unit
 def test_arguments_that_work():
     monitor = OverflowMonitor(1, streak=1, stalled=1)
     assert (monitor.check_every, monitor.streak, monitor.stalled) == (1, 1, 1)
@@ -316,7 +336,8 @@ def test_arguments_that_work():
 
 
 @pytest.mark.parametrize(
-    ("check_every", "steps", "epochs"), [(50, 7, 3), (2, 7, 3), (3, 9, 1), (1, 4, 2), (7, 7, 1)]
+    ("check_every", "steps", "epochs"),
+    [(2, 7, 3), (7, 7, 1), full(50, 7, 3), full(3, 9, 1), full(1, 4, 2)],
 )
 def test_it_looks_at_epoch_ends_and_every_n_batches(check_every, steps, epochs, reads):
     fit(make(), "g" * steps, [OverflowMonitor(check_every)], epochs=epochs)
@@ -331,7 +352,7 @@ def test_a_look_within_an_epoch_sees_the_state_of_that_moment(reads):
     assert seen == [(0, 0, 0), (1, 1, 1), (2, 2, 1), (3, 3, 0), (4, 3, 0)]
 
 
-@OURS_AND_STOCK
+@pytest.mark.parametrize("optimizer", [LossScaleOptimizer, full(STOCK)])
 def test_training_is_the_same_with_and_without_it(optimizer):
     final = []
     for callbacks in ([], [OverflowMonitor(1)]):
@@ -366,7 +387,7 @@ def test_batch_ends_may_be_told_out_of_order():
     assert fit(model, "ggbg", [monitor])["skipped_steps"] == [1]
 
 
-@OURS_AND_STOCK
+@pytest.mark.parametrize("optimizer", [full(LossScaleOptimizer), STOCK])
 def test_a_fit_that_was_broken_off_leaves_nothing_behind(optimizer):
     class Failure(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):  # noqa: ARG002 - Keras's signature

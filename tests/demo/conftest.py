@@ -1,8 +1,7 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-
-from kerasmp.demo import run
-from kerasmp.demo.dataset import Images
 
 
 def striped(count, seed):
@@ -16,10 +15,11 @@ def striped(count, seed):
 
 @pytest.fixture(scope="session")
 def images():
-    return Images("stripes 1.0.0", striped(48, 0), striped(20, 1), 4)
-
-
-@pytest.fixture
-def no_disk(monkeypatch, images):
-    """Let `run_demo` train on `images`, so that it needs no package but Keras."""
-    monkeypatch.setattr(run, "load", lambda _: images)
+    """What the demo loads from the disk, without the packages that it needs for that."""
+    return SimpleNamespace(
+        name="stripes 1.0.0",
+        train=striped(48, 0),
+        test=striped(20, 1),
+        classes=4,
+        spec=SimpleNamespace(shape=(8, 8, 1), classes=4, brightest=16.0),
+    )

@@ -154,6 +154,7 @@ def test_digits_that_cannot_be_prepared(tmp_path):
         load(DemoSettings(data_dir=file))
 
 
+@pytest.mark.unit
 def test_a_missing_package_is_named_before_any_work(monkeypatch):
     monkeypatch.setitem(dataset._NEEDED, "no_such_module", "no-such-package")
     monkeypatch.setattr(
@@ -167,6 +168,7 @@ def test_a_missing_package_is_named_before_any_work(monkeypatch):
     assert 'pip install "kerasmp[demo]"' in str(caught.value)
 
 
+@pytest.mark.unit
 def test_tfrecord_without_tensorflow(monkeypatch):
     monkeypatch.setattr(dataset.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingDependencyError, match="tfrecord format needs TensorFlow"):
@@ -179,6 +181,7 @@ def fake(folder, *places):
         (folder / place / "dataset_info.json").write_text(json.dumps({}))
 
 
+@pytest.mark.unit
 def test_the_newest_version_counts_unless_one_is_named(tmp_path):
     fake(tmp_path, "a/9.0.0", "a/10.0.0", "a/incomplete.X_11.0.0", "b/config/1.0.0")
     assert find(tmp_path, "a") == tmp_path / "a" / "10.0.0"
@@ -186,6 +189,7 @@ def test_the_newest_version_counts_unless_one_is_named(tmp_path):
     assert find(tmp_path, "b/config") == tmp_path / "b" / "config" / "1.0.0"
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("name", ["fasion", "fashion:9.9.9", "cifar", "", "b"])
 def test_what_is_not_there_is_an_error_with_what_is(tmp_path, name):
     fake(tmp_path, "fashion/1.0.0", "b/config/1.0.0")
@@ -198,5 +202,6 @@ def test_what_is_not_there_is_an_error_with_what_is(tmp_path, name):
         assert message.endswith('Did you mean "fashion"?')
 
 
+@pytest.mark.unit
 def test_a_folder_that_is_not_there_holds_nothing(tmp_path):
     assert prepared(tmp_path / "nowhere") == []

@@ -5,6 +5,7 @@ import platform
 
 import keras
 import numpy as np
+import pytest
 
 from kerasmp.demo.environment import environment, version
 from kerasmp.policy import recommend_policy
@@ -21,5 +22,6 @@ def test_facts():
     assert found.recommended == str(recommend_policy().policy)
 
 
+@pytest.mark.unit
 def test_a_package_that_is_not_installed_has_no_version():
     assert version("no-such-package-anywhere") == ""

@@ -4,9 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-from kerasmp.demo.exponents import count_exponents, gradient_exponents
-from kerasmp.demo.model import build_cnn
-from kerasmp.demo.results import ExponentHistogram
+from kerasmp.demo import ExponentHistogram
+from kerasmp.demo.exponents import build_cnn, count_exponents, gradient_exponents
 
 
 def numpy_fate(values, scale):
@@ -22,6 +21,7 @@ def numpy_fate(values, scale):
     )
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("scale", [1.0, 2.0**10, 2.0**15, 2.0**24, 2.0**-8])
 def test_fate_agrees_with_a_cast_by_numpy(scale):
     generator = np.random.default_rng(0)
@@ -33,6 +33,7 @@ def test_fate_agrees_with_a_cast_by_numpy(scale):
     assert found == pytest.approx(numpy_fate(values, scale), abs=1e-12)
 
 
+@pytest.mark.unit
 def test_bins_hold_their_powers_of_two():
     values = np.array([1.0, 1.999, 2.0, -0.5, 0.0, np.inf, np.nan], "float32")
     histogram = count_exponents("weights", "start", values)
@@ -43,11 +44,13 @@ def test_bins_hold_their_powers_of_two():
     assert histogram.zeros == 1
 
 
+@pytest.mark.unit
 def test_values_beyond_the_bins_are_counted_in_the_outermost():
     histogram = count_exponents("weights", "start", np.array([1e-40, 1e30]))
     assert (histogram.counts[0], histogram.counts[-1]) == (1, 1)
 
 
+@pytest.mark.unit
 def test_nothing_has_no_fate():
     fate = ExponentHistogram("weights", "end", -3, (0, 0), 4).fate()
     assert (fate.lost, fate.subnormal, fate.kept, fate.overflow) == (0, 0, 0, 0)

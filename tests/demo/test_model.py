@@ -16,6 +16,7 @@ def test_any_image_size(shape):
     assert np.isfinite(keras.ops.convert_to_numpy(outputs)).all()
 
 
+@pytest.mark.unit
 def test_blocks_grow_with_the_image_up_to_five():
     convolutions = [
         sum(isinstance(layer, keras.layers.Conv2D) for layer in build_cnn(spec).layers)

@@ -9,6 +9,8 @@ from kerasmp.demo import RECIPES, DemoError, DemoSettings
 from kerasmp.errors import ArgumentTypeError, KerasMPError
 from kerasmp.policy import Policy
 
+pytestmark = pytest.mark.unit
+
 
 def test_all_recipes_by_default_and_each_policy_exists():
     assert DemoSettings().recipes == RECIPES

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast:Run
 LARGE = np.full((8, 8), 7e4, "float32")
 
 
+@pytest.mark.unit
 def test_values_that_float16_cannot_hold_are_an_error():
     each = only(made(dense()), "input-range", LARGE)
     assert each.severity == "error"
@@ -42,12 +43,14 @@ def test_a_float32_layer_that_hands_on_gives_no_peace():
     assert only(model, "input-range", LARGE).severity == "error"
 
 
+@pytest.mark.unit
 def test_a_float32_layer_in_front_gives_peace():
     scaling = lambda: layers.Rescaling(1e-5, dtype="float32")  # noqa: E731 - as the others
     assert not found(made(scaling, dense()), "input-range", LARGE)
     assert found(made(lambda: layers.Rescaling(1e-5), dense()), "input-range", LARGE)
 
 
+@pytest.mark.unit
 def test_only_the_input_that_is_too_large_is_named():
     small, large = keras.Input((8,), name="small"), keras.Input((8,), name="large")
     outputs = layers.Add(dtype="mixed_float16")([small, 2 * large])
@@ -56,6 +59,7 @@ def test_only_the_input_that_is_too_large_is_named():
     assert each.place == "input large"
 
 
+@pytest.mark.unit
 def test_inputs_are_followed_into_models():
     inputs = keras.Input((8,))
     model = keras.Model(inputs, made(dense())(inputs))

@@ -53,6 +53,7 @@ def embedding(size, policy="mixed_float16", **arguments):
     return made(*parts, shape=(4,), policy=policy, **arguments)
 
 
+@pytest.mark.unit
 def test_ids_that_come_as_floats_are_an_error():
     each = only(embedding(2050), "float-ids")
     assert each.severity == "error"
@@ -61,6 +62,7 @@ def test_ids_that_come_as_floats_are_an_error():
     assert found(embedding(258, "mixed_bfloat16"), "float-ids")
 
 
+@pytest.mark.unit
 def test_whole_numbers_few_ids_and_float32_are_in_peace():
     assert not found(embedding(5000, dtype="int32"), "float-ids")
     assert not found(embedding(2049), "float-ids")
@@ -81,6 +83,7 @@ class Keeps(layers.Layer):
         return 2 * inputs
 
 
+@pytest.mark.unit
 def test_a_model_that_was_only_relabelled_is_a_warning():
     model = made(dense(), policy="float32")
     model.dtype_policy = "mixed_float16"
@@ -122,6 +125,7 @@ def test_a_layer_that_leaves_its_policy_is_a_warning():
 # unsafe-layer
 
 
+@pytest.mark.unit
 def test_stock_layers_that_the_safe_rules_know_are_found():
     each = only(made(layers.UnitNormalization), "unsafe-layer")
     assert each.severity == "warning"

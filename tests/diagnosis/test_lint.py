@@ -28,6 +28,7 @@ def test_the_report_is_sorted_counts_and_reads():
     assert str(mp.lint(made(dense(), policy="float32"))) == "no findings"
 
 
+@pytest.mark.unit
 def test_each_finding_comes_once():
     inputs = keras.Input((8,))
     shared = layers.UnitNormalization(dtype="mixed_float16")
@@ -35,6 +36,7 @@ def test_each_finding_comes_once():
     assert len(found(model, "unsafe-layer")) == 1
 
 
+@pytest.mark.unit
 def test_what_is_no_model_is_an_error():
     with pytest.raises(mp.errors.ArgumentTypeError, match="a str"):
         mp.lint("model")

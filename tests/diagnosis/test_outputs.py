@@ -22,10 +22,12 @@ def test_a_float16_head_of_probabilities_is_an_error(activation):
     assert each.place.endswith("head")
 
 
+@pytest.mark.unit
 def test_a_softmax_of_its_own_is_an_error_too():
     assert only(made(dense(), layers.Softmax, bare=True), "float16-head").severity == "error"
 
 
+@pytest.mark.unit
 def test_another_float16_head_is_a_warning():
     each = only(made(dense(name="head"), bare=True), "float16-head")
     assert each.severity == "warning"
@@ -52,6 +54,7 @@ def test_the_remedy_says_which_heads_convert_does_not_reach():
     assert not found(made(lambda: Holds(dtype="float32"), bare=True), "float16-head")
 
 
+@pytest.mark.unit
 def test_heads_in_float32_or_bfloat16_are_in_peace():
     heads = [dense(dtype="float32"), lambda: mp.layers.DenseHead(8, activation="softmax")]
     for head in heads:
@@ -71,6 +74,7 @@ def test_a_model_of_ours_that_casts_its_outputs_is_in_peace_unless_they_are_prob
     assert found(model("softmax"), "float16-head")
 
 
+@pytest.mark.unit
 def test_heads_are_found_inside_of_models():
     inner = made(dense(name="head"), bare=True)
     inputs = keras.Input((8,))

@@ -9,7 +9,10 @@ from kerasmp.diagnosis.sizes import MULTIPLE
 layers = keras.layers
 
 # NumPy and JAX say so of the constants that are looked for.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+pytestmark = [
+    pytest.mark.unit,
+    pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning"),
+]
 
 
 # sizes

@@ -12,7 +12,7 @@ SMALLEST = {"InceptionV3": 75, "Xception": 71}  # the others take images of 32 x
 OTHERS = ["ResNet50", "MobileNetV3Small", "EfficientNetB0", "DenseNet121", "ConvNeXtTiny"]
 OTHERS += ["EfficientNetV2B0", "InceptionV3", "MobileNet", "ResNet50V2", "VGG16", "Xception"]
 # One is enough elsewhere: what differs is the tracing.
-ONCE = pytest.mark.backend("tensorflow")
+ONCE = [pytest.mark.full, pytest.mark.backend("tensorflow")]
 ARCHITECTURES = ["MobileNetV2", *(pytest.param(name, marks=ONCE) for name in OTHERS)]
 
 
@@ -38,7 +38,8 @@ def test_a_converted_one_is_clean(name):
     assert_clean(model, name)
 
 
-@ONCE
+@pytest.mark.full
+@pytest.mark.backend("tensorflow")
 def test_one_that_is_built_under_a_policy_and_given_a_head_is_clean():
     with mp.policy_scope("mixed_float16"):
         body = keras.applications.MobileNetV2(
@@ -49,7 +50,8 @@ def test_one_that_is_built_under_a_policy_and_given_a_head_is_clean():
     assert_clean(model, "MobileNetV2")
 
 
-@ONCE
+@pytest.mark.full
+@pytest.mark.backend("tensorflow")
 def test_one_that_is_built_under_the_policy_alone_is_not():
     with mp.policy_scope("mixed_float16"):
         model = built("MobileNetV2")

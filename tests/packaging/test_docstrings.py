@@ -28,6 +28,7 @@ def public(module):
             yield f"{module.__name__}.{name}", thing
 
 
+@pytest.mark.unit
 def test_every_public_name_has_a_docstring_with_an_example():
     bare = [
         name
@@ -39,6 +40,7 @@ def test_every_public_name_has_a_docstring_with_an_example():
     assert not bare
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("room", [kerasmp.layers, kerasmp.loss_scale, kerasmp.ops])
 def test_numerics_say_where_they_come_from(room):
     bare = [
@@ -53,6 +55,7 @@ def test_numerics_say_where_they_come_from(room):
 PLAIN = {"LossScale", "NoLossScale", "resolve"}
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize(
     ("room", "parts"),
     [
@@ -70,6 +73,7 @@ def test_numerics_have_an_example_that_is_run_and_say_what_comes_in_and_out(room
     assert not bare
 
 
+@pytest.mark.unit
 def test_every_public_exception_says_what_it_means():
     bare = [
         name
@@ -81,10 +85,20 @@ def test_every_public_exception_says_what_it_means():
 
 
 def modules():
-    """Return the package's modules that can be imported on the running backend."""
+    """Return the package's modules that can be imported on the running backend.
+
+    One backend is enough for most examples; the rest is left to the full set.
+    """
     found = [module.name for module in pkgutil.walk_packages(kerasmp.__path__, "kerasmp.")]
     others = FRAMEWORKS - {keras.backend.backend()}
-    return ["kerasmp", *(name for name in found if not others & set(name.split(".")))]
+    here = ["kerasmp", *(name for name in found if not others & set(name.split(".")))]
+    if keras.backend.backend() == "tensorflow":
+        return here
+    full = [name for name in here if not name.startswith("kerasmp.backend.")]
+    return [
+        *sorted(set(here) - set(full)),
+        *(pytest.param(x, marks=pytest.mark.full) for x in full),
+    ]
 
 
 @pytest.mark.parametrize("name", modules())

@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / ".ci" / "readme_command.py"
 
-pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="an sdist has no .ci")
+pytestmark = [
+    pytest.mark.unit,
+    pytest.mark.skipif(not SCRIPT.exists(), reason="an sdist has no .ci"),
+]
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.unit
+
 ROOT = Path(__file__).parents[2]
 # Written so that this file does not match itself.
 OUTSIDE = re.compile(r"\.\./" + r"shared\b|/(?:work|home)" + r"/\w|/tmp" + r"/envs\b")

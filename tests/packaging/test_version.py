@@ -5,7 +5,11 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import kerasmp
+
+pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[2]
 

@@ -27,6 +27,7 @@ def after(rules, model=None):
     return {row.path.rpartition("/")[2]: (row.after, row.reason) for row in rows}
 
 
+@pytest.mark.unit
 def test_assigning_changes_nothing():
     model = model_of_two()
     rows = assign(model, mp.Policy("mixed_float16", rules="safe"))
@@ -36,6 +37,7 @@ def test_assigning_changes_nothing():
     assert [row.layer for row in rows[1:]] == model.layers
 
 
+@pytest.mark.unit
 def test_the_users_rules_win_over_the_safe_ones():
     assert after("safe")["soft"][0] == "float32"
     by_class = after(["safe", {layers.Softmax: "mixed_float16"}])
@@ -45,10 +47,12 @@ def test_the_users_rules_win_over_the_safe_ones():
     assert by_path["last"][0] == "float32"
 
 
+@pytest.mark.unit
 def test_a_pattern_must_match_the_whole_path():
     assert after({"oft": "float32", "so": "float32"})["soft"][0] == "mixed_float16"
 
 
+@pytest.mark.unit
 def test_two_rules_with_different_answers_are_an_error_that_names_both():
     rules = {".*soft": "mixed_bfloat16", layers.Softmax: "float32"}
     with pytest.raises(mp.errors.PolicyError) as caught:
@@ -59,6 +63,7 @@ def test_two_rules_with_different_answers_are_an_error_that_names_both():
         after({".*soft": "float32", ".*so.*": "float16"})
 
 
+@pytest.mark.unit
 def test_rules_that_agree_and_exact_paths_are_no_error():
     assert after({".*soft": "float32", layers.Softmax: "float32"})["soft"][0] == "float32"
     model = model_of_two()
@@ -67,6 +72,7 @@ def test_rules_that_agree_and_exact_paths_are_no_error():
     assert exact["body"] == ("float32", f'your rule "{path}"')
 
 
+@pytest.mark.unit
 def test_a_class_rule_covers_what_is_inside_up_to_the_next_rule():
     inputs = keras.Input((4, 8))
     outputs = layers.MultiHeadAttention(1, 8, name="mha")(inputs, inputs)
@@ -81,6 +87,7 @@ def test_a_class_rule_covers_what_is_inside_up_to_the_next_rule():
     assert {name for name in inside if got[name][0] == "float32"} == {"mha"}
 
 
+@pytest.mark.unit
 def test_parts_without_a_path_of_their_own_can_be_named():
     inputs = keras.Input((4, 8))
     outputs = layers.MultiHeadAttention(1, 8, name="mha")(inputs, inputs)
@@ -101,12 +108,14 @@ def test_layers_that_do_not_compute_in_floats_or_have_their_own_way_are_kept():
     assert got[model.layers[1].name] == ("int32", "kept: it computes in int32")
 
 
+@pytest.mark.unit
 def test_quantised_layers_are_kept():
     model = model_of_two()
     model.get_layer("body").quantize("int8")
     assert after("safe", model)["body"] == ("int8_from_float32", "kept: it is quantised")
 
 
+@pytest.mark.unit
 def test_shared_layers_have_one_row():
     inputs = keras.Input((4,))
     dense = layers.Dense(4)
@@ -115,6 +124,7 @@ def test_shared_layers_have_one_row():
     assert sum(row.layer is dense for row in rows) == 1
 
 
+@pytest.mark.unit
 def test_a_policy_with_the_safe_rules_reads_back():
     policy = mp.Policy("mixed_float16", rules=["safe", {"a": "float32"}])
     assert policy.safe

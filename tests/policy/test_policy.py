@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import pickle
+import re
 
 import keras
 import pytest
@@ -21,9 +22,11 @@ QUANTISED = (
     "float8_from_mixed_bfloat16",
     "gptq/4/128_from_float32",
 )
+PARTS = re.compile(r"(variable|compute|output)=\w+(,\w+=\w+)?", re.ASCII)
 PAIRS = [(dtype, dtype) for dtype in DTYPES] + [("float32", "float16"), ("float32", "bfloat16")]
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize(
     ("text", "variable", "compute"),
     [
@@ -47,6 +50,7 @@ def test_a_keras_name_means_what_it_means_to_keras(text, variable, compute):
     assert policy.to_keras() == theirs
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize(
     ("text", "name", "output"),
     [
@@ -65,6 +69,7 @@ def test_parts_in_any_order_with_documented_defaults(text, name, output):
     assert (policy.name, policy.output_dtype) == (name, output)
 
 
+@pytest.mark.unit
 @given(pair=st.sampled_from(PAIRS), output=st.sampled_from([None, *DTYPES]), data=st.data())
 def test_str_is_the_inverse_of_reading(pair, output, data):
     parts = [f"variable={pair[0]}", f"compute={pair[1]}"] + [f"output={output}"] * bool(output)
@@ -79,19 +84,22 @@ def test_str_is_the_inverse_of_reading(pair, output, data):
     assert hash(Policy(str(policy))) == hash(policy)
 
 
-@given(text=st.text(max_size=40) | st.from_regex(r"(variable|compute|output)=\w+(,\w+=\w+)?"))
+@pytest.mark.unit
+@given(text=st.text(max_size=40) | st.from_regex(PARTS))
 def test_any_text_is_read_and_written_back_or_refused(text):
     with contextlib.suppress(PolicyError):
         policy = Policy(text)
         assert Policy(str(policy)) == policy
 
 
+@pytest.mark.unit
 @given(text=st.text(max_size=40).filter(lambda text: text.strip() not in (*NAMES, "auto")))
 def test_a_refusal_says_what_was_received_and_expected(text):
     with pytest.raises(PolicyError, match=r"Received: [\s\S]+ Expected: "):
         Policy(text)
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("text", [*NAMES, *QUANTISED, "compute=float16,output=float32"])
 def test_every_policy_survives_str_pickle_copy_and_config(text):
     policy = Policy(text)
@@ -100,12 +108,19 @@ def test_every_policy_survives_str_pickle_copy_and_config(text):
     assert pickle.loads(pickle.dumps(policy)) == policy
     assert copy.deepcopy(policy) == policy
     assert Policy.from_config(policy.get_config()) == policy
-    stored = keras.saving.serialize_keras_object(policy)
-    assert stored["registered_name"] == "kerasmp>Policy"
-    assert keras.saving.deserialize_keras_object(stored) == policy
     assert repr(policy) == f"Policy('{policy}')"
 
 
+@pytest.mark.parametrize("rules", [None, {"head": "float32", keras.layers.Softmax: "float32"}])
+def test_keras_serialises_a_policy(rules):
+    for text in ("mixed_float16", QUANTISED[0], "compute=float16,output=float32"):
+        policy = Policy(text, rules=rules)
+        stored = keras.saving.serialize_keras_object(policy)
+        assert stored["registered_name"] == "kerasmp>Policy"
+        assert keras.saving.deserialize_keras_object(stored) == policy
+
+
+@pytest.mark.unit
 def test_a_policy_is_a_value_and_frozen():
     assert Policy("mixed_float16") == Policy("compute=float16")
     assert Policy("mixed_float16") != Policy("compute=float16,output=float32")
@@ -118,15 +133,18 @@ def test_a_policy_is_a_value_and_frozen():
         policy._spec = None
 
 
+@pytest.mark.unit
 def test_auto_is_what_the_recommendation_says():
     assert Policy("auto") == Policy(" auto ") == recommend_policy().policy
 
 
+@pytest.mark.unit
 def test_a_keras_policy_is_accepted():
     assert Policy(keras.DTypePolicy("mixed_float16")) == Policy("mixed_float16")
     assert Policy(keras.dtype_policies.get("int8_from_float32")) == Policy("int8_from_float32")
 
 
+@pytest.mark.unit
 def test_a_keras_map_gives_default_and_rules():
     theirs = keras.dtype_policies.DTypePolicyMap(
         keras.DTypePolicy("mixed_float16"), {"head/.*": keras.DTypePolicy("float32")}
@@ -141,13 +159,7 @@ class TellsMore(keras.DTypePolicy):
     """A Keras policy whose name is not all of it."""
 
 
-def _erased():
-    """What Keras's `get_config` leaves of the members of a map without a default."""
-    member = keras.DTypePolicy("float32")
-    keras.dtype_policies.DTypePolicyMap(None, {"head": member}).get_config()
-    return member
-
-
+@pytest.mark.unit
 @pytest.mark.parametrize(
     "make",
     [
@@ -155,7 +167,6 @@ def _erased():
         lambda: keras.dtype_policies.QuantizedFloat8DTypePolicy(
             "float8", "float32", amax_history_length=3
         ),
-        _erased,
     ],
 )
 def test_a_keras_policy_that_its_name_does_not_tell_is_refused(make):
@@ -163,6 +174,15 @@ def test_a_keras_policy_that_its_name_does_not_tell_is_refused(make):
         Policy(make())
 
 
+def test_a_keras_policy_that_lost_its_name_is_refused():
+    member = keras.DTypePolicy("float32")
+    # Keras takes the names of the members of a map without a default.
+    keras.dtype_policies.DTypePolicyMap(None, {"head": member}).get_config()
+    with pytest.raises(PolicyError, match="cannot be told by its name alone"):
+        Policy(member)
+
+
+@pytest.mark.unit
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -195,6 +215,7 @@ def test_unknown_names_are_refused_with_the_valid_ones(text, message):
 EXPRESSIBLE = {(variable, compute) for variable, compute in PAIRS}
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("variable", DTYPES)
 @pytest.mark.parametrize("compute", DTYPES)
 def test_exactly_the_pairs_that_keras_can_express_are_accepted(variable, compute):
@@ -212,12 +233,14 @@ def test_exactly_the_pairs_that_keras_can_express_are_accepted(variable, compute
         Policy(text)
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("wrong", [None, 16, {"spec": "float32"}, float])
 def test_other_types_are_refused(wrong):
     with pytest.raises(ArgumentTypeError, match=r"Received: .* of type .*a policy name or spec"):
         Policy(wrong)
 
 
+@pytest.mark.unit
 def test_nothing_is_beyond_keras_in_a_keras_policy():
     assert Policy("mixed_float16").beyond_keras == ()
     policy = Policy("compute=float16,output=float32", rules={keras.layers.Softmax: "float32"})

@@ -5,15 +5,18 @@ import pytest
 from helpers.networks import relu_after
 
 import kerasmp as mp
-from kerasmp.policy.assign import assign
 from kerasmp.policy.safe import RULES
 
 layers = keras.layers
 POLICY = mp.Policy("mixed_float16", rules="safe")
 
 
-def row_of(model, layer, policy=POLICY):
-    return next(row for row in assign(model, policy) if row.layer is layer)
+def rows(model, policy=POLICY):
+    return mp.convert(model, policy, rules=None, dry_run=True).rows
+
+
+def row_of(model, layer):
+    return next(row for row in rows(model) if row.layer is layer)
 
 
 def attends(layer):
@@ -143,6 +146,7 @@ def pairs(which):
     ]
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize(("name", "build"), pairs(0))
 def test_what_a_rule_claims(name, build):
     model = build()
@@ -154,6 +158,7 @@ def test_what_a_rule_claims(name, build):
     assert "hazard" in row.reason
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize(("name", "build"), pairs(1))
 def test_what_it_leaves_alone(name, build):
     model = build()
@@ -161,6 +166,7 @@ def test_what_it_leaves_alone(name, build):
     assert (row.after, row.reason) == ("mixed_float16", "the policy"), name
 
 
+@pytest.mark.unit
 def test_every_rule_is_tested():
     assert {rule.name for rule in RULES} == {*CASES, "head", "scores"}
 
@@ -169,7 +175,7 @@ def test_every_rule_is_tested():
 def test_attention_computes_scores_in_float32_and_projects_in_float16(cls):
     layer = cls(2, 4) if cls is layers.MultiHeadAttention else cls(4, 2, 2)
     model = attends_itself(layer)
-    after = {row.path: row.after for row in assign(model, POLICY) if layer.name in row.path}
+    after = {row.path: row.after for row in rows(model) if layer.name in row.path}
     float32 = {path.rpartition("/")[2] for path, name in after.items() if name == "float32"}
     wide = {"query", "key", "value"} if keras.backend.backend() == "torch" else {"query"}
     assert wide <= float32
@@ -183,11 +189,11 @@ def attends_itself(layer, shape=(4, 8)):
     return keras.Model(inputs, layers.ReLU()(layers.ReLU()(layer(inputs, inputs))))
 
 
-def heads(model, policy=POLICY):
-    rows = assign(model, policy)
-    return [row.path for row in rows if row.after == "float32" and "head" in row.reason]
+def heads(model):
+    return [row.path for row in rows(model) if row.after == "float32" and "head" in row.reason]
 
 
+@pytest.mark.unit
 def test_the_head_is_what_makes_an_output():
     inputs = keras.Input((4,))
     body = layers.Dense(8, name="body")(inputs)
@@ -198,6 +204,7 @@ def test_the_head_is_what_makes_an_output():
     assert set(heads(model)) == {"first", "second", "shape", "drop"}
 
 
+@pytest.mark.unit
 def test_a_softmax_of_its_own_is_the_head_and_the_layer_before_is_not():
     model = keras.Sequential(
         [keras.Input((4,)), layers.Dense(4, name="logits"), layers.Softmax(name="probabilities")]
@@ -205,6 +212,7 @@ def test_a_softmax_of_its_own_is_the_head_and_the_layer_before_is_not():
     assert heads(model) == ["probabilities"]
 
 
+@pytest.mark.unit
 def test_the_head_is_found_through_operations_and_inside_of_models():
     inputs = keras.Input((4,))
     inner = keras.Sequential(
@@ -214,10 +222,11 @@ def test_the_head_is_found_through_operations_and_inside_of_models():
     assert [path.rpartition("/")[2] for path in heads(outer)] == ["b"]
 
 
+@pytest.mark.unit
 def test_a_head_with_parts_takes_them_along():
     inputs = keras.Input((3, 4))
     model = keras.Model(inputs, layers.TimeDistributed(layers.Dense(2, name="inner"))(inputs))
-    assert {row.after for row in assign(model, POLICY)[1:]} == {"float32"}
+    assert {row.after for row in rows(model)[1:]} == {"float32"}
 
 
 def test_what_a_users_layer_holds_is_not_taken_along():
@@ -237,14 +246,16 @@ def test_what_a_users_layer_holds_is_not_taken_along():
     assert not heads(model)
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "mixed_bfloat16"])
 def test_policies_that_need_no_rules_have_none_and_bfloat16_has_all(name):
     if name == "bfloat16":
         with pytest.raises(mp.errors.PolicyError, match="mixed_bfloat16"):
             mp.Policy(name, rules="safe")
         return
-    model = keras.Sequential([keras.Input((4,)), layers.Dense(2), layers.Softmax()])
-    after = [row.after for row in assign(model, mp.Policy(name, rules="safe"))]
+    with mp.policy_scope("float64" if name == "float64" else "float32"):
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(2), layers.Softmax()])
+    after = [row.after for row in rows(model, mp.Policy(name, rules="safe"))]
     assert after == [name, name, "float32" if "mixed" in name else name]
 
 
@@ -264,6 +275,7 @@ def test_a_head_of_ours_is_one_too(name):
     assert model.outputs[0].dtype == "float32"
 
 
+@pytest.mark.unit
 def test_a_head_that_gives_float32_stays_in_float16():
     head = mp.layers.DenseHead(3, activation="softmax", activity_regularizer="l2")
     model = keras.Sequential([keras.Input((4,)), layers.Dense(4), head])
@@ -274,6 +286,6 @@ def test_attention_of_ours_looks_after_its_parts():
     attention = mp.layers.MultiHeadAttention(1, 2)
     inputs = keras.Input((4, 8))
     model = keras.Model(inputs, layers.ReLU()(layers.ReLU()(attention(inputs, inputs))))
-    inside = [row.after for row in assign(model, POLICY) if "attention/" in row.path]
+    inside = [row.after for row in rows(model) if "attention/" in row.path]
     assert inside
     assert set(inside) == {"mixed_float16"}

@@ -78,15 +78,14 @@ def error(output, reference):
 
 
 # Torch sums in float32 when it pools.
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.backend("tensorflow", "jax"))
-        if name == "pooling"
-        else name
-        for name in HAZARDS
-    ],
-)
+MARKS = {
+    **{name: [pytest.mark.full] for name in HAZARDS},
+    "pooling": [pytest.mark.full, pytest.mark.backend("tensorflow", "jax")],
+    "unit": [],
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS[name]) for name in HAZARDS])
 def test_the_rule_mends_the_hazard(name):
     build, x, reference = HAZARDS[name]
     expected = reference(x)
@@ -135,7 +134,7 @@ def test_spectral_normalization_keeps_its_float32_kernel():
     assert not is_rounded(kernel("safe"))
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_attention_scores_do_not_overflow(fused):
     x = far_from_zero(64)
     expected = dot_attention(*x, scale=1 / 8)
@@ -157,6 +156,7 @@ def test_attention_scores_do_not_overflow(fused):
         assert not error(attended(None), expected) <= 4 * best
 
 
+@pytest.mark.full
 @pytest.mark.backend("tensorflow")
 @pytest.mark.parametrize(
     "build", [lambda: layers.UpSampling2D(interpolation="bilinear"), lambda: layers.Resizing(8, 8)]

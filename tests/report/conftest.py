@@ -30,7 +30,7 @@ def one_run(recipe, **changes):
     return RunResult(**{**facts, **changes})
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def result():
     place = Environment(
         versions={"kerasmp": "9.8.7", "keras": "3.1.4"},
@@ -63,7 +63,7 @@ def result():
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def broken(result):
     """A demo in which one run ended in NaN and one in infinity."""
     import dataclasses

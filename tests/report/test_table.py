@@ -8,8 +8,7 @@ from kerasmp.demo import RECIPES, Progress
 from kerasmp.diagnosis import Finding, LintReport
 from kerasmp.report import ProgressDisplay, demo_table, environment_table, lint_table
 
-# Rich comes with the demo's packages, which are installed with TensorFlow only.
-pytestmark = pytest.mark.backend("tensorflow")
+pytestmark = pytest.mark.unit
 
 
 def console(**changes):

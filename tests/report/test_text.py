@@ -7,6 +7,8 @@ import pytest
 
 from kerasmp.report.text import COLUMNS, cells, kibibytes, number, plain, scale, seconds
 
+pytestmark = pytest.mark.unit
+
 
 def test_a_row_has_a_cell_for_each_column(result):
     rows = [cells(run) for run in result.runs]
