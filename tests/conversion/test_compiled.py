@@ -6,10 +6,10 @@ import keras
 import numpy as np
 import pytest
 from helpers.converted import sequential
+from helpers.flattened import flatten_layers
 from helpers.turned_layers import assert_state, state
 
 import kerasmp as mp
-from kerasmp.backend.keras_private import flatten_layers
 
 layers = keras.layers
 X = np.random.default_rng(0).normal(size=(8, 6, 4)).astype("float32")

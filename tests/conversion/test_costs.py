@@ -3,10 +3,10 @@
 import keras
 import numpy as np
 import pytest
+from helpers.flattened import flatten_layers
 
 import kerasmp as mp
 from kerasmp.backend import current
-from kerasmp.backend.keras_private import flatten_layers
 from kerasmp.conversion.costs import measure
 
 layers, ops = keras.layers, keras.ops

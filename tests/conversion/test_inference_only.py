@@ -4,9 +4,9 @@ import keras
 import numpy as np
 import pytest
 from helpers import converted
+from helpers.flattened import flatten_layers
 
 import kerasmp as mp
-from kerasmp.backend.keras_private import flatten_layers
 from kerasmp.conversion.inference import variable_dtype
 
 layers = keras.layers

@@ -4,10 +4,10 @@ import keras
 import numpy as np
 import pytest
 from helpers import converted
+from helpers.flattened import flatten_layers
 from helpers.turned_layers import assert_state, state, stock_left
 
 import kerasmp as mp
-from kerasmp.backend.keras_private import flatten_layers
 
 layers = keras.layers
 X, Y = converted.X, converted.Y
@@ -102,16 +102,3 @@ def test_weights_files_of_the_stock_model_load_but_for_a_turned_head(tmp_path):
     mp.convert(other, POLICY, safe_layers=True)
     with pytest.raises(ValueError, match="dense"):
         other.load_weights(path)
-
-
-def test_clones_keep_the_policies_of_layers_and_not_of_their_parts():
-    model = converted.attention()
-    mp.convert(model, POLICY)
-    clone = keras.models.clone_model(model)
-    assert [x.dtype_policy for x in clone.layers] == [x.dtype_policy for x in model.layers]
-    policies = [str(mp.LayerPolicies.of(each)).split()[2::3] for each in (clone, model)]
-    assert policies[0] != policies[1]
-    mp.convert(clone, mp.LayerPolicies.of(model))
-    assert [x.compute_dtype for x in flatten_layers(clone)] == [
-        x.compute_dtype for x in flatten_layers(model)
-    ]

@@ -5,12 +5,12 @@ import warnings
 import keras
 import pytest
 from helpers import zoo, zoo_facts
+from helpers.flattened import flatten_layers
 from helpers.zoo_drawn import HOLDING, POLICIES, built_alike, feasible, recipes
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 import kerasmp as mp
-from kerasmp.backend.keras_private import flatten_layers
 
 JAX = keras.backend.backend() == "jax"
 ZOO = settings(

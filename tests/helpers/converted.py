@@ -5,9 +5,9 @@ from pathlib import Path
 
 import keras
 import numpy as np
+from helpers.flattened import flatten_layers
 
 import kerasmp as mp
-from kerasmp.backend.keras_private import flatten_layers
 
 layers = keras.layers
 X = np.random.default_rng(0).normal(size=(4, 6, 4)).astype("float32")
@@ -24,6 +24,16 @@ def sequential():
             layers.Dense(3),
         ]
     )
+
+
+def functional():
+    inputs = keras.Input((6, 4))
+    inner = keras.Sequential([keras.Input((6, 4)), layers.Dense(8), layers.LayerNormalization()])
+    x = inner(inputs)
+    x = layers.MultiHeadAttention(2, 4)(x, x)
+    shared = layers.Dense(8, activation="relu")
+    x = layers.TimeDistributed(layers.Dense(8))(shared(shared(x)))
+    return keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(x)))
 
 
 def attention():
