@@ -1,7 +1,6 @@
 """Models of several kinds, converted and trained, saved here and loaded in another process."""
 
 import re
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -134,12 +133,6 @@ def save(model, path):
     return facts(model)
 
 
-def load(folder, policy):
-    """Return the facts of all kinds, loaded under a global policy."""
-    keras.config.set_dtype_policy(policy)
-    return {kind: facts(keras.models.load_model(Path(folder, f"{kind}.keras"))) for kind in KINDS}
-
-
 def predictions(model):
     """Return what a model for inference says, its dtypes, and the error that training raises."""
     try:
@@ -164,7 +157,7 @@ def load_one(path):
     return predictions(keras.models.load_model(path))
 
 
-def load_facts(path):
-    """Return the `facts` of a model of a file, under another global policy."""
-    keras.config.set_dtype_policy("float32")
+def load_facts(path, policy="float32"):
+    """Return the `facts` of a model of a file, loaded under a global policy."""
+    keras.config.set_dtype_policy(policy)
     return facts(keras.models.load_model(path))
