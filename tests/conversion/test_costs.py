@@ -219,13 +219,6 @@ def test_a_report_says_all_of_it():
     assert lines["head"][4:6] == [str(second), "0%"]
 
 
-def test_without_a_sample_all_is_unknown():
-    report = mp.convert(net())
-    assert report.multiply_adds is None
-    assert (report.half_share, report.activation_bytes, report.cast_bytes) == (None,) * 3
-    assert "multiply-adds and bytes unknown: give convert a sample" in str(report)
-
-
 class Own(layers.Layer):
     """A user's layer that multiplies in a way of its own."""
 

@@ -12,7 +12,11 @@ from keras import ops
 
 import kerasmp as mp
 
-pytestmark = pytest.mark.unit
+pytestmark = [
+    pytest.mark.unit,
+    # Keras's NumPy backend traces layers on memory that nothing has filled.
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+]
 layers = keras.layers
 X = converted.X
 
