@@ -8,7 +8,9 @@ import kerasmp as mp
 
 layers = keras.layers
 X = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype("float32")
-POLICIES = pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+POLICIES = pytest.mark.parametrize(
+    "policy", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.full)]
+)
 
 
 def build():
@@ -65,7 +67,8 @@ def test_an_exported_program_gives_the_predictions_of_the_converted_one(policy, 
     np.testing.assert_array_equal(found, predictions)
 
 
-@POLICIES
+@pytest.mark.full
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.backend("tensorflow")
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")  # no other is installed
 def test_tflite_has_no_half_precision_convolution_but_takes_what_is_converted_back(policy):

@@ -45,7 +45,10 @@ def error(found, wanted):
     return np.abs(found - wanted).max() / np.abs(wanted).max()
 
 
-@pytest.mark.parametrize(("mode", "policy"), WORKS)
+@pytest.mark.parametrize(
+    ("mode", "policy"),
+    [WORKS[0], *(pytest.param(*case, marks=pytest.mark.full) for case in WORKS[1:])],
+)
 def test_a_converted_model_is_quantised_as_one_in_float32_is(mode, policy):
     model, (_, exact) = build(), quantised(mode)
     mp.convert(model, policy)
@@ -56,6 +59,7 @@ def test_a_converted_model_is_quantised_as_one_in_float32_is(mode, policy):
     assert 0 < error(model.predict(X, verbose=0), exact) < 4 * STEP[mode]
 
 
+@pytest.mark.full
 def test_keras_itself_does_not_quantise_float16_layers_to_int8():
     model = build()
     mp.convert(model)
@@ -77,7 +81,9 @@ def test_restoring_after_it_was_quantised_is_refused_and_changes_nothing():
     assert isinstance(model, mp.Sequential)
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
+@pytest.mark.parametrize(
+    "mode", ["int8", *(pytest.param(mode, marks=pytest.mark.full) for mode in ("int4", "float8"))]
+)
 def test_a_quantised_model_keeps_its_layers(mode):
     model, exact = quantised(mode)
     report = mp.convert(model)
@@ -101,7 +107,7 @@ def test_only_the_quantised_layer_is_kept():
     np.testing.assert_array_equal(model.predict(X, verbose=0), exact)
 
 
-@pytest.mark.parametrize("first", ["convert", "lora"])
+@pytest.mark.parametrize("first", ["convert", pytest.param("lora", marks=pytest.mark.full)])
 def test_lora_trains_in_float16_and_comes_back(first):
     model, exact = build(), build().predict(X, verbose=0)
     if first == "convert":

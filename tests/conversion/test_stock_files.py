@@ -11,8 +11,15 @@ layers = keras.layers
 ATTENTION = (layers.MultiHeadAttention, layers.GroupQueryAttention)
 
 
-@pytest.mark.parametrize("kind", ["nested", "recurrent"])
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "policy"),
+    [
+        ("nested", "mixed_bfloat16"),
+        pytest.param("nested", "float32", marks=pytest.mark.full),
+        pytest.param("recurrent", "mixed_bfloat16", marks=pytest.mark.full),
+        pytest.param("recurrent", "float32", marks=pytest.mark.full),
+    ],
+)
 def test_stock_keras_loads_it_and_computes_the_same(kind, policy, tmp_path, stock_process):
     model = converted.KINDS[kind]()
     model.compile("adam", "mse")

@@ -5,12 +5,12 @@ import warnings
 import keras
 import pytest
 from helpers import zoo, zoo_facts
-from helpers.zoo_drawn import HOLDING, POLICIES, built_alike, feasible, recipes
+from helpers.flattened import flatten_layers
+from helpers.zoo_drawn import FEW, HOLDING, POLICIES, built_alike, feasible, recipes
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 import kerasmp as mp
-from kerasmp.backend.keras_private import flatten_layers
 
 JAX = keras.backend.backend() == "jax"
 ZOO = settings(
@@ -22,6 +22,7 @@ ZOO = settings(
 )
 POLICY = st.sampled_from(POLICIES)
 RULES = st.sampled_from(["safe", None])
+QUICK = pytest.mark.parametrize("recipe", FEW.values(), ids=FEW)
 
 pytestmark = [
     # Keras says so when such a part comes after a mask, which is what may be drawn.
@@ -43,10 +44,20 @@ def said(report):
     return [row[1:] for row in report.rows]
 
 
+@pytest.mark.full
 @ZOO
 @given(recipes(), POLICY, POLICY, RULES)
 @example(HOLDING, "float32", "mixed_bfloat16", None)
 def test_there_twice_and_back(recipe, start, policy, rules):
+    check_there_and_back(recipe, start, policy, rules)
+
+
+@QUICK
+def test_a_few_go_there_twice_and_back(recipe):
+    check_there_and_back(recipe, "float32", "mixed_bfloat16", "safe")
+
+
+def check_there_and_back(recipe, start, policy, rules):
     start, policy = feasible(recipe, start), feasible(recipe, policy)
     model = zoo.fresh(recipe, start)
     steps = [object() for _ in zoo_facts.COMPILED]
@@ -75,10 +86,20 @@ def test_there_twice_and_back(recipe, start, policy, rules):
     assert zoo_facts.everything(model, recipe) == before
 
 
+@pytest.mark.full
 @ZOO
 @given(recipes(overrides=False).filter(built_alike), POLICY, POLICY)
 @example(HOLDING, "float32", "mixed_bfloat16")
 def test_it_equals_building_under_the_policy(recipe, start, policy):
+    check_against_building(recipe, start, policy)
+
+
+@QUICK
+def test_for_a_few_it_equals_building_under_the_policy(recipe):
+    check_against_building(recipe, "float32", "mixed_bfloat16")
+
+
+def check_against_building(recipe, start, policy):
     # A Sequential without Input makes one of the dtype that its first layer computes in, which
     # rounds what goes in, and is the data's for a conversion.
     start = "float32" if recipe.shape == "deferred" else feasible(recipe, start)
@@ -96,6 +117,7 @@ KNOWING = ["functional", "sequential", "subclassed"]
 
 # A Sequential that knows no shape yet knows of no mask, and has all pooling that may be masked in
 # float32. Once it is built, a conversion knows better.
+@pytest.mark.full
 @ZOO
 @given(recipes(overrides=False, shapes=KNOWING).filter(built_alike), POLICY)
 def test_it_equals_building_under_the_rules(recipe, policy):

@@ -1,13 +1,12 @@
 """Models of several kinds, converted and trained, saved here and loaded in another process."""
 
 import re
-from pathlib import Path
 
 import keras
 import numpy as np
+from helpers.flattened import flatten_layers
 
 import kerasmp as mp
-from kerasmp.backend.keras_private import flatten_layers
 
 layers = keras.layers
 X = np.random.default_rng(0).normal(size=(4, 6, 4)).astype("float32")
@@ -24,6 +23,16 @@ def sequential():
             layers.Dense(3),
         ]
     )
+
+
+def functional():
+    inputs = keras.Input((6, 4))
+    inner = keras.Sequential([keras.Input((6, 4)), layers.Dense(8), layers.LayerNormalization()])
+    x = inner(inputs)
+    x = layers.MultiHeadAttention(2, 4)(x, x)
+    shared = layers.Dense(8, activation="relu")
+    x = layers.TimeDistributed(layers.Dense(8))(shared(shared(x)))
+    return keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(x)))
 
 
 def attention():
@@ -124,12 +133,6 @@ def save(model, path):
     return facts(model)
 
 
-def load(folder, policy):
-    """Return the facts of all kinds, loaded under a global policy."""
-    keras.config.set_dtype_policy(policy)
-    return {kind: facts(keras.models.load_model(Path(folder, f"{kind}.keras"))) for kind in KINDS}
-
-
 def predictions(model):
     """Return what a model for inference says, its dtypes, and the error that training raises."""
     try:
@@ -154,7 +157,7 @@ def load_one(path):
     return predictions(keras.models.load_model(path))
 
 
-def load_facts(path):
-    """Return the `facts` of a model of a file, under another global policy."""
-    keras.config.set_dtype_policy("float32")
+def load_facts(path, policy="float32"):
+    """Return the `facts` of a model of a file, loaded under a global policy."""
+    keras.config.set_dtype_policy(policy)
     return facts(keras.models.load_model(path))

@@ -1,14 +1,9 @@
-"""Models whose variables were narrowed in place, and one that is loaded where nothing was."""
-
-import contextlib
+"""Models whose variables are narrowed in place."""
 
 import keras
 import numpy as np
 
 import kerasmp as mp
-from kerasmp.backend.keras_graph import policy_of, refresh_symbolic_dtypes, set_policy
-from kerasmp.backend.keras_private import flatten_layers
-from kerasmp.conversion.variables import Wanted, narrow_variables
 
 layers = keras.layers
 RNG = np.random.default_rng(3)
@@ -46,25 +41,6 @@ def lived_in(build):
     return model
 
 
-def narrowed(model, dtype="float16", undo=None):
-    """Narrow all layers; the policies follow, and the graph says so."""
-    parts = [x for x in flatten_layers(model) if not isinstance(x, layers.InputLayer)]
-    rows = [Wanted(layer, layer.path or layer.name, dtype) for layer in parts]
-    undo = contextlib.ExitStack() if undo is None else undo
-    facts = narrow_variables(rows, undo)
-    for layer in parts:
-        undo.callback(set_policy, layer, policy_of(layer))
-        set_policy(layer, keras.dtype_policies.get(dtype))
-    refresh_symbolic_dtypes(model)
-    model.predict_function = None
-    return facts
-
-
-def load(path, batch):
-    """Return what a model of a file predicts, and the dtypes of its variables."""
-    assert mp.__version__
-    assert keras.config.dtype_policy().name == "float32"
-    model = keras.models.load_model(path)
-    predicted = model.predict(MODELS[batch][1], verbose=0)
-    dtypes = sorted({v.dtype for v in model.variables if "seed" not in v.path})
-    return {"predicted": np.asarray(predicted, "float32").tolist(), "dtypes": dtypes}
+def narrowed(model, dtype="float16"):
+    """Narrow all layers; return the report, which keeps what they had."""
+    return mp.convert(model, dtype, rules=None, variables=dtype)

@@ -18,26 +18,18 @@ class Net(keras.Model):
         return self.dense(x)
 
 
-def save(path):
-    model = Net()
-    model(X)
-    mp.Model.from_keras(model).save(path)
-    return model.predict(X, verbose=0).tolist()
-
-
-def load(path):
-    model = keras.models.load_model(path)
-    assert isinstance(model, mp.Model)
-    assert isinstance(model, Net)
-    return model.predict(X, verbose=0).tolist()
-
-
 def train(path):
-    """Return what a loaded model says of training, and the dtype of its outputs."""
+    """Return what a loaded model is, what it predicts, and what it says of training."""
     model = keras.models.load_model(path)
+    predicted = model.predict(X, verbose=0)
     model.compile("sgd", "mse")
     try:
         model.fit(X, X[:, :2], verbose=0)
     except mp.errors.PolicyError as error:
-        return {"error": str(error), "outputs": model.predict(X, verbose=0).dtype.name}
+        return {
+            "error": str(error),
+            "classes": [cls.__name__ for cls in (Net, mp.Model) if isinstance(model, cls)],
+            "outputs": predicted.dtype.name,
+            "predicted": predicted.tolist(),
+        }
     raise AssertionError

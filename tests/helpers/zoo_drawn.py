@@ -80,6 +80,23 @@ HOLDING = Recipe(
     (Part("functional", inner=(Part("dense", "relu"),)), Part("mha"), Part("borrow", 0)),
     (Head("flat"),),
 )
+# What need not be drawn: those, and a graph that forks, masks, calls a layer twice and nests.
+FEW = {
+    "holding": HOLDING,
+    "graph": Recipe(
+        "functional",
+        ("tokens", "float"),
+        "dict",
+        (
+            Part("dense", "gelu"),
+            Part("block", inner=(Part("layer_norm"), Part("activation", "softmax"))),
+            Part("again", 0, back=1),
+            Part("merge", min(MERGERS)),
+            Part("op", min(OPERATIONS)),
+        ),
+        (Head("pool"), Head("last", "softmax", 1)),
+    ),
+}
 
 
 @st.composite

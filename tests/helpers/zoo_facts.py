@@ -1,30 +1,22 @@
 """What is compared of the models in `helpers.zoo`: policies, dtypes, predictions, all else."""
 
-import keras
 from helpers import zoo
+from helpers.flattened import flatten_layers, symbolic_dtypes
 from keras import ops
 
-from kerasmp.backend.keras_graph import calls, policy_of
-from kerasmp.backend.keras_private import flatten_layers
+import kerasmp as mp
 
 COMPILED = ("train_function", "test_function", "predict_function")
 
 
 def policies(model):
-    """Return the class and the policy of each layer, InputLayers aside, in Keras's order."""
-    return [
-        (type(layer).__name__, policy_of(layer).name)
-        for layer in flatten_layers(model)[1:]
-        if not isinstance(layer, keras.layers.InputLayer)
-    ]
+    """Return the class and the policy of each layer, InputLayers aside, holders first."""
+    return [(each.class_name, each.policy) for each in mp.LayerPolicies.of(model)][1:]
 
 
 def symbols(model):
     """Return the dtypes of all symbolic tensors in the graph of each model inside."""
-    return [
-        [tensor.dtype for call in calls(layer) for tensor in call.outputs]
-        for layer in flatten_layers(model)
-    ]
+    return [symbolic_dtypes(layer) for layer in flatten_layers(model)]
 
 
 def weights(model):

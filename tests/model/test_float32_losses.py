@@ -9,7 +9,7 @@ import kerasmp as mp
 
 X = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
 BACKEND = keras.backend.backend()
-LOW = ["mixed_float16", "mixed_bfloat16"]
+LOW = ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.full)]
 
 
 class AddsLoss(keras.layers.Layer):
@@ -48,6 +48,7 @@ def test_extra_losses_are_float32_and_fit_runs(build, dtype):
     assert {keras.backend.standardize_dtype(loss.dtype) for loss in model.losses} == {"float32"}
 
 
+@pytest.mark.full
 @pytest.mark.backend("tensorflow")
 @every_build
 def test_stock_keras_raises_a_type_error(build):
@@ -70,6 +71,10 @@ def test_a_sum_beyond_float16_is_finite_and_right():
     wanted = _loss_of(keras, "float32")
     assert wanted > 0.3
     np.testing.assert_allclose(_loss_of(mp, "mixed_float16"), wanted, rtol=1e-3)
+
+
+@pytest.mark.full
+def test_in_stock_keras_it_is_not_finite():
     assert not np.isfinite(_loss_of(keras, "mixed_float16"))
 
 
@@ -88,10 +93,11 @@ def two_outputs(module, containers):
     return module.Model(inputs, containers(outputs))
 
 
-CONTAINERS = {"list": list, "dict": lambda outputs: dict(zip("ab", outputs, strict=True))}
+def as_dict(outputs):
+    return dict(zip("ab", outputs, strict=True))
 
 
-@pytest.mark.parametrize("containers", CONTAINERS.values(), ids=CONTAINERS)
+@pytest.mark.parametrize("containers", [pytest.param(list, marks=pytest.mark.full), as_dict])
 def test_losses_and_metrics_of_several_outputs_see_float32(containers):
     seen = []
 
@@ -116,7 +122,9 @@ def test_losses_and_metrics_of_several_outputs_see_float32(containers):
     assert set(seen) == {"float32"}
 
 
-@pytest.mark.parametrize("module", [mp, keras], ids=["ours", "stock"])
+@pytest.mark.parametrize(
+    "module", [pytest.param(mp, id="ours"), pytest.param(keras, id="stock", marks=pytest.mark.full)]
+)
 def test_a_compute_loss_and_compute_metrics_of_the_users_own_see_float32(module):
     seen = set()
 

@@ -31,6 +31,7 @@ def adversaries(module, dtype):
     return model
 
 
+@pytest.mark.full
 def test_stock_keras_says_nothing():
     model = adversaries(keras, "mixed_float16")
     model.compile(keras.optimizers.Adam(), keras.optimizers.Adam())

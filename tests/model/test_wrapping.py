@@ -26,13 +26,14 @@ def network(*dtypes, module=mp):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("optimizer", ["adam", keras.optimizers.Adam], ids=["name", "object"])
-def test_the_layers_decide(dtypes, wrapped, optimizer):
-    model = network(*dtypes)
-    model.compile(optimizer if isinstance(optimizer, str) else optimizer(), "mse")
-    assert isinstance(model.optimizer, mp.LossScaleOptimizer) is wrapped
+def test_the_layers_decide(dtypes, wrapped):
+    for optimizer in ("adam", keras.optimizers.Adam()):
+        model = network(*dtypes)
+        model.compile(optimizer, "mse")
+        assert isinstance(model.optimizer, mp.LossScaleOptimizer) is wrapped
 
 
+@pytest.mark.full
 def test_stock_keras_overlooks_a_float16_layer_under_another_policy():
     model = network("float32", "mixed_float16", module=keras)
     model.compile("adam", "mse")
@@ -107,7 +108,7 @@ def test_layers_that_come_in_the_first_step_earn_one_warning():
     assert len(ours) == 1
 
 
-@pytest.mark.parametrize("kind", ["sequential", "functional"])
+@pytest.mark.parametrize("kind", [pytest.param("sequential", marks=pytest.mark.full), "functional"])
 def test_a_saved_model_comes_back_as_ours_with_its_optimizer(kind, tmp_path):
     model = KINDS[kind](mp)
     model.compile(mp.LossScaleOptimizer("adam", loss_scale=128.0), "mse")
@@ -117,7 +118,7 @@ def test_a_saved_model_comes_back_as_ours_with_its_optimizer(kind, tmp_path):
     assert type(loaded) is type(model)
     assert loaded.optimizer.schedule == mp.FixedLossScale(128.0)
     assert loaded.optimizer.applied_steps == 2
-    np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+    np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (loaded(X), model(X))))
     if kind == "functional":  # Keras clones any Sequential into a stock one
         assert type(keras.models.clone_model(loaded)) is type(model)
 
@@ -134,7 +135,7 @@ def test_a_registered_subclass_made_from_inputs_and_outputs_loads_as_itself(tmp_
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert isinstance(loaded, Registered)
     assert loaded.answer() == 42
-    np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+    np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (loaded(X), model(X))))
 
 
 def test_a_compile_of_the_users_own_is_left_to_the_user(tmp_path):
@@ -150,7 +151,9 @@ def test_a_compile_of_the_users_own_is_left_to_the_user(tmp_path):
         keras.models.load_model(tmp_path / "model.keras")
 
 
-@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.full)]
+)
 def test_metrics_see_float32_predictions(dtype):
     seen = []
 

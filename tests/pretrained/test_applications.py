@@ -32,6 +32,7 @@ def _case(family, name):
     return pytest.param(name, marks=marks)
 
 
+@pytest.mark.unit
 def test_every_family_that_keras_has_is_listed():
     found = applications.architectures()
     assert SMALLEST.keys() == found.keys()
@@ -39,6 +40,7 @@ def test_every_family_that_keras_has_is_listed():
     assert sum(map(len, found.values())) >= 40
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", [_case(*item) for item in SMALLEST.items()])
 def test_an_architecture_converts_trains_and_comes_back(name):
     result = applications.check(name, eager=keras.backend.backend() != "jax")

