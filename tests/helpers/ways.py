@@ -1,5 +1,6 @@
 """Marks for tests of numbers: the first way in which a backend runs is quick, the others full."""
 
+import keras
 import pytest
 from helpers.gradients import WAYS
 
@@ -14,3 +15,9 @@ def full_but(quick, names, *, where=True):
         name if not where or name in quick else pytest.param(name, marks=pytest.mark.full)
         for name in names
     ]
+
+
+def full_on(backend):
+    """Return a mark for what is as quick elsewhere: JAX compiles each operation of an eager step."""
+    here = keras.backend.backend() == backend
+    return pytest.mark.full if here else lambda function: function
