@@ -1,6 +1,6 @@
 """What holds for every layer of Keras and of ours; they are looked up, so a new one is held to it.
 
-A class without a case in helpers.layer_cases fails.
+A class without a case in helpers.layer_cases fails, in test_layer_classes.py.
 """
 
 import functools
@@ -13,6 +13,7 @@ import pytest
 from helpers import gradients
 from helpers.layer_cases import CASES, OURS, RANDOM, STOCK
 from helpers.precision import error
+from helpers.ways import full_but
 from keras import ops
 
 from kerasmp.optimizer import LossScaleOptimizer
@@ -49,9 +50,25 @@ def every(classes):
     return pytest.mark.parametrize("cls", classes.values(), ids=classes)
 
 
-HERE = {n: c for n, c in STOCK.items() if n not in NO_KERNEL}
-RIGHT = {n: c for n, c in HERE.items() if n not in WRONG}
+RIGHT = {n: c for n, c in STOCK.items() if n not in NO_KERNEL and n not in WRONG}
 BOTH = {n: c for n, c in OURS.items() if hasattr(keras.layers, n)}
+# One for each way in which ours are made; compiling for JAX takes a second each.
+MECHANISMS = {
+    "Activation",
+    "Attention",
+    "BatchNormalization",
+    "Conv2D",
+    "Dense",
+    "DenseHead",
+    "GlobalAveragePooling1D",
+    "LSTM",
+    "MultiHeadAttention",
+    "Normalization",
+    "PReLU",
+    "Softmax",
+    "SpectralNormalization",
+    "WithDtype",
+}
 
 
 def takes(layer, name):
@@ -79,21 +96,18 @@ def symbols(case, dtype="float32", *, free=False):
     ]
 
 
-def with_same_weights(case, layers, **arguments):
-    """Build the layers, and return the symbolic outputs of the first."""
-    outputs = [case.call(layer, *symbols(case), **arguments) for layer in layers]
+def give_the_same_weights(layers):
+    """Give built layers the weights of the last, trainable ones not as initialised."""
     random = np.random.default_rng(1)
     for variables in zip(*(layer.variables for layer in layers), strict=True):
         value = gradients.numpy(variables[-1])
-        if variables[-1].trainable:
-            # Not as initialised: a bias of 0 would prove nothing.
+        if variables[-1].trainable:  # a bias of 0 would prove nothing
             value = (value + random.normal(size=value.shape) * 0.1).astype("float16")
         for variable in variables:
             variable.assign(value)
-    return keras.tree.flatten(outputs[0])
 
 
-def one_step(case, layer, shapes, way, **arguments):
+def one_step(case, layer, shapes, way="quick", **arguments):
     """Return the outputs, the gradients, and the weights after a step of SGD.
 
     A float16 layer takes it with our optimizer, a float32 layer with NumPy.
@@ -125,81 +139,64 @@ def assert_near(found, wanted, tolerance):
         assert off is None or off <= tolerance, f"tensor {number}: {off}"
 
 
-def compare(case, narrow, wide, tolerance, **arguments):
-    shapes = [y.shape for y in with_same_weights(case, [narrow, wide], **arguments)]
-    way = "xla" if type(narrow).__name__ in XLA else "quick"
-    found, wanted = (one_step(case, layer, shapes, way, **arguments) for layer in (narrow, wide))
-    assert_near(found, wanted, tolerance)
-
-
-def compare_dtypes(cls, **arguments):
-    case = CASES[cls.__name__]
-    narrow, wide = (case.make(cls, dtype) for dtype in ("mixed_float16", "float32"))
-    compare(case, narrow, wide, case.tolerance, **arguments)
-    assert {v.dtype for v in narrow.trainable_variables} <= {"float32"}
-
-
 def mode(cls, training):
     return {"training": training} if takes(cls, "training") else {}
 
 
-# -------------------------------------------------------------------------- stock Keras and ours
-
-
-def test_no_layer_is_forgotten():
-    assert not [name for name in [*STOCK, *OURS] if name not in CASES]
-
-
-# A random layer draws other numbers in another dtype.
-@every_mode({name: cls for name, cls in RIGHT.items() if name not in RANDOM})
-def test_a_float16_step_of_stock_keras_is_a_float32_step(cls, training):
-    compare_dtypes(cls, **mode(cls, training))
-
-
-@every({name: cls for name, cls in RIGHT.items() if name in RANDOM})
-def test_so_is_that_of_a_random_layer_which_does_not_train(cls):
-    compare_dtypes(cls, **mode(cls, training=False))
-
-
-@every({name: STOCK[name] for name in WRONG})
-@pytest.mark.keras("3.15")
-def test_where_stock_keras_is_wrong_it_still_is(cls):
-    with pytest.raises(Exception, match=r"tensor \d|overflow|not supported"):
-        compare_dtypes(cls, **mode(cls, training=True))
-
-
-@every_mode(OURS)
-def test_a_float16_step_of_ours_is_a_float32_step(cls, training):
-    compare_dtypes(cls, **mode(cls, training))
-
-
 # ------------------------------------------------------------------------------------ ours alone
 
-
-@every(BOTH)
-def test_in_float32_ours_is_the_layer_of_stock_keras(cls):
-    case = CASES[cls.__name__]
-    ours, stock = (
-        case.make(each, "float32") for each in (cls, getattr(keras.layers, cls.__name__))
-    )
-    assert isinstance(ours, type(stock))
-    assert ours.get_config().keys() == stock.get_config().keys()
-    compare(case, ours, stock, 1e-5, **mode(cls, training=True))
+# On torch Keras does not autocast the variables of a layer within another while it makes symbols:
+# stock Wrapper then says float32 too.
+UNSURE = {"WithDtype"} if BACKEND == "torch" else set()
 
 
-@every(OURS)
-def test_config_file_and_open_shapes(cls, tmp_path):
-    case = CASES[cls.__name__]
-    layer = case.make(cls, "mixed_float16")
+@pytest.mark.parametrize("name", full_but(MECHANISMS, OURS, where=BACKEND == "jax"))
+def test_a_float16_step_is_one_of_float32_and_of_stock_keras(name):
+    """Outputs, gradients and weights after it, while training and not; dtypes as symbols say."""
+    cls, case = OURS[name], CASES[name]
+    narrow, wide = (case.make(cls, dtype) for dtype in ("mixed_float16", "float32"))
+    together = [narrow, wide]
+    if name in BOTH:
+        stock = case.make(getattr(keras.layers, name), "float32")
+        assert isinstance(wide, type(stock))
+        assert wide.get_config().keys() == stock.get_config().keys()
+        together.append(stock)
+    said, *_ = [keras.tree.flatten(case.call(layer, *symbols(case))) for layer in together]
+    shapes = [y.shape for y in said]
+    for training in [True, False] if takes(cls, "training") else [False]:
+        give_the_same_weights(together)
+        found, wanted, *same = (
+            one_step(case, layer, shapes, **mode(cls, training)) for layer in together
+        )
+        assert_near(found, wanted, case.tolerance)
+        for each in same:
+            assert_near(wanted, each, 1e-5)
+    assert {v.dtype for v in narrow.trainable_variables} <= {"float32"}
+    if name not in UNSURE:
+        assert dtypes_of(case, narrow) == [y.dtype for y in said]
+
+
+def dtypes_of(case, layer):
+    dtypes = []
+
+    def call(*tensors):
+        found = keras.tree.flatten(case.call(layer, *tensors))
+        dtypes[:] = [keras.backend.standardize_dtype(y.dtype) for y in found]
+        return found
+
+    gradients.evaluate(call, case.inputs())
+    return dtypes
+
+
+@pytest.mark.parametrize("name", full_but(MECHANISMS, OURS, where=BACKEND == "jax"))
+def test_a_file_with_open_shapes_gives_the_same_numbers(name, tmp_path):
+    case = CASES[name]
+    layer = case.make(OURS[name], "mixed_float16")
     inputs = symbols(case, free=True)
     model = keras.Model(inputs, case.call(layer, *inputs))
-    again = cls.from_config(layer.get_config())
-    assert type(again) is cls
-    assert again.get_config() == layer.get_config()
-
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert cls in {type(each) for each in loaded.layers}
+    assert [type(each) for each in loaded.layers] == [type(each) for each in model.layers]
     arrays = case.larger()
     found, wanted = (
         gradients.evaluate(lambda *x, m=m: m(list(x)), arrays) for m in (loaded, model)
@@ -211,12 +208,12 @@ def test_config_file_and_open_shapes(cls, tmp_path):
 
 
 @pytest.mark.backend("tensorflow")
-@every(OURS)
-def test_a_graph_with_open_shapes_gives_what_eager_steps_give(cls):
+@pytest.mark.parametrize("name", full_but(MECHANISMS, OURS))
+def test_a_graph_with_open_shapes_gives_what_eager_steps_give(name):
     import tensorflow as tf
 
-    case = CASES[cls.__name__]
-    layer = case.make(cls, "mixed_float16")
+    case = CASES[name]
+    layer = case.make(OURS[name], "mixed_float16")
     case.call(layer, *symbols(case))
     open_shapes = symbols(case, "float16", free=True)
 
@@ -237,33 +234,12 @@ def test_a_graph_with_open_shapes_gives_what_eager_steps_give(cls):
     assert_near(found, wanted, case.tolerance)
 
 
-# On torch Keras does not autocast the variables of a layer within another while it makes symbols:
-# stock Wrapper then says float32 too.
-UNSURE = {"WithDtype"} if BACKEND == "torch" else set()
-
-
-@every({name: cls for name, cls in OURS.items() if name not in UNSURE})
-def test_the_dtype_is_that_of_the_symbol(cls):
-    case = CASES[cls.__name__]
-    layer = case.make(cls, "mixed_float16")
-    outputs = keras.tree.flatten(case.call(layer, *symbols(case)))
-    dtypes = []
-
-    def call(*tensors):
-        found = keras.tree.flatten(case.call(layer, *tensors))
-        dtypes[:] = [keras.backend.standardize_dtype(y.dtype) for y in found]
-        return found
-
-    gradients.evaluate(call, case.inputs())
-    assert dtypes == [y.dtype for y in outputs]
-
-
 def _minds_masks(name, cls):
     steps = all(len(shape) == 3 for shape in CASES[name].shapes)
     return steps and (takes(cls, "mask") or CASES[name].make(cls, "float32").supports_masking)
 
 
-MASKED = {name: cls for name, cls in BOTH.items() if _minds_masks(name, cls)}
+MASKED = [name for name, cls in BOTH.items() if _minds_masks(name, cls)]
 
 
 def masked(case, layer):
@@ -277,12 +253,14 @@ def masked(case, layer):
 
 
 @pytest.mark.keras("3.14")  # before, Keras loses a mask where a layer casts its input
-@every(MASKED)
-def test_masks_are_minded_as_in_stock_keras(cls):
-    case = CASES[cls.__name__]
-    stock = case.make(getattr(keras.layers, cls.__name__), "float32")
-    ours = case.make(cls, "mixed_float16")
-    with_same_weights(case, [ours, stock])
+@pytest.mark.parametrize("name", full_but(MECHANISMS, MASKED, where=BACKEND == "jax"))
+def test_masks_are_minded_as_in_stock_keras(name):
+    case = CASES[name]
+    stock = case.make(getattr(keras.layers, name), "float32")
+    ours = case.make(OURS[name], "mixed_float16")
+    for layer in (ours, stock):
+        case.call(layer, *symbols(case))
+    give_the_same_weights([ours, stock])
     arrays = case.inputs()
     for array in arrays:
         array[:, -2:] = 0
@@ -293,3 +271,39 @@ def test_masks_are_minded_as_in_stock_keras(cls):
     symbols_ = [keras.layers.Masking()(x) for x in symbols(case)]
     ends = [hasattr(case.call(layer, *symbols_), "_keras_mask") for layer in (ours, stock)]
     assert ends[0] == ends[1]
+
+
+# ----------------------------------------------------------------------------------- stock Keras
+
+
+def compare_dtypes(cls, **arguments):
+    case = CASES[cls.__name__]
+    layers = [case.make(cls, dtype) for dtype in ("mixed_float16", "float32")]
+    said, *_ = [keras.tree.flatten(case.call(x, *symbols(case), **arguments)) for x in layers]
+    give_the_same_weights(layers)
+    way = "xla" if cls.__name__ in XLA else "quick"
+    shapes = [y.shape for y in said]
+    found, wanted = (one_step(case, layer, shapes, way, **arguments) for layer in layers)
+    assert_near(found, wanted, case.tolerance)
+    assert {v.dtype for v in layers[0].trainable_variables} <= {"float32"}
+
+
+# A random layer draws other numbers in another dtype.
+@pytest.mark.full
+@every_mode({name: cls for name, cls in RIGHT.items() if name not in RANDOM})
+def test_a_float16_step_of_stock_keras_is_a_float32_step(cls, training):
+    compare_dtypes(cls, **mode(cls, training))
+
+
+@pytest.mark.full
+@every({name: cls for name, cls in RIGHT.items() if name in RANDOM})
+def test_so_is_that_of_a_random_layer_which_does_not_train(cls):
+    compare_dtypes(cls, **mode(cls, training=False))
+
+
+@pytest.mark.full
+@every({name: STOCK[name] for name in WRONG})
+@pytest.mark.keras("3.15")
+def test_where_stock_keras_is_wrong_it_still_is(cls):
+    with pytest.raises(Exception, match=r"tensor \d|overflow|not supported"):
+        compare_dtypes(cls, **mode(cls, training=True))

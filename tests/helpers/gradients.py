@@ -10,7 +10,9 @@ import keras
 import numpy as np
 from keras import ops
 
-WAYS = {"tensorflow": ["graph", "xla"], "jax": ["jit"], "torch": ["eager"]}[keras.backend.backend()]
+WAYS = {"tensorflow": ["graph", "xla"], "jax": ["jit"], "torch": ["eager"], "numpy": []}[
+    keras.backend.backend()
+]
 
 
 def numpy(tensor):

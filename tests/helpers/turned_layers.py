@@ -3,15 +3,37 @@
 import keras
 import numpy as np
 
+import kerasmp as mp
 from kerasmp.backend.keras_graph import policy_of
 from kerasmp.backend.keras_private import autocasts, flatten_layers, own_variables
-from kerasmp.layers.from_stock import stock_to_safe
 
 layers = keras.layers
+# Our class of each stock one that has a counterpart.
+COUNTERPARTS = {
+    getattr(layers, name): getattr(mp.layers, name)
+    for name in mp.layers.__all__
+    if hasattr(layers, name)
+}
 
 
 def numpy(tensor):
     return np.array(keras.ops.convert_to_numpy(tensor))
+
+
+def parts(model):
+    """Return the model and all layers inside it, at any depth."""
+    return flatten_layers(model)
+
+
+def flags(layer):
+    """Return what a layer's own variables are like, and whether they are cast where it computes."""
+    return [(v.name, v.dtype, v.trainable, autocasts(v)) for v in own_variables(layer)]
+
+
+def turned(model, policy="float32", **how):
+    """Turn the layers of a model; return the report and the names of those that were stock."""
+    report = mp.convert(model, policy, safe_layers=True, **how)
+    return report, sorted(row.replaced for row in report.rows if row.replaced)
 
 
 def state(model):
@@ -62,4 +84,4 @@ def stock_left(model):
         if isinstance(layer, (layers.MultiHeadAttention, layers.GroupQueryAttention))
         for part in flatten_layers(layer)[1:]
     ]
-    return [x for x in flatten_layers(model) if type(x) in stock_to_safe() and x not in parts]
+    return [x for x in flatten_layers(model) if type(x) in COUNTERPARTS and x not in parts]

@@ -3,40 +3,47 @@
 import keras
 import numpy as np
 import pytest
-from helpers.float16 import MODES, assert_near_best, draw, numpy_of, rounded, step
+from helpers.float16 import assert_near_best, draw, numpy_of, rounded, step
 from helpers.references import (
     softmax,
     softmax_gradient,
 )
+from helpers.ways import full, full_but, in_each_way
 from keras import ops
 
 from kerasmp import layers
 
+ALPHAS = -(0.375 * 2 * 112 * 112)
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_gradient_of_alpha_is_summed_in_float32(mode):
+
+def gradient_of_alpha(room, mode):
     x, dy = rounded(np.full((2, 112, 112, 1), -1.0)), rounded(np.full((2, 112, 112, 1), 0.375))
+    layer = room.PReLU(shared_axes=[1, 2], dtype="mixed_float16")
+    layer.build(x.shape)
 
-    def gradient(room):
-        layer = room.PReLU(shared_axes=[1, 2], dtype="mixed_float16")
-        layer.build(x.shape)
+    def loss(alpha):
+        with keras.StatelessScope(state_mapping=[(layer.alpha, alpha)]):
+            return layer(ops.convert_to_tensor(x.astype("float16")))
 
-        def loss(alpha):
-            with keras.StatelessScope(state_mapping=[(layer.alpha, alpha)]):
-                return layer(ops.convert_to_tensor(x.astype("float16")))
+    _, (of_alpha,) = step(mode, loss, [np.zeros((1, 1, 1))], dy, dtype="float32")
+    return of_alpha.item()
 
-        _, (of_alpha,) = step(mode, loss, [np.zeros((1, 1, 1))], dy, dtype="float32")
-        return of_alpha.item()
 
-    assert abs(gradient(layers) / -(0.375 * 2 * 112 * 112) - 1) < 1e-5
-    if keras.backend.backend() == "jax":
-        assert abs(gradient(keras.layers) / -(0.375 * 2 * 112 * 112) - 1) > 1e-3
+@in_each_way
+def test_the_gradient_of_alpha_is_summed_in_float32(mode):
+    assert abs(gradient_of_alpha(layers, mode) / ALPHAS - 1) < 1e-5
+
+
+@pytest.mark.full
+@pytest.mark.backend("jax")
+def test_stock_keras_sums_it_in_float16():
+    assert abs(gradient_of_alpha(keras.layers, "jit") / ALPHAS - 1) > 1e-3
 
 
 # ----------------------------------------------------------------------------------------- masks
 
 
-@pytest.mark.parametrize("mode", MODES)
+@in_each_way
 def test_softmax_gives_masked_logits_nothing(mode):
     x, dy = draw(0, (5, 8), 10000.0), draw(1, (5, 8))
     mask = np.random.default_rng(0).random((5, 8)) > 0.5
@@ -48,14 +55,18 @@ def test_softmax_gives_masked_logits_nothing(mode):
     masked = np.where(mask, x, -1e9)
     assert_near_best(outputs, np.where(mask, softmax(masked), 0))
     assert_near_best(gradient, np.where(mask, softmax_gradient(masked, dy * mask), 0))
-    stock = keras.layers.Softmax(dtype="mixed_float16")
-    outputs, _ = step(mode, lambda x: stock(x, mask=kept), [x], dy)
-    assert outputs[0].sum() < 0.5  # the masked ones took it
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("keepdims", [False, True])
-@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@in_each_way
+@pytest.mark.parametrize(
+    ("data_format", "keepdims"),
+    [
+        ("channels_last", False),
+        full("channels_last", True),
+        full("channels_first", False),
+        ("channels_first", True),
+    ],
+)
 def test_global_pooling_of_masked_steps(data_format, keepdims, mode):
     x = draw(0, (3, 2000, 4), 1.0)
     x = rounded(x + 50)
@@ -76,11 +87,14 @@ def test_global_pooling_of_masked_steps(data_format, keepdims, mode):
     assert outputs.shape == expected.shape
     assert_near_best(outputs, expected)
     assert_near_best(gradient, wanted)
-    stock = keras.layers.GlobalAveragePooling1D(**arguments)
-    outputs, _ = step(mode, lambda x: stock(x, mask=kept), [x], dy)
-    assert np.all(np.isnan(outputs[1]))
     unmasked, _ = step(mode, layer, [x], dy)
     assert_near_best(unmasked, x.mean(axis, keepdims=keepdims))
+
+
+@pytest.mark.full
+def test_stock_pooling_of_nothing_but_masked_steps_is_nan():
+    outputs = keras.layers.GlobalAveragePooling1D()(np.ones((1, 2, 3)), mask=np.zeros((1, 2), bool))
+    assert np.all(np.isnan(numpy_of(outputs)))
 
 
 def test_a_mask_from_an_embedding_reaches_pooling_and_softmax():
@@ -99,7 +113,9 @@ def test_a_mask_from_an_embedding_reaches_pooling_and_softmax():
 # ------------------------------------------------------------------- penalties on activations
 
 
-@pytest.mark.parametrize("factors", [{"l2": 0.01}, {"l1": 0.01}, {"l1": 0.5, "l2": 0.25}])
+@pytest.mark.parametrize(
+    "factors", [full({"l2": 0.01}), full({"l1": 0.01}), {"l1": 0.5, "l2": 0.25}]
+)
 def test_activity_penalties_are_float32(factors):
     x = np.abs(draw(0, (32, 2000), 300.0))
     layer = layers.ActivityRegularization(**factors, dtype="mixed_float16")
@@ -112,28 +128,38 @@ def test_activity_penalties_are_float32(factors):
     total = (factors.get("l1", 0) * x + factors.get("l2", 0) * x**2).sum()
     ratio = total / numpy_of(loss)
     assert abs(ratio - 1) < 1e-5 or abs(ratio / len(x) - 1) < 1e-5
-    stock = keras.layers.ActivityRegularization(**factors, dtype="mixed_float16")
-    stock(ops.convert_to_tensor(x.astype("float32")))
+
+
+@pytest.mark.full
+def test_a_stock_penalty_overflows():
+    stock = keras.layers.ActivityRegularization(l2=0.01, dtype="mixed_float16")
+    stock(ops.convert_to_tensor(draw(0, (32, 2000), 300.0).astype("float32")))
     assert not np.isfinite(numpy_of(stock.losses[0]))
 
 
-def test_a_model_with_a_penalty_trains():
-    def history(room):
-        model = keras.Sequential(
-            [
-                keras.Input((4,)),
-                keras.layers.Dense(8, dtype="mixed_float16", kernel_initializer="ones"),
-                room.ActivityRegularization(l2=0.1, dtype="mixed_float16"),
-                keras.layers.Dense(1, dtype="float32"),
-            ]
-        )
-        model.compile("sgd", "mse")
-        return model.fit(np.ones((8, 4)), np.ones((8, 1)), verbose=0).history["loss"][0]
+def trained_with_a_penalty(room):
+    """Return the loss of one step, to which 0.1 * 8 * 4² is added."""
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(8, dtype="mixed_float16", kernel_initializer="ones"),
+            room.ActivityRegularization(l2=0.1, dtype="mixed_float16"),
+            keras.layers.Dense(1, dtype="float32"),
+        ]
+    )
+    model.compile("sgd", "mse")
+    return model.fit(np.ones((8, 4)), np.ones((8, 1)), verbose=0).history["loss"][0]
 
-    assert history(layers) > 12  # 0.1 * 8 * 4² is 12.8
-    if keras.backend.backend() == "tensorflow":
-        with pytest.raises(TypeError, match="float16"):
-            history(keras.layers)
+
+def test_a_model_with_a_penalty_trains():
+    assert trained_with_a_penalty(layers) > 12
+
+
+@pytest.mark.full
+@pytest.mark.backend("tensorflow")
+def test_a_model_with_a_stock_penalty_does_not():
+    with pytest.raises(TypeError, match="float16"):
+        trained_with_a_penalty(keras.layers)
 
 
 # ------------------------------------------------------------------------------------- contracts
@@ -156,8 +182,12 @@ MADE = {
 SHAPES = {"AveragePooling2D": (4, 4, 3), "AveragePooling3D": (4, 4, 4, 3), "Dot": (5, 5)}
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32"])
-@pytest.mark.parametrize("name", MADE)
+# Those with arguments that take them elsewhere; contracts/test_every_layer.py has plain ones.
+ELSEWHERE = {"AveragePooling1D", "Dot", "GlobalAveragePooling1D", "Softmax", "UnitNormalization"}
+
+
+@pytest.mark.parametrize("policy", [full("mixed_float16"), "mixed_bfloat16", full("float32")])
+@pytest.mark.parametrize("name", full_but(ELSEWHERE, MADE))
 def test_it_is_the_stock_layer_else(name, policy, tmp_path):
     layer = MADE[name](dtype=policy, name="ours")
     stock = getattr(keras.layers, name).from_config({**layer.get_config(), "dtype": "float32"})

@@ -1,21 +1,26 @@
 """Every stock layer that has a counterpart of ours is turned into it in place, and back."""
 
-import contextlib
-
 import keras
 import numpy as np
 import pytest
 from helpers.layer_cases import CASES, case
-from helpers.turned_layers import assert_state, numpy, state, stock_left
+from helpers.turned_layers import (
+    COUNTERPARTS,
+    assert_state,
+    flags,
+    numpy,
+    parts,
+    state,
+    stock_left,
+    turned,
+)
+from helpers.ways import full_but
 
 import kerasmp as mp
-from kerasmp.backend.keras_private import autocasts, flatten_layers, own_variables
-from kerasmp.layers import from_stock
-from kerasmp.layers.from_stock import stock_to_safe, turn_to_safe
 
 layers = keras.layers
 # Looked up: a new class of ours is held to what is below.
-STOCK = {ours.__name__: stock for stock, ours in stock_to_safe().items()}
+STOCK = {ours.__name__: stock for stock, ours in COUNTERPARTS.items()}
 STEPS = (2, 5, 6)
 CELLS = {
     name: case(STEPS, make=lambda cls=cls: {"cell": cls(3)})
@@ -40,7 +45,22 @@ EVERY = {
     name: (layers.RNN, CELLS[name]) if name in CELLS else (cls, CASES[name])
     for name, cls in STOCK.items()
 } | MORE
-every = pytest.mark.parametrize(("cls", "example"), EVERY.values(), ids=EVERY)
+# One for each way in which a class is turned; on JAX those whose bias is not cast there alone.
+MECHANISMS = {"Conv2D-gelu", "Dense-silu", "PReLU"}
+if keras.backend.backend() != "jax":
+    MECHANISMS |= {
+        "ActivityRegularization",
+        "Attention",
+        "BatchNormalization",
+        "Bidirectional",
+        "LSTMCell",
+        "MultiHeadAttention",
+        "Normalization",
+        "Normalization-adapted",
+        "Softmax",
+        "SpectralNormalization",
+    }
+every = pytest.mark.parametrize("name", full_but(MECHANISMS, EVERY))
 
 
 def inputs_of(example):
@@ -85,14 +105,6 @@ def assert_kept(model, before):
         np.testing.assert_array_equal(numpy(variable), value)
 
 
-def turned(cls, example):
-    with contextlib.ExitStack() as undo:
-        model = build(cls, example)
-        turn_to_safe(model, undo)
-        undo.pop_all()
-    return model
-
-
 def twin(model, example, dtype):
     """Return a model with a layer of ours that our constructor made, and the same weights."""
     layer = model.layers[-2]
@@ -105,165 +117,93 @@ def twin(model, example, dtype):
     return other
 
 
-# ------------------------------------------------------------------------------- for every class
-
-
-def test_every_class_of_ours_with_a_stock_base_is_there():
-    bases = {
-        name
-        for name in mp.layers.__all__
-        if issubclass(getattr(mp.layers, name), layers.Layer) and hasattr(layers, name)
-    }
-    assert len(bases) == len(stock_to_safe())
-    assert set(mp.layers.__all__) - bases == {"DenseHead", "WithDtype"}
-
-
-@every
-def test_in_float32_it_is_our_layer(cls, example):
-    model = build(cls, example)
-    stock = outputs(model, example)
-    before = kept(model)
-    classes = {id(layer): type(layer).__name__ for layer in flatten_layers(model)}
-    with contextlib.ExitStack() as undo:
-        names = turn_to_safe(model, undo)
-        assert names
-        assert names.items() <= classes.items()
-        assert not stock_left(model)
-        for layer in flatten_layers(model):
-            if id(layer) in names:
-                assert type(layer).__module__.startswith("kerasmp.layers.")
-        assert_kept(model, before)
-        found = outputs(model, example)
-        np.testing.assert_array_equal(found, outputs(twin(model, example, "float32"), example))
-        np.testing.assert_allclose(found, stock, rtol=1e-5, atol=1e-5)
-
-
-@every
-def test_its_attributes_are_those_that_our_constructor_sets(cls, example):
-    with contextlib.ExitStack() as undo:
-        model = build(cls, example)
-        turn_to_safe(model, undo)
-        other = twin(model, example, "float32")
-        pairs = zip(flatten_layers(model)[1:], flatten_layers(other)[1:], strict=True)
-        for layer, made in pairs:
-            assert type(layer) is type(made)
-            assert vars(layer).keys() == vars(made).keys()
-            simple = (bool, int, float, str, tuple, type(None))
-            for name, value in vars(made).items():
-                mine = vars(layer)[name]
-                assert type(mine) is type(value), name
-                if isinstance(value, simple) and not name.startswith("_") and name != "name":
-                    assert mine == value, name
-            for function in ("activation", "recurrent_activation"):
-                assert vars(layer).get(function) is vars(made).get(function)
-            assert list(layer._call_signature.parameters) == list(made._call_signature.parameters)
-            flags = [
-                [(v.name, v.dtype, v.trainable, autocasts(v)) for v in own_variables(each)]
-                for each in (layer, made)
-            ]
-            assert flags[0] == flags[1]
-
-
-@every
-def test_under_a_mixed_policy_it_is_our_layer(cls, example):
-    model = turned(cls, example)
-    mp.convert(model, "mixed_float16", rules="safe")
-    assert model.layers[-2].dtype_policy.name == "mixed_float16"
-    other = twin(model, example, "mixed_float16")
-    mp.convert(other, "mixed_float16", rules="safe")
-    np.testing.assert_array_equal(outputs(model, example), outputs(other, example))
-
-
-@every
-def test_a_model_that_computes_in_float16_already_is_turned_too(cls, example):
-    with mp.policy_scope("mixed_float16"):
-        model = build(cls, example, "mixed_float16")
-    before, stock = state(model), symbols_of(model)
-    with contextlib.ExitStack() as undo:
-        turn_to_safe(model, undo)
-        with mp.policy_scope("mixed_float16"):
-            other = twin(model, example, "mixed_float16")
-        np.testing.assert_array_equal(outputs(model, example), outputs(other, example))
-    assert_state(model, before)
-    assert symbols_of(model) == stock
+def assert_made_alike(model, other):
+    """Our constructor has set the same as turning did."""
+    for layer, made in zip(parts(model)[1:], parts(other)[1:], strict=True):
+        assert type(layer) is type(made)
+        assert vars(layer).keys() == vars(made).keys()
+        simple = (bool, int, float, str, tuple, type(None))
+        for name, value in vars(made).items():
+            mine = vars(layer)[name]
+            assert type(mine) is type(value), name
+            if isinstance(value, simple) and not name.startswith("_") and name != "name":
+                assert mine == value, name
+        for function in ("activation", "recurrent_activation"):
+            assert vars(layer).get(function) is vars(made).get(function)
+        assert list(layer._call_signature.parameters) == list(made._call_signature.parameters)
+        assert flags(layer) == flags(made)
 
 
 def symbols_of(model):
     return [layer.output.dtype for layer in model.layers[:-1]]
 
 
+# ------------------------------------------------------------------------------- for every class
+
+
 @every
-def test_a_saved_one_is_loaded_as_ours(cls, example, tmp_path):
-    model = turned(cls, example)
+def test_it_is_our_layer_in_float32_and_in_float16_in_files_and_back(name, tmp_path):
+    cls, example = EVERY[name]
+    model = build(cls, example)
+    weights, stock, before = kept(model), outputs(model, example), state(model)
+    classes = [type(layer).__name__ for layer in parts(model)]
+
+    # After an error it is what it was.
+    with pytest.raises(mp.errors.PolicyError, match="matches the path of no layer"):
+        turned(model, "mixed_float16", rules={"nowhere": "float32"})
+    assert_state(model, before)
+
+    # In float32, at once and not again.
+    report, names = turned(model)
+    assert names
+    assert not stock_left(model)
+    ours = [type(layer) for layer in parts(model)]
+    found = [old for old, new in zip(classes, ours, strict=True) if is_ours(new)]
+    assert sorted(found) == names
+    assert_kept(model, weights)
+    other = twin(model, example, "float32")
+    np.testing.assert_array_equal(outputs(model, example), outputs(other, example))
+    np.testing.assert_allclose(outputs(model, example), stock, rtol=1e-5, atol=1e-5)
+    assert_made_alike(model, other)
+    once = state(model)
+    again, names = turned(model)
+    assert not names
+    again.restore()
+    assert_state(model, once)
+
+    # Under a mixed policy.
+    mixed = mp.convert(model, "mixed_float16")
+    assert model.layers[-2].dtype_policy.name == "mixed_float16"
+    other = twin(model, example, "mixed_float16")
+    mp.convert(other, "mixed_float16")
+    found = outputs(model, example)
+    np.testing.assert_array_equal(found, outputs(other, example))
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    found = [[type(layer) for layer in flatten_layers(each)] for each in (loaded, model)]
-    assert found[0] == found[1]
-    np.testing.assert_array_equal(outputs(loaded, example), outputs(model, example))
+    assert [type(layer) for layer in parts(loaded)[1:]] == ours[1:]
+    np.testing.assert_array_equal(outputs(loaded, example), found)
 
-
-@every
-def test_undone_it_is_what_it_was(cls, example):
-    model = build(cls, example)
-    weights, predicted = kept(model), outputs(model, example)
-    batch = model.predict(example.inputs(), batch_size=64, verbose=0)
-    before = state(model)
-    with contextlib.ExitStack() as undo:
-        assert turn_to_safe(model, undo)
-        half = mp.convert(model, "mixed_float16", rules="safe")
-        model.predict(example.inputs(), batch_size=64, verbose=0)
-        half.restore()
+    mixed.restore()
+    report.restore()
     assert_kept(model, weights)
     assert_state(model, before)
-    np.testing.assert_array_equal(outputs(model, example), predicted)
-    found = model.predict(example.inputs(), batch_size=64, verbose=0)
-    np.testing.assert_array_equal(found, batch)
+    np.testing.assert_array_equal(outputs(model, example), stock)
+
+
+def is_ours(cls):
+    return cls.__module__.startswith("kerasmp.layers")
 
 
 @every
-def test_twice_is_once(cls, example):
-    model = build(cls, example)
-    with contextlib.ExitStack() as undo:
-        turn_to_safe(model, undo)
-        once = state(model)
-        assert turn_to_safe(model, undo) == {}
-        assert_state(model, once)
-
-
-@every
-def test_an_error_midway_leaves_everything_as_it_was(cls, example, monkeypatch):
-    model = build(cls, example)
-    before = state(model)
-    errors = 0
-    while _is_error(model, errors + 1, monkeypatch):
-        assert_state(model, before)
-        errors += 1
-    assert errors >= 2
+def test_a_model_that_computes_in_float16_already_is_turned_too(name):
+    cls, example = EVERY[name]
+    with mp.policy_scope("mixed_float16"):
+        model = build(cls, example, "mixed_float16")
+    before, stock = state(model), symbols_of(model)
+    report, _ = turned(model, "mixed_float16", rules=None)
+    with mp.policy_scope("mixed_float16"):
+        other = twin(model, example, "mixed_float16")
+    np.testing.assert_array_equal(outputs(model, example), outputs(other, example))
+    report.restore()
     assert_state(model, before)
-
-
-def _is_error(model, last, monkeypatch):
-    """Turn and undo, with an error at the change of this number if there are so many."""
-    count = 0
-
-    def counted(function):
-        def change(*args, **kwargs):
-            nonlocal count
-            count += 1
-            if count == last:
-                raise ZeroDivisionError
-            return function(*args, **kwargs)
-
-        return change
-
-    changes = ("_set", "_turn", "_activate_safely", "set_autocast", "renew_statistics")
-    with contextlib.ExitStack() as undo, monkeypatch.context() as patch:
-        for name in changes:
-            patch.setattr(from_stock, name, counted(getattr(from_stock, name)))
-        try:
-            turn_to_safe(model, undo)
-        except ZeroDivisionError:
-            return True
-        finally:
-            last = 0  # what undoes is counted too, and shall not fail
-        return False
+    assert symbols_of(model) == stock

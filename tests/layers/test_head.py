@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import pytest
+from helpers.ways import full, full_on
 from keras import ops
 
-from kerasmp.errors import PolicyError
 from kerasmp.layers import DenseHead
 from kerasmp.optimizer import LossScaleOptimizer
 
@@ -19,6 +19,7 @@ POLICIES = [
     ("bfloat16", "bfloat16", "bfloat16", "float32"),
     ("float64", "float64", "float64", "float64"),
 ]
+POLICY = pytest.mark.parametrize("policy", ["mixed_float16", full("mixed_bfloat16")])
 # The whole numbers end here: one more is rounded back to it.
 LAST_WHOLE = {"float16": 2**11, "bfloat16": 2**8, "float32": 2**24}
 
@@ -29,6 +30,12 @@ def dtype_of(tensor):
 
 def numpy_of(tensor):
     return np.array(ops.convert_to_numpy(tensor))
+
+
+def compile_(model, rate, scale, loss):
+    """Compile for steps that are too few to make it worth while to compile them."""
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(rate), loss_scale=scale)
+    model.compile(optimizer, loss, run_eagerly=keras.backend.backend() == "tensorflow")
 
 
 @pytest.fixture
@@ -45,7 +52,7 @@ def _wide_jax():
 
 @pytest.mark.usefixtures("_wide_jax")
 @pytest.mark.parametrize(("policy", "variables", "compute", "output"), POLICIES)
-@pytest.mark.parametrize("activation", [None, "softmax", "sigmoid"])
+@pytest.mark.parametrize("activation", [full(None), "softmax", full("sigmoid")])
 def test_dtypes_are_the_same_in_symbols_and_in_numbers(
     policy, variables, compute, output, activation
 ):
@@ -72,27 +79,36 @@ def test_the_matmul_rounds_to_the_compute_dtype(dtype):
         assert numpy_of(wider(inputs)).item() == last + 1
 
 
-@pytest.mark.parametrize("policy", MIXED)
+FINE = 1 + 2.0**-20  # rounds to 1 in either low precision
+
+
+@POLICY
 def test_the_bias_is_added_in_float32(policy):
-    fine = 1 + 2.0**-20  # rounds to 1 in either low precision
-    settings = {"bias_initializer": keras.initializers.Constant(fine), "dtype": policy}
-    inputs = np.zeros((1, 2))
-    assert numpy_of(DenseHead(1, **settings)(inputs)).item() == fine
-    stock = ops.cast(keras.layers.Dense(1, **settings)(inputs), "float32")
-    assert numpy_of(stock).item() == 1.0
+    head = DenseHead(1, bias_initializer=keras.initializers.Constant(FINE), dtype=policy)
+    assert numpy_of(head(np.zeros((1, 2)))).item() == FINE
 
 
-@pytest.mark.parametrize("policy", MIXED)
+SIGMOID = {"kernel_initializer": "ones", "activation": "sigmoid"}
+
+
+@POLICY
 def test_the_activation_is_computed_in_float32(policy):
-    settings = {"kernel_initializer": "ones", "activation": "sigmoid", "dtype": policy}
-    inputs = np.full((1, 1), -20.0)
-    exact = 1 / (1 + np.exp(20.0))
-    np.testing.assert_allclose(numpy_of(DenseHead(1, **settings)(inputs)).item(), exact, 1e-6)
-    stock = numpy_of(ops.cast(keras.layers.Dense(1, **settings)(inputs), "float32")).item()
-    assert abs(stock - exact) > 1e-4 * exact
+    outputs = DenseHead(1, **SIGMOID, dtype=policy)(np.full((1, 1), -20.0))
+    np.testing.assert_allclose(numpy_of(outputs).item(), 1 / (1 + np.exp(20.0)), 1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("policy", MIXED)
+def test_stock_keras_rounds_both(policy):
+    settings = {"bias_initializer": keras.initializers.Constant(FINE), "dtype": policy}
+    outputs = ops.cast(keras.layers.Dense(1, **settings)(np.zeros((1, 2))), "float32")
+    assert numpy_of(outputs).item() == 1.0
+    outputs = keras.layers.Dense(1, **SIGMOID, dtype=policy)(np.full((1, 1), -20.0))
+    exact = 1 / (1 + np.exp(20.0))
+    assert abs(numpy_of(ops.cast(outputs, "float32")).item() - exact) > 1e-4 * exact
+
+
+@POLICY
 def test_a_whole_float32_model_is_what_it_is_measured_against(policy):
     inputs = np.random.default_rng(0).normal(size=(8, 16)).astype("float32")
     head = DenseHead(5, "softmax", dtype=policy)
@@ -136,7 +152,7 @@ def test_it_takes_what_dense_takes():
     assert DenseHead(units=3, activation=ops.relu).activation is ops.relu
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "float32"])
+@pytest.mark.parametrize("policy", ["mixed_float16", full("float32")])
 def test_inputs_of_rank_3_without_bias(policy):
     head = DenseHead(2, use_bias=False, dtype=policy)
     inputs = np.random.default_rng(0).normal(size=(2, 3, 4)).astype("float32")
@@ -153,27 +169,27 @@ def test_masks_pass():
     assert numpy_of(outputs._keras_mask).tolist() == [[True, True, False]]
 
 
+def penalty(cls, dtype):
+    """Return that of 200 * 400 squares of 1: 80000, which is inf in float16."""
+    settings = {"kernel_initializer": "ones", "activity_regularizer": keras.regularizers.L2(1.0)}
+    layer = cls(400, **settings, dtype=dtype)
+    layer(np.ones((200, 1)))
+    (loss,) = layer.losses
+    return loss
+
+
 def test_the_activity_regularizer_sums_in_float32():
-    """200 * 400 squares of 1 are 80000, which is inf in float16."""
-    settings = {
-        "kernel_initializer": "ones",
-        "activity_regularizer": keras.regularizers.L2(1.0),
-        "dtype": "mixed_float16",
-    }
-    inputs = np.ones((200, 1))
-    head = DenseHead(400, **settings)
-    head(inputs)
-    (loss,) = head.losses
+    loss = penalty(DenseHead, "mixed_float16")
     assert dtype_of(loss) == "float32"
-    reference = keras.layers.Dense(400, **{**settings, "dtype": "float32"})
-    reference(inputs)
-    assert numpy_of(loss) == numpy_of(reference.losses[0]) > 0
-    stock = keras.layers.Dense(400, **settings)
-    stock(inputs)
-    assert not np.isfinite(numpy_of(stock.losses[0]))
+    assert numpy_of(loss) == numpy_of(penalty(keras.layers.Dense, "float32")) > 0
 
 
-@pytest.mark.parametrize("outer", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.full
+def test_that_of_stock_keras_overflows():
+    assert not np.isfinite(numpy_of(penalty(keras.layers.Dense, "mixed_float16")))
+
+
+@pytest.mark.parametrize("outer", ["mixed_float16", full("mixed_bfloat16")])
 def test_an_enclosing_layer_does_not_narrow_the_bias(outer):
     """The autocast of the layer around it must end at the head."""
 
@@ -192,7 +208,7 @@ def test_an_enclosing_layer_does_not_narrow_the_bias(outer):
     assert numpy_of(outputs).item() == 1 + 2.0**-20
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32"])
+@pytest.mark.parametrize("policy", ["mixed_float16", full("mixed_bfloat16"), full("float32")])
 def test_config_and_weights_survive(policy, tmp_path):
     inputs = keras.Input((4,))
     model = keras.Model(inputs, DenseHead(3, "softmax", dtype=policy, name="head")(inputs))
@@ -208,6 +224,7 @@ def test_config_and_weights_survive(policy, tmp_path):
     assert dtype_of(clone(x)) == "float32"
 
 
+@full_on("jax")
 def test_lora_trains_the_added_matrices_alone():
     head = DenseHead(3, dtype="mixed_float16")
     model = keras.Sequential([keras.Input((4,)), head])
@@ -218,7 +235,7 @@ def test_lora_trains_the_added_matrices_alone():
     assert [v.name for v in head.trainable_variables] == ["bias", "lora_kernel_a", "lora_kernel_b"]
     assert {v.dtype for v in head.variables} == {"float32"}
     kernel = numpy_of(head._kernel)
-    model.compile(LossScaleOptimizer(keras.optimizers.SGD(0.1), loss_scale=64), "mse")
+    compile_(model, 0.1, 64, "mse")
     model.fit(x, np.ones((8, 3)), epochs=2, verbose=0)
     np.testing.assert_array_equal(numpy_of(head._kernel), kernel)
     assert np.abs(numpy_of(head.lora_kernel_b)).max() > 0
@@ -227,11 +244,7 @@ def test_lora_trains_the_added_matrices_alone():
     assert np.abs(outputs - before).max() > 0
 
 
-@pytest.mark.parametrize("policy", ["int8_from_mixed_bfloat16", "float8_from_mixed_float16"])
-def test_a_quantised_policy_is_refused(policy):
-    """Dense's quantised code would give the compute dtype while the symbol says float32."""
-    with pytest.raises(PolicyError, match=f'cannot be quantised. Received: the policy "{policy}"'):
-        DenseHead(3, dtype=policy)
+def test_a_built_one_cannot_be_quantised():
     with pytest.raises(NotImplementedError):
         keras.Sequential([keras.Input((4,)), DenseHead(3)]).layers[0].quantize("int8")
 
@@ -262,37 +275,44 @@ def sigmoid_gradients(x, kernel, targets):
 def one_step(layer, loss, x, y):
     """Return the gradients that one step of SGD with rate 1 applied, and the optimizer."""
     model = keras.Sequential([keras.Input((x.shape[-1],)), layer])
-    model.compile(LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=2.0**15), loss)
+    compile_(model, 1.0, 2.0**15, loss)
     before = [numpy_of(w) for w in model.trainable_variables]
     model.fit(x, y, batch_size=len(x), verbose=0)
     after = [numpy_of(w) for w in model.trainable_variables]
     return before, [b - a for b, a in zip(before, after, strict=True)], model.optimizer
 
 
-@pytest.mark.parametrize("loss", ["categorical", "sparse_categorical", "binary"])
-def test_cross_entropy_of_probabilities_trains_where_stock_dense_cannot(loss):
+def problem(loss):
+    """Return inputs, targets, settings of the last layer, and its exact gradients of a kernel."""
     random = np.random.default_rng(0)
     x = random.normal(size=(64, 32)).astype("float32")
     classes = 2 if loss == "binary" else CLASSES
     labels = random.integers(0, classes, 64)
     one_hot = np.eye(classes, dtype="float32")[labels]
-    if loss == "binary":
-        y, activation, reference = one_hot, "sigmoid", sigmoid_gradients
-    else:
+    settings = {"units": classes, "activation": "softmax", "dtype": "mixed_float16"}
+    if loss != "binary":
         y = one_hot if loss == "categorical" else labels
-        activation, reference = "softmax", softmax_gradients
-    loss = f"{loss}_crossentropy"
-    settings = {"activation": activation, "dtype": "mixed_float16"}
-    wide = {"kernel_initializer": keras.initializers.RandomNormal(stddev=0.5, seed=1)}
-    settings |= wide if activation == "sigmoid" else {}
+        return x, y, settings, lambda kernel: softmax_gradients(x, kernel, labels)
+    settings["activation"] = "sigmoid"
+    settings["kernel_initializer"] = keras.initializers.RandomNormal(stddev=0.5, seed=1)
+    return x, one_hot, settings, lambda kernel: sigmoid_gradients(x, kernel, one_hot)
 
-    before, gradients, optimizer = one_step(DenseHead(classes, **settings), loss, x, y)
+
+@pytest.mark.parametrize("loss", [full("categorical"), "sparse_categorical", "binary"])
+def test_cross_entropy_of_probabilities_trains(loss):
+    x, y, settings, reference = problem(loss)
+    before, gradients, optimizer = one_step(DenseHead(**settings), f"{loss}_crossentropy", x, y)
     assert (optimizer.applied_steps, optimizer.skipped_steps) == (1, 0)
-    wanted = reference(x, before[0], labels if activation == "softmax" else one_hot)
-    for got, want in zip(gradients, wanted, strict=True):
+    for got, want in zip(gradients, reference(before[0]), strict=True):
         assert np.linalg.norm(got - want) / np.linalg.norm(want) < 5e-3
 
-    _, nothing, optimizer = one_step(keras.layers.Dense(classes, **settings), loss, x, y)
+
+@pytest.mark.full
+@pytest.mark.parametrize("loss", ["categorical", "sparse_categorical", "binary"])
+def test_stock_dense_cannot_train_by_it(loss):
+    x, y, settings, _ = problem(loss)
+    stock = keras.layers.Dense(**settings)
+    _, nothing, optimizer = one_step(stock, f"{loss}_crossentropy", x, y)
     assert (optimizer.applied_steps, optimizer.skipped_steps) == (0, 1)
     assert optimizer.nonfinite_counts.tolist() == [1, 1]
     assert not np.any(nothing[0])

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.float16 import MODES, assert_near_best, numpy_of
+from helpers.ways import full, in_each_way
 from keras import ops
 
 from kerasmp.layers import Normalization
@@ -48,15 +49,27 @@ def compiled(mode, function):
     return tf.function(function, jit_compile=mode == "xla")
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("made", [fixed, adapted])
-@pytest.mark.parametrize("kind", RANGES)
+@in_each_way
+@pytest.mark.parametrize(
+    ("kind", "made"),
+    [("far", adapted), ("narrow", fixed)]
+    + [full(kind, made) for kind in ("wide", "offset") for made in (fixed, adapted)]
+    + [full("far", fixed), full("narrow", adapted)],
+)
 def test_outputs_are_within_four_times_the_best(kind, made, mode):
     x, expected = raw(*RANGES[kind])
     layer = made(Normalization, x)
     outputs = compiled(mode, layer)(ops.convert_to_tensor(x))
     assert keras.backend.standardize_dtype(outputs.dtype) == "float16"
     assert_near_best(numpy_of(outputs), expected)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("made", [fixed, adapted])
+@pytest.mark.parametrize("kind", RANGES)
+def test_those_of_stock_keras_are_not(kind, made, mode):
+    x, expected = raw(*RANGES[kind])
     stock = made(Stock, x)
     outputs = numpy_of(compiled(mode, stock)(ops.convert_to_tensor(x)))
     assert not np.linalg.norm(outputs - expected) < 0.01 * np.linalg.norm(expected)
@@ -91,8 +104,17 @@ def test_a_subclassed_model_must_not_cast_its_inputs():
     assert_near_best(numpy_of(Subclassed(autocast=False)(x)), expected)
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("invert", [False, True])
+@pytest.mark.parametrize(
+    ("policy", "invert"),
+    [
+        ("mixed_float16", False),
+        ("mixed_bfloat16", True),
+        full("mixed_float16", True),
+        full("mixed_bfloat16", False),
+        full("float32", False),
+        full("float32", True),
+    ],
+)
 def test_it_is_the_stock_layer_else(policy, invert):
     x, _ = raw(3.0, 2.0)
     layer, stock = (

@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import pytest
+from helpers.ways import full, full_but, full_on
 from keras import layers, ops
 
-from kerasmp.errors import PolicyError
 from kerasmp.layers import DenseHead, WithDtype
 from kerasmp.optimizer import LossScaleOptimizer
 
@@ -62,20 +62,29 @@ MAKERS = {
     "nested": nested,
     "stacked RNN": lambda: layers.RNN([layers.GRUCell(3), layers.LSTMCell(2)]),
 }
+# One for each way in which a layer has parts.
+QUICK = {"Dense", "DenseHead", "nested"}
+if keras.backend.backend() != "jax":
+    QUICK |= {"BatchNormalization", "Bidirectional", "stacked RNN"}
+every_maker = pytest.mark.parametrize("name", full_but(QUICK, MAKERS))
 POLICIES = {
     "float32": "float32",
     "mixed_float16": "float16",
     "mixed_bfloat16": "bfloat16",
 }
 # The policy around the layer, and the one it gets.
-PAIRS = [("mixed_float16", "float32"), ("float32", "mixed_float16"), ("float32", "mixed_bfloat16")]
+PAIRS = [
+    ("mixed_float16", "float32"),
+    ("float32", "mixed_float16"),
+    full("float32", "mixed_bfloat16"),
+]
 
 
 def deep(layer):
     return layer._flatten_layers()
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@every_maker
 @pytest.mark.parametrize(("around", "given"), PAIRS)
 def test_all_parts_compute_in_the_given_dtype(name, around, given):
     keras.config.set_dtype_policy(around)
@@ -87,7 +96,7 @@ def test_all_parts_compute_in_the_given_dtype(name, around, given):
     assert dtype_of(outputs) == expected
 
 
-@pytest.mark.parametrize("given", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("given", ["mixed_float16", full("mixed_bfloat16")])
 def test_a_part_of_a_part_sees_inputs_and_weights_in_that_dtype(given):
     model = nested()
     witness = model.layers[0].layers[1]
@@ -127,11 +136,10 @@ def test_softmax_over_many_classes_is_float32():
     exact = np.exp(logits.astype("float64"))
     exact /= exact.sum()
     wrapped = numpy_of(WithDtype(layers.Softmax())(logits))
-    stock = numpy_of(layers.Softmax()(logits)).astype("float64")
     np.testing.assert_allclose(wrapped, exact, rtol=2e-4)
-    assert np.max(np.abs(stock / exact - 1)) > 1e-3
 
 
+@full_on("jax")
 @pytest.mark.parametrize("output_dtype", ["float16", "float32", "float64", None])
 def test_outputs_are_cast_to_the_output_dtype(output_dtype):
     if output_dtype == "float64" and keras.backend.backend() == "jax":
@@ -157,7 +165,7 @@ def test_outputs_that_are_no_floats_are_left_alone():
 # --------------------------------------------------------------- several inputs, training, masks
 
 
-@pytest.mark.parametrize("given", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("given", ["float32", full("mixed_float16")])
 def test_attention_with_several_inputs(given):
     layer = layers.MultiHeadAttention(2, 4)
     wrapped = WithDtype(layer, given, output_dtype="float32")
@@ -181,10 +189,9 @@ def test_a_list_of_inputs():
     big = np.full((1, 2), 4e4, "float16")
     keras.config.set_dtype_policy("mixed_float16")
     assert numpy_of(WithDtype(layers.Average())([big, big])).tolist() == [[4e4, 4e4]]
-    assert np.all(np.isinf(numpy_of(layers.Average()([big, big]))))
 
 
-@pytest.mark.parametrize("given", ["float32", "float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("given", ["float32", full("float16"), full("mixed_bfloat16")])
 def test_training_reaches_dropout(given):
     wrapped = WithDtype(layers.Dropout(0.5), given)
     ones = np.ones((8, 8), "float32")
@@ -195,6 +202,7 @@ def test_training_reaches_dropout(given):
     assert np.any(wide(model(ones, training=True)) == 0)
 
 
+@full_on("jax")
 @pytest.mark.keras("3.14")  # before it, every stock layer that casts its input loses the mask
 @pytest.mark.parametrize(("around", "given"), PAIRS)
 def test_masks_go_in_and_come_out(around, given):
@@ -240,7 +248,7 @@ def test_a_mask_is_passed_by_hand_together_with_training():
 # ------------------------------------------------------------------- building, errors, and saving
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@every_maker
 def test_an_explicit_build_builds_the_layer(name):
     wrapped = WithDtype(MAKERS[name](), "mixed_float16")
     wrapped.build((None, *SEQUENCE[1:]))
@@ -261,7 +269,7 @@ def test_a_layer_of_several_inputs_builds_when_called():
     assert len(wrapped.trainable_variables) == 8
 
 
-@pytest.mark.parametrize("name", ["Dense", "LSTM", "Bidirectional", "nested"])
+@pytest.mark.parametrize("name", ["Dense", full("LSTM"), full("Bidirectional"), "nested"])
 def test_a_built_layer_keeps_its_weights(name):
     layer = MAKERS[name]()
     before = wide(layer(data()))
@@ -273,37 +281,8 @@ def test_a_built_layer_keeps_its_weights(name):
     np.testing.assert_allclose(wide(outputs), before, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "given"),
-    [("float16", "float32"), ("float16", "mixed_float16"), ("float32", "float16")],
-)
-@pytest.mark.parametrize("depth", ["layer", "part of it"])
-def test_a_built_layer_with_other_variables_is_refused_and_unchanged(dtype, given, depth):
-    layer = layers.Dense(2, dtype=dtype)
-    layer.build((None, 4))
-    wrapped = layer
-    if depth == "part of it":  # and another part has what is wanted
-        other = layers.Dense(4, dtype=given)
-        wrapped = keras.Sequential([keras.Input((4,)), other, layer])
-    policies = [part.dtype_policy for part in deep(wrapped)]
-    wanted = keras.DTypePolicy(given).variable_dtype
-    with pytest.raises(PolicyError) as caught:
-        WithDtype(wrapped, given)
-    held = dtype if depth == "layer" else "float16 and float32"
-    assert caught.value.received == f"variables in {held}, a policy that wants {wanted}"
-    assert caught.value.expected == f"a policy with {held} variables"
-    assert 'use a "mixed_" policy' in caught.value.fix
-    assert [part.dtype_policy for part in deep(wrapped)] == policies
-    assert {v.dtype for v in wrapped.variables} == set(held.split(" and "))
-
-
-def test_what_is_no_layer_is_refused_by_keras():
-    with pytest.raises(ValueError, match="isn't a supported layer type"):
-        WithDtype(ops.relu)
-
-
-@pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("around", ["float32", "mixed_float16"])
+@every_maker
+@pytest.mark.parametrize("around", [full("float32"), "mixed_float16"])
 def test_a_saved_model_predicts_the_same(name, around, tmp_path):
     keras.config.set_dtype_policy(around)
     given = "float32" if around == "mixed_float16" else "mixed_float16"
@@ -330,23 +309,25 @@ def test_a_saved_model_with_attention_predicts_the_same(tmp_path):
     np.testing.assert_array_equal(numpy_of(loaded(data())), numpy_of(model(data())))
 
 
-def test_config():
-    config = WithDtype(layers.Dense(2), "mixed_float16", output_dtype="float32").get_config()
-    again = WithDtype.from_config(dict(config))
-    assert again.get_config() == config
-    assert again.layer.compute_dtype == "float16"
-    assert WithDtype(layers.Dense(2)).compute_dtype == "float32"
-
-
-@pytest.mark.parametrize("name", ["Dense", "LSTM", "nested"])
-@pytest.mark.parametrize(("around", "given"), PAIRS[:2])
+@pytest.mark.parametrize(
+    ("name", "around", "given"),
+    [
+        ("nested", "mixed_float16", "float32"),
+        ("Dense", "float32", "mixed_float16"),
+        full("Dense", "mixed_float16", "float32"),
+        full("nested", "float32", "mixed_float16"),
+        full("LSTM", "mixed_float16", "float32"),
+        full("LSTM", "float32", "mixed_float16"),
+    ],
+)
 def test_gradients_reach_every_weight(name, around, given):
     keras.config.set_dtype_policy(around)
     wrapped = WithDtype(MAKERS[name](), given)
     model = keras.Sequential(
         [keras.Input(SEQUENCE[1:]), layers.Dense(4), wrapped, layers.Flatten(), DenseHead(1)]
     )
-    model.compile(LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=64), "mse")
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=64)
+    model.compile(optimizer, "mse", run_eagerly=keras.backend.backend() == "tensorflow")
     before = [numpy_of(w) for w in model.trainable_variables]
     model.fit(data((16, *SEQUENCE[1:])), np.ones((16, 1)), batch_size=16, verbose=0)
     assert model.optimizer.applied_steps == 1

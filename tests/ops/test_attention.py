@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from helpers.attention64 import attention
 from helpers.float16 import MODES, error, numpy_of, rounded, step
+from helpers.ways import full, in_each_way
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.errors import ArgumentError
 from kerasmp.ops import dot_product_attention
 
 stock = keras.ops.dot_product_attention
@@ -47,15 +47,20 @@ def assert_as_good_as_float16_can_be(got, inputs, upstream, **settings):
     assert compared >= 2  # the outputs and the gradient of the values
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("depth", [16, 128])
-@pytest.mark.parametrize("std", [0.03, 1, 10, 30, 60, 300])
+@in_each_way
+@pytest.mark.parametrize(
+    ("std", "depth"),
+    [(0.03, 16), (60, 128)]
+    + [full(0.03, 128), full(60, 16)]
+    + [full(std, depth) for std in (1, 10, 30, 300) for depth in (16, 128)],
+)
 def test_every_magnitude_is_within_four_times_the_best(std, depth, mode):
     inputs, upstream = drawn(std, depth)
     got = step(mode, dot_product_attention, inputs, upstream)
     assert_as_good_as_float16_can_be(got, inputs, upstream)
 
 
+@pytest.mark.full
 @settings(max_examples=4, deadline=None)
 @given(
     std=st.floats(-3, 2).map(lambda power: 10.0**power),
@@ -80,6 +85,7 @@ def test_random_inputs_and_masks(std, depth, seed, masked, causal):
     assert_as_good_as_float16_can_be(got, inputs, upstream, mask=mask)
 
 
+@pytest.mark.full
 @pytest.mark.backend("tensorflow", "jax")
 @pytest.mark.parametrize("mode", MODES)
 def test_stock_keras_gives_nan_or_does_not_run(mode):
@@ -92,7 +98,7 @@ def test_stock_keras_gives_nan_or_does_not_run(mode):
     assert all(np.isnan(x).any() for x in (outputs, *gradients))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@in_each_way
 def test_the_longest_rows_lose_nothing_to_subnormal_weights(mode):
     rng = np.random.default_rng(0)
     query = rounded(rng.normal(0, 0.1, (1, 2, 1, 4)))
@@ -107,7 +113,7 @@ def test_the_longest_rows_lose_nothing_to_subnormal_weights(mode):
     )
 
 
-@pytest.mark.parametrize("mode", MODES)
+@in_each_way
 def test_large_upstream_gradients_do_not_overflow_inside(mode):
     inputs, upstream = drawn(1.0)
     inputs[2] = rounded(inputs[2] * 300)
@@ -118,7 +124,7 @@ def test_large_upstream_gradients_do_not_overflow_inside(mode):
     assert_as_good_as_float16_can_be((outputs, gradients), inputs, upstream)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@in_each_way
 def test_rows_without_any_key_give_zeros_and_zero_gradients(mode):
     inputs, upstream = drawn(60)
     mask = np.ones((BATCH, 1, QUERIES, KEYS), bool)
@@ -135,7 +141,7 @@ def test_rows_without_any_key_give_zeros_and_zero_gradients(mode):
     assert_as_good_as_float16_can_be((outputs, gradients), inputs, upstream, mask=mask)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@in_each_way
 def test_a_mask_hides_keys_however_low_the_scores_of_the_others_are(mode):
     """Masked scores are 50000 and -50000 is the one that counts: stock adds -45850 at most."""
     query = rounded(np.full((1, 1, 1, 1), 250.0))
@@ -152,7 +158,7 @@ def test_a_mask_hides_keys_however_low_the_scores_of_the_others_are(mode):
     assert [g.ravel().tolist() for g in gradients] == [[0.0], [0.0, 0.0], [0.0, 1.0]]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@in_each_way
 def test_a_bias_of_minus_infinity_masks_and_one_of_minus_1e9_does_not_overflow(mode):
     inputs, upstream = drawn(1.0)
     hidden = np.zeros((1, 1, QUERIES, KEYS), "float32")
@@ -166,7 +172,7 @@ def test_a_bias_of_minus_infinity_masks_and_one_of_minus_1e9_does_not_overflow(m
         assert_as_good_as_float16_can_be(got, inputs, upstream, bias=numbers, mask=mask)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@in_each_way
 def test_the_gradient_of_a_bias(mode):
     inputs, upstream = drawn(1.0)
     bias = rounded(np.random.default_rng(1).normal(size=(1, 2, QUERIES, KEYS)))
@@ -184,7 +190,7 @@ def test_the_gradient_of_a_bias(mode):
 
 
 @pytest.mark.parametrize("key_heads", [1, 2])
-@pytest.mark.parametrize("mode", MODES)
+@in_each_way
 def test_groups_of_query_heads_share_keys(mode, key_heads):
     inputs, upstream = drawn(10.0, heads=4, key_heads=key_heads)
     outputs, gradients = step(mode, dot_product_attention, inputs, upstream)
@@ -277,20 +283,6 @@ def test_lengths_may_be_unknown_when_the_graph_is_traced():
     want, _, _ = attention(x, y, y, upstream, scale=0.25, mask=seen)
     assert error(numpy_of(got), want) <= ALLOWED * error(rounded(want), want)
     assert not numpy_of(got)[:, :2].any()
-
-
-@pytest.mark.parametrize(
-    ("shapes", "message"),
-    [
-        ([(2, 3, 4)] * 3, "four dimensions"),
-        ([(1, 3, 4, 8), (1, 3, 3, 8), (1, 3, 3, 8)], "cannot be shared out"),
-        ([(1, 3, 4, 8), (1, 3, 2, 8), (1, 3, 1, 8)], "cannot be shared out"),
-    ],
-)
-def test_shapes_that_do_not_fit_are_errors_that_show_them(shapes, message):
-    with pytest.raises(ArgumentError, match=message) as raised:
-        dot_product_attention(*(np.ones(shape, "float16") for shape in shapes))
-    assert str(shapes[0]) in str(raised.value)
 
 
 # ------------------------------------------------------------------------------- flash attention

@@ -5,6 +5,8 @@ from helpers import numerics_page
 from helpers.hazards import HAZARDS
 from helpers.precision import ALLOWED
 
+pytestmark = pytest.mark.unit
+
 DATA = numerics_page.read()
 ROWS = [row for entry in DATA.values() for row in entry["rows"]]
 

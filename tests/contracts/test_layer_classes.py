@@ -1,0 +1,32 @@
+"""Which layers there are, of Keras and of ours: each has a case, each of ours a stock base."""
+
+import keras
+import pytest
+from helpers.layer_cases import CASES, OURS, STOCK
+
+import kerasmp as mp
+
+pytestmark = pytest.mark.unit
+
+WITHOUT_A_TWIN = {"DenseHead", "WithDtype"}
+
+
+def test_no_layer_is_forgotten():
+    assert not [name for name in [*STOCK, *OURS] if name not in CASES]
+
+
+def test_each_of_ours_is_a_subclass_of_the_stock_layer_of_its_name():
+    for name in set(mp.layers.__all__) - WITHOUT_A_TWIN:
+        stock, ours = (getattr(room, name) for room in (keras.layers, mp.layers))
+        assert issubclass(ours, stock), name
+        assert ours is not stock, name
+    assert not [name for name in WITHOUT_A_TWIN if hasattr(keras.layers, name)]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_layer_is_made_again_from_its_config(name):
+    layer = CASES[name].make(OURS[name], "mixed_float16")
+    again = OURS[name].from_config(layer.get_config())
+    assert type(again) is OURS[name]
+    assert again.get_config() == layer.get_config()
+    assert again.dtype_policy.name == "mixed_float16"

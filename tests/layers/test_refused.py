@@ -1,0 +1,63 @@
+"""What layers of ours refuse, by which message, and what they keep in their configuration."""
+
+import keras
+import pytest
+from keras import layers, ops
+
+from kerasmp.errors import PolicyError
+from kerasmp.layers import DenseHead, SpectralNormalization, WithDtype
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize("policy", ["int8_from_mixed_bfloat16", "float8_from_mixed_float16"])
+def test_a_head_of_a_quantised_policy(policy):
+    """Dense's quantised code would give the compute dtype while the symbol says float32."""
+    with pytest.raises(PolicyError, match=f'cannot be quantised. Received: the policy "{policy}"'):
+        DenseHead(3, dtype=policy)
+
+
+def deep(layer):
+    return layer._flatten_layers()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "given"),
+    [("float16", "float32"), ("float16", "mixed_float16"), ("float32", "float16")],
+)
+@pytest.mark.parametrize("depth", ["layer", "part of it"])
+def test_a_built_layer_with_other_variables_is_refused_and_unchanged(dtype, given, depth):
+    layer = layers.Dense(2, dtype=dtype)
+    layer.build((None, 4))
+    wrapped = layer
+    if depth == "part of it":  # and another part has what is wanted
+        other = layers.Dense(4, dtype=given)
+        wrapped = keras.Sequential([keras.Input((4,)), other, layer])
+    policies = [part.dtype_policy for part in deep(wrapped)]
+    wanted = keras.DTypePolicy(given).variable_dtype
+    with pytest.raises(PolicyError) as caught:
+        WithDtype(wrapped, given)
+    held = dtype if depth == "layer" else "float16 and float32"
+    assert caught.value.received == f"variables in {held}, a policy that wants {wanted}"
+    assert caught.value.expected == f"a policy with {held} variables"
+    assert 'use a "mixed_" policy' in caught.value.fix
+    assert [part.dtype_policy for part in deep(wrapped)] == policies
+    assert {v.dtype for v in wrapped.variables} == set(held.split(" and "))
+
+
+def test_what_is_no_layer_is_refused_by_keras():
+    with pytest.raises(ValueError, match="isn't a supported layer type"):
+        WithDtype(ops.relu)
+
+
+def test_config():
+    config = WithDtype(layers.Dense(2), "mixed_float16", output_dtype="float32").get_config()
+    again = WithDtype.from_config(dict(config))
+    assert again.get_config() == config
+    assert again.layer.compute_dtype == "float16"
+    assert WithDtype(layers.Dense(2)).compute_dtype == "float32"
+
+
+def test_no_power_iterations():
+    with pytest.raises(ValueError, match="power_iterations"):
+        SpectralNormalization(layers.Dense(1), power_iterations=0)
