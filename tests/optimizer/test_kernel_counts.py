@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import kerasmp as mp
-from tests.helpers.stepping import variables_of
+from helpers.stepping import variables_of
 
 VARIABLES = 40
 IDLE = {"Const", "Placeholder", "Identity", "NoOp"}

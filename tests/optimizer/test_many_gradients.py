@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import kerasmp as mp
-from tests.helpers.stepping import WAYS, numpy, tensors, variables_of
+from helpers.stepping import WAYS, numpy, tensors, variables_of
 
 NUMBER = 20
 
