@@ -93,6 +93,17 @@ def by_name(values, quick):
     ]
 
 
+def quick_on(*backends):
+    """Leave a test to the full set on all backends but these: its code is the same on the others.
+
+    On JAX, what is compiled anew for each optimizer takes a second and more.
+    """
+    return (lambda test: test) if BACKEND in backends else pytest.mark.full
+
+
+NOT_ON_JAX = ("tensorflow", "torch")
+
+
 def each_of(ways, quick=None):
     """Parametrize `step` by these ways; the full set has those that are not in `quick`.
 

@@ -8,7 +8,15 @@ good micro-batches as it should. Windows after it end later than planned, which 
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import EXACT_WAYS, WITHOUT_XLA, assert_same_bits, each_of, numpy
+from helpers.stepping import (
+    EXACT_WAYS,
+    NOT_ON_JAX,
+    WITHOUT_XLA,
+    assert_same_bits,
+    each_of,
+    numpy,
+    quick_on,
+)
 from helpers.twins import Twins
 from keras import ops
 
@@ -24,6 +32,7 @@ def accumulating(_):
 
 
 @every_way
+@quick_on(*NOT_ON_JAX)
 def test_the_scale_may_move_within_a_window(step):
     """What is accumulated is unscaled already; PyTorch's practice must hold the scale still."""
     twins = Twins(accumulating, step)
@@ -81,6 +90,7 @@ def _fitted(x, y, optimizer, monitors=()):
     return numpy(model.variables), history.history
 
 
+@quick_on(*NOT_ON_JAX)
 def test_fit_with_a_bad_micro_batch_ends_where_fit_without_it_ends_and_the_logs_tell():
     expected, _ = _fitted(X, Y, accumulating(None))
     bad = np.full((8, 4), np.nan, "float32")

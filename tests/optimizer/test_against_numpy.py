@@ -89,7 +89,7 @@ class Model:
 
 
 # JAX compiles an eager step for each optimizer anew.
-MANY = settings(max_examples=8 if BACKEND == "jax" else 25, deadline=None)
+MANY = settings(max_examples=4 if BACKEND == "jax" else 25, deadline=None)
 FEW = settings(max_examples=4, deadline=None)
 SEQUENCES = {
     "steps": st.lists(st.tuples(GRADIENT, LOSS), min_size=1, max_size=12),

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.stepping import (
+    NOT_ON_JAX,
     WITHOUT_XLA,
     Stock,
     assert_same_bits,
@@ -14,6 +15,7 @@ from helpers.stepping import (
     by_name,
     few,
     numpy,
+    quick_on,
     variables_of,
 )
 
@@ -113,6 +115,7 @@ def test_in_stock_keras_it_sees_zeros():
 
 @pytest.mark.parametrize("swap_on_epoch", few([False, True], [True]))
 @every_setting("every second step")
+@quick_on(*NOT_ON_JAX)
 def test_swapping_in_a_run_with_a_skipped_batch_equals_swapping_without_it(settings, swap_on_epoch):
     def run(optimizer, module, x, y):
         keras.utils.set_random_seed(0)

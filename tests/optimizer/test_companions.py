@@ -8,7 +8,17 @@ skipped in between changes none of them. `helpers.twins` says where the bits can
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import EXACT_WAYS, each_of, few, numpy, tensors, variables_of
+from helpers.stepping import (
+    BACKEND,
+    EXACT_WAYS,
+    NOT_ON_JAX,
+    each_of,
+    few,
+    numpy,
+    quick_on,
+    tensors,
+    variables_of,
+)
 from helpers.twins import SCALE, START, Twins, gradients
 
 from kerasmp.optimizer import LossScaleOptimizer
@@ -73,13 +83,9 @@ COMPANIONS = {
     "centred": (rmsprop(momentum=0.5, centered=True), rmsprop(momentum=0.5)),
 }
 # Those that meet code of ours; the others are Keras's alone.
-QUICK = (
-    "global_clipnorm",
-    "decay but for a name",
-    "accumulation, clipped",
-    "average, accumulation, decay and clipping",
-    "a callable learning rate",
-)
+QUICK = ("average, accumulation, decay and clipping", "a callable learning rate")
+if BACKEND != "jax":  # which compiles for each of them anew
+    QUICK += ("global_clipnorm", "decay but for a name", "accumulation, clipped")
 
 
 def trained(make, step, **options):
@@ -107,6 +113,7 @@ def test_a_companion_works_as_without_the_wrapper(name, step):
 
 
 @every_way
+@quick_on(*NOT_ON_JAX)
 def test_an_average_that_overwrites_nothing_is_kept_beside_the_weights(step):
     twins = trained(sgd(use_ema=True, ema_momentum=0.5), step)
     twins.check()
@@ -115,6 +122,7 @@ def test_an_average_that_overwrites_nothing_is_kept_beside_the_weights(step):
 
 
 @every_way
+@quick_on(*NOT_ON_JAX)
 def test_a_constraint_acts_on_applied_steps_only(step):
     def constrain(variables):
         for variable in variables:
@@ -163,6 +171,7 @@ def test_a_variable_that_takes_its_gradient_as_value_takes_none_of_a_skipped_ste
 
 
 @every_way
+@quick_on(*NOT_ON_JAX)
 def test_the_clipped_gradient_is_the_unscaled_one(step):
     """A norm of 0.5 is below the threshold of 1, and 0.5 times the scale is far above."""
     for settings in ({"clipnorm": 1.0}, {"global_clipnorm": 1.0}, {"clipvalue": 1.0}):

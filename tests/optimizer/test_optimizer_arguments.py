@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 
+import kerasmp as mp
 from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, NoLossScale
 from kerasmp.optimizer import LossScaleOptimizer
@@ -147,3 +148,13 @@ def test_a_scale_of_the_inner_optimizer_is_dropped_with_a_warning():
     with pytest.warns(LossScaleWarning, match=r"pass loss_scale=100\.0 here"):
         LossScaleOptimizer(inner)
     assert inner.loss_scale_factor is None
+
+
+def test_compile_says_so_too_where_it_wraps():
+    """Fault 10: stock Keras puts a dynamic scale in its place without a word."""
+    with mp.policy_scope("mixed_float16"):
+        model = mp.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    with pytest.warns(LossScaleWarning, match=r"pass loss_scale=256\.0 here"):
+        model.compile(keras.optimizers.SGD(0.01, loss_scale_factor=256.0), "mse")
+    model.compile(LossScaleOptimizer(keras.optimizers.SGD(0.01), loss_scale=256.0), "mse")
+    assert model.optimizer.schedule == FixedLossScale(256.0)
