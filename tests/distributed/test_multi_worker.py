@@ -15,6 +15,7 @@ def train(cls, bad, **more):
 
 
 def test_a_bad_batch_of_either_worker_is_skipped_by_both():
+    # One trace serves them all.
     bad = [(value, row) for value in (OVERFLOW, DATA) for row in (FIRST_WORKER, SECOND_WORKER)]
     first, second = train("ours", bad)
     assert first == second
@@ -27,6 +28,7 @@ def test_a_bad_batch_of_either_worker_is_skipped_by_both():
         assert run["scale"] == bad_batch.SCALE / (2 if value == OVERFLOW else 1)
 
 
+@pytest.mark.full
 def test_stock_keras_hangs_where_one_worker_overflows():
     """Fault 2."""
     # The clean training takes less than a second: 10 are no busy machine's.

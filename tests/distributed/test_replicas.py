@@ -1,4 +1,7 @@
-"""Two replicas of MirroredStrategy do what one device does with the whole batch."""
+"""Two replicas of MirroredStrategy do what one device does with the whole batch, or nothing.
+
+What one of them cannot use, none uses.
+"""
 
 import itertools
 
@@ -6,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import processes
-from helpers.bad_batch import SCALE
+from helpers.bad_batch import DATA, OVERFLOW, SCALE, assert_skipped_everywhere
 from keras import ops
 
 pytestmark = [pytest.mark.backend("tensorflow"), pytest.mark.timeout(processes.SECONDS + 10)]
@@ -35,34 +38,84 @@ def assert_like_a_plain_optimizer(ours, plain):
     assert all(a != b for a, b in itertools.pairwise(trained))
 
 
+PARTS, WHOLE = [[3.0, -1.0], [0.0, 5.0]], [3.0, 4.0]
+CLIPPING = [{"global_clipnorm": 1.0}, {"clipnorm": 1.0}, {"clipvalue": 3.5}]
+EACH = 2e38 / SCALE  # times the scale finite on each replica, but not the sum of both
+
+
+def clipped(cls, setting):
+    return ["apply_once", {"parts": PARTS, "cls": cls} | setting]
+
+
+# The quick set's: one of each kind.
+QUICK = {
+    # Collectives of eager code clash with those of a graph before it: what is unbuilt comes first.
+    "unbuilt": ["unbuilt", {}],
+    "loop": ["train", {"way": "loop", "value": OVERFLOW}],
+    # The weights hold BatchNormalization's statistics.
+    "data": ["train", {"way": "fit", "value": DATA, "guarded": True}],
+    "refusals": ["refusals", {}],
+    "both": ["apply_once", {"parts": [[EACH, 0.0], [EACH, 1.0]]}],
+    "cancelling": ["apply_once", {"parts": [[EACH, 0.0], [-EACH, 1.0]]}],
+    "clipped": clipped("ours", CLIPPING[0]),
+    "schedule": ["schedule", {"name": "growing"}],
+    "sparse": ["sparse", {}],
+}
+
+
+@pytest.fixture(scope="module")
+def quick():
+    return dict(zip(QUICK, run(*QUICK.values()), strict=True))
+
+
+def test_one_bad_replica_any_of_both_is_skipped_on_both(quick):
+    assert_skipped_everywhere(quick["loop"], 2)
+
+
+def test_so_is_it_in_fit_of_our_model_which_knows_that_the_loss_is_to_blame(quick):
+    assert_skipped_everywhere(quick["data"], 2, SCALE)  # the scale stays
+
+
+@pytest.mark.full
 def test_every_companion_of_an_optimizer_goes_by_the_whole_batch():
     names = ["averages", "weight decay", "constraint", "nested", "nested twice"]
     for ours, plain in run(*(["companion", {"name": name}] for name in names)):
         assert_like_a_plain_optimizer(ours, plain)
 
 
+@pytest.mark.full
 @pytest.mark.keras("3.15.1")
 def test_so_do_several_optimizers_in_one():
     ((ours, plain),) = run(["companion", {"name": "several"}])
     assert_like_a_plain_optimizer(ours, plain)
 
 
+def assert_moves_as_on_one_device(ours, one):
+    assert_like_one_device(ours, one)
+    for replicas, device in zip(ours, one, strict=True):
+        assert replicas["own"][0] == device["own"][0]
+        assert replicas["counted"] == device["counted"]
+    assert ours[-1]["counted"] == [6, 1]
+    assert ours[4]["trained"] == ours[3]["trained"]  # the bad step
+
+
+@pytest.mark.full
 def test_every_schedule_moves_as_on_one_device():
-    names = ["fixed", "none", "growing", "log max", "underflow"]
+    names = ["fixed", "none", "log max", "underflow"]
     for ours, one in run(*(["schedule", {"name": name}] for name in names)):
-        assert_like_one_device(ours, one)
-        for replicas, device in zip(ours, one, strict=True):
-            assert replicas["own"][0] == device["own"][0]
-            assert replicas["counted"] == device["counted"]
-        assert ours[-1]["counted"] == [6, 1]
-        assert ours[4]["trained"] == ours[3]["trained"]  # the bad step
+        assert_moves_as_on_one_device(ours, one)
 
 
-def test_an_optimizer_that_its_first_step_builds_and_steps_that_are_refused():
-    # Collectives of eager code clash with those of a graph before it: what is unbuilt comes first.
-    unbuilt, refused = run(["unbuilt", {}], ["refusals", {}])
-    assert unbuilt == [[[-0.5]] * 2, [1, 1]]
-    (cross_replica, unknown, outside), before, after = refused
+def test_the_usual_schedule_moves_as_on_one_device(quick):
+    assert_moves_as_on_one_device(*quick["schedule"])
+
+
+def test_an_optimizer_that_its_first_step_builds(quick):
+    assert quick["unbuilt"] == [[[-0.5]] * 2, [1, 1]]
+
+
+def test_steps_that_are_refused(quick):
+    (cross_replica, unknown, outside), before, after = quick["refusals"]
     assert "cannot know whether its gradients are unscaled" in outside
     assert "no replica whose gradients" in cross_replica
     assert "inside the function that you give to strategy.run()" in cross_replica
@@ -71,54 +124,46 @@ def test_an_optimizer_that_its_first_step_builds_and_steps_that_are_refused():
     assert before == after
 
 
-PARTS, WHOLE = [[3.0, -1.0], [0.0, 5.0]], [3.0, 4.0]
-CLIPPING = [{"global_clipnorm": 1.0}, {"clipnorm": 1.0}, {"clipvalue": 3.5}]
-EACH = 2e38 / SCALE  # times the scale finite on each replica, but not the sum of both
+def one_device(setting):
+    weight = keras.Variable([0.0, 0.0])
+    keras.optimizers.SGD(1.0, **setting).apply([ops.array(WHOLE)], [weight])
+    return ops.convert_to_numpy(weight)
+
+
+def test_gradients_that_overflow_only_in_their_sum_are_skipped(quick):
+    assert quick["both"] == {"weight": [0.0, 0.0], "skipped": 1}
+    assert quick["cancelling"] == {"weight": [0.0, -1.0], "skipped": 0}
+
+
+def test_clipping_by_the_norm_goes_by_the_gradient_of_the_whole_batch(quick):
+    np.testing.assert_allclose(quick["clipped"]["weight"], one_device(CLIPPING[0]), rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
 def results():
-    clipped = [
-        ["apply_once", {"parts": PARTS, "cls": cls} | setting]
-        for cls in ("ours", "stock")
-        for setting in CLIPPING
-    ]
-    both, cancelling, ours, stock, sparse, saving, *clipped = run(
-        ["apply_once", {"parts": [[EACH, 0.0], [EACH, 1.0]]}],
-        ["apply_once", {"parts": [[EACH, 0.0], [-EACH, 1.0]]}],
+    ours, stock, saving, *weights = run(
         ["sent", {"cls": "ours"}],
         ["sent", {"cls": "stock"}],
-        ["sparse", {}],
         ["saving", {}],
-        *clipped,
+        *(clipped(cls, setting) for cls in ("ours", "stock") for setting in CLIPPING),
     )
     return {
-        "overflow": (both, cancelling),
         "sent": (ours, stock),
-        "sparse": sparse,
         "saving": saving,
-        "clipped": [result["weight"] for result in clipped],
+        "clipped": [result["weight"] for result in weights],
     }
 
 
-def test_gradients_that_overflow_only_in_their_sum_are_skipped(results):
-    both, cancelling = results["overflow"]
-    assert both == {"weight": [0.0, 0.0], "skipped": 1}
-    assert cancelling == {"weight": [0.0, -1.0], "skipped": 0}
-
-
-def test_clipping_goes_by_the_gradient_of_the_whole_batch(results):
+@pytest.mark.full
+def test_so_does_every_other_clipping(results):
     ours, stock = results["clipped"][:3], results["clipped"][3:]
-    one_device = []
-    for setting in CLIPPING:
-        weight = keras.Variable([0.0, 0.0])
-        keras.optimizers.SGD(1.0, **setting).apply([ops.array(WHOLE)], [weight])
-        one_device.append(ops.convert_to_numpy(weight))
-    np.testing.assert_allclose(ours, one_device, rtol=1e-6)
+    expected = [one_device(setting) for setting in CLIPPING]
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
     # Stock Keras clips each replica's share by itself, and adds up what is left of them.
-    assert (np.abs(np.subtract(stock, one_device)).max(axis=1) > 0.1).all()
+    assert (np.abs(np.subtract(stock, expected)).max(axis=1) > 0.1).all()
 
 
+@pytest.mark.full
 def test_gradients_cross_the_network_once_and_one_number_with_them(results):
     ours, stock = results["sent"]
     gradients = [[3, 2], [2], []]
@@ -129,15 +174,16 @@ def test_gradients_cross_the_network_once_and_one_number_with_them(results):
     assert ours[1] == stock[1] == ["CollectiveReduceV2"] * 2
 
 
-def test_sparse_gradients_stay_sparse_and_are_skipped_together(results):
+def test_sparse_gradients_stay_sparse_and_are_skipped_together(quick):
     table = np.array([[1.0, 2.0]] * 4)
     np.subtract.at(table, [0, 1, 0], [[0.5, 1.0]] * 3)
     np.subtract.at(table, [1, 3, 3], [[0.25, 0.5], [1.0, 0.0], [2.0, 4.0]])
-    sparse = results["sparse"]
+    sparse = quick["sparse"]
     assert sparse["tables"] == [[table.ravel().tolist()] * 2] * 2  # the second step was bad
     assert (sparse["seen"], sparse["skipped"]) == (["IndexedSlices"], 1)
 
 
+@pytest.mark.full
 def test_state_goes_on_after_files_and_checkpoints(results):
     saving = results["saving"]
     assert saving["counted"] == [4, 1]

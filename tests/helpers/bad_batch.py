@@ -59,3 +59,15 @@ def outcome(model, optimizer):
         "skipped": optimizer.skipped_steps,
         "applied": optimizer.applied_steps,
     }
+
+
+def assert_skipped_everywhere(runs, replicas, scale=SCALE / 2, where=None):
+    """Check what `helpers.mirrored` found: fault 1."""
+    assert len(runs["bad"]) == (replicas if where is None else len(where))
+    assert np.isfinite(runs["clean"]["weights"]).all()
+    assert (runs["clean"]["skipped"], runs["clean"]["applied"]) == (0, 4)
+    for run in runs["bad"]:
+        assert run["weights"] == runs["clean"]["weights"]
+        assert (run["skipped"], run["applied"], run["scale"]) == (1, 4, scale)
+        assert len(run["copies"]) == replicas
+        assert all(copy == run["copies"][0] for copy in run["copies"])

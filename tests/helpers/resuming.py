@@ -1,13 +1,8 @@
-"""Training with skipped steps that is stopped halfway: a process of its own, and its pieces.
-
-As a process it goes on from a `.keras` file and writes what it ends with. Arguments: the file, and
-the `.npz` to write.
-"""
-
-import sys
+"""Training with skipped steps that is stopped halfway, and goes on, also in another process."""
 
 import keras
 import numpy as np
+from helpers.stepping import WITHOUT_XLA
 from keras import ops
 
 import kerasmp as mp
@@ -41,7 +36,7 @@ def compiled():
     rate = keras.optimizers.schedules.ExponentialDecay(0.01, 3, 0.9)
     inner = keras.optimizers.AdamW(rate, use_ema=True, clipnorm=1.0)
     optimizer = mp.LossScaleOptimizer(inner, loss_scale=SCHEDULE)
-    model.compile(optimizer, keras.losses.MeanSquaredError())
+    model.compile(optimizer, keras.losses.MeanSquaredError(), **WITHOUT_XLA)
     model.optimizer.build(model.trainable_variables)
     return model
 
@@ -58,5 +53,6 @@ def everything(model):
     return [ops.convert_to_numpy(v.value) for v in [*model.variables, *model.optimizer.variables]]
 
 
-if __name__ == "__main__":
-    np.savez(sys.argv[2], *everything(train(keras.models.load_model(sys.argv[1]), STOP, END)))
+def go_on(path):
+    """Go on from a `.keras` file; return all that there is at the end, as lists."""
+    return [value.tolist() for value in everything(train(keras.models.load_model(path), STOP, END))]

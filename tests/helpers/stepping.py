@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
 
 from kerasmp.optimizer import LossScaleOptimizer
@@ -72,6 +73,47 @@ WAYS = {"tensorflow": [eager, graph, xla], "jax": [eager, stateless], "torch": [
 # it is free to round products and sums in one step instead of two (measured: Lion and Adafactor
 # under XLA on TensorFlow, every optimizer in an eager loop on JAX, both in the last bits).
 EXACT_WAYS = {"tensorflow": [eager, graph], "jax": [jitted], "torch": [eager]}[BACKEND]
+
+# `fit` compiles by XLA on TensorFlow, which takes longer than most of what is tested.
+WITHOUT_XLA = {"jit_compile": False} if BACKEND == "tensorflow" else {}
+
+
+def few(values, quick):
+    """Return all of `values` as parameters; those not in `quick` are left to the full set."""
+    full = pytest.mark.full
+    return [value if value in quick else pytest.param(value, marks=full) for value in values]
+
+
+def by_name(values, quick):
+    """Return the values of a dict as parameters; those whose name is not in `quick` are full."""
+    assert values.keys() >= set(quick)
+    return [
+        pytest.param(value, id=name, marks=() if name in quick else pytest.mark.full)
+        for name, value in values.items()
+    ]
+
+
+def quick_on(*backends):
+    """Leave a test to the full set on all backends but these: its code is the same on the others.
+
+    On JAX, what is compiled anew for each optimizer takes a second and more.
+    """
+    return (lambda test: test) if BACKEND in backends else pytest.mark.full
+
+
+NOT_ON_JAX = ("tensorflow", "torch")
+
+
+def each_of(ways, quick=None):
+    """Parametrize `step` by these ways; the full set has those that are not in `quick`.
+
+    Args:
+        ways: Some of the functions above.
+        quick: By default the first of the ways, in which nothing is compiled twice.
+    """
+    params = few(ways, ways[:1] if quick is None else quick)
+    names = [way.__name__ for way in ways]
+    return pytest.mark.parametrize("step", params, ids=names)
 
 
 def step_of(optimizer):

@@ -1,9 +1,9 @@
 """DynamicLossScale against a second implementation, and every value that it refuses."""
 
 import dataclasses
+import json
 from fractions import Fraction
 
-import keras
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -12,7 +12,8 @@ from keras import ops
 
 from kerasmp.errors import LossScaleError
 from kerasmp.loss_scale import DynamicLossScale, LogMaxLossScale, UnderflowLossScale
-from kerasmp.optimizer import LossScaleOptimizer
+
+pytestmark = pytest.mark.unit
 
 LARGEST = float(np.finfo(np.float32).max)
 TINY = float(np.finfo(np.float32).tiny)
@@ -124,9 +125,8 @@ def test_follows_the_same_rule_as_an_independent_state_machine(schedule, steps):
 @settings(max_examples=50, deadline=None)
 @given(schedule=schedules())
 def test_any_settings_survive_serialisation(schedule):
-    data = keras.saving.serialize_keras_object(schedule)
-    assert keras.saving.deserialize_keras_object(data) == schedule
-    assert DynamicLossScale.from_config(schedule.get_config()) == schedule
+    config = json.loads(json.dumps(schedule.get_config()))
+    assert DynamicLossScale.from_config(config) == schedule
 
 
 def test_the_defaults_are_the_documented_ones():
@@ -280,11 +280,6 @@ def test_what_that_error_proposes_works(cls, scale, bound):
     proposed = f"{cls.__name__}(initial_scale={scale}, {bound}={scale})"
     assert proposed in caught.value.fix
     assert cls(**{"initial_scale": scale, bound: scale}).initial_scale == scale
-
-
-def test_the_name_that_keras_has_for_the_first_scale_gets_the_same_proposal():
-    with pytest.raises(LossScaleError, match=r"DynamicLossScale\(.*max_scale=1073741824\.0\)"):
-        LossScaleOptimizer("sgd", initial_scale=2.0**30)
 
 
 @pytest.mark.parametrize("value", [1024, np.float32(1024), np.int64(1024), Fraction(1024)])

@@ -9,6 +9,8 @@ from keras import ops
 from kerasmp.errors import LossScaleError
 from kerasmp.loss_scale import FixedLossScale, NoLossScale
 
+pytestmark = pytest.mark.unit
+
 TINY, LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 

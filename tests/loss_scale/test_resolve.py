@@ -6,6 +6,8 @@ import pytest
 from kerasmp.errors import ArgumentTypeError, LossScaleError
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, NoLossScale, resolve
 
+pytestmark = pytest.mark.unit
+
 OWN = DynamicLossScale(initial_scale=8.0)
 
 

@@ -1,20 +1,23 @@
 """What the optimizer keeps of a schedule, in every way of stepping, is what the schedule says."""
 
+import dataclasses
+import json
+
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import WAYS, tensors, variables_of
+from helpers.stepping import WAYS, each_of, eager, graph, tensors, variables_of
 from keras import ops
 
 from kerasmp.loss_scale import (
     DynamicLossScale,
     FixedLossScale,
     LogMaxLossScale,
+    LossScale,
     NoLossScale,
     UnderflowLossScale,
 )
 from kerasmp.optimizer import LossScaleOptimizer
-from kerasmp.optimizer.measures import MEASURES
 
 # Every setting that adds to the state or to the rule is in use in one of them.
 SCHEDULES = [
@@ -31,13 +34,19 @@ SCHEDULES = [
 ]
 # Long enough a run of overflows for a slump, and what comes before and after one.
 STEPS = [1.0, 0.25, np.inf, 3.0, *[np.nan] * 10, 2.0, 1.0, 0.0, 4.0, np.inf, 1.0]
+SMALL = 2.0**-24  # float16's smallest number, in each gradient
 
 
-def _numbers(state):
-    return {key: ops.convert_to_numpy(value) for key, value in state.items()}
+def _measured(value, scale):
+    """Return what schedules may ask of the gradients [value * scale, SMALL] of a good step."""
+    return {
+        "gradient_max": max(abs(value), SMALL / scale),
+        # Only where there is a zero can something have been flushed to it.
+        "underflow": 0.5 if value == 0 else 0.0,
+    }
 
 
-@pytest.mark.parametrize("step", WAYS, ids=lambda way: way.__name__)
+@each_of(WAYS, [graph] if graph in WAYS else [eager])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 def test_the_state_in_the_optimizer_is_that_of_the_schedule(schedule, step):
     variables = variables_of([1.0, 2.0])
@@ -45,16 +54,89 @@ def test_the_state_in_the_optimizer_is_that_of_the_schedule(schedule, step):
     optimizer.build(variables)
     state = schedule.init()
     for value in STEPS:
-        (gradient,) = tensors([value * optimizer.loss_scale, 2.0**-24])
+        scale = optimizer.loss_scale
+        (gradient,) = tensors([value * scale, SMALL])
         finite = bool(np.isfinite(value))
-        measured = {
-            name: MEASURES[name]([gradient], optimizer.loss_scale) if finite else 0.0
-            for name in schedule.measures
-        }
+        known = _measured(value, scale)
+        measured = {name: known[name] if finite else 0.0 for name in schedule.measures}
         state = schedule.update(state, finite, **measured)
         step(optimizer, [gradient], variables)
-        held = _numbers({key: v.value for key, v in optimizer._schedule_variables().items()})
-        for key, wanted in _numbers(state).items():
+        for key, wanted in state.items():
+            held = getattr(optimizer, "dynamic_scale" if key == "scale" else key)
+            wanted = ops.convert_to_numpy(wanted)  # noqa: PLW2901 - the same as a number
             # XLA may round sums otherwise; scales and counters are exact all the same.
             exact = key in {"scale", "recover_to"} or wanted.dtype.kind in "iu"
-            np.testing.assert_allclose(held[key], wanted, rtol=0 if exact else 1e-5, err_msg=key)
+            np.testing.assert_allclose(
+                ops.convert_to_numpy(held.value), wanted, rtol=0 if exact else 1e-5, err_msg=key
+            )
+
+
+def test_log_max_is_fed_the_unscaled_maximum():
+    schedule = LogMaxLossScale(initial_scale=8.0)
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.0), loss_scale=schedule)
+    variables = variables_of([1.0, 2.0])
+    optimizer.build(variables)
+    eager(optimizer, tensors([8.0 * 4.0, -8.0]), variables)  # unscaled: 4 at most
+    assert optimizer.loss_scale == 2.0**14
+
+
+def test_underflow_stops_where_the_gradients_are_seen():
+    schedule = UnderflowLossScale(1.0, window=2)
+    optimizer = LossScaleOptimizer("sgd", loss_scale=schedule)
+    variables = variables_of(np.zeros(4000))
+    true = np.random.default_rng(0).lognormal(np.log(2.0**-26), 2.0, size=4000)
+
+    def flushed(scale):
+        return np.mean(np.float16(true * scale) == 0)
+
+    for _ in range(60):
+        scale = optimizer.loss_scale
+        eager(optimizer, tensors(np.float16(true * scale).astype("float32")), variables)
+    assert flushed(1.0) > 0.4
+    assert flushed(optimizer.loss_scale) < 0.002
+    assert 2.0**9 <= optimizer.loss_scale <= 2.0**13  # and not the ceiling
+    assert optimizer.skipped_steps == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class CountingTwice(DynamicLossScale):
+    """A user's rule in place of one of ours, whose steps do more than count."""
+
+    def update(self, state, finite):
+        after = super().update(state, finite)
+        return {**after, "step_counter": after["step_counter"] + 1}
+
+
+@each_of(WAYS)
+def test_a_rule_that_replaces_one_of_ours_is_followed_in_every_step(step):
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=CountingTwice())
+    variables = variables_of([1.0])
+    for _ in range(3):
+        step(optimizer, tensors([0.0]), variables)
+    assert int(ops.convert_to_numpy(optimizer.step_counter)) == 6
+
+
+class Telling(LossScale):
+    """No dataclass, but it says what it is made of."""
+
+    initial_scale = min_scale = max_scale = 8.0
+
+    def get_config(self):
+        return {}
+
+    def update(self, state, finite):  # noqa: ARG002 - LossScale's
+        return state
+
+
+@pytest.mark.parametrize("own", [CountingTwice(), Telling()], ids=lambda own: type(own).__name__)
+def test_a_schedule_of_the_users_own_is_named_in_custom_objects(own):
+    config = LossScaleOptimizer("sgd", loss_scale=own).get_config()
+    again = LossScaleOptimizer.from_config(config, {type(own).__name__: type(own)})
+    assert type(again.schedule) is type(own)
+    assert again.schedule.get_config() == own.get_config()
+
+
+def test_ours_need_no_naming():
+    for schedule in SCHEDULES:
+        data = json.loads(json.dumps(keras.saving.serialize_keras_object(schedule)))
+        assert keras.saving.deserialize_keras_object(data) == schedule

@@ -6,7 +6,18 @@ Fault 6: Keras's averages start at zero, and a run whose first steps are skipped
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import Stock, assert_same_bits, built, numpy, variables_of
+from helpers.stepping import (
+    NOT_ON_JAX,
+    WITHOUT_XLA,
+    Stock,
+    assert_same_bits,
+    built,
+    by_name,
+    few,
+    numpy,
+    quick_on,
+    variables_of,
+)
 
 import kerasmp as mp
 from kerasmp.optimizer import LossScaleOptimizer as Ours
@@ -19,7 +30,10 @@ SETTINGS = {
     "every second step": {"ema_overwrite_frequency": 2},
     "with accumulation": {"gradient_accumulation_steps": 2},
 }
-every_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+
+
+def every_setting(quick):
+    return pytest.mark.parametrize("settings", by_name(SETTINGS, [quick]))
 
 
 def averaging(settings):
@@ -29,7 +43,7 @@ def averaging(settings):
 def compiled(optimizer):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-    model.compile(optimizer, keras.losses.MeanSquaredError())
+    model.compile(optimizer, keras.losses.MeanSquaredError(), **WITHOUT_XLA)
     return model
 
 
@@ -51,7 +65,7 @@ class Watch(keras.callbacks.Callback):
         self.seen.append(numpy(self.model.trainable_variables))
 
 
-@every_setting
+@every_setting("with accumulation")
 def test_a_run_whose_first_steps_are_skipped_ends_as_one_without_them(settings):
     model, plain = (
         compiled(Ours(averaging(settings), loss_scale=2.0**10)),
@@ -83,7 +97,7 @@ def evaluated_by_swapping(cls, settings):
     return before, watch.seen, numpy(model.trainable_variables)
 
 
-@every_setting
+@every_setting("at the end")
 def test_before_the_first_applied_step_an_evaluation_by_averages_sees_the_weights(settings):
     before, seen, after = evaluated_by_swapping(Ours, settings)
     assert_same_bits(seen[0], before)
@@ -92,19 +106,21 @@ def test_before_the_first_applied_step_an_evaluation_by_averages_sees_the_weight
         np.testing.assert_allclose(value, start, rtol=1e-6)
 
 
+@pytest.mark.full
 def test_in_stock_keras_it_sees_zeros():
     before, seen, _ = evaluated_by_swapping(Stock, {})
     assert before[0].any()
     assert not seen[0][0].any()
 
 
-@pytest.mark.parametrize("swap_on_epoch", [False, True])
-@every_setting
+@pytest.mark.parametrize("swap_on_epoch", few([False, True], [True]))
+@every_setting("every second step")
+@quick_on(*NOT_ON_JAX)
 def test_swapping_in_a_run_with_a_skipped_batch_equals_swapping_without_it(settings, swap_on_epoch):
     def run(optimizer, module, x, y):
         keras.utils.set_random_seed(0)
         model = module.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-        model.compile(optimizer, "mse")
+        model.compile(optimizer, "mse", **WITHOUT_XLA)
         watch = Watch()
         logs = model.fit(
             x,

@@ -14,39 +14,54 @@ from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, NoLossScale
 from kerasmp.optimizer import LossScaleOptimizer
 
 SCHEDULES = [DynamicLossScale(), FixedLossScale(), NoLossScale()]
+every_schedule = pytest.mark.parametrize(
+    "schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__
+)
 
 
-def trained(optimizer, scale, count):
-    """Return a weight of 8 after steps against a gradient of 2, the first one with that scale."""
-    variables = variables_of([8.0])
-    optimizer.build(variables)
-    optimizer.dynamic_scale.assign(scale)
-    step = step_of(optimizer)
-    for _ in range(count):
-        now = float(ops.convert_to_numpy(optimizer.dynamic_scale.value))
-        step(optimizer, tensors([np.float32(2.0) * np.float32(now)]), variables)
-    return numpy(variables)[0].tolist()
+def scale_of(optimizer):
+    return float(ops.convert_to_numpy(optimizer.dynamic_scale.value))
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, 2.0**-45, 2.0**40, np.inf, np.nan])
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
-def test_the_weights_are_right_and_move_again_at_the_second_step(schedule, scale):
-    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=schedule)
+def step_against_two(optimizer, variables):
+    """Take one step against a gradient of 2."""
     with np.errstate(invalid="ignore", over="ignore"):
-        assert trained(optimizer, scale, 2) in ([6.0], [4.0])
-    assert schedule.min_scale <= optimizer.loss_scale <= schedule.max_scale
-    assert optimizer.applied_steps + optimizer.skipped_steps == 2
+        gradient = np.float32(2.0) * np.float32(scale_of(optimizer))
+    step_of(optimizer)(optimizer, tensors([gradient]), variables)
 
 
-def test_stock_keras_divides_by_a_scale_of_zero():
-    assert np.isnan(trained(Stock(keras.optimizers.SGD(1.0)), 0.0, 1)).all()
+@every_schedule
+def test_the_weights_are_right_and_move_again_at_the_second_step(schedule):
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=schedule)
+    (weight,) = variables = variables_of([8.0])
+    optimizer.build(variables)
+    for scale in (0.0, -1.0, 2.0**-45, 2.0**40, np.inf, np.nan):
+        weight.assign([8.0])
+        optimizer.loss_scale = schedule.initial_scale  # and whatever else it has starts anew
+        optimizer.dynamic_scale.assign(scale)
+        for _ in range(2):
+            step_against_two(optimizer, variables)
+        assert numpy(variables)[0].tolist() in ([6.0], [4.0])
+        assert schedule.min_scale <= scale_of(optimizer) <= schedule.max_scale
+    assert optimizer.applied_steps + optimizer.skipped_steps == 12
 
 
-def test_a_scale_below_one_skips_what_only_unscaling_makes_overflow():
+@every_schedule
+def test_it_is_inside_after_a_single_step(schedule):
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.0), loss_scale=schedule)
     variables = variables_of([1.0])
-    optimizer = LossScaleOptimizer(
-        keras.optimizers.SGD(1.0), loss_scale=DynamicLossScale(2.0**-8, min_scale=2.0**-8)
-    )
-    eager(optimizer, tensors([3e38]), variables)
-    assert numpy(variables)[0].tolist() == [1.0]
-    assert optimizer.skipped_steps == 1
+    optimizer.build(variables)
+    for scale in (np.nan, np.inf, 0.0, 1e-30):  # with the second one the step is applied
+        optimizer.dynamic_scale.assign(scale)
+        eager(optimizer, tensors([1.0]), variables)
+        assert schedule.min_scale <= scale_of(optimizer) <= schedule.max_scale
+
+
+@pytest.mark.full
+def test_stock_keras_divides_by_a_scale_of_zero():
+    variables = variables_of([8.0])
+    optimizer = Stock(keras.optimizers.SGD(1.0))
+    optimizer.build(variables)
+    optimizer.dynamic_scale.assign(0.0)
+    step_against_two(optimizer, variables)
+    assert np.isnan(numpy(variables)[0]).all()

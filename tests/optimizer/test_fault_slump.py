@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import Stock
+from helpers.stepping import WITHOUT_XLA, Stock, by_name
 from keras import ops
 
 import kerasmp as mp
@@ -34,7 +34,7 @@ def trained(module, cls, bad, **settings):
     last = keras.layers.Dense(1, dtype="mixed_float16")
     model = module.Sequential([keras.Input((4,)), hidden, last])
     inner = keras.optimizers.Adam(0.02, epsilon=1e-15)
-    model.compile(cls(inner, **settings), small_error)
+    model.compile(cls(inner, **settings), small_error, **WITHOUT_XLA)
     before = loss_of(model)
     for _ in range(60):
         model.train_on_batch(bad, Y)
@@ -44,19 +44,17 @@ def trained(module, cls, bad, **settings):
     return before, loss_of(model), lowest, model
 
 
-every_bad_batch = pytest.mark.parametrize(
-    "bad", [BAD_LOSS, BAD_GRADIENTS], ids=["loss", "gradients"]
-)
+BAD = {"loss": BAD_LOSS, "gradients": BAD_GRADIENTS}
 
 
-@every_bad_batch
+@pytest.mark.parametrize("bad", by_name(BAD, []))
 def test_stock_keras_has_not_moved(bad):
     before, after, lowest, _ = trained(keras, Stock, bad)
     assert lowest == 2.0**-45
     assert after == before
 
 
-@every_bad_batch
+@pytest.mark.parametrize("bad", by_name(BAD, ["gradients"]))
 def test_ours_has_learned(bad):
     before, after, lowest, model = trained(mp, mp.LossScaleOptimizer, bad)
     causes = {cause: n for cause, n in model.optimizer.skip_causes.items() if n}
@@ -68,7 +66,7 @@ def test_ours_has_learned(bad):
     assert after < before / 10
 
 
-@every_bad_batch
+@pytest.mark.parametrize("bad", by_name(BAD, []))
 def test_ours_in_a_stock_model_has_learned_too(bad):
     before, after, lowest, model = trained(keras, mp.LossScaleOptimizer, bad)
     assert lowest == (2.0**15 if bad is BAD_LOSS and not ON_JAX else 1.0)
@@ -76,6 +74,7 @@ def test_ours_in_a_stock_model_has_learned_too(bad):
     assert after < before / 10
 
 
+@pytest.mark.full
 def test_without_the_recovery_the_floor_alone_is_not_enough():
     schedule = mp.DynamicLossScale(recovery_interval=None)
     before, after, lowest, model = trained(

@@ -6,6 +6,7 @@ from helpers.stepping import (
     WAYS,
     Stock,
     assert_same_bits,
+    each_of,
     eager,
     numpy,
     step_of,
@@ -35,6 +36,11 @@ def test_a_setting_that_no_step_would_see_is_refused(name, value):
     told = rf"`{name}`.*Expected: optimizer\.inner_optimizer\.{name} = "
     with pytest.raises(LossScaleError, match=told):
         setattr(optimizer, name, value)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "value"), SETTINGS.items(), ids=SETTINGS)
+def test_in_stock_keras_it_is_lost(name, value):
     stock = Stock(keras.optimizers.SGD())
     setattr(stock, name, value)  # is never heard of again
     assert getattr(stock.inner_optimizer, name) != value
@@ -47,7 +53,7 @@ def test_the_scale_of_a_plain_optimizer_is_sent_to_the_wrapper():
         optimizer.loss_scale_factor = 8.0
 
 
-@pytest.mark.parametrize("step", WAYS)
+@each_of(WAYS)
 def test_a_scale_on_the_inner_optimizer_is_refused_before_anything_changes(step):
     variables = variables_of([1.0])
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=8.0)
@@ -86,15 +92,11 @@ def decayed(cls):
 
 def test_variables_are_left_out_of_the_decay_through_the_wrapper():
     assert decayed(LossScaleOptimizer) == [[1.0], [0.5]]
+
+
+@pytest.mark.full
+def test_in_stock_keras_they_are_not():
     assert decayed(Stock) == [[0.5], [0.5]]
-
-
-def test_what_is_set_on_the_inner_optimizer_before_the_first_step_counts():
-    variables = variables_of([0.0])
-    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=8.0)
-    optimizer.inner_optimizer.clipvalue = 0.5
-    eager(optimizer, tensors([16.0]), variables)
-    assert numpy(variables)[0].tolist() == [-0.5]
 
 
 def test_a_schedule_is_exchanged_before_build_only():

@@ -18,6 +18,8 @@ from keras.src.optimizers import loss_scale_optimizer_test as stock
 
 from kerasmp.optimizer import LossScaleOptimizer
 
+pytestmark = pytest.mark.full
+
 DIFFERENT_ON_PURPOSE = {"test_serialization", "test_init_dynamic_arg"}
 
 
@@ -45,8 +47,3 @@ def test_the_ones_left_out_exist_and_most_are_kept():
     names = {name for name, _ in inspect.getmembers(_on_ours()) if name.startswith("test_")}
     assert names > DIFFERENT_ON_PURPOSE
     assert len(names) - len(DIFFERENT_ON_PURPOSE) >= 20
-
-
-def test_dynamic_true_is_accepted_and_false_is_fixed():
-    assert LossScaleOptimizer("sgd", dynamic=True).dynamic_growth_steps == 2000
-    assert LossScaleOptimizer("sgd", dynamic=False).dynamic_growth_steps is None

@@ -7,7 +7,7 @@ import weakref
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import EXACT_WAYS, eager, numpy, tensors, variables_of
+from helpers.stepping import EXACT_WAYS, each_of, eager, few, numpy, tensors, variables_of
 from helpers.twins import SCALE, Twins
 from keras import ops
 from keras.optimizers import schedules
@@ -22,7 +22,7 @@ MADE = {
     "PiecewiseConstantDecay": lambda: schedules.PiecewiseConstantDecay([1, 3], [0.1, 0.05, 0.01]),
     "PolynomialDecay": lambda: schedules.PolynomialDecay(0.1, 4, 0.01),
 }
-every_way = pytest.mark.parametrize("step", EXACT_WAYS, ids=lambda way: way.__name__)
+every_way = each_of(EXACT_WAYS)
 
 
 def rate(optimizer):
@@ -40,7 +40,7 @@ def test_every_schedule_of_keras_is_here():
 
 
 @every_way
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", few(MADE, ["CosineDecay"]))
 @pytest.mark.parametrize("accumulation", [None, 2])
 def test_a_schedule_moves_in_applied_steps_only(name, accumulation, step):
     def make(_):
@@ -201,10 +201,10 @@ class Factors(keras.optimizers.SGD):
 
 @pytest.mark.backend("jax")
 class TestWhatJaxCompilesForEagerSteps:
-    """What is compiled is used again, lets go of what it was compiled with, and is not hoarded."""
+    """What is compiled is used again, and lets go of what it was compiled with."""
 
     def compiled(self, inner, change, steps):
-        """Return how many programs the steps after the first take, and how many are kept."""
+        """Return how many programs the steps after the first take."""
         import jax
 
         found = []
@@ -221,19 +221,19 @@ class TestWhatJaxCompilesForEagerSteps:
             change(inner, i)
             eager(optimizer, tensors([0.0]), variables)
         jax.monitoring.clear_event_listeners()
-        return len(found), len(optimizer._compiled_steps._steps)
+        return len(found)
 
     def test_a_function_with_another_rate_at_each_step_needs_one_program(self):
         rates = iter([0.5, 0.25, 0.125, 0.0625])
         inner = keras.optimizers.SGD(lambda: next(rates))
-        assert self.compiled(inner, lambda *_: None, 3) == (0, 1)
+        assert self.compiled(inner, lambda *_: None, 3) == 0
 
-    def test_settings_that_change_for_ever_do_not_fill_the_memory(self):
+    def test_settings_that_take_turns_need_one_program_each(self):
         def clip(inner, i):
-            inner.clipvalue = 1.0 + i
+            inner.clipvalue = (1.0, 2.0)[i % 2]
 
-        _, kept = self.compiled(keras.optimizers.SGD(1.0), clip, 20)
-        assert kept == 16
+        once = self.compiled(keras.optimizers.SGD(1.0), clip, 2)
+        assert self.compiled(keras.optimizers.SGD(1.0), clip, 6) == once > 0
 
     def test_a_program_does_not_keep_the_gradients_that_it_was_compiled_with(self):
         variables = variables_of([0.0])

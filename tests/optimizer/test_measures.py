@@ -1,14 +1,12 @@
 """What schedules may ask of a step's gradients, against counts that know the truth."""
 
-import keras
 import numpy as np
 import pytest
-from helpers.stepping import WAYS, tensors, variables_of
 from keras import ops
 
-from kerasmp.loss_scale import LossScale
-from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.optimizer.measures import gradient_max, underflow
+
+pytestmark = pytest.mark.unit
 
 
 def in_float16(values):
@@ -57,55 +55,3 @@ def test_no_more_than_the_zeros_there_are():
 def test_the_largest_gradient_is_that_of_the_unscaled_loss():
     arrays = [ops.convert_to_tensor(np.array(a, "float32")) for a in ([[1.0, -8.0]], [4.0])]
     assert float(gradient_max(arrays, 4.0)) == 2.0
-
-
-@keras.saving.register_keras_serializable("kerasmp_tests")
-class Recording(LossScale):
-    """Keeps the last measurements as its state."""
-
-    measures = ("gradient_max", "underflow")
-    initial_scale, min_scale, max_scale = 4.0, 1.0, 4.0
-
-    def init(self):
-        return {**super().init(), "seen_max": -1.0, "seen_underflow": -1.0}
-
-    def update(self, state, finite, *, gradient_max, underflow):
-        return {
-            **state,
-            "seen_max": ops.where(finite, gradient_max, state["seen_max"]),
-            "seen_underflow": ops.where(finite, underflow, state["seen_underflow"]),
-        }
-
-
-@pytest.mark.parametrize("step", WAYS)
-def test_a_schedule_gets_what_it_asks_for_and_nothing_of_a_bad_step(step):
-    variables = variables_of([1.0, 2.0], [0.0])
-    optimizer = LossScaleOptimizer("sgd", loss_scale=Recording())
-    step(optimizer, tensors([2.0**-24, -8.0], [0.0]), variables)
-
-    def seen():
-        return float(optimizer.seen_max.numpy()), float(optimizer.seen_underflow.numpy())
-
-    assert seen() == (2.0, pytest.approx(1 / 3))
-    step(optimizer, tensors([np.inf, 1.0], [1.0]), variables)
-    assert seen() == (2.0, pytest.approx(1 / 3))
-
-
-@pytest.mark.backend("tensorflow")
-def test_sparse_gradients_are_measured_by_what_they_hold():
-    import tensorflow as tf
-
-    variable = keras.Variable(np.ones((1000, 2), "float32"))
-    optimizer = LossScaleOptimizer("sgd", loss_scale=Recording())
-    gradient = tf.IndexedSlices(tf.constant([[16.0, 0.0]]), tf.constant([3]), (1000, 2))
-    optimizer.apply([gradient], [variable])
-    assert float(optimizer.seen_max.numpy()) == 4.0
-
-
-def test_gradients_that_were_unscaled_by_hand_are_measured_alike():
-    variables = variables_of([1.0, 2.0])
-    optimizer = LossScaleOptimizer("sgd", loss_scale=Recording())
-    optimizer.build(variables)
-    grads = optimizer.get_unscaled_gradients(tensors([2.0**-24, -8.0]))
-    optimizer.apply(grads, variables)
-    assert float(optimizer.seen_max.numpy()) == 2.0

@@ -3,7 +3,15 @@
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import EXACT_WAYS, assert_same_bits, eager, numpy, tensors, variables_of
+from helpers.stepping import (
+    EXACT_WAYS,
+    assert_same_bits,
+    each_of,
+    eager,
+    numpy,
+    tensors,
+    variables_of,
+)
 from keras import ops
 
 from kerasmp.backend.nested import optimizers_in
@@ -11,7 +19,7 @@ from kerasmp.errors import LossScaleError
 from kerasmp.optimizer import LossScaleOptimizer
 
 SCALE = 64.0
-every_way = pytest.mark.parametrize("step", EXACT_WAYS, ids=lambda way: way.__name__)
+every_way = each_of(EXACT_WAYS)
 
 
 class Outer(keras.optimizers.Optimizer):

@@ -4,9 +4,13 @@ import keras
 import numpy as np
 import pytest
 
+import kerasmp as mp
 from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, NoLossScale
 from kerasmp.optimizer import LossScaleOptimizer
+
+# Pure code: what differs between backends is not here.
+pytestmark = pytest.mark.backend("tensorflow")
 
 
 @pytest.mark.parametrize(
@@ -49,6 +53,20 @@ def test_a_scale_that_is_given_twice_is_refused(loss_scale, other):
         LossScaleOptimizer("sgd", loss_scale=loss_scale, **other)
     assert repr(loss_scale) in caught.value.received
     assert next(iter(other)) in caught.value.received
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "told"),
+    [
+        ("initial_scale", 0.0, "`initial_scale`.*Received: 0.0"),
+        ("dynamic_growth_steps", 2.5, "`growth_interval`.*Received: 2.5"),
+        # The same proposal as under our own name.
+        ("initial_scale", 2.0**30, r"DynamicLossScale\(.*max_scale=1073741824\.0\)"),
+    ],
+)
+def test_what_the_schedule_refuses_is_refused_under_keras_names(argument, value, told):
+    with pytest.raises(LossScaleError, match=told):
+        LossScaleOptimizer("sgd", **{argument: value})
 
 
 def test_a_fixed_scale_that_shall_grow_is_refused():
@@ -119,8 +137,24 @@ def test_a_name_that_keras_knows_is_resolved():
     assert isinstance(LossScaleOptimizer("adam").inner_optimizer, keras.optimizers.Adam)
 
 
+@pytest.mark.parametrize("cls", [keras.optimizers.LossScaleOptimizer, LossScaleOptimizer])
+def test_an_optimizer_that_scales_already_is_refused(cls):
+    with pytest.raises(LossScaleError, match=r"scales the loss already.*`inner_optimizer`"):
+        LossScaleOptimizer(cls(keras.optimizers.SGD(1.0)))
+
+
 def test_a_scale_of_the_inner_optimizer_is_dropped_with_a_warning():
     inner = keras.optimizers.SGD(loss_scale_factor=100.0)
     with pytest.warns(LossScaleWarning, match=r"pass loss_scale=100\.0 here"):
         LossScaleOptimizer(inner)
     assert inner.loss_scale_factor is None
+
+
+def test_compile_says_so_too_where_it_wraps():
+    """Fault 10: stock Keras puts a dynamic scale in its place without a word."""
+    with mp.policy_scope("mixed_float16"):
+        model = mp.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    with pytest.warns(LossScaleWarning, match=r"pass loss_scale=256\.0 here"):
+        model.compile(keras.optimizers.SGD(0.01, loss_scale_factor=256.0), "mse")
+    model.compile(LossScaleOptimizer(keras.optimizers.SGD(0.01), loss_scale=256.0), "mse")
+    assert model.optimizer.schedule == FixedLossScale(256.0)

@@ -5,7 +5,7 @@ import dataclasses
 import keras
 import pytest
 from helpers.resuming import END, STOP, everything, network, train
-from helpers.stepping import assert_same_bits
+from helpers.stepping import WITHOUT_XLA, assert_same_bits, few
 from keras import ops
 
 import kerasmp as mp
@@ -58,19 +58,25 @@ SCHEDULES = {
 }
 
 
+def held(optimizer, key):
+    variable = getattr(optimizer, "dynamic_scale" if key == "scale" else key)
+    return ops.convert_to_numpy(variable.value)
+
+
 def compiled(schedule):
     model = network()
     optimizer = mp.LossScaleOptimizer(keras.optimizers.Adam(0.01), loss_scale=schedule)
-    model.compile(optimizer, keras.losses.MeanSquaredError())
+    model.compile(optimizer, keras.losses.MeanSquaredError(), **WITHOUT_XLA)
     model.optimizer.build(model.trainable_variables)
     return model
 
 
-@pytest.mark.parametrize(("schedule", "moving"), SCHEDULES.values(), ids=SCHEDULES)
-def test_training_goes_on_bit_for_bit(schedule, moving, tmp_path):
+@pytest.mark.parametrize("name", few(SCHEDULES, ["recovering", "of the user"]))
+def test_training_goes_on_bit_for_bit(name, tmp_path):
+    schedule, moving = SCHEDULES[name]
     model = train(compiled(schedule), 0, STOP)
-    held = model.optimizer._schedule_variables()
-    assert {k for k, v in held.items() if v.numpy() != schedule.init()[k]} >= moving
+    start = schedule.init()
+    assert {k for k in start if held(model.optimizer, k) != start[k]} >= moving
     model.save(tmp_path / "model.keras")
     resumed = keras.models.load_model(tmp_path / "model.keras")
     assert resumed.optimizer.schedule == schedule

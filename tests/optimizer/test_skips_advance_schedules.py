@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import EXACT_WAYS, numpy, tensors, variables_of
+from helpers.stepping import EXACT_WAYS, each_of, numpy, tensors, variables_of
 from keras import ops
 
 from kerasmp.errors import LossScaleError
@@ -28,7 +28,7 @@ def _moves(optimizer, gradients, step):
     return moves
 
 
-@pytest.mark.parametrize("step", EXACT_WAYS, ids=lambda way: way.__name__)
+@each_of(EXACT_WAYS)
 @pytest.mark.parametrize(
     ("advance", "expected"), [(True, [8, 0, 0, 2, 1]), (False, [8, 0, 0, 8, 4])]
 )

@@ -1,9 +1,20 @@
 """A state that does not fit: said clearly, and nothing has changed. Scales outside come inside."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import Stock, assert_same_bits, eager, numpy, tensors, variables_of
+from helpers.stepping import (
+    WITHOUT_XLA,
+    Stock,
+    assert_same_bits,
+    by_name,
+    eager,
+    numpy,
+    tensors,
+    variables_of,
+)
 
 from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.loss_scale import DynamicLossScale
@@ -32,8 +43,14 @@ def saved(optimizer):
     return store
 
 
+@functools.cache
+def usual():
+    """Return one that many tests look at: what must not change it does not."""
+    return stepped(ours())
+
+
 def with_(**changed):
-    return lambda: {**saved(stepped(ours())), **changed}
+    return lambda: {**saved(usual()), **changed}
 
 
 STATES = {
@@ -57,7 +74,7 @@ def _built(optimizer, *shapes):
 
 @pytest.mark.parametrize("state", STATES.values(), ids=STATES)
 def test_a_saved_state_that_does_not_fit_warns_and_changes_nothing(state):
-    optimizer, store = stepped(ours()), state()
+    optimizer, store = usual(), state()
     before = optimizer.get_weights()
     with pytest.warns(LossScaleWarning, match="does not fit .* nothing has changed"):
         optimizer.load_own_variables(store)
@@ -65,14 +82,14 @@ def test_a_saved_state_that_does_not_fit_warns_and_changes_nothing(state):
 
 
 def _changed(position, value):
-    weights = stepped(ours()).get_weights()
+    weights = usual().get_weights()
     weights[position] = value
     return weights
 
 
 LISTS = {
     "empty": list,
-    "one too few": lambda: stepped(ours()).get_weights()[:-1],
+    "one too few": lambda: usual().get_weights()[:-1],
     "another number of variables": lambda: stepped(ours(), (2,)).get_weights(),
     "other shapes": lambda: stepped(ours(), (2,), (4,)).get_weights(),
     "a wrong shape at the very end": lambda: _changed(-1, np.zeros(7, "float32")),
@@ -85,13 +102,14 @@ LISTS = {
 
 @pytest.mark.parametrize("weights", LISTS.values(), ids=LISTS)
 def test_a_list_that_does_not_fit_is_an_error_and_changes_nothing(weights):
-    optimizer, values = stepped(ours()), weights()
+    optimizer, values = usual(), weights()
     before = optimizer.get_weights()
     with pytest.raises(LossScaleError, match="`weights` does not fit"):
         optimizer.set_weights(values)
     assert_same_bits(optimizer.get_weights(), before)
 
 
+@pytest.mark.full
 def test_stock_keras_keeps_what_it_set_before_the_value_that_does_not_fit():
     optimizer = _built(Stock(keras.optimizers.Adam()))
     weights = [np.float32(7.0) if v.shape == () else v for v in numpy(optimizer.variables)]
@@ -101,31 +119,30 @@ def test_stock_keras_keeps_what_it_set_before_the_value_that_does_not_fit():
     assert int(keras.ops.convert_to_numpy(optimizer.step_counter.value)) == 7
 
 
-def test_weights_of_an_optimizer_that_is_not_built_cannot_be_set():
-    with pytest.raises(LossScaleError, match="not built"):
-        ours().set_weights(stepped(ours()).get_weights())
+def test_a_scale_from_a_list_is_brought_inside_the_bounds():
+    optimizer = stepped(ours(loss_scale=DynamicLossScale(2.0**9, min_scale=2.0)))
+    weights = optimizer.get_weights()
+    outside = {np.inf: 2.0**24, 2.0**30: 2.0**24, 1e-30: 2.0, 0.0: 2.0, -4.0: 2.0, np.nan: 2.0**9}
+    for scale, inside in outside.items():
+        weights[3] = np.float32(scale)
+        optimizer.set_weights(weights)
+        assert optimizer.loss_scale == inside
+
+
+def test_a_scale_from_a_file_is_brought_inside_the_bounds():
+    optimizer = stepped(ours())
+    for scale, inside in {np.inf: 2.0**24, 1e-30: 1.0, 0.0: 1.0, np.nan: 2.0**15}.items():
+        optimizer.load_own_variables({**saved(optimizer), "dynamic_scale": np.float32(scale)})
+        assert optimizer.loss_scale == inside
+
+
+RUINED = [(0.0, 1.0), (np.inf, 2.0**24), (np.nan, 2.0**15)]
 
 
 @pytest.mark.parametrize(
     ("scale", "inside"),
-    [
-        (np.inf, 2.0**24),
-        (2.0**30, 2.0**24),
-        (1e-30, 2.0),
-        (0.0, 2.0),
-        (-4.0, 2.0),
-        (np.nan, 2.0**9),
-    ],
+    [RUINED[0], *(pytest.param(*r, marks=pytest.mark.full) for r in RUINED[1:])],
 )
-def test_a_scale_from_a_list_is_brought_inside_the_bounds(scale, inside):
-    optimizer = stepped(ours(loss_scale=DynamicLossScale(2.0**9, min_scale=2.0)))
-    weights = optimizer.get_weights()
-    weights[3] = np.float32(scale)
-    optimizer.set_weights(weights)
-    assert optimizer.loss_scale == inside
-
-
-@pytest.mark.parametrize(("scale", "inside"), [(np.inf, 2.0**24), (0.0, 1.0), (np.nan, 2.0**15)])
 def test_a_scale_that_stock_keras_has_ruined_is_brought_inside(scale, inside, tmp_path):
     """Faults 3 and 4, saved: stock Keras goes to 0 and to infinity, and never comes back."""
     model = _model(Stock(keras.optimizers.Adam()))
@@ -140,21 +157,20 @@ def _model(optimizer, *, frozen=False):
     model = keras.Sequential(
         [keras.Input((4,)), keras.layers.Dense(2, trainable=not frozen), keras.layers.Dense(1)]
     )
-    model.compile(optimizer, "mse")
+    model.compile(optimizer, "mse", **WITHOUT_XLA)
     model.optimizer.build(model.trainable_variables)
     return model
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        lambda: _model(ours(), frozen=True),
-        lambda: _model(ours(keras.optimizers.SGD(0.1, momentum=0.9))),
-        lambda: _model(Stock(keras.optimizers.SGD(0.1))),
-        lambda: _model(keras.optimizers.SGD(0.1)),
-    ],
-    ids=["another number of variables", "another inner", "stock with another inner", "plain"],
-)
+OTHERS = {
+    "another number of variables": lambda: _model(ours(), frozen=True),
+    "another inner": lambda: _model(ours(keras.optimizers.SGD(0.1, momentum=0.9))),
+    "stock with another inner": lambda: _model(Stock(keras.optimizers.SGD(0.1))),
+    "plain": lambda: _model(keras.optimizers.SGD(0.1)),
+}
+
+
+@pytest.mark.parametrize("other", by_name(OTHERS, ["another inner", "plain"]))
 def test_a_file_that_does_not_fit_leaves_the_whole_optimizer_alone(other, tmp_path):
     """Also the inner optimizer, which Keras's loader comes to later."""
     path = tmp_path / "other.weights.h5"

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers.stepping import by_name, few
 
 import kerasmp as mp
 
@@ -47,8 +48,8 @@ def fit(loss_scale="dynamic", epochs=3, layers=(), **compile_arguments):
     return model, history.history["loss"]
 
 
-@pytest.mark.parametrize("loss_scale", ["dynamic", "fixed", None], ids=str)
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("loss_scale", few(["dynamic", "fixed", None], ["dynamic"]), ids=str)
+@pytest.mark.parametrize("way", few(WAYS, [{}]), ids=str)
 def test_learns_with_float32_variables_and_float16_compute(way, loss_scale):
     model, losses = fit(loss_scale, epochs=10, **way)
     assert losses[-1] < losses[0] / 4
@@ -58,7 +59,7 @@ def test_learns_with_float32_variables_and_float16_compute(way, loss_scale):
 
 
 @pytest.mark.backend("tensorflow", "jax")
-@pytest.mark.parametrize("module", [keras, mp], ids=["stock model", "our model"])
+@pytest.mark.parametrize("module", by_name({"stock model": keras, "our model": mp}, ["our model"]))
 def test_the_second_step_traces_nothing(module):
     Counting.traces = 0
     model = module.Sequential([keras.Input((4,)), Counting(), mp.layers.DenseHead(1)])
@@ -96,16 +97,3 @@ def test_the_second_eager_step_compiles_nothing():
     jax.monitoring.clear_event_listeners()
     assert not compiled
     assert optimizer.skipped_steps == 1
-
-
-def test_all_gradients_that_are_finite_give_the_plain_optimizers_losses():
-    keras.utils.set_random_seed(0)
-    plain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-    start = plain.get_weights()
-    plain.compile(keras.optimizers.Adam(0.02), "mse")
-    expected = plain.fit(X, Y, batch_size=8, epochs=2, shuffle=False, verbose=0).history["loss"]
-    scaled = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-    scaled.set_weights(start)
-    scaled.compile(mp.LossScaleOptimizer(keras.optimizers.Adam(0.02), loss_scale=2.0**10), "mse")
-    losses = scaled.fit(X, Y, batch_size=8, epochs=2, shuffle=False, verbose=0).history["loss"]
-    assert losses == expected

@@ -1,0 +1,35 @@
+"""The eager steps that are kept compiled on JAX: the last few, and never copied."""
+
+import copy
+
+import pytest
+
+from kerasmp.optimizer.compiled_steps import CompiledSteps
+
+pytestmark = pytest.mark.unit
+
+
+def asked(steps, *keys):
+    """Return which of these steps had to be made."""
+    made = []
+    for key in keys:
+        assert steps.get(key, lambda key=key: made.append(key) or f"step {key}") == f"step {key}"
+    return made
+
+
+def test_a_step_is_made_once():
+    assert asked(CompiledSteps(), 1, 2, 1, 2) == [1, 2]
+
+
+def test_settings_that_change_for_ever_do_not_fill_the_memory():
+    steps = CompiledSteps()
+    asked(steps, *range(16))
+    assert asked(steps, 0, 16) == [16]  # the one that was used least lately is gone
+    assert asked(steps, *range(2, 17), 0) == []
+    assert asked(steps, 1) == [1]
+
+
+def test_a_copy_is_empty():
+    steps = CompiledSteps()
+    asked(steps, 1)
+    assert asked(copy.deepcopy(steps), 1) == [1]
