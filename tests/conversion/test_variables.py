@@ -170,10 +170,11 @@ def test_the_largest_that_rounds_to_a_number_fits():
     layer.bias.assign([65519.0, -65519.0])
     narrow_variables(wanted(layer), contextlib.ExitStack())
     np.testing.assert_array_equal(layer.bias.numpy(), [65504, -65504])
-    other = dense()
-    other.bias.assign([65520.0, 0])
-    with pytest.raises(mp.errors.PolicyError, match="65520"):
-        narrow_variables(wanted(other), contextlib.ExitStack())
+    for value in (65520.0, -65520.0):
+        other = dense()
+        other.bias.assign([value, 0])
+        with pytest.raises(mp.errors.PolicyError, match="65520"):
+            narrow_variables(wanted(other), contextlib.ExitStack())
 
 
 def test_more_than_a_few_are_counted():
