@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.flattened import flatten_layers
+from helpers.marks import full_on_jax
 
 import kerasmp as mp
 
@@ -103,8 +104,9 @@ QUICK = {
     *("Dense-rank-3", "EinsumDense", "Conv2D-strides", "Conv2D-groups", "DepthwiseConv2D"),
     *("Conv2DTranspose", "Embedding", "SpectralNormalization", "kerasmp.Conv1D"),
 }
-# JAX compiles a loop for each.
-QUICK |= {"SimpleRNN", "LSTM"} if BACKEND != "jax" else {"SimpleRNN"}
+QUICK |= {"SimpleRNN", "LSTM"}
+if BACKEND == "jax":  # which compiles each of them
+    QUICK = {"Dense-rank-3", "Conv2D-groups", "SimpleRNN"}
 CASES = [
     pytest.param(
         *case,
@@ -144,6 +146,7 @@ def test_products_are_those_counted_by_hand(make, shape, count, half):
     assert set(found) <= {"float32" if wide and BACKEND == "tensorflow" else half}
 
 
+@full_on_jax
 @pytest.mark.parametrize(("make", "count"), ATTENTION.values(), ids=ATTENTION)
 def test_attention_is_counted_whole(make, count):
     inputs = keras.Input((T, 4))
@@ -251,6 +254,7 @@ def test_a_product_that_is_called_in_an_unknown_way_is_unknown():
     assert not report.rows[1].cost.known
 
 
+@full_on_jax
 def test_nothing_changes_and_nothing_is_remembered():
     class Noisy(layers.Layer):
         def __init__(self):

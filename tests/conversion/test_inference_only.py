@@ -19,8 +19,8 @@ def compiled(kind="nested"):
     model.compile("adam", "mse", metrics=["mae"])
     model.optimizer.build(model.trainable_variables)
     rng = np.random.default_rng(1)
-    for variable in model.weights:  # statistics and biases, too: no number is one of few bits
-        variable.assign(variable.value + rng.uniform(0.01, 0.1, variable.shape))
+    # Statistics and biases, too: no number is one of few bits.
+    model.set_weights([w + rng.uniform(0.01, 0.1, w.shape) for w in model.get_weights()])
     return model
 
 

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import full_on_jax
 
 import kerasmp as mp
 
@@ -45,6 +46,7 @@ def error(found, wanted):
     return np.abs(found - wanted).max() / np.abs(wanted).max()
 
 
+@full_on_jax
 @pytest.mark.parametrize(
     ("mode", "policy"),
     [WORKS[0], *(pytest.param(*case, marks=pytest.mark.full) for case in WORKS[1:])],
@@ -107,6 +109,7 @@ def test_only_the_quantised_layer_is_kept():
     np.testing.assert_array_equal(model.predict(X, verbose=0), exact)
 
 
+@full_on_jax
 @pytest.mark.parametrize("first", ["convert", pytest.param("lora", marks=pytest.mark.full)])
 def test_lora_trains_in_float16_and_comes_back(first):
     model, exact = build(), build().predict(X, verbose=0)

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import narrowed as models
+from helpers.marks import full_on_jax
 from helpers.narrowed import MODELS, narrowed
 
 import kerasmp as mp
@@ -18,8 +19,6 @@ layers = keras.layers
 DTYPES = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 # In bfloat16 the recurrent layer is the one that Keras cannot build by itself.
 QUICK = [("vision", "float16"), ("text", "bfloat16")]
-if keras.backend.backend() == "jax":
-    QUICK.pop()  # which compiles its loop
 CASES = [
     pytest.param(kind, dtype, marks=() if (kind, dtype) in QUICK else pytest.mark.full)
     for kind in MODELS
@@ -41,6 +40,7 @@ def wanted(*parts, dtype="float16"):
     return [Wanted(layer, layer.name, dtype) for layer in parts]
 
 
+@full_on_jax
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
 def test_predictions_are_those_of_a_model_built_so(kind, dtype):
     build, x = MODELS[kind]
@@ -57,6 +57,7 @@ def test_predictions_are_those_of_a_model_built_so(kind, dtype):
     np.testing.assert_array_equal(*(keras.ops.convert_to_numpy(m(x)) for m in (model, other)))
 
 
+@full_on_jax
 @DTYPES
 def test_recurrent_layers_can_be_built_in_half_precision(dtype):
     layer = layers.GRU(4, recurrent_initializer=keras.initializers.Orthogonal(2.0, seed=3))
@@ -169,10 +170,11 @@ def test_the_largest_that_rounds_to_a_number_fits():
     layer.bias.assign([65519.0, -65519.0])
     narrow_variables(wanted(layer), contextlib.ExitStack())
     np.testing.assert_array_equal(layer.bias.numpy(), [65504, -65504])
-    other = dense()
-    other.bias.assign([65520.0, 0])
-    with pytest.raises(mp.errors.PolicyError, match="65520"):
-        narrow_variables(wanted(other), contextlib.ExitStack())
+    for value in (65520.0, -65520.0):
+        other = dense()
+        other.bias.assign([value, 0])
+        with pytest.raises(mp.errors.PolicyError, match="65520"):
+            narrow_variables(wanted(other), contextlib.ExitStack())
 
 
 def test_more_than_a_few_are_counted():

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import full_on_jax
 from helpers.networks import KINDS, X, Y
 from helpers.own_steps import OwnStep
 
@@ -24,6 +25,7 @@ def trained(kind, optimizer):
     return model
 
 
+@full_on_jax
 @pytest.mark.parametrize(
     "kind",
     [

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import FULL_ON_JAX
 from helpers.trained import INSTALL, Edges, Emotions, bundled, contrast
 
 import kerasmp as mp
@@ -14,7 +15,7 @@ CASES = [
     pytest.param(
         network,
         policy,
-        marks=() if (network, policy) == (Emotions, "mixed_float16") else pytest.mark.full,
+        marks=FULL_ON_JAX if (network, policy) == (Emotions, "mixed_float16") else pytest.mark.full,
     )
     for network in (Emotions, Edges)
     for policy in UNIT_ROUNDOFF
