@@ -24,3 +24,8 @@ def full_on(backend):
     """Return a mark for what is quick elsewhere: JAX compiles each operation of an eager step."""
     here = keras.backend.backend() == backend
     return FULL if here else lambda function: function
+
+
+# For a file whose promises are kept by the same code elsewhere, and whose layers are measured on
+# JAX by test_hazards.py and test_every_layer.py.
+FULL_ON_JAX = [FULL] if keras.backend.backend() == "jax" else []

@@ -128,6 +128,7 @@ def test_stock_gives_nan_and_loses_the_gradient_of_the_scale(mode):
     assert error(gradients[2], want[2]) > ALLOWED * error(rounded(want[2]), want[2])
 
 
+@full_on("jax")
 @in_each_way
 @pytest.mark.parametrize("kind", [{}, None], ids=str)
 def test_rows_without_any_key_give_zeros_and_zero_gradients(kind, mode):
@@ -159,6 +160,7 @@ def test_stock_keras_subtracts_too_little_from_masked_scores_even_in_float32():
     assert of_the_low_one(keras.layers.Attention(dtype="float32")) != rounded(-5e4)
 
 
+@full_on("jax")
 @some_kinds
 def test_masks_of_every_kind_are_those_of_stock_in_float32(kind):
     query, value, _ = drawn(0.5)
@@ -182,6 +184,7 @@ def test_masks_of_every_kind_are_those_of_stock_in_float32(kind):
             np.testing.assert_allclose(numpy_of(one), numpy_of(other), rtol=2e-5, atol=2e-6)
 
 
+@full_on("jax")
 @pytest.mark.parametrize("pair", PAIRS)
 def test_dropout_drops_while_training_and_only_then(pair):
     query, value, _ = drawn(1)
@@ -195,6 +198,7 @@ def test_dropout_drops_while_training_and_only_then(pair):
     assert (numpy_of(scores) == 0).any()
 
 
+@full_on("jax")
 @pytest.mark.keras("3.14")  # before, Keras cannot take symbols and return scores
 @some_kinds
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from helpers.references import (
     softmax,
     softmax_gradient,
 )
-from helpers.ways import full, full_but, in_each_way
+from helpers.ways import full, full_but, full_on, in_each_way
 from keras import ops
 
 from kerasmp import layers
@@ -57,6 +57,7 @@ def test_softmax_gives_masked_logits_nothing(mode):
     assert_near_best(gradient, np.where(mask, softmax_gradient(masked, dy * mask), 0))
 
 
+@full_on("jax")
 @in_each_way
 @pytest.mark.parametrize(
     ("data_format", "keepdims"),
@@ -97,6 +98,7 @@ def test_stock_pooling_of_nothing_but_masked_steps_is_nan():
     assert np.all(np.isnan(numpy_of(outputs)))
 
 
+@full_on("jax")
 def test_a_mask_from_an_embedding_reaches_pooling_and_softmax():
     ids = np.array([[1, 2, 0], [0, 0, 0]])
     embed = keras.layers.Embedding(3, 4, mask_zero=True, dtype="mixed_float16")
@@ -186,6 +188,7 @@ SHAPES = {"AveragePooling2D": (4, 4, 3), "AveragePooling3D": (4, 4, 4, 3), "Dot"
 ELSEWHERE = {"AveragePooling1D", "Dot", "GlobalAveragePooling1D", "Softmax", "UnitNormalization"}
 
 
+@full_on("jax")
 @pytest.mark.parametrize("policy", [full("mixed_float16"), "mixed_bfloat16", full("float32")])
 @pytest.mark.parametrize("name", full_but(ELSEWHERE, MADE))
 def test_it_is_the_stock_layer_else(name, policy, tmp_path):
@@ -219,6 +222,7 @@ def test_it_is_the_stock_layer_else(name, policy, tmp_path):
         np.testing.assert_array_equal(numpy_of(again), numpy_of(got))
 
 
+@full_on("jax")
 def test_dot_without_normalize_is_that_of_keras_and_leaves_names_alone():
     x = ops.convert_to_tensor(draw(0, (2, 4)).astype("float16"))
     for normalized in (False, True):

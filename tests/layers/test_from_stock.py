@@ -46,13 +46,14 @@ EVERY = {
     for name, cls in STOCK.items()
 } | MORE
 # One for each way in which a class is turned; on JAX those whose bias is not cast there alone.
-MECHANISMS = {"Conv2D-gelu", "Dense-silu", "PReLU"}
+MECHANISMS = {"Dense-silu", "PReLU"}
 if keras.backend.backend() != "jax":
     MECHANISMS |= {
         "ActivityRegularization",
         "Attention",
         "BatchNormalization",
         "Bidirectional",
+        "Conv2D-gelu",
         "LSTMCell",
         "MultiHeadAttention",
         "Normalization",

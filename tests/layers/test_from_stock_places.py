@@ -96,6 +96,7 @@ def test_an_error_before_any_change_leaves_everything_as_it_was():
     assert changes >= 10
 
 
+@full_on("jax")
 def test_a_users_subclass_is_left_alone_and_so_is_what_its_base_makes():
     model = keras.Sequential(
         [keras.Input((6, 4)), Doubled(4, activation="gelu"), OwnLSTM(3), layers.ReLU()]
@@ -114,6 +115,7 @@ def test_what_keeps_its_dtype_keeps_its_class():
     assert not names
 
 
+@full_on("jax")
 def test_what_is_quantised_is_left_alone():
     model = keras.Sequential(
         [keras.Input((8,)), layers.Dense(8, activation="gelu"), layers.Softmax(), layers.Dense(2)]
@@ -125,6 +127,7 @@ def test_what_is_quantised_is_left_alone():
     assert model.layers[0].activation is keras.activations.gelu
 
 
+@full_on("jax")
 def test_lora_goes_on():
     x = np.random.default_rng(0).normal(size=(4, 8)).astype("float32")
     model = keras.Sequential([keras.Input((8,)), layers.Dense(8), layers.ReLU(), layers.Dense(2)])
@@ -224,6 +227,7 @@ def classifier(activation="softmax"):
     )
 
 
+@full_on("jax")
 def test_the_dense_that_makes_the_outputs_becomes_a_head(tmp_path):
     model = classifier()
     x = np.random.default_rng(0).normal(size=(4, 6)).astype("float32")

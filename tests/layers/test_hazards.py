@@ -13,7 +13,6 @@ FAR = 16  # times the best: too far to be an accident of a version
 # On JAX each takes seconds to compile: one for each way in which ours are made.
 JAX = keras.backend.backend() == "jax"
 MECHANISMS = {
-    "Dense(8, sigmoid), cross-entropy of probabilities",
     "MultiHeadAttention, with scores, inputs of std 0.5, mean 30",
     "Attention, nothing unmasked, negative scores",
     "ActivityRegularization",

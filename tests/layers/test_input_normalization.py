@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.float16 import MODES, assert_near_best, numpy_of
-from helpers.ways import full, in_each_way
+from helpers.ways import full, full_on, in_each_way
 from keras import ops
 
 from kerasmp.layers import Normalization
@@ -75,6 +75,7 @@ def test_those_of_stock_keras_are_not(kind, made, mode):
     assert not np.linalg.norm(outputs - expected) < 0.01 * np.linalg.norm(expected)
 
 
+@full_on("jax")
 def test_functional_and_sequential_models_hand_on_raw_inputs(tmp_path):
     keras.config.set_dtype_policy("mixed_float16")
     x, expected = raw(1e6, 3e4)
@@ -104,6 +105,7 @@ def test_a_subclassed_model_must_not_cast_its_inputs():
     assert_near_best(numpy_of(Subclassed(autocast=False)(x)), expected)
 
 
+@full_on("jax")
 @pytest.mark.parametrize(
     ("policy", "invert"),
     [

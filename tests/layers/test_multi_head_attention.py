@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 from helpers.float16 import MODES, error, numpy_of, step
 from helpers.multi_head64 import multi_head, weights_of
-from helpers.ways import full, full_on, in_each_way
+from helpers.ways import FULL_ON_JAX, full, in_each_way
 from keras import ops
 
 import kerasmp as mp
 from kerasmp.errors import ArgumentError
 from kerasmp.layers import GroupQueryAttention, MultiHeadAttention
+
+pytestmark = FULL_ON_JAX
 
 BATCH, QUERIES, KEYS, FEATURES, HEADS = 2, 5, 7, 24, 4
 ALLOWED = 4.0  # times the error of the best that float16 projections can do
@@ -86,7 +88,6 @@ def assert_as_good_as_float16_projections(layer, std, mode, mask=None, **call):
 
 
 # tests/layers/test_hazards.py has the other paths, and groups.
-@full_on("jax")
 @in_each_way
 @pytest.mark.parametrize("path", [full("fused"), full("scores"), "dropout"])
 @pytest.mark.parametrize(("std", "depth"), [full(1, 8), (60, 64)])
@@ -230,7 +231,6 @@ def test_a_subclass_that_computes_attention_itself_is_given_a_mask():
 GATE, WINDOW = {"use_gate": True}, {"sliding_window": 2}
 
 
-@full_on("jax")
 @pytest.mark.keras("3.15")
 @pytest.mark.parametrize(
     ("pair", "extra"),
@@ -249,7 +249,6 @@ def test_gate_and_window_of_newer_keras(pair, extra):
         np.testing.assert_allclose(numpy_of(got), numpy_of(want), rtol=2e-5, atol=2e-6)
 
 
-@full_on("jax")
 @pytest.mark.parametrize(("axes", "training"), [((1, 2), True), ((2,), False)])
 def test_attention_over_several_axes(axes, training):
     rng = np.random.default_rng(0)
@@ -300,7 +299,6 @@ def test_scores_and_flash_attention_exclude_each_other_as_in_stock(pair):
             made(cls, flash_attention=True)(query, value, return_attention_scores=True)
 
 
-@full_on("jax")
 @pytest.mark.parametrize("pair", PAIRS, ids=["multi", "group"])
 def test_it_takes_what_stock_takes_and_saves_and_loads(pair, tmp_path):
     arguments = {
@@ -345,7 +343,6 @@ def test_weights_come_from_stock_models_and_go_back(pair, tmp_path):
             np.testing.assert_array_equal(got, want)
 
 
-@full_on("jax")
 def test_a_model_of_padded_sentences_trains():
     keras.config.set_dtype_policy("mixed_float16")
     words = keras.Input((None,), dtype="int32")

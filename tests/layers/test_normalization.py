@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.ways import full
+from helpers.ways import full, full_on
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -72,6 +72,7 @@ def test_a_bad_value_poisons_stock_keras(value):
     assert not np.all(np.isfinite(statistics(stock)["moving_mean"]))
 
 
+@full_on("jax")
 @pytest.mark.parametrize("arguments", [{}, RENORM, {"axis": 1}], ids=str)
 @pytest.mark.parametrize("policy", [*POLICIES, "float16"])
 def test_finite_batches_are_those_of_stock_bit_for_bit(arguments, policy):
@@ -86,6 +87,7 @@ def test_finite_batches_are_those_of_stock_bit_for_bit(arguments, policy):
         assert_same(statistics(ours), statistics(stock))
 
 
+@full_on("jax")
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.sampled_from(["good", *BAD]), max_size=5))
 def test_any_mixture_equals_its_good_batches_alone(kinds):
@@ -102,6 +104,7 @@ def test_any_mixture_equals_its_good_batches_alone(kinds):
     assert_same(statistics(with_bad), statistics(without))
 
 
+@full_on("jax")
 def test_masks_count_as_in_stock_and_do_not_let_a_bad_value_in():
     mask = np.array([[True, True, False]] * 4)
     good = batch(1, (4, 3, 2))

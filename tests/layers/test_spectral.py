@@ -4,9 +4,11 @@ import keras
 import numpy as np
 import pytest
 from helpers.float16 import error, numpy_of, rounded, step
-from helpers.ways import full, in_each_way
+from helpers.ways import FULL_ON_JAX, full, in_each_way
 
 from kerasmp.layers import SpectralNormalization
+
+pytestmark = FULL_ON_JAX
 
 Stock = keras.layers.SpectralNormalization
 EAGERLY = keras.backend.backend() == "tensorflow"  # what is to be compiled takes longer

@@ -4,10 +4,12 @@ import keras
 import numpy as np
 import pytest
 from helpers.float16 import numpy_of
-from helpers.ways import full, full_but
+from helpers.ways import FULL_ON_JAX, full, full_but
 from keras import ops
 
 from kerasmp import layers
+
+pytestmark = FULL_ON_JAX
 
 BACKEND = keras.backend.backend()
 ARGUMENTS = {
@@ -52,8 +54,6 @@ def small_pair(name, ours="mixed_float16", stock="mixed_float16", **kwargs):
 
 # One for each way in which their code goes.
 QUICK = {"Conv2D", "Dense", "EinsumDense", "SeparableConv1D"}
-if BACKEND == "jax":
-    QUICK = {"Conv2D", "Dense"}
 
 
 @pytest.mark.parametrize("name", full_but(QUICK, ARGUMENTS))

@@ -3,11 +3,13 @@
 import keras
 import numpy as np
 import pytest
-from helpers.ways import full, full_but, full_on
+from helpers.ways import FULL_ON_JAX, full, full_but
 from keras import layers, ops
 
 from kerasmp.layers import DenseHead, WithDtype
 from kerasmp.optimizer import LossScaleOptimizer
+
+pytestmark = FULL_ON_JAX
 
 SEQUENCE = (2, 5, 4)
 
@@ -63,9 +65,7 @@ MAKERS = {
     "stacked RNN": lambda: layers.RNN([layers.GRUCell(3), layers.LSTMCell(2)]),
 }
 # One for each way in which a layer has parts.
-QUICK = {"Dense", "DenseHead", "nested"}
-if keras.backend.backend() != "jax":
-    QUICK |= {"BatchNormalization", "Bidirectional", "stacked RNN"}
+QUICK = {"BatchNormalization", "Bidirectional", "Dense", "DenseHead", "nested", "stacked RNN"}
 every_maker = pytest.mark.parametrize("name", full_but(QUICK, MAKERS))
 POLICIES = {
     "float32": "float32",
@@ -139,7 +139,6 @@ def test_softmax_over_many_classes_is_float32():
     np.testing.assert_allclose(wrapped, exact, rtol=2e-4)
 
 
-@full_on("jax")
 @pytest.mark.parametrize("output_dtype", ["float16", "float32", "float64", None])
 def test_outputs_are_cast_to_the_output_dtype(output_dtype):
     if output_dtype == "float64" and keras.backend.backend() == "jax":
@@ -202,7 +201,6 @@ def test_training_reaches_dropout(given):
     assert np.any(wide(model(ones, training=True)) == 0)
 
 
-@full_on("jax")
 @pytest.mark.keras("3.14")  # before it, every stock layer that casts its input loses the mask
 @pytest.mark.parametrize(("around", "given"), PAIRS)
 def test_masks_go_in_and_come_out(around, given):

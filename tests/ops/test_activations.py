@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers.float16 import MODES, assert_near_best, draw, errors, numpy_of, step
 from helpers.references import ACTIVATIONS, TANH_GELU
-from helpers.ways import full, full_but, in_each_way
+from helpers.ways import full, full_but, full_on, in_each_way
 from keras import ops
 
 import kerasmp
@@ -97,6 +97,7 @@ def test_those_of_stock_keras_do(name, mode):
     assert error > 40 * best
 
 
+@full_on("jax")
 @in_each_way
 def test_glu_is_one_half_times_the_sigmoid_of_the_other(mode):
     a, b, dy = (draw(seed, (100, 20), scale) for seed, scale in enumerate([1000.0, 3.0, 50.0]))
@@ -106,6 +107,7 @@ def test_glu_is_one_half_times_the_sigmoid_of_the_other(mode):
     assert_near_best(gradient, np.concatenate([dy * gate, dy * a * slope], -1))
 
 
+@full_on("jax")
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"tanh gelu", "mish"}))
 @pytest.mark.parametrize("dtype", [full("float16"), full("bfloat16"), "float32"])
 def test_values_and_dtypes_are_those_of_keras_else(name, dtype):
@@ -116,6 +118,7 @@ def test_values_and_dtypes_are_those_of_keras_else(name, dtype):
     np.testing.assert_array_equal(numpy_of(ours), numpy_of(ops.cast(stock, dtype)))
 
 
+@full_on("jax")
 def test_arguments_reach_keras():
     x = ops.convert_to_tensor([-2.0, 3.0])
     for ours, stock in [
@@ -141,6 +144,7 @@ def test_layers_with_one_are_saved_and_loaded(tmp_path):
         assert layer.dtype_policy.name == "mixed_float16"
 
 
+@full_on("jax")
 @pytest.mark.parametrize("name", ["gelu", full("mish"), full("softmax")])
 def test_functional_models_take_them_as_operations(name, tmp_path):
     inputs = keras.Input((4,), dtype="float16")

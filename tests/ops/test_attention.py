@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers.attention64 import attention
 from helpers.float16 import MODES, error, numpy_of, rounded, step
-from helpers.ways import full, in_each_way
+from helpers.ways import full, full_on, in_each_way
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -113,6 +113,7 @@ def test_the_longest_rows_lose_nothing_to_subnormal_weights(mode):
     )
 
 
+@full_on("jax")
 @in_each_way
 def test_large_upstream_gradients_do_not_overflow_inside(mode):
     inputs, upstream = drawn(1.0)
@@ -172,6 +173,7 @@ def test_a_bias_of_minus_infinity_masks_and_one_of_minus_1e9_does_not_overflow(m
         assert_as_good_as_float16_can_be(got, inputs, upstream, bias=numbers, mask=mask)
 
 
+@full_on("jax")
 @in_each_way
 def test_the_gradient_of_a_bias(mode):
     inputs, upstream = drawn(1.0)
@@ -189,6 +191,7 @@ def test_the_gradient_of_a_bias(mode):
     np.testing.assert_allclose(gradients[3][0, 1, 3, 4], (up - down) / (2 * shift), rtol=2e-3)
 
 
+@full_on("jax")
 @pytest.mark.parametrize("key_heads", [1, 2])
 @in_each_way
 def test_groups_of_query_heads_share_keys(mode, key_heads):
@@ -202,6 +205,7 @@ def test_groups_of_query_heads_share_keys(mode, key_heads):
         assert error(gradients[index], shared) <= ALLOWED * error(rounded(shared), shared)
 
 
+@full_on("jax")
 def test_soft_cap_is_that_of_keras_formula():
     inputs, upstream = drawn(5.0)
     outputs, _ = step(
@@ -213,6 +217,7 @@ def test_soft_cap_is_that_of_keras_formula():
     assert error(outputs, want) <= ALLOWED * error(rounded(want), want)
 
 
+@full_on("jax")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_it_gives_back_the_dtype_of_the_inputs_and_in_float32_stock_numbers(dtype):
     inputs, _ = drawn(1.0)
@@ -251,6 +256,7 @@ def test_non_finite_inputs_are_not_hidden():
     assert np.isfinite(outputs[1]).all()
 
 
+@full_on("jax")
 def test_it_is_a_node_of_a_functional_model_that_saves_and_loads(tmp_path):
     query, key = keras.Input((None, 2, 16), dtype="float16"), keras.Input((None, 2, 16))
     outputs = dot_product_attention(query, key, key, is_causal=True, scale=0.5)
@@ -311,6 +317,7 @@ def test_flash_attention_is_used_where_the_device_has_it(flash, causal):
     assert settings_["is_causal"] is causal
 
 
+@full_on("jax")
 def test_flash_attention_is_not_used_where_it_would_lose_something(flash):
     inputs, _ = drawn(1.0)
     mask = np.ones((1, 1, QUERIES, KEYS), bool)
@@ -319,6 +326,7 @@ def test_flash_attention_is_not_used_where_it_would_lose_something(flash):
     assert flash == []
 
 
+@full_on("jax")
 def test_flash_attention_that_is_asked_for_still_zeroes_rows_without_keys(flash):
     inputs, _ = drawn(1.0)
     mask = np.ones((1, 1, QUERIES, KEYS), bool)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers.float16 import numpy_of
 from helpers.op_arguments import NAMES, arguments_of
-from helpers.ways import full, full_but
+from helpers.ways import full, full_but, full_on
 from keras import ops
 
 import kerasmp
@@ -17,6 +17,7 @@ WIDER = {"float16": "float32", "float32": "float16"}
 QUICK = {"average_pool", "dot_product_attention", "gelu", "mean_squared_error", "norm", "softmax"}
 
 
+@full_on("jax")
 @pytest.mark.parametrize("built_in", ["float16", full("float32")])
 @pytest.mark.parametrize("name", full_but(QUICK, NAMES))
 def test_each_is_one_node_also_when_saved_that_decides_by_what_it_is_given(name, built_in):
