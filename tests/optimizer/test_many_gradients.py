@@ -2,7 +2,7 @@
 
 import keras
 import numpy as np
-from helpers.stepping import WAYS, each_of, numpy, tensors, variables_of
+from helpers.stepping import WAYS, each_of, eager, graph, numpy, tensors, variables_of
 
 import kerasmp as mp
 
@@ -20,7 +20,7 @@ def gradients(changes):
     return tensors(*values)
 
 
-@each_of(WAYS, [way for way in WAYS if way.__name__ != "xla"])
+@each_of(WAYS, [eager, graph])
 def test_what_is_bad_is_found_among_many_and_huge_values_are_not(step):
     """All with one optimizer, so that a step is traced once."""
     variables, counts = weights(), np.zeros(NUMBER)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.stepping import (
     EXACT_WAYS,
+    NOT_ON_JAX,
     WITHOUT_XLA,
     Stock,
     assert_same_bits,
@@ -15,6 +16,7 @@ from helpers.stepping import (
     each_of,
     few,
     numpy,
+    quick_on,
 )
 from helpers.twins import Twins
 
@@ -88,6 +90,7 @@ CALLBACKS = {
 
 
 @pytest.mark.parametrize("callback", by_name(CALLBACKS, ["ReduceLROnPlateau"]))
+@quick_on(*NOT_ON_JAX)
 def test_learning_rate_callbacks_reach_every_optimizer_inside(callback):
     weights, losses, rates = fitted(LossScaleOptimizer(several(), loss_scale=2.0**12), [callback()])
     expected, expected_losses, expected_rates = fitted(several(), [callback()])
