@@ -66,6 +66,7 @@ def test_dtypes_are_the_same_in_symbols_and_in_numbers(
     assert actual.shape == (2, 3)
 
 
+@full_on("jax")
 @pytest.mark.parametrize("dtype", LAST_WHOLE)
 def test_the_matmul_rounds_to_the_compute_dtype(dtype):
     """`last` + 1 is no number of that dtype, and the result says which dtype multiplied."""
@@ -108,6 +109,7 @@ def test_stock_keras_rounds_both(policy):
     assert abs(numpy_of(ops.cast(outputs, "float32")).item() - exact) > 1e-4 * exact
 
 
+@full_on("jax")
 @POLICY
 def test_a_whole_float32_model_is_what_it_is_measured_against(policy):
     inputs = np.random.default_rng(0).normal(size=(8, 16)).astype("float32")
@@ -123,6 +125,7 @@ def test_a_whole_float32_model_is_what_it_is_measured_against(policy):
     np.testing.assert_allclose(outputs, expected, rtol=resolution)
 
 
+@full_on("jax")
 def test_it_takes_what_dense_takes():
     arguments = {
         "activation": "relu",
@@ -152,6 +155,7 @@ def test_it_takes_what_dense_takes():
     assert DenseHead(units=3, activation=ops.relu).activation is ops.relu
 
 
+@full_on("jax")
 @pytest.mark.parametrize("policy", ["mixed_float16", full("float32")])
 def test_inputs_of_rank_3_without_bias(policy):
     head = DenseHead(2, use_bias=False, dtype=policy)
@@ -208,6 +212,7 @@ def test_an_enclosing_layer_does_not_narrow_the_bias(outer):
     assert numpy_of(outputs).item() == 1 + 2.0**-20
 
 
+@full_on("jax")
 @pytest.mark.parametrize("policy", ["mixed_float16", full("mixed_bfloat16"), full("float32")])
 def test_config_and_weights_survive(policy, tmp_path):
     inputs = keras.Input((4,))

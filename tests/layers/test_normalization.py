@@ -127,6 +127,7 @@ def test_a_mask_of_another_rank_is_refused_as_in_stock():
         BatchNormalization()(batch(), mask=np.ones((8, 3), bool), training=True)
 
 
+@full_on("jax")
 @pytest.mark.parametrize(("trainable", "training"), [(True, False), (False, True), (True, None)])
 def test_inference_and_frozen_layers_are_stock(trainable, training):
     ours, stock = (cls(trainable=trainable) for cls in (BatchNormalization, Stock))
@@ -196,6 +197,7 @@ def test_with_stock_keras_it_trains_and_predicts_nan():
     assert not np.any(np.isfinite(numpy_of(model(good[0]))))
 
 
+@full_on("jax")
 @pytest.mark.parametrize("policy", ["mixed_float16", full("float32")])
 def test_config_and_weights_survive(policy, tmp_path):
     arguments = {"momentum": 0.5, "epsilon": 0.01, "center": False, "dtype": policy}
@@ -210,6 +212,7 @@ def test_config_and_weights_survive(policy, tmp_path):
     assert_same(statistics(loaded.layers[0]), statistics(layer))
 
 
+@full_on("jax")
 def test_weights_of_a_stock_model_load(tmp_path):
     stock = keras.Sequential([keras.Input((3,)), Stock()])
     stock.layers[0](batch(), training=True)
