@@ -1,7 +1,17 @@
+from pathlib import Path
 from types import SimpleNamespace
 
+import keras
 import numpy as np
 import pytest
+
+
+def pytest_collection_modifyitems(items):
+    """Leave other backends than TensorFlow, where the demo's packages may be, to the full set."""
+    if keras.backend.backend() in {"jax", "torch"}:
+        for item in items:
+            if item.path.parent == Path(__file__).parent:
+                item.add_marker(pytest.mark.full)
 
 
 def striped(count, seed):

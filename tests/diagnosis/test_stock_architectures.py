@@ -13,7 +13,11 @@ OTHERS = ["ResNet50", "MobileNetV3Small", "EfficientNetB0", "DenseNet121", "Conv
 OTHERS += ["EfficientNetV2B0", "InceptionV3", "MobileNet", "ResNet50V2", "VGG16", "Xception"]
 # One is enough elsewhere: what differs is the tracing.
 ONCE = [pytest.mark.full, pytest.mark.backend("tensorflow")]
-ARCHITECTURES = ["MobileNetV2", *(pytest.param(name, marks=ONCE) for name in OTHERS)]
+TRACING = [] if keras.backend.backend() == "tensorflow" else [pytest.mark.full]
+ARCHITECTURES = [
+    pytest.param("MobileNetV2", marks=TRACING),
+    *(pytest.param(name, marks=ONCE) for name in OTHERS),
+]
 
 
 def built(name):
