@@ -470,9 +470,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--python", default=sys.executable, help="of an environment for the tests")
     parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout to plant them in")
     parser.add_argument("--set", choices=SETS, default="quick", help="which tests; default: quick")
-    parser.add_argument(
-        "--results", type=Path, help="default: .ci/work/mutants-SET.jsonl of this project"
-    )
+    parser.add_argument("--results", type=Path, help="default: mutants-SET.jsonl in .ci/work")
     parser.add_argument("--jobs", type=int, default=2, help="faults at a time; default: 2")
     parser.add_argument(
         "--seconds", type=float, default=900, help="after which a fault has hung; default: 900"
@@ -504,7 +502,7 @@ def main() -> None:
         print("\n".join(f"{fault.name} ({fault.room}): {fault.idea}" for fault in faults))
         print(f"{len(faults)} faults")
         return
-    results = given.results or ROOT / ".ci" / "work" / f"mutants-{given.set}.jsonl"
+    results = given.results or ROOT.joinpath(".ci", "work", f"mutants-{given.set}.jsonl")
     # So that the processes end with this one.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Ended."))
     # By a path that leads there from any folder; to resolve the link would leave the environment.

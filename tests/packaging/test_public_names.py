@@ -1,7 +1,8 @@
 """Tests use public names, so that the inside of the package can be rebuilt.
 
-What is private may be used by one file only, the one that is about it: a module that is no package,
-but for `kerasmp.errors`; what a package does not export; a name of ours with an underscore.
+What is private may be used by one file of tests only, the one that is about it, and by one helper,
+which the others ask: a module that is no package, but for `kerasmp.errors`; what a package does not
+export; a name of ours with an underscore.
 """
 
 import ast
@@ -20,7 +21,6 @@ pytestmark = pytest.mark.unit
 TESTS = Path(__file__).parents[1]
 FOUND = list(pkgutil.walk_packages(kerasmp.__path__, "kerasmp."))
 PACKAGES = {"kerasmp", "kerasmp.errors", *(module.name for module in FOUND if module.ispkg)}
-PRIVATE = {module.name for module in FOUND} - PACKAGES
 EXPORTED = {name: set(dir(importlib.import_module(name))) for name in ["kerasmp.errors"]} | {
     name: set(importlib.import_module(name).__all__) for name in PACKAGES - {"kerasmp.errors"}
 }
@@ -65,8 +65,6 @@ def behind(dotted):
     for end in range(2, len(parts) + 1):
         name = ".".join(parts[:end])
         package = ".".join(parts[: end - 1])
-        if name in PRIVATE:
-            return name
         if name not in PACKAGES:
             return None if parts[end - 1] in EXPORTED[package] else name
     return None
@@ -114,13 +112,14 @@ def private_uses(tree):
     return used - {None}
 
 
-def test_what_is_private_is_used_by_one_file_of_tests():
+def test_what_is_private_is_used_by_one_file_of_tests_and_one_helper():
     files = collections.defaultdict(list)
     for file in sorted(set(TESTS.rglob("*.py")) - {Path(__file__)}):
         for use in private_uses(parsed(file)):
-            files[use].append(str(file.relative_to(TESTS)))
-    shared = [f"{use}: {', '.join(by)}" for use, by in sorted(files.items()) if len(by) > 1]
-    assert not shared, "\n".join(["Private, and used by more than one file:", *shared])
+            kind = "helper" if file.parent.name == "helpers" else "file of tests"
+            files[use, kind].append(str(file.relative_to(TESTS)))
+    shared = [f"{x}, {kind}: {', '.join(by)}" for (x, kind), by in files.items() if len(by) > 1]
+    assert not shared, "\n".join(["Private, and used by more than one:", *sorted(shared)])
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,9 @@ def test_command_needs_python_alone(script, readme, name):
     words = shlex.split(script.commands(readme)[name])
     assert words[:3] == ["python3", "-m", "venv"]
     place = words[3]
+    words = [
+        word for word in words if not re.fullmatch(r"[A-Z_]+=\w+", word)
+    ]  # KERAS_BACKEND=numpy
     after = [word for last, word in itertools.pairwise(words) if last == "&&"]
     assert after, "a command that only makes an environment"
     assert all(program.startswith(f"{place}/bin/") for program in after)
