@@ -73,7 +73,7 @@ def test_env_tells_of_this_machine_and_nothing_else():
 
 
 @on_tensorflow
-@pytest.mark.full  # the next test has the results, tests/test_command.py what is hidden
+@pytest.mark.full  # tests/test_command.py what is hidden
 def test_the_demo_of_all_policies_prints_nothing_of_tensorflow(tmp_path):
     code, printed, complained = in_a_process(
         *("demo", "--epochs", 1, "--limit", 100),
@@ -84,6 +84,7 @@ def test_the_demo_of_all_policies_prints_nothing_of_tensorflow(tmp_path):
 
 
 @on_tensorflow
+@pytest.mark.full  # .ci/run runs the command too; tests/demo and tests/report have its parts
 def test_demo_from_digits_to_report(call, tmp_path):
     output = tmp_path / "out"
     code, printed, complained = call(
@@ -118,10 +119,19 @@ def test_demo_from_digits_to_report(call, tmp_path):
         (("--seed", "-1"), 2, "`seed` is too small. Received: -1. Expected: an integer >= 0."),
         (("--limit", "0"), 2, "`limit` is too small."),
         (("--epochs", "many"), 2, "Invalid value for '--epochs'"),
-        (("--dataset", "kerasmp_digit"), 1, 'Did you mean "kerasmp_digits"?'),
     ],
 )
 def test_wrong_usage_is_told_without_a_traceback(call, tmp_path, arguments, code, message):
+    refused(call, tmp_path, arguments, code, message)
+
+
+@on_tensorflow  # which tensorflow-datasets imports
+def test_so_is_a_data_set_that_is_not_there(call, tmp_path):
+    arguments = ("--dataset", "kerasmp_digit")
+    refused(call, tmp_path, arguments, 1, 'Did you mean "kerasmp_digits"?')
+
+
+def refused(call, tmp_path, arguments, code, message):
     found, _, complained = call(
         "demo", "--output", tmp_path / "out", "--data-dir", tmp_path, *arguments
     )

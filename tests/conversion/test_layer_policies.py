@@ -9,11 +9,7 @@ from helpers.flattened import flatten_layers
 import kerasmp as mp
 from kerasmp.policy import LayerPolicies
 
-pytestmark = [
-    pytest.mark.unit,
-    # Keras's NumPy backend traces layers on memory that nothing has filled.
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
-]
+pytestmark = pytest.mark.unit
 
 
 # Keras asks for TensorFlow where it makes a Bidirectional: test_safe_layers.py has that kind.

@@ -12,11 +12,7 @@ from keras import ops
 
 import kerasmp as mp
 
-pytestmark = [
-    pytest.mark.unit,
-    # Keras's NumPy backend traces layers on memory that nothing has filled.
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
-]
+pytestmark = pytest.mark.unit
 layers = keras.layers
 X = converted.X
 

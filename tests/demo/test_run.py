@@ -106,6 +106,7 @@ def test_facts_about_data_and_place(everything):
     assert result.environment.versions["keras"] == keras.__version__
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("no_disk")
 def test_the_network_learns_and_the_seed_decides(everything):
     settings = DemoSettings(epochs=2, batch_size=16, policies=("float32",))

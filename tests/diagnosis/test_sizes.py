@@ -8,11 +8,7 @@ from kerasmp.diagnosis.sizes import MULTIPLE
 
 layers = keras.layers
 
-# NumPy and JAX say so of the constants that are looked for.
-pytestmark = [
-    pytest.mark.unit,
-    pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning"),
-]
+pytestmark = pytest.mark.unit
 
 
 # sizes

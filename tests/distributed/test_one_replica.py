@@ -2,9 +2,8 @@
 
 import pytest
 from helpers import bad_batch
-from helpers.stepping import few
 
-pytestmark = pytest.mark.backend("tensorflow")
+pytestmark = [pytest.mark.backend("tensorflow"), pytest.mark.full]
 
 STRATEGIES = ("MirroredStrategy", "OneDeviceStrategy", None)
 
@@ -28,7 +27,7 @@ def trained(name, way, *, build=True):
 CASES = [("loop", False), ("loop", True), ("fit", False), ("fit", True)]
 
 
-@pytest.mark.parametrize("case", few(CASES, CASES[:1]), ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_replica_trains_and_skips_as_without_a_strategy(case):
     way, build = case
     mirrored, one_device, none = (trained(name, way, build=build) for name in STRATEGIES)

@@ -3,11 +3,13 @@
 import keras
 import pytest
 
+
+def full_on(backend):
+    """Return a mark for a test that is quick, and asks the same, on the other backends."""
+    here = keras.backend.backend() == backend
+    return pytest.mark.full if here else lambda function: function
+
+
+full_on_jax = full_on("jax")
+# The same for a whole file or a parameter.
 FULL_ON_JAX = [pytest.mark.full] if keras.backend.backend() == "jax" else []
-
-
-def full_on_jax(test):
-    """Return a test that belongs to the full set on JAX: elsewhere it asks the same, quickly."""
-    for mark in FULL_ON_JAX:
-        test = mark(test)
-    return test

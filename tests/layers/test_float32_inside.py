@@ -4,11 +4,12 @@ import keras
 import numpy as np
 import pytest
 from helpers.float16 import assert_near_best, draw, numpy_of, rounded, step
+from helpers.marks import full_on
 from helpers.references import (
     softmax,
     softmax_gradient,
 )
-from helpers.ways import full, full_but, full_on, in_each_way
+from helpers.ways import full, full_but, in_each_way
 from keras import ops
 
 from kerasmp import layers

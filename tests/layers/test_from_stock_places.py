@@ -5,8 +5,8 @@ import contextlib
 import keras
 import numpy as np
 import pytest
+from helpers.marks import full_on
 from helpers.turned_layers import assert_state, flags, numpy, parts, state, stock_left, turned
-from helpers.ways import full_on
 
 import kerasmp as mp
 from kerasmp.layers.from_stock import turn_to_safe

@@ -3,7 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from helpers.ways import full, full_on
+from helpers.marks import full_on
+from helpers.ways import full
 from keras import ops
 
 from kerasmp.layers import DenseHead

@@ -4,8 +4,9 @@ import keras
 import numpy as np
 import pytest
 from helpers.float16 import MODES, error, numpy_of, step
+from helpers.marks import FULL_ON_JAX
 from helpers.multi_head64 import multi_head, weights_of
-from helpers.ways import FULL_ON_JAX, full, in_each_way
+from helpers.ways import full, in_each_way
 from keras import ops
 
 import kerasmp as mp

@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 from helpers.float16 import error, numpy_of, rounded, step
-from helpers.ways import FULL_ON_JAX, full, in_each_way
+from helpers.marks import FULL_ON_JAX
+from helpers.ways import full, in_each_way
 
 from kerasmp.layers import SpectralNormalization
 

@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 from helpers.float16 import numpy_of
-from helpers.ways import FULL_ON_JAX, full, full_but
+from helpers.marks import FULL_ON_JAX
+from helpers.ways import full, full_but
 from keras import ops
 
 from kerasmp import layers

@@ -3,7 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from helpers.ways import FULL_ON_JAX, full, full_but
+from helpers.marks import FULL_ON_JAX
+from helpers.ways import full, full_but
 from keras import layers, ops
 
 from kerasmp.layers import DenseHead, WithDtype

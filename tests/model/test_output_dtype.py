@@ -6,8 +6,6 @@ import pytest
 
 import kerasmp as mp
 
-# Keras's NumPy backend, on which unit tests run, traces layers on memory that nothing has filled.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 X = np.ones((4, 3), "float32")
 
 

@@ -6,8 +6,6 @@ import pytest
 
 import kerasmp as mp
 
-# Keras's NumPy backend, on which unit tests run, traces layers on memory that nothing has filled.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 layers = keras.layers
 SAFE = mp.Policy("mixed_float16", rules="safe")
 X = np.ones((2, 6, 4), "float32")

@@ -4,8 +4,9 @@ import keras
 import numpy as np
 import pytest
 from helpers.float16 import numpy_of
+from helpers.marks import full_on
 from helpers.op_arguments import NAMES, arguments_of
-from helpers.ways import full, full_but, full_on
+from helpers.ways import full, full_but
 from keras import ops
 
 import kerasmp

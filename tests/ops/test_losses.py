@@ -4,8 +4,9 @@ import keras
 import numpy as np
 import pytest
 from helpers.float16 import MODES, assert_near_best, draw, numpy_of, rounded, step
+from helpers.marks import full_on
 from helpers.references import log_softmax, normalize, normalize_gradient, sigmoid, softmax
-from helpers.ways import full, full_but, full_on, in_each_way
+from helpers.ways import full, full_but, in_each_way
 from keras import ops
 
 import kerasmp

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.float16 import MODES, assert_near_best, draw, numpy_of, rounded, step
+from helpers.marks import full_on
 from helpers.references import (
     REDUCTIONS,
     log_softmax,
@@ -13,7 +14,7 @@ from helpers.references import (
     softmax,
     softmax_gradient,
 )
-from helpers.ways import full, full_but, full_on, in_each_way
+from helpers.ways import full, full_but, in_each_way
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from keras import ops

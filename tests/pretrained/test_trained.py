@@ -3,23 +3,13 @@
 import keras
 import numpy as np
 import pytest
-from helpers.marks import FULL_ON_JAX
 from helpers.trained import INSTALL, Edges, Emotions, bundled, contrast
 
 import kerasmp as mp
 
 UNIT_ROUNDOFF = {"mixed_float16": 2.0**-11, "mixed_bfloat16": 2.0**-8}
 NETWORKS = pytest.mark.parametrize("network", [Emotions, Edges])
-# The quick set has the smaller network in float16, and fine-tunes it.
-CASES = [
-    pytest.param(
-        network,
-        policy,
-        marks=FULL_ON_JAX if (network, policy) == (Emotions, "mixed_float16") else pytest.mark.full,
-    )
-    for network in (Emotions, Edges)
-    for policy in UNIT_ROUNDOFF
-]
+POLICIES = pytest.mark.parametrize("policy", UNIT_ROUNDOFF)
 
 
 def predictions(model, x):
@@ -52,7 +42,9 @@ def top(probabilities):
     return probabilities > 0.5 if probabilities.shape[-1] == 1 else probabilities.argmax(axis=-1)
 
 
-@pytest.mark.parametrize(("network", "policy"), CASES)
+@pytest.mark.full
+@NETWORKS
+@POLICIES
 def test_predictions_agree_and_come_back(network, policy):
     model, x = network.build(), network.inputs()
     exact, weights = predictions(model, x), model.get_weights()
@@ -93,10 +85,8 @@ def test_the_edges_are_those_of_the_pictures():
     assert np.corrcoef(found.ravel(), there.ravel())[0, 1] > 0.5
 
 
-# To trace or compile the step takes most of the time; on JAX that is much.
-OFTEN = () if keras.backend.backend() == "tensorflow" else pytest.mark.full
 FINE_TUNED = [
-    pytest.param(Emotions, Emotions.task, Emotions.build, 1e-3, 8, marks=OFTEN),
+    (Emotions, Emotions.task, Emotions.build, 1e-3, 8),
     # Ten times as long elsewhere, without other ways than the first one's.
     pytest.param(
         Edges,
@@ -104,11 +94,12 @@ FINE_TUNED = [
         lambda: Edges.build(32),
         1e-5,
         3,
-        marks=(pytest.mark.full, pytest.mark.backend("tensorflow")),
+        marks=pytest.mark.backend("tensorflow"),
     ),
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("network", "task", "build", "rate", "steps"), FINE_TUNED)
 def test_fine_tuning_in_float16_goes_down_without_a_skipped_step(network, task, build, rate, steps):
     model, (x, y) = build(), task()
