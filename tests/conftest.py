@@ -37,7 +37,7 @@ from helpers import processes
 # Looking for garbage as often as Python does takes an eighth of the time.
 gc.set_threshold(100_000, 50, 100)
 
-# Keras imports what it finds, to save a layer, say; no unit test needs TensorFlow, which takes long.
+# To save a layer, say, Keras imports TensorFlow where it is; no unit test needs those seconds.
 if keras.backend.backend() == "numpy":
     sys.modules["tensorflow"] = None
 
