@@ -9,6 +9,7 @@ first that fails:
 - `--set everything`: all tests on TensorFlow, whatever their marks.
 
 Before that, the same tests run without a fault, and must pass, or "killed" would mean nothing.
+`--no-control` leaves that out, for a tree whose tests are known to pass.
 
 What is known is kept in `--results`, a line of JSON for each run. A fault that is in there, and has
 not changed since, is not run again, so that a run that was stopped goes on where it was. Remove the
@@ -401,18 +402,20 @@ def snapshot(tree: Path, folder: Path) -> Path:
     return folder
 
 
-def run_all(faults: list[Fault], runner: Runner, jobs: int) -> list[dict[str, Any]]:
-    """Return what the tests say of each fault, so many at a time; controls come first."""
+def run_all(
+    faults: list[Fault], runner: Runner, jobs: int, *, control: bool
+) -> list[dict[str, Any]]:
+    """Return what the tests say of each fault, so many at a time; controls, if any, come first."""
     controls: dict[str, cf.Future[dict[str, Any]]] = {}
     futures = []
     with cf.ThreadPoolExecutor(jobs) as pool:
         try:
             for fault in faults:
-                for tests in fault.tests:
+                for tests in fault.tests if control else ():
                     if tests not in controls:
                         controls[tests] = pool.submit(runner.control, tests)
                 # They began before it, so that it does not wait for ever.
-                own = [controls[tests] for tests in fault.tests]
+                own = [controls[tests] for tests in fault.tests if control]
                 futures.append(pool.submit(runner.fault, fault, own))
             return [future.result() for future in futures]
         except BaseException:  # an interrupt, too
@@ -475,6 +478,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=900, help="after which a fault has hung; default: 900"
     )
+    parser.add_argument(
+        "--no-control", action="store_true", help="the tests are known to pass without a fault"
+    )
     parser.add_argument("--list", action="store_true", help="print and check the faults")
     parser.add_argument(
         "--table", nargs="+", type=Path, metavar="FILE", help="BASE QUICK [FULL], to print"
@@ -518,7 +524,7 @@ def main() -> None:
             Results(results),
         )
         runner.check_import()
-        found = run_all(faults, runner, given.jobs)
+        found = run_all(faults, runner, given.jobs, control=not given.no_control)
     print()
     print(summary(faults, found))
     if any(record["verdict"] not in {"killed", "hung"} for record in found):
