@@ -1,6 +1,6 @@
 """Keep in .ci/full.tsv when, and at which commit, each part of `.ci/run full` last passed.
 
-`full_record.py PART COMMIT` writes, `full_record.py --show PART...` prints what is known.
+`full_record.py PART COMMIT` writes, `full_record.py --show` prints what is known.
 """
 
 import datetime as dt
@@ -29,10 +29,9 @@ def main(first: str, *others: str) -> None:
     if first != "--show":
         write(first, *others)
         return
-    passed = read()
     print("\nThe parts of `.ci/run full` last passed:")
-    for part in others:
-        print(f"  {part:<14}{' at '.join(passed[part]) if part in passed else 'never'}")
+    for part, (day, commit) in read().items():
+        print(f"  {part:<14}{day} at {commit}")
 
 
 if __name__ == "__main__":

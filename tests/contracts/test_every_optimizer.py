@@ -82,10 +82,11 @@ def test_equals_the_plain_one_bit_for_bit_and_a_skipped_step_changes_nothing(cls
 
 
 @every_optimizer("SGD" if BACKEND == "jax" else "Adam")
+@pytest.mark.parametrize("company", by_name(COMPANY, ["alone"]))
 @each_of([way for way in WAYS if way not in EXACT_WAYS] or WAYS)
 @pytest.mark.backend("tensorflow", "jax")
-def test_in_the_other_ways_a_skipped_step_changes_nothing_either(cls, step):
-    twins = Twins(lambda _: cls(0.1), step)
+def test_in_the_other_ways_a_skipped_step_changes_nothing_either(cls, company, step):
+    twins = Twins(lambda _: cls(0.1, **company), step)
     twins.bad(np.inf)
     twins.good(0)
     twins.bad(-np.inf)
