@@ -16,9 +16,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# The levels that each setting of TF_CPP_MIN_LOG_LEVEL hides, by their letters in the log.
-_HIDDEN = {"1": "I", "2": "IW", "3": "IWE"}
-
 # A process of its own, which passes on what is said even if the framework ends this one at once.
 _RELAY = """
 import re, signal, sys
@@ -58,8 +55,11 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def main() -> None:
     """Run the command, with no more of TensorFlow's log than TF_CPP_MIN_LOG_LEVEL asks for."""
-    hidden = _HIDDEN.get(os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3"))
-    logging.getLogger("tensorflow").addFilter(_is_news)
+    level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # What the log calls information, warnings and errors; what is fatal is always shown.
+    hidden = "IWE"[: int(level)] if level.isdigit() else ""
+    if hidden:
+        logging.getLogger("tensorflow").addFilter(_is_news)
     # Without a stderr there is nothing to hide.
     with _log_hidden(hidden) if hidden and sys.stderr else contextlib.nullcontext():
         from kerasmp import cli

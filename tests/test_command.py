@@ -53,6 +53,7 @@ def run(folder, package, level=None):
     [
         (None, FATAL + PYTHON + "3\n"),
         ("3", FATAL + PYTHON + "3\n"),
+        ("4", FATAL + PYTHON + "4\n"),
         ("2", ERROR + FATAL + PYTHON + "2\n"),
         ("1", WARNING + ERROR + FATAL + PYTHON + "1\n"),
         ("0", HEAD + INFO + WARNING + ERROR + FATAL + PYTHON + "0\n"),

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 
+import kerasmp as mp
 from kerasmp import errors
 
 pytestmark = pytest.mark.unit
@@ -43,6 +44,11 @@ def test_the_message_has_the_parts_that_were_given(cls, parts, message):
 @pytest.mark.parametrize("cls", [cls for cls in ERRORS if cls is not errors.KerasMPError])
 def test_every_error_is_also_the_builtin_that_a_reader_would_catch(cls):
     assert any(base.__module__ == "builtins" for base in cls.__mro__[1:-3])
+
+
+def test_what_needs_a_framework_says_so_where_there_is_none():
+    with pytest.raises(errors.BackendError, match=r"no part for this Keras backend.*'numpy'.*jax"):
+        mp.LossScaleOptimizer("adam")
 
 
 @pytest.mark.parametrize("cls", WARNINGS)

@@ -45,7 +45,7 @@ EVERY = {
     name: (layers.RNN, CELLS[name]) if name in CELLS else (cls, CASES[name])
     for name, cls in STOCK.items()
 } | MORE
-# One for each way in which a class is turned; on JAX those whose bias is not cast there alone.
+# One for each way in which a class is turned. Of those on JAX only what is not the same code.
 MECHANISMS = {"Dense-silu", "PReLU"}
 if keras.backend.backend() != "jax":
     MECHANISMS |= {

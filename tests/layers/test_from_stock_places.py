@@ -178,15 +178,16 @@ def test_stock_activations_inside_become_ours_also_in_files(tmp_path):
     functions += [getattr(keras.ops, name) for name in others]
     inputs = keras.Input((6,))
     outputs = [
-        layers.Dense(2 if f.__name__ == "glu" else 1, activation=f, name=f"{i}_{f.__name__}")(
-            inputs
-        )
+        layers.Dense(2, activation=f, name=f"{i}_{f.__name__}")(inputs)
         for i, f in enumerate(functions)
     ]
     model = keras.Model(inputs, layers.Concatenate()(outputs))
     made = model.layers[1:-1]
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype("float32") * 3
+    stock = numpy(model(x))
     report, turned_ones = turned(model)
     assert turned_ones == ["Dense"] * len(functions)
+    np.testing.assert_allclose(numpy(model(x)), stock, rtol=2e-6, atol=1e-6)
     for dense, name in zip(made, names + others, strict=True):
         assert dense.activation is getattr(mp.ops, name), name
     model.save(tmp_path / "model.keras")
