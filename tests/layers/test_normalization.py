@@ -65,6 +65,14 @@ def test_a_bad_value_leaves_no_trace(value, arguments, policy):
     assert {v.dtype for v in layer.variables} == {"float32"}
 
 
+def test_a_variance_that_overflows_under_a_finite_mean_leaves_no_trace():
+    layer = BatchNormalization(dtype="float32")
+    layer(batch(1), training=True)
+    before = statistics(layer)
+    layer(np.float32([[3e20] * 3, [-3e20] * 3]), training=True)
+    assert_same(statistics(layer), before)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("value", BAD)
 def test_a_bad_value_poisons_stock_keras(value):

@@ -224,6 +224,13 @@ def test_masks_go_in_and_come_out(around, given):
     np.testing.assert_allclose(wide(model(ids)), wide(outputs), rtol=1e-2, atol=1e-3)
 
 
+def test_a_mask_that_the_layer_makes_comes_out():
+    ids = np.array([[1, 2, 0, 0, 0], [1, 2, 3, 4, 0]])
+    embed = layers.Embedding(6, 4, mask_zero=True)
+    outputs = WithDtype(embed, "mixed_float16", output_dtype="float32")(ids)
+    assert numpy_of(outputs._keras_mask).tolist() == (ids != 0).tolist()
+
+
 @pytest.mark.keras("3.14")
 def test_a_layer_that_drops_masks_still_does():
     embedded = layers.Embedding(6, 4, mask_zero=True)(np.array([[1, 0]]))
