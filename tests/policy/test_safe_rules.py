@@ -229,6 +229,20 @@ def test_a_head_with_parts_takes_them_along():
     assert {row.after for row in rows(model)[1:]} == {"float32"}
 
 
+def test_a_pooling_that_no_graph_tells_of_may_be_masked():
+    class Pools(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.pool = layers.GlobalAveragePooling1D(name="pool")
+
+        def call(self, inputs):
+            return self.pool(inputs)
+
+    model = relu_after(Pools(), (4, 2))
+    (row,) = [row for row in rows(model) if row.path.endswith("pool")]
+    assert (row.after, "masked-pooling" in row.reason) == ("float32", True)
+
+
 def test_what_a_users_layer_holds_is_not_taken_along():
     class Block(layers.Layer):
         def __init__(self):
