@@ -68,7 +68,8 @@ def test_any_magnitude_is_within_four_times_the_best(name, seed, shape, exponent
     near_best(next(iter(MODES)), name, x, 2.0**upstream, seed + 1)
 
 
-@in_each_way
+# Each way is quick: TensorFlow's own kernel of sqrt's gradient forgives what XLA and JAX do not.
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["norm", "normalize", "std"])
 def test_rows_of_zeros_have_no_gradient_and_stay_zero(name, mode):
     x = draw(0, (4, 8), 300.0)
