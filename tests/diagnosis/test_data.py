@@ -24,6 +24,7 @@ def test_values_that_float16_cannot_hold_are_an_error():
     each = only(made(dense()), "input-range", LARGE)
     assert each.severity == "error"
     assert "70000" in each.reason
+    assert "70000" in only(made(dense()), "input-range", -LARGE).reason
     assert not found(made(dense()), "input-range", LARGE / 2)
     assert not found(made(dense()), "input-range")
 

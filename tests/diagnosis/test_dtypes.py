@@ -35,7 +35,9 @@ def test_a_half_precision_master_is_an_error():
     each = only(made(OwnWeight), "half-master")
     assert each.severity == "error"
     assert "(mine)" in each.reason
-    assert "(kernel, bias)" in only(made(dense(), policy="float16"), "half-master").reason
+    for half in ("float16", "bfloat16"):
+        reason = only(made(dense(), policy=half), "half-master").reason
+        assert f"in {half} (kernel, bias)" in reason
 
 
 def test_float32_masters_and_frozen_weights_are_in_peace():
