@@ -47,7 +47,8 @@ def test_the_same_start_and_order_give_nearly_the_same_loss(everything):
     result, _ = everything
     # The dynamic run skips these few steps, since its scale starts too high.
     losses = [one.loss[0] for one in result.runs if one.recipe.name != "mixed_float16"]
-    assert losses == pytest.approx([losses[0]] * len(losses), rel=0.02)
+    # Measured: 0.0001 apart; in another order of the batches, 0.01.
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=0.002)
 
 
 def test_what_scaling_did_is_counted(everything):
