@@ -6,14 +6,16 @@ first that fails:
 
 - `--set quick`: the unit tests on NumPy; if the fault lives on, the quick tests on TensorFlow.
 - `--set full`: the tests that are marked full, on TensorFlow.
-- `--set everything`: all tests on TensorFlow, whatever their marks.
+- `--set everything`: all tests on TensorFlow, whatever their marks, but for the unit tests; for a
+  tree that has none, as the baseline is.
 
 Before that, the same tests run without a fault, and must pass, or "killed" would mean nothing.
 `--no-control` leaves that out, for a tree whose tests are known to pass.
 
 What is known is kept in `--results`, a line of JSON for each run. A fault that is in there, and has
 not changed since, is not run again, so that a run that was stopped goes on where it was. Remove the
-file when the tests have changed. What ended in an error is tried again.
+file when the tests have changed. What ended in an error is tried again; so is what took too long,
+which says nothing: a test that hangs fails by pytest's own limit.
 
 `--list` prints the faults, and fails if the text of one is gone. `--table BASE QUICK [FULL]` prints
 what such files say of each fault, side by side.
@@ -183,10 +185,12 @@ class Results:
 
     Args:
         path: The file; it need not be there.
+        commit: What the tree is, kept with each record.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, commit: str) -> None:
         self._path = path
+        self._commit = commit
         self._lock = threading.Lock()
         self._known: dict[tuple[str, str, str], dict[str, Any]] = {}
         for record in read_results(path) if path.exists() else []:
@@ -199,6 +203,7 @@ class Results:
 
     def add(self, record: dict[str, Any]) -> dict[str, Any]:
         """Append a record, at once, and return it."""
+        record |= {"commit": self._commit}
         with self._lock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
@@ -361,7 +366,7 @@ class Runner:
             named = NAMED.search(output.rpartition("short test summary info")[2])
             by = named[1] if named else ""
             if code is None:
-                verdict = "hung"
+                verdict, said = "error", f"took longer than {seconds:.0f} s, see --seconds"
             elif named and code in {FAILED, INTERRUPTED}:  # the latter while tests are collected
                 verdict = "killed"
             elif code not in {PASSED, NO_TESTS}:
@@ -384,17 +389,20 @@ class Runner:
             yield copy
 
 
+def git(tree: Path, *arguments: str) -> str:
+    """Return what git says of a tree; exit if it is no checkout."""
+    said = subprocess.run(["git", *arguments], cwd=tree, capture_output=True, check=False)  # noqa: S603, S607 - the user's git
+    if said.returncode:
+        sys.exit(f"{tree} is no checkout of git: {said.stderr.decode(errors='replace')}")
+    return said.stdout.decode()
+
+
 def snapshot(tree: Path, folder: Path) -> Path:
     """Copy the files of a tree that git knows or would add into a folder, and return that."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"],  # noqa: S607 - the user's git
-        cwd=tree,
-        capture_output=True,
-        check=False,
+    listed = git(
+        tree, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"
     )
-    if listed.returncode:
-        sys.exit(f"{tree} is no checkout of git: {listed.stderr.decode(errors='replace')}")
-    for name in filter(None, listed.stdout.decode().split("\0")):
+    for name in filter(None, listed.split("\0")):
         source, target = tree / name, folder / name
         if source.is_file():  # what is deleted and not committed is not
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -451,11 +459,13 @@ def summary(faults: list[Fault], found: list[dict[str, Any]]) -> str:
 
 
 def side_by_side(faults: list[Fault], paths: list[Path]) -> str:
-    """Return what up to three files of results say of each fault, as a table."""
-    columns = [{r["fault"]: r["verdict"] for r in read_results(path)} for path in paths]
+    """Return what up to three files of results say of each fault as it is now, as a table."""
+    columns = [
+        {(r["fault"], r["hash"]): r["verdict"] for r in read_results(path)} for path in paths
+    ]
     titles = ("baseline", "quick set", "full")[: len(columns)]
     rows = [
-        row(fault.name, fault.idea, *(column.get(fault.name, "-") for column in columns))
+        row(fault.name, fault.idea, *(c.get((fault.name, fault.hash), "-") for c in columns))
         for fault in faults
     ]
     return "\n".join([head("fault", "idea", *titles), *rows])
@@ -473,10 +483,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--python", default=sys.executable, help="of an environment for the tests")
     parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout to plant them in")
     parser.add_argument("--set", choices=SETS, default="quick", help="which tests; default: quick")
-    parser.add_argument("--results", type=Path, help="default: mutants-SET.jsonl in .ci/work")
+    parser.add_argument("--results", type=Path, help="default: .ci/mutants-SET.jsonl")
     parser.add_argument("--jobs", type=int, default=2, help="faults at a time; default: 2")
     parser.add_argument(
-        "--seconds", type=float, default=900, help="after which a fault has hung; default: 900"
+        "--seconds", type=float, default=900, help="that a fault may take; default: 900"
     )
     parser.add_argument(
         "--no-control", action="store_true", help="the tests are known to pass without a fault"
@@ -508,7 +518,7 @@ def main() -> None:
         print("\n".join(f"{fault.name} ({fault.room}): {fault.idea}" for fault in faults))
         print(f"{len(faults)} faults")
         return
-    results = given.results or ROOT.joinpath(".ci", "work", f"mutants-{given.set}.jsonl")
+    results = given.results or FAULTS.with_name(f"mutants-{given.set}.jsonl")
     # So that the processes end with this one.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Ended."))
     # By a path that leads there from any folder; to resolve the link would leave the environment.
@@ -521,13 +531,13 @@ def main() -> None:
             snapshot(tree, Path(folder)),
             given.set,
             given.seconds,
-            Results(results),
+            Results(results, git(tree, "describe", "--always", "--dirty", "--exclude=*").strip()),
         )
         runner.check_import()
         found = run_all(faults, runner, given.jobs, control=not given.no_control)
     print()
     print(summary(faults, found))
-    if any(record["verdict"] not in {"killed", "hung"} for record in found):
+    if any(record["verdict"] != "killed" for record in found):
         sys.exit(1)
 
 
