@@ -1,13 +1,25 @@
 """Keep in .ci/full.tsv when, and at which commit, each part of `.ci/run full` last passed.
 
-`full_record.py PART COMMIT` writes, `full_record.py --show` prints what is known.
+`full_record.py PART COMMIT` writes, `full_record.py --show` prints what is known of all parts, and
+`full_record.py --parts` only their names.
 """
 
 import datetime as dt
+import re
 import sys
 from pathlib import Path
 
 FILE = Path(__file__).with_name("full.tsv")
+TESTS = Path(__file__).parent.parent / "tests"
+
+# How a file of tests says that some of it is not quick.
+MARKED = re.compile(r"\b(mark\.full|helpers\.marks|each_of)\b")
+
+
+def parts() -> list[str]:
+    """Return the folders and files in tests/ that have such a file, and the examples."""
+    files = (f for f in TESTS.rglob("test_*.py") if MARKED.search(f.read_text(encoding="utf-8")))
+    return [*sorted({file.relative_to(TESTS).parts[0] for file in files}), "examples"]
 
 
 def read() -> dict[str, tuple[str, str]]:
@@ -26,12 +38,15 @@ def write(part: str, commit: str) -> None:
 
 def main(first: str, *others: str) -> None:
     """Write or show, as the module says."""
-    if first != "--show":
+    if first == "--parts":
+        print("\n".join(parts()))
+    elif first == "--show":
+        passed = read()
+        print("\nThe parts of `.ci/run full` last passed:")
+        for part in parts():
+            print(f"  {part:<14}{' at '.join(passed.get(part, ['never']))}")
+    else:
         write(first, *others)
-        return
-    print("\nThe parts of `.ci/run full` last passed:")
-    for part, (day, commit) in read().items():
-        print(f"  {part:<14}{day} at {commit}")
 
 
 if __name__ == "__main__":

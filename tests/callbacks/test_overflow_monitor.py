@@ -7,6 +7,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from helpers.marks import full
 from helpers.monitored import ENTRIES, OURS_AND_STOCK, STOCK, batches, fit, make
 
 from kerasmp.callbacks import OverflowMonitor, readings
@@ -14,11 +15,6 @@ from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning, 
 from kerasmp.loss_scale import DynamicLossScale
 from kerasmp.model import Sequential
 from kerasmp.optimizer import LossScaleOptimizer
-
-
-def full(*values, **more):
-    """Return the parameters of a case that is left to the full set."""
-    return pytest.param(*values, marks=pytest.mark.full, **more)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import full
 from helpers.monitored import STOCK, batches, fit, make
 
 from kerasmp.callbacks import OverflowMonitor
@@ -71,9 +72,7 @@ def test_the_stock_optimizer_names_no_variable(told):
     assert "not finite:" not in message
 
 
-@pytest.mark.parametrize(
-    "optimizer", [LossScaleOptimizer, pytest.param(STOCK, marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize("optimizer", [LossScaleOptimizer, full(STOCK)])
 def test_a_good_step_between_two_looks_ends_the_streak(optimizer, told):
     model = make(optimizer(keras.optimizers.SGD(0.1)))
     fit(model, ("b" * 7 + "g") * 4, [OverflowMonitor(1, streak=8)])
@@ -100,9 +99,7 @@ def test_what_lint_finds_is_told_when_training_begins():
         model.fit(x, x[:, :1], verbose=0, callbacks=[OverflowMonitor()])
 
 
-@pytest.mark.parametrize(
-    "dtype", [pytest.param("float32", marks=pytest.mark.full), "mixed_bfloat16"]
-)
+@pytest.mark.parametrize("dtype", [full("float32"), "mixed_bfloat16"])
 def test_a_clean_model_is_told_nothing(dtype):
     x = np.ones((2, 3), "float32")
     head(dtype=dtype).fit(x, x[:, :1], verbose=0, callbacks=[OverflowMonitor()])

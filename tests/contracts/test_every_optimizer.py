@@ -3,13 +3,13 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import by_name
 from helpers.stepping import (
     BACKEND,
     EXACT_WAYS,
     WAYS,
     assert_same_bits,
     built,
-    by_name,
     each_of,
     numpy,
     tensors,
@@ -47,6 +47,7 @@ SINCE = {"Muon": pytest.mark.keras("3.13.0")}
 
 def every_optimizer(*quick):
     """Parametrize `cls`; the full set has those that are not named here."""
+    assert EVERY.keys() >= set(quick)
     marks = {name: [SINCE[name]] if name in SINCE else [] for name in EVERY}
     for name in EVERY.keys() - set(quick):
         marks[name].append(pytest.mark.full)

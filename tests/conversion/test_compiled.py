@@ -6,6 +6,7 @@ import pytest
 from helpers.converted import sequential
 from helpers.flattened import flatten_layers
 from helpers.interrupting import interrupted
+from helpers.marks import full
 from helpers.turned_layers import assert_state, state
 
 import kerasmp as mp
@@ -101,7 +102,7 @@ def test_optimizers_of_the_users_own_are_named():
 
 
 # Every so many calls one is interrupted, of the hundreds that kerasmp makes of its own functions.
-STEPS = pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.full)])
+STEPS = pytest.mark.parametrize("step", [13, full(1)])
 
 
 @STEPS
@@ -125,7 +126,7 @@ def test_an_interrupt_anywhere_leaves_the_model_as_it_was(step):
         assert model.optimizer is adam
         assert {layer.compute_dtype for layer in flatten_layers(model)} == {"float32"}
         number += step
-    assert number > 100
+    assert number > 500
     reports[0].restore()
     np.testing.assert_array_equal(model.predict(X, verbose=0), before)
 

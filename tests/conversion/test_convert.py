@@ -5,16 +5,17 @@ import numpy as np
 import pytest
 from helpers.converted import attention, functional, sequential, subclassed
 from helpers.flattened import flatten_layers
-from helpers.marks import FULL_ON_JAX, full_on_jax
+from helpers.marks import few, full_on
 from keras import ops
 
 import kerasmp as mp
 
+JAX = keras.backend.backend() == "jax"
 layers = keras.layers
 X = np.random.default_rng(0).normal(size=(8, 6, 4)).astype("float32")
 
 
-@pytest.mark.parametrize("build", [functional, pytest.param(subclassed, marks=FULL_ON_JAX)])
+@pytest.mark.parametrize("build", few([functional, subclassed], [functional], where=JAX))
 def test_weights_are_kept_and_restored_is_as_before(build):
     model = build()
     before, weights = model.predict(X, verbose=0), model.get_weights()
@@ -111,7 +112,7 @@ def test_ops_in_a_functional_model_follow(function, tmp_path):
         np.testing.assert_array_equal(*map(ops.convert_to_numpy, (loaded(x), model(x))))
 
 
-@full_on_jax
+@full_on("jax")
 def test_parts_of_wrappers_and_of_cells_follow():
     inputs = keras.Input((6, 4))
     x = layers.Bidirectional(layers.LSTM(2, return_sequences=True))(inputs)

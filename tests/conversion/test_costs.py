@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.flattened import flatten_layers
-from helpers.marks import full_on_jax
+from helpers.marks import by_name, full_on
 
 import kerasmp as mp
 
@@ -107,16 +107,14 @@ QUICK = {
 QUICK |= {"SimpleRNN", "LSTM"}
 if BACKEND == "jax":  # which compiles each of them
     QUICK = {"Dense-rank-3", "Conv2D-groups", "SimpleRNN"}
-CASES = [
-    pytest.param(
-        *case,
-        half,
-        id=f"{name}-{half}",
-        marks=() if half == "float16" and name in QUICK else pytest.mark.full,
-    )
-    for name, case in LAYERS.items()
-    for half in ("float32", "float16")
-]
+CASES = by_name(
+    {
+        f"{name}-{half}": (*case, half)
+        for name, case in LAYERS.items()
+        for half in ("float32", "float16")
+    },
+    [f"{name}-float16" for name in QUICK],
+)
 
 
 def measured(model, x):
@@ -146,7 +144,7 @@ def test_products_are_those_counted_by_hand(make, shape, count, half):
     assert set(found) <= {"float32" if wide and BACKEND == "tensorflow" else half}
 
 
-@full_on_jax
+@full_on("jax")
 @pytest.mark.parametrize(("make", "count"), ATTENTION.values(), ids=ATTENTION)
 def test_attention_is_counted_whole(make, count):
     inputs = keras.Input((T, 4))
@@ -254,7 +252,7 @@ def test_a_product_that_is_called_in_an_unknown_way_is_unknown():
     assert not report.rows[1].cost.known
 
 
-@full_on_jax
+@full_on("jax")
 def test_nothing_changes_and_nothing_is_remembered():
     class Noisy(layers.Layer):
         def __init__(self):

@@ -3,14 +3,13 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import full
 
 import kerasmp as mp
 
 layers = keras.layers
 X = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype("float32")
-POLICIES = pytest.mark.parametrize(
-    "policy", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.full)]
-)
+POLICIES = pytest.mark.parametrize("policy", ["mixed_float16", full("mixed_bfloat16")])
 
 
 def build():

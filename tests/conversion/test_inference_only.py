@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from helpers import converted
 from helpers.flattened import flatten_layers
+from helpers.marks import few, full
 
 import kerasmp as mp
 
@@ -36,8 +37,8 @@ def dtypes(model):
     ("kind", "half", "given"),
     [
         ("sequential", "float16", "mixed_"),
-        pytest.param("recurrent", "float16", "", marks=pytest.mark.full),
-        pytest.param("recurrent", "bfloat16", "mixed_", marks=pytest.mark.full),
+        full("recurrent", "float16", ""),
+        full("recurrent", "bfloat16", "mixed_"),
     ],
 )
 def test_without_rules_all_variables_take_half_the_bytes(kind, half, given):
@@ -65,7 +66,7 @@ def test_without_rules_all_variables_take_half_the_bytes(kind, half, given):
 
 
 # On JAX's CPU no float16 attention runs.
-@pytest.mark.parametrize("kind", ["nested", pytest.param("recurrent", marks=pytest.mark.full)])
+@pytest.mark.parametrize("kind", ["nested", full("recurrent")])
 def test_layers_that_the_safe_rules_keep_in_float32_keep_their_variables(kind):
     model = compiled(kind)
     report = mp.convert(model, "float16", variables="float16")
@@ -81,13 +82,9 @@ def test_layers_that_the_safe_rules_keep_in_float32_keep_their_variables(kind):
 
 
 FILES = [(kind, safe) for kind in converted.KINDS for safe in (False, True)]
-QUICK = ("nested", True)
 
 
-@pytest.mark.parametrize(
-    ("kind", "safe_layers"),
-    [pytest.param(*case, marks=() if case == QUICK else pytest.mark.full) for case in FILES],
-)
+@pytest.mark.parametrize(("kind", "safe_layers"), few(FILES, [("nested", True)]))
 def test_a_file_is_the_same_model_in_another_process(kind, safe_layers, tmp_path, another_process):
     model = compiled(kind)
     mp.convert(model, "bfloat16", variables="bfloat16", safe_layers=safe_layers)
@@ -97,9 +94,7 @@ def test_a_file_is_the_same_model_in_another_process(kind, safe_layers, tmp_path
     assert "inference alone" in found["error"]
 
 
-@pytest.mark.parametrize(
-    "policy", [pytest.param("float32", marks=pytest.mark.full), "mixed_float16"]
-)
+@pytest.mark.parametrize("policy", [full("float32"), "mixed_float16"])
 def test_a_policy_over_float32_variables_widens_them_again(policy):
     model = compiled()
     exact = predict(model)

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.marks import full_on_jax
+from helpers.marks import few, full, full_on
 
 import kerasmp as mp
 
@@ -46,11 +46,8 @@ def error(found, wanted):
     return np.abs(found - wanted).max() / np.abs(wanted).max()
 
 
-@full_on_jax
-@pytest.mark.parametrize(
-    ("mode", "policy"),
-    [WORKS[0], *(pytest.param(*case, marks=pytest.mark.full) for case in WORKS[1:])],
-)
+@full_on("jax")
+@pytest.mark.parametrize(("mode", "policy"), few(WORKS, WORKS[:1]))
 def test_a_converted_model_is_quantised_as_one_in_float32_is(mode, policy):
     model, (_, exact) = build(), quantised(mode)
     mp.convert(model, policy)
@@ -83,9 +80,7 @@ def test_restoring_after_it_was_quantised_is_refused_and_changes_nothing():
     assert isinstance(model, mp.Sequential)
 
 
-@pytest.mark.parametrize(
-    "mode", ["int8", *(pytest.param(mode, marks=pytest.mark.full) for mode in ("int4", "float8"))]
-)
+@pytest.mark.parametrize("mode", few(STEP, ["int8"]))
 def test_a_quantised_model_keeps_its_layers(mode):
     model, exact = quantised(mode)
     report = mp.convert(model)
@@ -109,8 +104,8 @@ def test_only_the_quantised_layer_is_kept():
     np.testing.assert_array_equal(model.predict(X, verbose=0), exact)
 
 
-@full_on_jax
-@pytest.mark.parametrize("first", ["convert", pytest.param("lora", marks=pytest.mark.full)])
+@full_on("jax")
+@pytest.mark.parametrize("first", ["convert", full("lora")])
 def test_lora_trains_in_float16_and_comes_back(first):
     model, exact = build(), build().predict(X, verbose=0)
     if first == "convert":

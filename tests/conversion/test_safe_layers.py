@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from helpers import converted
 from helpers.flattened import flatten_layers
+from helpers.marks import few
 from helpers.turned_layers import assert_state, state, stock_left
 
 import kerasmp as mp
@@ -17,10 +18,7 @@ POLICY = "mixed_bfloat16" if keras.backend.backend() == "jax" else "mixed_float1
 
 def kinds(*quick):
     """Return a mark for all kinds, of which the quick set takes those that are named."""
-    return pytest.mark.parametrize(
-        "kind",
-        [pytest.param(k, marks=() if k in quick else pytest.mark.full) for k in converted.KINDS],
-    )
+    return pytest.mark.parametrize("kind", few(converted.KINDS, quick))
 
 
 def compiled(kind):

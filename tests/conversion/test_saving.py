@@ -2,6 +2,7 @@
 
 import pytest
 from helpers import converted
+from helpers.marks import few
 
 import kerasmp as mp
 
@@ -15,13 +16,7 @@ EXCEPTIONS = {
 
 
 # Keras makes all parts of a user's model when it is built: the hardest to give policies again.
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=() if kind == "subclassed" else pytest.mark.full)
-        for kind in converted.KINDS
-    ],
-)
+@pytest.mark.parametrize("kind", few(converted.KINDS, ["subclassed"]))
 def test_another_process_loads_the_same(kind, tmp_path, another_process):
     model = converted.KINDS[kind]()
     model.compile("adam", "mse")

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import converted, stock_only
+from helpers.marks import full
 
 import kerasmp as mp
 
@@ -15,9 +16,9 @@ ATTENTION = (layers.MultiHeadAttention, layers.GroupQueryAttention)
     ("kind", "policy"),
     [
         ("nested", "mixed_bfloat16"),
-        pytest.param("nested", "float32", marks=pytest.mark.full),
-        pytest.param("recurrent", "mixed_bfloat16", marks=pytest.mark.full),
-        pytest.param("recurrent", "float32", marks=pytest.mark.full),
+        full("nested", "float32"),
+        full("recurrent", "mixed_bfloat16"),
+        full("recurrent", "float32"),
     ],
 )
 def test_stock_keras_loads_it_and_computes_the_same(kind, policy, tmp_path, stock_process):

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import narrowed as models
-from helpers.marks import full_on_jax
+from helpers.marks import few, full_on
 from helpers.narrowed import MODELS, narrowed
 
 import kerasmp as mp
@@ -19,11 +19,7 @@ layers = keras.layers
 DTYPES = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 # In bfloat16 the recurrent layer is the one that Keras cannot build by itself.
 QUICK = [("vision", "float16"), ("text", "bfloat16")]
-CASES = [
-    pytest.param(kind, dtype, marks=() if (kind, dtype) in QUICK else pytest.mark.full)
-    for kind in MODELS
-    for dtype in ("float16", "bfloat16")
-]
+CASES = few([(kind, dtype) for kind in MODELS for dtype in ("float16", "bfloat16")], QUICK)
 
 
 def floats(model):
@@ -40,7 +36,7 @@ def wanted(*parts, dtype="float16"):
     return [Wanted(layer, layer.name, dtype) for layer in parts]
 
 
-@full_on_jax
+@full_on("jax")
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
 def test_predictions_are_those_of_a_model_built_so(kind, dtype):
     build, x = MODELS[kind]
@@ -57,7 +53,7 @@ def test_predictions_are_those_of_a_model_built_so(kind, dtype):
     np.testing.assert_array_equal(*(keras.ops.convert_to_numpy(m(x)) for m in (model, other)))
 
 
-@full_on_jax
+@full_on("jax")
 @DTYPES
 def test_recurrent_layers_can_be_built_in_half_precision(dtype):
     layer = layers.GRU(4, recurrent_initializer=keras.initializers.Orthogonal(2.0, seed=3))

@@ -6,7 +6,7 @@ import keras
 import pytest
 from helpers import zoo, zoo_facts
 from helpers.flattened import flatten_layers
-from helpers.marks import full_on_jax
+from helpers.marks import full_on
 from helpers.zoo_drawn import FEW, HOLDING, POLICIES, built_alike, feasible, recipes
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
@@ -53,7 +53,7 @@ def test_there_twice_and_back(recipe, start, policy, rules):
     check_there_and_back(recipe, start, policy, rules)
 
 
-@full_on_jax
+@full_on("jax")
 @QUICK
 def test_a_few_go_there_twice_and_back(recipe):
     check_there_and_back(recipe, "float32", "mixed_bfloat16", "safe")
@@ -96,7 +96,7 @@ def test_it_equals_building_under_the_policy(recipe, start, policy):
     check_against_building(recipe, start, policy)
 
 
-@full_on_jax
+@full_on("jax")
 @QUICK
 def test_for_a_few_it_equals_building_under_the_policy(recipe):
     check_against_building(recipe, "float32", "mixed_bfloat16")

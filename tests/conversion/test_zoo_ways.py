@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import zoo, zoo_facts
 from helpers.interrupting import interrupted
-from helpers.marks import full_on_jax
+from helpers.marks import full_on
 from helpers.zoo_drawn import FEW, HOLDING, POLICIES, feasible, recipes
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
@@ -52,7 +52,7 @@ def test_one_that_breaks_off_leaves_all_as_it_was(recipe, policy, rules, number)
     check_breaking_off(recipe, policy, rules, number)
 
 
-@full_on_jax
+@full_on("jax")
 @QUICK
 def test_a_few_that_break_off_leave_all_as_they_were(recipe):
     for number in (60, 120, 180):
@@ -82,7 +82,7 @@ def test_text_and_files_bring_back_the_same(recipe, policy, other, rules):
     check_text_and_files(recipe, policy, other, rules)
 
 
-@full_on_jax
+@full_on("jax")
 @QUICK
 def test_text_and_files_bring_back_a_few(recipe):
     check_text_and_files(recipe, "mixed_bfloat16", "mixed_float16", "safe")

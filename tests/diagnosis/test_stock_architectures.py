@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import marks_on
 
 import kerasmp as mp
 
@@ -13,9 +14,8 @@ OTHERS = ["ResNet50", "MobileNetV3Small", "EfficientNetB0", "DenseNet121", "Conv
 OTHERS += ["EfficientNetV2B0", "InceptionV3", "MobileNet", "ResNet50V2", "VGG16", "Xception"]
 # One is enough elsewhere: what differs is the tracing.
 ONCE = [pytest.mark.full, pytest.mark.backend("tensorflow")]
-TRACING = [] if keras.backend.backend() == "tensorflow" else [pytest.mark.full]
 ARCHITECTURES = [
-    pytest.param("MobileNetV2", marks=TRACING),
+    pytest.param("MobileNetV2", marks=marks_on("jax", "torch")),
     *(pytest.param(name, marks=ONCE) for name in OTHERS),
 ]
 

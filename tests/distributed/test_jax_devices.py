@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from helpers import bad_batch, processes
 from helpers.bad_batch import DATA, OVERFLOW
+from helpers.marks import full
 
 import kerasmp as mp
 
@@ -58,8 +59,8 @@ def assert_skipped(clean, *bad, scale=bad_batch.SCALE / 2):
     ("how", "rows"),
     [
         ("data", [LAST]),
-        pytest.param("data", [FIRST, MIDDLE], marks=pytest.mark.full),
-        pytest.param("model", [FIRST, MIDDLE, LAST], marks=pytest.mark.full),
+        full("data", [FIRST, MIDDLE]),
+        full("model", [FIRST, MIDDLE, LAST]),
     ],
 )
 def test_a_bad_row_on_any_device_is_skipped_on_all(how, rows):
@@ -75,12 +76,17 @@ def test_a_bad_row_on_any_device_is_skipped_on_all_in_a_loop_of_ones_own():
     np.testing.assert_allclose(four[0]["weights"], alone["weights"], atol=2e-3)
 
 
-@pytest.mark.full
+BAD_DATA = [None, (DATA, FIRST), (DATA, LAST)]
+
+
 def test_a_kerasmp_model_skips_bad_data_with_all_its_traces():
-    cases = [None, (DATA, FIRST), (DATA, LAST)]
     # Known to be the loss: the scale stays.
-    assert_skipped(*train(cases, how="data", guarded=True), scale=bad_batch.SCALE)
-    own_step = train(cases[1:], how="data", guarded=True, own_step=True)
+    assert_skipped(*train(BAD_DATA, how="data", guarded=True), scale=bad_batch.SCALE)
+
+
+@pytest.mark.full
+def test_a_kerasmp_model_with_a_step_of_its_own_loses_nothing_to_bad_data():
+    own_step = train(BAD_DATA[1:], how="data", guarded=True, own_step=True)
     assert own_step[0]["weights"] == own_step[1]["weights"]
     assert all(np.isfinite(run["weights"]).all() for run in own_step)
 
@@ -106,5 +112,4 @@ def test_a_bad_row_in_either_of_two_processes_is_skipped_in_both():
 
 @pytest.mark.full
 def test_a_kerasmp_model_over_two_processes_skips_bad_data_with_all_its_traces():
-    cases = [None, (DATA, FIRST), (DATA, LAST)]
-    assert_skipped(*in_two_processes(cases, guarded=True), scale=bad_batch.SCALE)
+    assert_skipped(*in_two_processes(BAD_DATA, guarded=True), scale=bad_batch.SCALE)

@@ -3,7 +3,12 @@
 import inspect
 import sys
 
-WATCHED = ("kerasmp.conversion", "kerasmp.policy", "kerasmp.layers", "kerasmp.model")
+# Of the backend what changes models; the rest only looks, thousands of times.
+WATCHED = (
+    *("kerasmp.conversion", "kerasmp.policy", "kerasmp.layers", "kerasmp.model"),
+    *("kerasmp.backend.keras_graph", "kerasmp.backend.keras_private"),
+    "kerasmp.backend.variable_dtypes",
+)
 
 
 class Interrupt(BaseException):

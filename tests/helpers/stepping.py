@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import few
 from keras import ops
 
 from kerasmp.optimizer import LossScaleOptimizer
@@ -76,32 +77,6 @@ EXACT_WAYS = {"tensorflow": [eager, graph], "jax": [jitted], "torch": [eager]}[B
 
 # `fit` compiles by XLA on TensorFlow, which takes longer than most of what is tested.
 WITHOUT_XLA = {"jit_compile": False} if BACKEND == "tensorflow" else {}
-
-
-def few(values, quick):
-    """Return all of `values` as parameters; those not in `quick` are left to the full set."""
-    full = pytest.mark.full
-    return [value if value in quick else pytest.param(value, marks=full) for value in values]
-
-
-def by_name(values, quick):
-    """Return the values of a dict as parameters; those whose name is not in `quick` are full."""
-    assert values.keys() >= set(quick)
-    return [
-        pytest.param(value, id=name, marks=() if name in quick else pytest.mark.full)
-        for name, value in values.items()
-    ]
-
-
-def quick_on(*backends):
-    """Leave a test to the full set on all backends but these: its code is the same on the others.
-
-    On JAX, what is compiled anew for each optimizer takes a second and more.
-    """
-    return (lambda test: test) if BACKEND in backends else pytest.mark.full
-
-
-NOT_ON_JAX = ("tensorflow", "torch")
 
 
 def each_of(ways, quick=None):

@@ -2,10 +2,11 @@
 
 import keras
 import numpy as np
+from helpers.flattened import flatten_layers
 
 import kerasmp as mp
 from kerasmp.backend.keras_graph import policy_of
-from kerasmp.backend.keras_private import autocasts, flatten_layers, own_variables
+from kerasmp.backend.keras_private import autocasts, own_variables
 
 layers = keras.layers
 # Our class of each stock one that has a counterpart.
@@ -18,11 +19,6 @@ COUNTERPARTS = {
 
 def numpy(tensor):
     return np.array(keras.ops.convert_to_numpy(tensor))
-
-
-def parts(model):
-    """Return the model and all layers inside it, at any depth."""
-    return flatten_layers(model)
 
 
 def flags(layer):

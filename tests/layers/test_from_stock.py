@@ -3,18 +3,18 @@
 import keras
 import numpy as np
 import pytest
+from helpers.flattened import flatten_layers
 from helpers.layer_cases import CASES, case
+from helpers.marks import few
 from helpers.turned_layers import (
     COUNTERPARTS,
     assert_state,
     flags,
     numpy,
-    parts,
     state,
     stock_left,
     turned,
 )
-from helpers.ways import full_but
 
 import kerasmp as mp
 
@@ -61,7 +61,7 @@ if keras.backend.backend() != "jax":
         "Softmax",
         "SpectralNormalization",
     }
-every = pytest.mark.parametrize("name", full_but(MECHANISMS, EVERY))
+every = pytest.mark.parametrize("name", few(EVERY, MECHANISMS))
 
 
 def inputs_of(example):
@@ -120,7 +120,7 @@ def twin(model, example, dtype):
 
 def assert_made_alike(model, other):
     """Our constructor has set the same as turning did."""
-    for layer, made in zip(parts(model)[1:], parts(other)[1:], strict=True):
+    for layer, made in zip(flatten_layers(model)[1:], flatten_layers(other)[1:], strict=True):
         assert type(layer) is type(made)
         assert vars(layer).keys() == vars(made).keys()
         simple = (bool, int, float, str, tuple, type(None))
@@ -147,7 +147,7 @@ def test_it_is_our_layer_in_float32_and_in_float16_in_files_and_back(name, tmp_p
     cls, example = EVERY[name]
     model = build(cls, example)
     weights, stock, before = kept(model), outputs(model, example), state(model)
-    classes = [type(layer).__name__ for layer in parts(model)]
+    classes = [type(layer).__name__ for layer in flatten_layers(model)]
 
     # After an error it is what it was.
     with pytest.raises(mp.errors.PolicyError, match="matches the path of no layer"):
@@ -158,7 +158,7 @@ def test_it_is_our_layer_in_float32_and_in_float16_in_files_and_back(name, tmp_p
     report, names = turned(model)
     assert names
     assert not stock_left(model)
-    ours = [type(layer) for layer in parts(model)]
+    ours = [type(layer) for layer in flatten_layers(model)]
     found = [old for old, new in zip(classes, ours, strict=True) if is_ours(new)]
     assert sorted(found) == names
     assert_kept(model, weights)
@@ -181,7 +181,7 @@ def test_it_is_our_layer_in_float32_and_in_float16_in_files_and_back(name, tmp_p
     np.testing.assert_array_equal(found, outputs(other, example))
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert [type(layer) for layer in parts(loaded)[1:]] == ours[1:]
+    assert [type(layer) for layer in flatten_layers(loaded)[1:]] == ours[1:]
     np.testing.assert_array_equal(outputs(loaded, example), found)
 
     mixed.restore()

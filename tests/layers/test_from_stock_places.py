@@ -5,8 +5,9 @@ import contextlib
 import keras
 import numpy as np
 import pytest
+from helpers.flattened import flatten_layers
 from helpers.marks import full_on
-from helpers.turned_layers import assert_state, flags, numpy, parts, state, stock_left, turned
+from helpers.turned_layers import assert_state, flags, numpy, state, stock_left, turned
 
 import kerasmp as mp
 from kerasmp.layers.from_stock import turn_to_safe
@@ -101,10 +102,10 @@ def test_a_users_subclass_is_left_alone_and_so_is_what_its_base_makes():
     model = keras.Sequential(
         [keras.Input((6, 4)), Doubled(4, activation="gelu"), OwnLSTM(3), layers.ReLU()]
     )
-    classes = [type(part) for part in parts(model)[1:]]
+    classes = [type(part) for part in flatten_layers(model)[1:]]
     _, names = turned(model)
     assert not names
-    assert [type(part) for part in parts(model)[1:]] == classes
+    assert [type(part) for part in flatten_layers(model)[1:]] == classes
     assert model.layers[0].activation is keras.activations.gelu
 
 

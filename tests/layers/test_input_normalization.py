@@ -4,8 +4,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.float16 import MODES, assert_near_best, numpy_of
-from helpers.marks import full_on
-from helpers.ways import full, in_each_way
+from helpers.marks import full, full_on, in_each_way
 from keras import ops
 
 from kerasmp.layers import Normalization

@@ -4,16 +4,15 @@ import keras
 import numpy as np
 import pytest
 from helpers.float16 import MODES, error, numpy_of, step
-from helpers.marks import FULL_ON_JAX
+from helpers.marks import full, in_each_way, marks_on
 from helpers.multi_head64 import multi_head, weights_of
-from helpers.ways import full, in_each_way
 from keras import ops
 
 import kerasmp as mp
 from kerasmp.errors import ArgumentError
 from kerasmp.layers import GroupQueryAttention, MultiHeadAttention
 
-pytestmark = FULL_ON_JAX
+pytestmark = marks_on("jax")
 
 BATCH, QUERIES, KEYS, FEATURES, HEADS = 2, 5, 7, 24, 4
 ALLOWED = 4.0  # times the error of the best that float16 projections can do

@@ -3,8 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.marks import full_on
-from helpers.ways import full
+from helpers.marks import full, full_on
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from keras import ops

@@ -8,9 +8,8 @@ import pytest
 from helpers import traced_casts
 from helpers.float16 import error, numpy_of, step
 from helpers.hazards import BY_NAME
-from helpers.marks import full_on
+from helpers.marks import full, full_on, in_each_way
 from helpers.precision import Measured
-from helpers.ways import full, in_each_way
 from keras import ops
 
 from kerasmp import layers

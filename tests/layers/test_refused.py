@@ -2,6 +2,7 @@
 
 import keras
 import pytest
+from helpers.flattened import flatten_layers
 from keras import layers, ops
 
 from kerasmp.errors import PolicyError
@@ -17,10 +18,6 @@ def test_a_head_of_a_quantised_policy(policy):
         DenseHead(3, dtype=policy)
 
 
-def deep(layer):
-    return layer._flatten_layers()
-
-
 @pytest.mark.parametrize(
     ("dtype", "given"),
     [("float16", "float32"), ("float16", "mixed_float16"), ("float32", "float16")],
@@ -33,7 +30,7 @@ def test_a_built_layer_with_other_variables_is_refused_and_unchanged(dtype, give
     if depth == "part of it":  # and another part has what is wanted
         other = layers.Dense(4, dtype=given)
         wrapped = keras.Sequential([keras.Input((4,)), other, layer])
-    policies = [part.dtype_policy for part in deep(wrapped)]
+    policies = [part.dtype_policy for part in flatten_layers(wrapped)]
     wanted = keras.DTypePolicy(given).variable_dtype
     with pytest.raises(PolicyError) as caught:
         WithDtype(wrapped, given)
@@ -41,7 +38,7 @@ def test_a_built_layer_with_other_variables_is_refused_and_unchanged(dtype, give
     assert caught.value.received == f"variables in {held}, a policy that wants {wanted}"
     assert caught.value.expected == f"a policy with {held} variables"
     assert 'use a "mixed_" policy' in caught.value.fix
-    assert [part.dtype_policy for part in deep(wrapped)] == policies
+    assert [part.dtype_policy for part in flatten_layers(wrapped)] == policies
     assert {v.dtype for v in wrapped.variables} == set(held.split(" and "))
 
 

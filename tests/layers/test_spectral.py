@@ -4,12 +4,11 @@ import keras
 import numpy as np
 import pytest
 from helpers.float16 import error, numpy_of, rounded, step
-from helpers.marks import FULL_ON_JAX
-from helpers.ways import full, in_each_way
+from helpers.marks import full, in_each_way, marks_on
 
 from kerasmp.layers import SpectralNormalization
 
-pytestmark = FULL_ON_JAX
+pytestmark = marks_on("jax")
 
 Stock = keras.layers.SpectralNormalization
 EAGERLY = keras.backend.backend() == "tensorflow"  # what is to be compiled takes longer

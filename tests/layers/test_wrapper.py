@@ -3,14 +3,14 @@
 import keras
 import numpy as np
 import pytest
-from helpers.marks import FULL_ON_JAX
-from helpers.ways import full, full_but
+from helpers.flattened import flatten_layers
+from helpers.marks import few, full, marks_on
 from keras import layers, ops
 
 from kerasmp.layers import DenseHead, WithDtype
 from kerasmp.optimizer import LossScaleOptimizer
 
-pytestmark = FULL_ON_JAX
+pytestmark = marks_on("jax")
 
 SEQUENCE = (2, 5, 4)
 
@@ -67,7 +67,7 @@ MAKERS = {
 }
 # One for each way in which a layer has parts.
 QUICK = {"BatchNormalization", "Bidirectional", "Dense", "DenseHead", "nested", "stacked RNN"}
-every_maker = pytest.mark.parametrize("name", full_but(QUICK, MAKERS))
+every_maker = pytest.mark.parametrize("name", few(MAKERS, QUICK))
 POLICIES = {
     "float32": "float32",
     "mixed_float16": "float16",
@@ -81,17 +81,13 @@ PAIRS = [
 ]
 
 
-def deep(layer):
-    return layer._flatten_layers()
-
-
 @every_maker
 @pytest.mark.parametrize(("around", "given"), PAIRS)
 def test_all_parts_compute_in_the_given_dtype(name, around, given):
     keras.config.set_dtype_policy(around)
     wrapped = WithDtype(MAKERS[name](), given)
     outputs = wrapped(ops.cast(data(), POLICIES[around]))
-    assert {part.compute_dtype for part in deep(wrapped)} == {POLICIES[given]}
+    assert {part.compute_dtype for part in flatten_layers(wrapped)} == {POLICIES[given]}
     assert {v.dtype for v in wrapped.variables if "seed" not in v.path} <= {"float32"}
     expected = "float32" if name == "DenseHead" else POLICIES[given]
     assert dtype_of(outputs) == expected
@@ -125,9 +121,9 @@ def test_dtype_alone_does_not_reach_what_the_wrapper_reaches():
     """A model that exists already keeps its parts' dtypes, whatever its own policy says."""
     model = nested()
     model.dtype_policy = "mixed_float16"
-    assert {part.compute_dtype for part in deep(model.layers[0])} == {"float32"}
+    assert {part.compute_dtype for part in flatten_layers(model.layers[0])} == {"float32"}
     WithDtype(model, "mixed_float16")
-    assert {part.compute_dtype for part in deep(model)} == {"float16"}
+    assert {part.compute_dtype for part in flatten_layers(model)} == {"float16"}
 
 
 def test_softmax_over_many_classes_is_float32():
@@ -181,7 +177,7 @@ def test_attention_with_several_inputs(given):
         strict=True,
     ):
         assert_same(got, want)
-    assert {part.compute_dtype for part in deep(layer)} == {POLICIES[given]}
+    assert {part.compute_dtype for part in flatten_layers(layer)} == {POLICIES[given]}
     assert dtype_of(by_position) == "float32"
 
 
@@ -301,7 +297,7 @@ def test_a_saved_model_predicts_the_same(name, around, tmp_path):
     again = loaded.get_layer("wrapped")
     assert type(again) is WithDtype
     assert again.output_dtype == "float32"
-    assert {part.compute_dtype for part in deep(again)} == {POLICIES[given]}
+    assert {part.compute_dtype for part in flatten_layers(again)} == {POLICIES[given]}
     np.testing.assert_array_equal(numpy_of(loaded(data())), numpy_of(model(data())))
 
 

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import by_name
 
 import kerasmp as mp
 
@@ -83,10 +84,7 @@ CORNERS = {
     "class weights": (one_to_one, {"fit": {"class_weight": {0: 1.0, 1: 3.0}}}),
 }
 # Of `fit` the weights reach the model as those of `train_on_batch` do.
-CASES = [
-    pytest.param(*case, id=name, marks=pytest.mark.full if "fit" in case[1] else ())
-    for name, case in CORNERS.items()
-]
+CASES = by_name(CORNERS, [name for name, (_, way) in CORNERS.items() if "fit" not in way])
 
 
 def both(build, way, module=mp):

@@ -3,13 +3,14 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import full
 from keras import ops
 
 import kerasmp as mp
 
 X = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
 BACKEND = keras.backend.backend()
-LOW = ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.full)]
+LOW = ["mixed_float16", full("mixed_bfloat16")]
 
 
 class AddsLoss(keras.layers.Layer):
@@ -97,7 +98,7 @@ def as_dict(outputs):
     return dict(zip("ab", outputs, strict=True))
 
 
-@pytest.mark.parametrize("containers", [pytest.param(list, marks=pytest.mark.full), as_dict])
+@pytest.mark.parametrize("containers", [full(list), as_dict])
 def test_losses_and_metrics_of_several_outputs_see_float32(containers):
     seen = []
 
@@ -122,9 +123,7 @@ def test_losses_and_metrics_of_several_outputs_see_float32(containers):
     assert set(seen) == {"float32"}
 
 
-@pytest.mark.parametrize(
-    "module", [pytest.param(mp, id="ours"), pytest.param(keras, id="stock", marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize("module", [pytest.param(mp, id="ours"), full(keras, id="stock")])
 def test_a_compute_loss_and_compute_metrics_of_the_users_own_see_float32(module):
     seen = set()
 

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.marks import full_on_jax
+from helpers.marks import full, full_on
 from helpers.networks import KINDS, X, Y
 from helpers.own_steps import OwnStep
 
@@ -25,13 +25,13 @@ def trained(kind, optimizer):
     return model
 
 
-@full_on_jax
+@full_on("jax")
 @pytest.mark.parametrize(
     "kind",
     [
         "sequential",
-        pytest.param("functional_subclass", marks=pytest.mark.full),
-        pytest.param("subclassed", marks=pytest.mark.full),
+        full("functional_subclass"),
+        full("subclassed"),
     ],
 )
 def test_a_bad_batch_leaves_no_trace_afterwards(kind):
@@ -53,7 +53,7 @@ def test_a_bad_batch_leaves_no_trace_afterwards(kind):
         np.testing.assert_array_equal(value, wanted)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("sequential", marks=pytest.mark.full), "functional"])
+@pytest.mark.parametrize("kind", [full("sequential"), "functional"])
 def test_a_plain_optimizer_is_wrapped_keeps_its_state_and_loads_as_ours(kind, tmp_path):
     model = trained(kind, keras.optimizers.Adam(0.01))
     adam, state = model.optimizer, values(model.optimizer.variables)

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import turned
+from helpers.marks import few, full
 from helpers.networks import KINDS, X, Y
 from helpers.own_steps import OwnStep
 from helpers.turned import Net
@@ -38,10 +39,7 @@ def refuses(model):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(kind, marks=() if kind == "subclassed" else pytest.mark.full) for kind in KINDS],
-)
+@pytest.mark.parametrize("kind", few(KINDS, ["subclassed"]))
 def test_it_refuses_and_still_predicts_and_evaluates(kind):
     model = compiled(kind)
     predicted, evaluated = model.predict(X, verbose=0), model.evaluate(X, Y, verbose=0)
@@ -83,9 +81,9 @@ def test_undone_it_goes_on_with_its_optimizer():
     ("kind", "module"),
     [
         ("functional", keras),
-        pytest.param("functional", mp, marks=pytest.mark.full),
-        pytest.param("sequential", keras, marks=pytest.mark.full),
-        pytest.param("sequential", mp, marks=pytest.mark.full),
+        full("functional", mp),
+        full("sequential", keras),
+        full("sequential", mp),
     ],
 )
 def test_a_loaded_one_refuses_and_evaluates(kind, module, tmp_path):

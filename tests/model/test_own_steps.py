@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import full
 from helpers.networks import X, Y, sequential
 from helpers.own_steps import OwnStep
 
@@ -65,10 +66,7 @@ def _name(value):
 
 
 # The step of a mixin, in the usual way, stands for all in the quick set.
-CASES = [
-    (from_a_mixin, {}),
-    *(pytest.param(written_in_the_class, way, marks=pytest.mark.full) for way in WAYS),
-]
+CASES = [(from_a_mixin, {}), *(full(written_in_the_class, way) for way in WAYS)]
 
 
 @pytest.mark.parametrize(("build", "way"), CASES, ids=_name)

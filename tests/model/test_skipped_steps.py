@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import few
 from helpers.networks import KINDS, X, Y
 
 import kerasmp as mp
@@ -39,11 +40,7 @@ QUICK = {
     "jax": [("subclassed", GRAPH), ("functional", {"steps_per_execution": 3})],
     "torch": [(kind, GRAPH) for kind in KINDS],
 }[BACKEND]
-CASES = [
-    pytest.param(kind, way, marks=() if (kind, way) in QUICK else pytest.mark.full)
-    for kind in KINDS
-    for way in WAYS
-]
+CASES = few([(kind, way) for kind in KINDS for way in WAYS], QUICK)
 
 
 def train(model, x, y, optimizer_class=mp.LossScaleOptimizer, **compile_arguments):

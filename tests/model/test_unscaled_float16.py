@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import few
 
 import kerasmp as mp
 
@@ -77,13 +78,7 @@ def test_ours_scales(build):
 
 # One that only a look into its parts finds.
 @pytest.mark.filterwarnings("ignore:Before the first step")  # other findings
-@pytest.mark.parametrize(
-    "build",
-    [
-        pytest.param(each, marks=() if each is a_map_that_names_a_part else pytest.mark.full)
-        for each in MODELS
-    ],
-)
+@pytest.mark.parametrize("build", few(MODELS, [a_map_that_names_a_part]))
 def test_the_monitor_warns_of_it_in_a_stock_model(build):
     model = build(keras)
     model.compile("sgd", "mse")

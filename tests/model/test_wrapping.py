@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import full
 from helpers.networks import KINDS, X, Y
 
 import kerasmp as mp
@@ -108,7 +109,7 @@ def test_layers_that_come_in_the_first_step_earn_one_warning():
     assert len(ours) == 1
 
 
-@pytest.mark.parametrize("kind", [pytest.param("sequential", marks=pytest.mark.full), "functional"])
+@pytest.mark.parametrize("kind", [full("sequential"), "functional"])
 def test_a_saved_model_comes_back_as_ours_with_its_optimizer(kind, tmp_path):
     model = KINDS[kind](mp)
     model.compile(mp.LossScaleOptimizer("adam", loss_scale=128.0), "mse")
@@ -151,9 +152,7 @@ def test_a_compile_of_the_users_own_is_left_to_the_user(tmp_path):
         keras.models.load_model(tmp_path / "model.keras")
 
 
-@pytest.mark.parametrize(
-    "dtype", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize("dtype", ["mixed_float16", full("mixed_bfloat16")])
 def test_metrics_see_float32_predictions(dtype):
     seen = []
 

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from helpers.attention64 import attention
 from helpers.float16 import MODES, error, numpy_of, rounded, step
-from helpers.marks import full_on
-from helpers.ways import full, in_each_way
+from helpers.marks import full, full_on, in_each_way
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops

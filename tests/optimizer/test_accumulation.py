@@ -8,15 +8,8 @@ good micro-batches as it should. Windows after it end later than planned, which 
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import (
-    EXACT_WAYS,
-    NOT_ON_JAX,
-    WITHOUT_XLA,
-    assert_same_bits,
-    each_of,
-    numpy,
-    quick_on,
-)
+from helpers.marks import full_on
+from helpers.stepping import EXACT_WAYS, WITHOUT_XLA, assert_same_bits, each_of, numpy
 from helpers.twins import Twins
 from keras import ops
 
@@ -32,7 +25,7 @@ def accumulating(_):
 
 
 @every_way
-@quick_on(*NOT_ON_JAX)
+@full_on("jax")
 def test_the_scale_may_move_within_a_window(step):
     """What is accumulated is unscaled already; PyTorch's practice must hold the scale still."""
     twins = Twins(accumulating, step)
@@ -90,7 +83,7 @@ def _fitted(x, y, optimizer, monitors=()):
     return numpy(model.variables), history.history
 
 
-@quick_on(*NOT_ON_JAX)
+@full_on("jax")
 def test_fit_with_a_bad_micro_batch_ends_where_fit_without_it_ends_and_the_logs_tell():
     expected, _ = _fitted(X, Y, accumulating(None))
     bad = np.full((8, 4), np.nan, "float32")

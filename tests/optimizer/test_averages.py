@@ -6,18 +6,8 @@ Fault 6: Keras's averages start at zero, and a run whose first steps are skipped
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import (
-    NOT_ON_JAX,
-    WITHOUT_XLA,
-    Stock,
-    assert_same_bits,
-    built,
-    by_name,
-    few,
-    numpy,
-    quick_on,
-    variables_of,
-)
+from helpers.marks import by_name, few, full_on
+from helpers.stepping import WITHOUT_XLA, Stock, assert_same_bits, built, numpy, variables_of
 
 import kerasmp as mp
 from kerasmp.optimizer import LossScaleOptimizer as Ours
@@ -115,7 +105,7 @@ def test_in_stock_keras_it_sees_zeros():
 
 @pytest.mark.parametrize("swap_on_epoch", few([False, True], [True]))
 @every_setting("every second step")
-@quick_on(*NOT_ON_JAX)
+@full_on("jax")
 def test_swapping_in_a_run_with_a_skipped_batch_equals_swapping_without_it(settings, swap_on_epoch):
     def run(optimizer, module, x, y):
         keras.utils.set_random_seed(0)

@@ -7,7 +7,8 @@ agree in every log and every weight.
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import NOT_ON_JAX, WITHOUT_XLA, assert_same_bits, numpy, quick_on
+from helpers.marks import full_on
+from helpers.stepping import WITHOUT_XLA, assert_same_bits, numpy
 
 import kerasmp as mp
 
@@ -68,7 +69,7 @@ def both(callback):
     return logs, got, ours
 
 
-@quick_on(*NOT_ON_JAX)
+@full_on("jax")
 def test_learning_rate_scheduler_and_terminate_on_nan():
     def halved(epoch, rate):
         return rate if epoch < 2 else rate / 2

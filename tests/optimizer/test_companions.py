@@ -8,17 +8,8 @@ skipped in between changes none of them. `helpers.twins` says where the bits can
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import (
-    BACKEND,
-    EXACT_WAYS,
-    NOT_ON_JAX,
-    each_of,
-    few,
-    numpy,
-    quick_on,
-    tensors,
-    variables_of,
-)
+from helpers.marks import few, full, full_on
+from helpers.stepping import BACKEND, EXACT_WAYS, each_of, numpy, tensors, variables_of
 from helpers.twins import SCALE, START, Twins, gradients
 
 from kerasmp.optimizer import LossScaleOptimizer
@@ -113,7 +104,7 @@ def test_a_companion_works_as_without_the_wrapper(name, step):
 
 
 @every_way
-@quick_on(*NOT_ON_JAX)
+@full_on("jax")
 def test_an_average_that_overwrites_nothing_is_kept_beside_the_weights(step):
     twins = trained(sgd(use_ema=True, ema_momentum=0.5), step)
     twins.check()
@@ -122,7 +113,7 @@ def test_an_average_that_overwrites_nothing_is_kept_beside_the_weights(step):
 
 
 @every_way
-@quick_on(*NOT_ON_JAX)
+@full_on("jax")
 def test_a_constraint_acts_on_applied_steps_only(step):
     def constrain(variables):
         for variable in variables:
@@ -155,9 +146,7 @@ def test_variables_without_a_gradient_stay_and_the_others_move(step, accumulatio
 
 # Keras keeps the largest of a window, and of the 0 that an accumulator starts with.
 @every_way
-@pytest.mark.parametrize(
-    ("accumulation", "window"), [pytest.param(None, [4], marks=pytest.mark.full), (2, [2, 3])]
-)
+@pytest.mark.parametrize(("accumulation", "window"), [full(None, [4]), (2, [2, 3])])
 def test_a_variable_that_takes_its_gradient_as_value_takes_none_of_a_skipped_step(
     step, accumulation, window
 ):
@@ -171,7 +160,7 @@ def test_a_variable_that_takes_its_gradient_as_value_takes_none_of_a_skipped_ste
 
 
 @every_way
-@quick_on(*NOT_ON_JAX)
+@full_on("jax")
 def test_the_clipped_gradient_is_the_unscaled_one(step):
     """A norm of 0.5 is below the threshold of 1, and 0.5 times the scale is far above."""
     for settings in ({"clipnorm": 1.0}, {"global_clipnorm": 1.0}, {"clipvalue": 1.0}):

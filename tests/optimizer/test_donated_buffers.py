@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 from helpers.bad_batch import batches, network, targets
-from helpers.stepping import by_name, few, variables_of
+from helpers.marks import by_name, few
+from helpers.stepping import variables_of
 from keras import ops
 
 import kerasmp as mp

@@ -7,7 +7,8 @@ state of a plain optimizer moves into a wrapped one and back through files, with
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import WITHOUT_XLA, Stock, assert_same_bits, by_name, numpy
+from helpers.marks import by_name
+from helpers.stepping import WITHOUT_XLA, Stock, assert_same_bits, numpy
 from keras import ops
 
 import kerasmp as mp
@@ -68,9 +69,8 @@ class TestLoadedUnderAnotherPolicy:
         assert steps(loaded.optimizer) == 0
         assert loaded.layers[0].compute_dtype == "float16"
 
-    @pytest.mark.parametrize("ours", by_name(OURS, ["our model"]))
-    def test_ours_goes_on_bit_for_bit(self, ours, tmp_path):
-        module, optimizer = ours
+    @pytest.mark.parametrize(("module", "optimizer"), by_name(OURS, ["our model"]))
+    def test_ours_goes_on_bit_for_bit(self, module, optimizer, tmp_path):
         model = saved_under_float16(tmp_path / "model.keras", module, optimizer())
         loaded = keras.models.load_model(tmp_path / "model.keras")
         assert loaded.optimizer.schedule == model.optimizer.schedule

@@ -3,7 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import WITHOUT_XLA, Stock, by_name
+from helpers.marks import by_name
+from helpers.stepping import WITHOUT_XLA, Stock
 from keras import ops
 
 import kerasmp as mp

@@ -7,7 +7,8 @@ import weakref
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import EXACT_WAYS, each_of, eager, few, numpy, tensors, variables_of
+from helpers.marks import few
+from helpers.stepping import EXACT_WAYS, each_of, eager, numpy, tensors, variables_of
 from helpers.twins import SCALE, Twins
 from keras import ops
 from keras.optimizers import schedules

@@ -2,12 +2,12 @@
 
 import keras
 import pytest
+from helpers.marks import few
 from helpers.stepping import (
     WAYS,
     Stock,
     assert_same_bits,
     each_of,
-    few,
     numpy,
     stock_step,
     tensors,

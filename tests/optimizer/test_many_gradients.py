@@ -20,7 +20,7 @@ def gradients(changes):
     return tensors(*values)
 
 
-@each_of(WAYS, [eager, graph])
+@each_of(WAYS, [way for way in (eager, graph) if way in WAYS])
 def test_what_is_bad_is_found_among_many_and_huge_values_are_not(step):
     """All with one optimizer, so that a step is traced once."""
     variables, counts = weights(), np.zeros(NUMBER)

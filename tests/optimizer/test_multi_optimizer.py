@@ -6,18 +6,8 @@ Fault 17: `LearningRateScheduler` and `ReduceLROnPlateau` find its optimizers as
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import (
-    EXACT_WAYS,
-    NOT_ON_JAX,
-    WITHOUT_XLA,
-    Stock,
-    assert_same_bits,
-    by_name,
-    each_of,
-    few,
-    numpy,
-    quick_on,
-)
+from helpers.marks import by_name, few, full_on
+from helpers.stepping import EXACT_WAYS, WITHOUT_XLA, Stock, assert_same_bits, each_of, numpy
 from helpers.twins import Twins
 
 import kerasmp as mp
@@ -90,7 +80,7 @@ CALLBACKS = {
 
 
 @pytest.mark.parametrize("callback", by_name(CALLBACKS, ["ReduceLROnPlateau"]))
-@quick_on(*NOT_ON_JAX)
+@full_on("jax")
 def test_learning_rate_callbacks_reach_every_optimizer_inside(callback):
     weights, losses, rates = fitted(LossScaleOptimizer(several(), loss_scale=2.0**12), [callback()])
     expected, expected_losses, expected_rates = fitted(several(), [callback()])

@@ -6,11 +6,11 @@ import pickle
 import keras
 import numpy as np
 import pytest
+from helpers.marks import by_name
 from helpers.stepping import (
     WITHOUT_XLA,
     Stock,
     assert_same_bits,
-    by_name,
     eager,
     numpy,
     tensors,

@@ -5,7 +5,8 @@ import functools
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import assert_same_bits, few, numpy
+from helpers.marks import few
+from helpers.stepping import assert_same_bits, numpy
 from keras import ops
 
 from kerasmp.errors import LossScaleError

@@ -3,14 +3,13 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import by_name, few
 from helpers.stepping import (
     WAYS,
     Stock,
     assert_same_bits,
-    by_name,
     each_of,
     eager,
-    few,
     numpy,
     stateless,
     step_of,
@@ -243,8 +242,6 @@ class TestSettingTheScale:
 
 
 class TestStatelessApply:
-    pytestmark = pytest.mark.backend("jax", "torch")
-
     def _parts(self):
         variables = variables_of(*START)
         optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0))

@@ -4,8 +4,9 @@ import dataclasses
 
 import keras
 import pytest
+from helpers.marks import few
 from helpers.resuming import END, STOP, everything, network, train
-from helpers.stepping import BACKEND, WITHOUT_XLA, assert_same_bits, few
+from helpers.stepping import BACKEND, WITHOUT_XLA, assert_same_bits
 from keras import ops
 
 import kerasmp as mp

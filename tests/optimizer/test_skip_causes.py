@@ -3,12 +3,12 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import few
 from helpers.stepping import (
     WAYS,
     WITHOUT_XLA,
     each_of,
     eager,
-    few,
     numpy,
     stateless,
     tensors,

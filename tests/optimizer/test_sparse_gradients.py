@@ -3,7 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import EXACT_WAYS, assert_same_bits, built, each_of, few, numpy, variables_of
+from helpers.marks import few
+from helpers.stepping import EXACT_WAYS, assert_same_bits, built, each_of, numpy, variables_of
 
 from kerasmp.optimizer import LossScaleOptimizer
 
@@ -59,9 +60,8 @@ QUICK = [("momentum", {}), ("Adam", COMPANY[4]), ("Adam", COMPANY[5])]
 
 
 @each_of(EXACT_WAYS)
-@pytest.mark.parametrize("case", few(CASES, QUICK), ids=[f"{n} {c}" for n, c in CASES])
-def test_equals_the_plain_optimizer_and_skips_what_is_bad(case, step):
-    name, company = case
+@pytest.mark.parametrize(("name", "company"), few(CASES, QUICK), ids=[f"{n} {c}" for n, c in CASES])
+def test_equals_the_plain_optimizer_and_skips_what_is_bad(name, company, step):
     make = OPTIMIZERS[name]
     ours, theirs = start(), start()
     wrapped, plain = LossScaleOptimizer(make(**company), loss_scale=SCALE), make(**company)

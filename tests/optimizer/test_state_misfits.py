@@ -5,11 +5,11 @@ import functools
 import keras
 import numpy as np
 import pytest
+from helpers.marks import by_name, few
 from helpers.stepping import (
     WITHOUT_XLA,
     Stock,
     assert_same_bits,
-    by_name,
     eager,
     numpy,
     tensors,
@@ -139,10 +139,7 @@ def test_a_scale_from_a_file_is_brought_inside_the_bounds():
 RUINED = [(0.0, 1.0), (np.inf, 2.0**24), (np.nan, 2.0**15)]
 
 
-@pytest.mark.parametrize(
-    ("scale", "inside"),
-    [RUINED[0], *(pytest.param(*r, marks=pytest.mark.full) for r in RUINED[1:])],
-)
+@pytest.mark.parametrize(("scale", "inside"), few(RUINED, RUINED[:1]))
 def test_a_scale_that_stock_keras_has_ruined_is_brought_inside(scale, inside, tmp_path):
     """Faults 3 and 4, saved: stock Keras goes to 0 and to infinity, and never comes back."""
     model = _model(Stock(keras.optimizers.Adam()))

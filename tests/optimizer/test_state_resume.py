@@ -7,8 +7,9 @@ import keras
 import numpy as np
 import pytest
 from helpers import resuming
+from helpers.marks import few, full_on
 from helpers.resuming import END, STOP, compiled, everything, train
-from helpers.stepping import BACKEND, WITHOUT_XLA, assert_same_bits, few
+from helpers.stepping import BACKEND, WITHOUT_XLA, assert_same_bits
 
 from kerasmp.errors import LossScaleWarning
 
@@ -92,8 +93,11 @@ def checkpoint_manager(model, folder):
 
 
 WAYS = [keras_file, weights_file, legacy_h5, pickled, deepcopied, lists, model_checkpoint]
+# The others meet no other code of ours.
+QUICK = [keras_file, weights_file, pickled, lists]
 if BACKEND == "tensorflow":
     WAYS += [checkpoint, checkpoint_before_build, checkpoint_manager]
+    QUICK += [checkpoint, checkpoint_before_build]
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +115,6 @@ def stopped():
     return model
 
 
-# The others meet no other code of ours.
-QUICK = [keras_file, weights_file, pickled, lists, checkpoint, checkpoint_before_build]
-
-
 @pytest.mark.parametrize("way", few(WAYS, QUICK), ids=lambda way: way.__name__)
 def test_training_goes_on_bit_for_bit(way, stopped, uninterrupted, tmp_path):
     resumed = way(stopped, tmp_path)
@@ -122,11 +122,7 @@ def test_training_goes_on_bit_for_bit(way, stopped, uninterrupted, tmp_path):
     assert_same_bits(everything(train(resumed, STOP, END)), uninterrupted)
 
 
-def full_but_on_tensorflow(test):
-    return test if BACKEND == "tensorflow" else pytest.mark.full(test)
-
-
-@full_but_on_tensorflow
+@full_on("jax", "torch")
 def test_training_goes_on_bit_for_bit_in_another_process(
     stopped, uninterrupted, tmp_path, another_process
 ):

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import by_name, few
+from helpers.marks import by_name, few
 
 import kerasmp as mp
 

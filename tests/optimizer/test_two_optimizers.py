@@ -5,7 +5,8 @@ import functools
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import BACKEND, WITHOUT_XLA, assert_same_bits, few, numpy
+from helpers.marks import few
+from helpers.stepping import BACKEND, WITHOUT_XLA, assert_same_bits, numpy
 from keras import ops
 
 import kerasmp as mp

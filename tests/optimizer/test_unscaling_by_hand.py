@@ -3,7 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import WAYS, assert_same_bits, each_of, few, numpy, tensors, variables_of
+from helpers.marks import few
+from helpers.stepping import WAYS, assert_same_bits, each_of, numpy, tensors, variables_of
 from keras import ops
 
 from kerasmp.errors import LossScaleError

@@ -3,7 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import BACKEND, EXACT_WAYS, assert_same_bits, each_of, few, numpy
+from helpers.marks import few
+from helpers.stepping import BACKEND, EXACT_WAYS, assert_same_bits, each_of, numpy
 from keras import ops
 
 from kerasmp.optimizer import LossScaleOptimizer
@@ -27,12 +28,10 @@ def tensor(values, dtype):
 
 
 @every_way
-@pytest.mark.parametrize("case", few(CASES, QUICK), ids=" ".join)
-def test_any_float_dtype(case, step):
-    dtype, company = case[0], COMPANY[case[1]]
-
+@pytest.mark.parametrize(("dtype", "company"), few(CASES, QUICK), ids=map(" ".join, CASES))
+def test_any_float_dtype(dtype, company, step):
     def make():
-        return keras.optimizers.SGD(0.25, momentum=0.5, **company)
+        return keras.optimizers.SGD(0.25, momentum=0.5, **COMPANY[company])
 
     ours, theirs = (keras.Variable(tensor([1.0, -2.0], dtype), dtype=dtype) for _ in "ab")
     wrapped, plain = LossScaleOptimizer(make(), loss_scale=SCALE), make()

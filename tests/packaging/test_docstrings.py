@@ -9,6 +9,7 @@ import types
 
 import keras
 import pytest
+from helpers.marks import few
 
 import kerasmp
 
@@ -92,13 +93,8 @@ def modules():
     found = [module.name for module in pkgutil.walk_packages(kerasmp.__path__, "kerasmp.")]
     others = FRAMEWORKS - {keras.backend.backend()}
     here = ["kerasmp", *(name for name in found if not others & set(name.split(".")))]
-    if keras.backend.backend() == "tensorflow":
-        return here
-    full = [name for name in here if not name.startswith("kerasmp.backend.")]
-    return [
-        *sorted(set(here) - set(full)),
-        *(pytest.param(x, marks=pytest.mark.full) for x in full),
-    ]
+    quick = [name for name in here if name.startswith("kerasmp.backend.")]
+    return few(here, quick, where=keras.backend.backend() != "tensorflow")
 
 
 @pytest.mark.parametrize("name", modules())

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import keras
-import pytest
+from helpers.marks import marks_on
 
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = {"tensorflow", "jax", "torch"}
 OPTIONAL = {"jinja2", "matplotlib", "rich", "sklearn", "tensorflow_datasets", "typer"}
 
 # One backend is enough for the quick set: no room knows of the one that runs.
-pytestmark = [] if keras.backend.backend() == "tensorflow" else [pytest.mark.full]
+pytestmark = marks_on("jax", "torch")
 
 # Frameworks that are not installed count too: the finder sees who asks for them.
 IMPORTED = """

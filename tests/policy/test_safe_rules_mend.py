@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import full
 from helpers.networks import relu_after
 
 import kerasmp as mp
@@ -77,9 +78,10 @@ def error(output, reference):
     return np.linalg.norm(output - reference) / np.linalg.norm(reference)
 
 
-# Torch sums in float32 when it pools.
+# The quick set has one of them.
 MARKS = {
     **{name: [pytest.mark.full] for name in HAZARDS},
+    # Torch sums in float32 when it pools.
     "pooling": [pytest.mark.full, pytest.mark.backend("tensorflow", "jax")],
     "unit": [],
 }
@@ -134,7 +136,7 @@ def test_spectral_normalization_keeps_its_float32_kernel():
     assert not is_rounded(kernel("safe"))
 
 
-@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.full)])
+@pytest.mark.parametrize("fused", [True, full(False)])
 def test_attention_scores_do_not_overflow(fused):
     x = far_from_zero(64)
     expected = dot_attention(*x, scale=1 / 8)

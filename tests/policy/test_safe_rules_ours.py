@@ -8,6 +8,7 @@ import inspect
 import keras
 import pytest
 from helpers.layer_cases import CASES, OURS
+from helpers.marks import few
 
 import kerasmp as mp
 
@@ -31,15 +32,10 @@ def rows(model):
     return mp.convert(model, "mixed_float16", rules="safe", dry_run=True).rows
 
 
-def some(names, *quick):
-    """Return the names, all but some of them for the full set."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.full) for name in names]
-
-
 HEADS = ("Dense", "LSTM", "Softmax", "SpectralNormalization", "AveragePooling1D")
 
 
-@pytest.mark.parametrize("name", some(PAIRS, *HEADS))
+@pytest.mark.parametrize("name", few(PAIRS, HEADS))
 def test_a_head_is_float32_whoever_makes_it(name):
     ours, stock = (answer(cls) for cls in PAIRS[name])
     assert ours[0] == stock[0] == "float32"
@@ -64,7 +60,7 @@ def applies(stock):
 
 
 @pytest.mark.parametrize("given", GIVEN)
-@pytest.mark.parametrize("name", some([n for n, (_, s) in PAIRS.items() if applies(s)], "Dense"))
+@pytest.mark.parametrize("name", few([n for n, (_, s) in PAIRS.items() if applies(s)], ["Dense"]))
 def test_what_a_layer_applies_counts_whoever_makes_it(name, given):
     arguments, float32 = GIVEN[given]
     relu = [keras.layers.ReLU(), keras.layers.ReLU()]

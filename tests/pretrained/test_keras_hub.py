@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers.flattened import flatten_layers
 
 import kerasmp as mp
 
@@ -106,7 +107,7 @@ def test_t5_overflows_in_float16_as_stock_does_and_a_rule_mends_it():
     backbone, x = made(t5)
     attention = next(
         type(layer)
-        for layer in backbone._flatten_layers()
+        for layer in flatten_layers(backbone)
         if type(layer).__name__ == "T5MultiHeadAttention"
     )
     exact = predictions(backbone, x)
