@@ -2,7 +2,6 @@
 
 import keras
 import numpy as np
-from helpers.stepping import WITHOUT_XLA
 from keras import ops
 
 import kerasmp as mp
@@ -30,13 +29,13 @@ def network():
     )
 
 
-def compiled():
+def compiled(**options):
     """Return the network under an optimizer that averages, clips and decays; built."""
     model = network()
     rate = keras.optimizers.schedules.ExponentialDecay(0.01, 3, 0.9)
     inner = keras.optimizers.AdamW(rate, use_ema=True, clipnorm=1.0)
     optimizer = mp.LossScaleOptimizer(inner, loss_scale=SCHEDULE)
-    model.compile(optimizer, keras.losses.MeanSquaredError(), **WITHOUT_XLA)
+    model.compile(optimizer, keras.losses.MeanSquaredError(), **options)
     model.optimizer.build(model.trainable_variables)
     return model
 

@@ -75,9 +75,6 @@ WAYS = {"tensorflow": [eager, graph, xla], "jax": [eager, stateless], "torch": [
 # under XLA on TensorFlow, every optimizer in an eager loop on JAX, both in the last bits).
 EXACT_WAYS = {"tensorflow": [eager, graph], "jax": [jitted], "torch": [eager]}[BACKEND]
 
-# `fit` compiles by XLA on TensorFlow, which takes longer than most of what is tested.
-WITHOUT_XLA = {"jit_compile": False} if BACKEND == "tensorflow" else {}
-
 
 def each_of(ways, quick=None):
     """Parametrize `step` by these ways; the full set has those that are not in `quick`.

@@ -95,10 +95,25 @@ def test_finite_batches_are_those_of_stock_bit_for_bit(arguments, policy):
         assert_same(statistics(ours), statistics(stock))
 
 
-@full_on("jax")
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(st.sampled_from(["good", *BAD]), max_size=5))
+MIXTURES = st.lists(st.sampled_from(["good", *BAD]), max_size=5)
+MANY = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@pytest.mark.full
+@MANY
+@given(MIXTURES)
 def test_any_mixture_equals_its_good_batches_alone(kinds):
+    check_mixture(kinds)
+
+
+@full_on("jax")
+@settings(MANY, max_examples=5)
+@given(MIXTURES)
+def test_so_does_one_of_a_few(kinds):
+    check_mixture(kinds)
+
+
+def check_mixture(kinds):
     with_bad, without = BatchNormalization(), Stock()
     for layer in (with_bad, without):
         layer.build((None, 3))

@@ -9,6 +9,7 @@ import pytest
 from helpers.stepping import WAYS, each_of, eager, graph, tensors, variables_of
 from keras import ops
 
+import kerasmp
 from kerasmp.loss_scale import (
     DynamicLossScale,
     FixedLossScale,
@@ -137,6 +138,9 @@ def test_a_schedule_of_the_users_own_is_named_in_custom_objects(own):
 
 
 def test_ours_need_no_naming():
+    ours = (getattr(kerasmp.loss_scale, name) for name in kerasmp.loss_scale.__all__)
+    schedules = {each for each in ours if isinstance(each, type) and issubclass(each, LossScale)}
+    assert schedules == {LossScale, *map(type, SCHEDULES)}
     for schedule in SCHEDULES:
         data = json.loads(json.dumps(keras.saving.serialize_keras_object(schedule)))
         assert keras.saving.deserialize_keras_object(data) == schedule

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.marks import full_on
-from helpers.stepping import EXACT_WAYS, WITHOUT_XLA, assert_same_bits, each_of, numpy
+from helpers.stepping import EXACT_WAYS, assert_same_bits, each_of, numpy
 from helpers.twins import Twins
 from keras import ops
 
@@ -76,7 +76,7 @@ Y = X[:, :1] * 2 - 1
 def _fitted(x, y, optimizer, monitors=()):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-    model.compile(optimizer, "mse", **WITHOUT_XLA)
+    model.compile(optimizer, "mse")
     history = model.fit(
         x, y, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=list(monitors)
     )

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from helpers.stepping import (
     BACKEND,
-    each_of,
     eager,
     graph,
     jitted,
@@ -88,9 +87,9 @@ class Model:
             self.scale = max(self.scale * self.schedule.backoff_factor, self.schedule.min_scale)
 
 
-# JAX compiles an eager step for each optimizer anew.
-MANY = settings(max_examples=4 if BACKEND == "jax" else 25, deadline=None)
+# JAX compiles an eager step for each optimizer anew, and so is a compiled one.
 FEW = settings(max_examples=4, deadline=None)
+MANY = settings(max_examples=25, deadline=None)
 SEQUENCES = {
     "steps": st.lists(st.tuples(GRADIENT, LOSS), min_size=1, max_size=12),
     "interval": st.integers(1, 3),
@@ -135,16 +134,26 @@ def check_momentum(step, steps, **settings_):
     np.testing.assert_allclose(weight, model.weight, rtol=1e-5, atol=1e-5 * max(model.largest, 1.0))
 
 
-@MANY
+@FEW if BACKEND == "jax" else MANY
 @given(**SEQUENCES)
 def test_any_sequence_of_eager_steps_ends_where_the_model_does(steps, **settings_):
     check_momentum(eager, steps, **settings_)
 
 
 # Of a loss that was noted outside of it a compiled step knows nothing.
-@each_of([jitted] if BACKEND == "jax" else [graph, xla])
-@pytest.mark.backend("tensorflow", "jax")
+COMPILED = {"tensorflow": [graph, xla], "jax": [jitted], "torch": []}[BACKEND]
+
+
+@pytest.mark.parametrize("step", COMPILED[:1])
 @FEW
 @given(**SEQUENCES)
-def test_any_sequence_of_compiled_steps_ends_where_the_model_does(step, steps, **settings_):
+def test_a_few_sequences_of_compiled_steps_end_where_the_model_does(step, steps, **settings_):
+    check_momentum(step, [(gradient, None) for gradient, _ in steps], **settings_)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("step", COMPILED)
+@MANY
+@given(**SEQUENCES)
+def test_so_do_many(step, steps, **settings_):
     check_momentum(step, [(gradient, None) for gradient, _ in steps], **settings_)

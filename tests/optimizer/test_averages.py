@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.marks import by_name, few, full_on
-from helpers.stepping import WITHOUT_XLA, Stock, assert_same_bits, built, numpy, variables_of
+from helpers.stepping import Stock, assert_same_bits, built, numpy, variables_of
 
 import kerasmp as mp
 from kerasmp.optimizer import LossScaleOptimizer as Ours
@@ -33,7 +33,7 @@ def averaging(settings):
 def compiled(optimizer):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-    model.compile(optimizer, keras.losses.MeanSquaredError(), **WITHOUT_XLA)
+    model.compile(optimizer, keras.losses.MeanSquaredError())
     return model
 
 
@@ -110,7 +110,7 @@ def test_swapping_in_a_run_with_a_skipped_batch_equals_swapping_without_it(setti
     def run(optimizer, module, x, y):
         keras.utils.set_random_seed(0)
         model = module.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-        model.compile(optimizer, "mse", **WITHOUT_XLA)
+        model.compile(optimizer, "mse")
         watch = Watch()
         logs = model.fit(
             x,

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import BACKEND, assert_same_bits, eager, numpy, tensors, variables_of
+from helpers.stepping import BACKEND, assert_same_bits, eager, graph, numpy, tensors, variables_of
 
 from kerasmp.errors import LossScaleError
 from kerasmp.optimizer import LossScaleOptimizer
@@ -105,6 +105,14 @@ def test_an_error_comes_before_any_change(call, told, used):
     # And the next step is one like any other.
     eager(optimizer, tensors(*GOOD), variables)
     assert (optimizer.applied_steps, optimizer.skipped_steps) == (applied + 1, 1)
+
+
+@pytest.mark.backend("tensorflow")
+def test_a_graph_without_gradients_is_told(used):
+    optimizer, variables = used
+    # In a function that AutoGraph converts, TensorFlow gives the message another type.
+    with pytest.raises(Exception, match="No gradients provided for any variable"):
+        graph(optimizer, [None, None], variables)
 
 
 ON_STATELESS = "not supported" if BACKEND == "tensorflow" else r"Call optimizer\.build"

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.marks import full_on
-from helpers.stepping import WITHOUT_XLA, assert_same_bits, numpy
+from helpers.stepping import assert_same_bits, numpy
 
 import kerasmp as mp
 
@@ -54,9 +54,9 @@ def fit(model, x, y, callbacks, epochs=EPOCHS):
 def both(callback):
     """Fit a plain model, and a wrapped one to whose data bad batches were added."""
     plain = network(keras)
-    plain.compile(adam(), "mse", **WITHOUT_XLA)
+    plain.compile(adam(), "mse")
     ours = network(mp)
-    ours.compile(wrapped(), "mse", **WITHOUT_XLA)
+    ours.compile(wrapped(), "mse")
     expected, got = callback(), callback()  # one, or a list
     expected_logs = fit(plain, X, Y, expected).history
     logs = fit(ours, X_WITH_BAD, Y_WITH_BAD, got).history
@@ -103,7 +103,7 @@ def test_early_stopping_brings_the_best_weights_back():
     )
     assert (len(logs["loss"]), callback.best_epoch) == (3, 0)
     once = network(keras)
-    once.compile(adam(), "mse", **WITHOUT_XLA)
+    once.compile(adam(), "mse")
     fit(once, X, Y, [], epochs=1)
     assert_same_bits(model.get_weights(), once.get_weights())
 

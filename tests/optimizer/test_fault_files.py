@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.marks import by_name
-from helpers.stepping import WITHOUT_XLA, Stock, assert_same_bits, numpy
+from helpers.stepping import Stock, assert_same_bits, numpy
 from keras import ops
 
 import kerasmp as mp
@@ -42,7 +42,7 @@ def saved_under_float16(path, module, optimizer, **compiling):
     """Train under a global mixed_float16, save, and return the model; the global policy goes."""
     with mp.policy_scope("mixed_float16"):
         model = network(module)
-        model.compile(optimizer, keras.losses.MeanSquaredError(), **WITHOUT_XLA, **compiling)
+        model.compile(optimizer, keras.losses.MeanSquaredError(), **compiling)
         fit(model).save(path)
     assert keras.config.dtype_policy().name == "float32"
     return model
@@ -107,7 +107,7 @@ class TestAutoScaleLoss:
 
 def compiled(optimizer):
     model = network(keras)
-    model.compile(optimizer, keras.losses.MeanSquaredError(), **WITHOUT_XLA)
+    model.compile(optimizer, keras.losses.MeanSquaredError())
     return model
 
 
@@ -125,11 +125,11 @@ class TestMovingBetweenPlainAndWrapped:
         first = fit(compiled("adam"))
         first.save(tmp_path / "plain.keras")
         second = keras.models.load_model(tmp_path / "plain.keras")
-        second.compile(wrapped(second.optimizer), second.loss, **WITHOUT_XLA)  # the call, one way
+        second.compile(wrapped(second.optimizer), second.loss)  # the call, one way
         fit(second).save(tmp_path / "wrapped.keras")
         third = keras.models.load_model(tmp_path / "wrapped.keras")
         assert third.optimizer.applied_steps == 4
-        third.compile(third.optimizer.inner_optimizer, third.loss, **WITHOUT_XLA)  # and back
+        third.compile(third.optimizer.inner_optimizer, third.loss)  # and back
         fit(third)
         assert is_plain(third.optimizer)
         assert steps(third.optimizer) == 12

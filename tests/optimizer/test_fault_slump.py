@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.marks import by_name
-from helpers.stepping import WITHOUT_XLA, Stock
+from helpers.stepping import Stock
 from keras import ops
 
 import kerasmp as mp
@@ -35,7 +35,7 @@ def trained(module, cls, bad, **settings):
     last = keras.layers.Dense(1, dtype="mixed_float16")
     model = module.Sequential([keras.Input((4,)), hidden, last])
     inner = keras.optimizers.Adam(0.02, epsilon=1e-15)
-    model.compile(cls(inner, **settings), small_error, **WITHOUT_XLA)
+    model.compile(cls(inner, **settings), small_error)
     before = loss_of(model)
     for _ in range(60):
         model.train_on_batch(bad, Y)

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.marks import by_name, few, full_on
-from helpers.stepping import EXACT_WAYS, WITHOUT_XLA, Stock, assert_same_bits, each_of, numpy
+from helpers.stepping import EXACT_WAYS, Stock, assert_same_bits, each_of, numpy
 from helpers.twins import Twins
 
 import kerasmp as mp
@@ -60,7 +60,7 @@ def test_only_a_wrapper_around_several_has_optimizers():
 def fitted(optimizer, callbacks, epochs=4):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-    model.compile(optimizer, "mse", **WITHOUT_XLA)
+    model.compile(optimizer, "mse")
     logs = model.fit(
         X, Y, batch_size=8, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks
     ).history
@@ -112,7 +112,7 @@ def test_a_file_brings_the_state_of_all_of_them_back(tmp_path):
     keras.utils.set_random_seed(0)
     model = mp.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     optimizer = LossScaleOptimizer(several(), loss_scale=mp.DynamicLossScale(2.0**10))
-    model.compile(optimizer, "mse", **WITHOUT_XLA)
+    model.compile(optimizer, "mse")
     x = X.copy()
     x[-1] = 5e18  # a finite loss whose gradient overflows
     model.fit(x, Y, batch_size=8, shuffle=False, verbose=0)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from helpers.marks import by_name
 from helpers.stepping import (
-    WITHOUT_XLA,
     Stock,
     assert_same_bits,
     eager,
@@ -33,7 +32,7 @@ def _plain():
 
 def _compiled(optimizer):
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-    model.compile(optimizer, "mse", **WITHOUT_XLA)
+    model.compile(optimizer, "mse")
     model.optimizer.build(model.trainable_variables)
     return model
 
@@ -89,7 +88,7 @@ def test_an_optimizer_that_is_not_built_warns_and_stays_fresh(make, tmp_path):
     path = tmp_path / "model.keras"
     _saved(make(), path)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-    model.compile(LossScaleOptimizer("adam"), "mse", **WITHOUT_XLA)
+    model.compile(LossScaleOptimizer("adam"), "mse")
     with pytest.warns(LossScaleWarning, match=r"Call build\(model.trainable_variables\) first"):
         model.load_weights(path)
     model.fit(X, Y, batch_size=8, verbose=0)

@@ -6,7 +6,7 @@ import keras
 import pytest
 from helpers.marks import few
 from helpers.resuming import END, STOP, everything, network, train
-from helpers.stepping import BACKEND, WITHOUT_XLA, assert_same_bits
+from helpers.stepping import BACKEND, assert_same_bits
 from keras import ops
 
 import kerasmp as mp
@@ -71,7 +71,7 @@ def held(optimizer, key):
 def compiled(schedule):
     model = network()
     optimizer = mp.LossScaleOptimizer(keras.optimizers.Adam(0.01), loss_scale=schedule)
-    model.compile(optimizer, keras.losses.MeanSquaredError(), **WITHOUT_XLA)
+    model.compile(optimizer, keras.losses.MeanSquaredError())
     model.optimizer.build(model.trainable_variables)
     return model
 

@@ -6,7 +6,6 @@ import pytest
 from helpers.marks import few
 from helpers.stepping import (
     WAYS,
-    WITHOUT_XLA,
     each_of,
     eager,
     numpy,
@@ -140,12 +139,11 @@ BAD_INPUT = np.full((1, 3), NAN, "float32")
 # mean absolute error: the loss is finite, its gradient is 3e38 times the scale.
 HUGE = np.full((1, 3), [3e38, 0.0, 0.0], "float32")
 
-# As `fit` does it by itself comes last: on TensorFlow it compiles by XLA.
-OPTIONS = [WITHOUT_XLA, {"run_eagerly": True}]
+OPTIONS = [{}, {"run_eagerly": True}]
 if keras.backend.backend() != "torch":  # where Keras takes one step at a time
     OPTIONS.append({"steps_per_execution": 2})
-if WITHOUT_XLA:
-    OPTIONS.append({})
+if keras.backend.backend() == "tensorflow":
+    OPTIONS.append({"jit_compile": True})
 
 
 def fitted(module, batches, *, loss_scale=SCHEDULE, loss="mae", y=None, batch_size=1, **options):
@@ -196,12 +194,12 @@ def test_a_loss_that_only_its_sum_over_the_batch_overflows_is_finite():
     def large(_, prediction):
         return 3e38 * (1.0 + ops.mean(prediction - ops.stop_gradient(prediction)))
 
-    optimizer = fitted(kerasmp, [GOOD, GOOD], loss=large, batch_size=2, **WITHOUT_XLA)
+    optimizer = fitted(kerasmp, [GOOD, GOOD], loss=large, batch_size=2)
     assert optimizer.skip_causes == causes(gradients=1)
 
 
 def test_fit_of_a_stock_model_knows_the_loss_except_on_jax():
-    optimizer = fitted(keras, [GOOD, BAD_INPUT], **WITHOUT_XLA)
+    optimizer = fitted(keras, [GOOD, BAD_INPUT])
     known = (causes(unknown=1), 4.0) if ON_JAX else (causes(loss=1), 8.0)
     assert (optimizer.skip_causes, optimizer.loss_scale) == known
 

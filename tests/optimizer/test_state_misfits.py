@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from helpers.marks import by_name, few
 from helpers.stepping import (
-    WITHOUT_XLA,
     Stock,
     assert_same_bits,
     eager,
@@ -154,7 +153,7 @@ def _model(optimizer, *, frozen=False):
     model = keras.Sequential(
         [keras.Input((4,)), keras.layers.Dense(2, trainable=not frozen), keras.layers.Dense(1)]
     )
-    model.compile(optimizer, "mse", **WITHOUT_XLA)
+    model.compile(optimizer, "mse")
     model.optimizer.build(model.trainable_variables)
     return model
 

@@ -9,7 +9,7 @@ import pytest
 from helpers import resuming
 from helpers.marks import few, full_on
 from helpers.resuming import END, STOP, compiled, everything, train
-from helpers.stepping import BACKEND, WITHOUT_XLA, assert_same_bits
+from helpers.stepping import BACKEND, assert_same_bits
 
 from kerasmp.errors import LossScaleWarning
 
@@ -32,7 +32,7 @@ def legacy_h5(model, folder):
     pickle.loads(pickle.dumps(model)).save(folder / "model.h5")
     loaded = keras.models.load_model(folder / "model.h5", compile=False)
     optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
-    loaded.compile(optimizer, model.loss, **WITHOUT_XLA)
+    loaded.compile(optimizer, model.loss)
     loaded.optimizer.build(loaded.trainable_variables)
     loaded.optimizer.set_weights(model.optimizer.get_weights())
     return loaded
@@ -76,7 +76,7 @@ def checkpoint_before_build(model, folder):
     path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(folder / "point")
     fresh = compiled()
     optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
-    fresh.compile(optimizer, fresh.loss, **WITHOUT_XLA)
+    fresh.compile(optimizer, fresh.loss)
     tf.train.Checkpoint(model=fresh, optimizer=fresh.optimizer).restore(path)
     return fresh
 
@@ -132,6 +132,14 @@ def test_training_goes_on_bit_for_bit_in_another_process(
     assert_same_bits(
         [np.asarray(e, u.dtype) for e, u in zip(end, uninterrupted, strict=True)], uninterrupted
     )
+
+
+@pytest.mark.full
+@pytest.mark.backend("tensorflow")
+def test_training_by_xla_goes_on_bit_for_bit(tmp_path):
+    resumed = keras_file(train(compiled(jit_compile=True), 0, STOP), tmp_path)
+    whole = train(compiled(jit_compile=True), 0, END)
+    assert_same_bits(everything(train(resumed, STOP, END)), everything(whole))
 
 
 class Crash(keras.callbacks.Callback):

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.marks import few
-from helpers.stepping import BACKEND, WITHOUT_XLA, assert_same_bits, numpy
+from helpers.stepping import BACKEND, assert_same_bits, numpy
 from keras import ops
 
 import kerasmp as mp
@@ -32,7 +32,7 @@ class Pair(keras.Model):
         return [part(its) for part, its in zip(self.parts, x, strict=True)]
 
     def compile(self, *optimizers):
-        super().compile(**WITHOUT_XLA)
+        super().compile()
         self.pair = optimizers
         for optimizer, part in zip(optimizers, self.parts, strict=True):
             optimizer.build(part.trainable_variables)
