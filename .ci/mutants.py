@@ -95,7 +95,7 @@ class Fault:
     @property
     def room(self) -> str:
         """The room of the product that it is in."""
-        return Path(self.file).parts[1].removesuffix(".py")
+        return Path(self.file.removeprefix("kerasmp/")).parts[0].removesuffix(".py")
 
     @property
     def hash(self) -> str:

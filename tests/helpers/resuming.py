@@ -53,5 +53,6 @@ def everything(model):
 
 
 def go_on(path):
-    """Go on from a `.keras` file; return all that there is at the end, as lists."""
-    return [value.tolist() for value in everything(train(keras.models.load_model(path), STOP, END))]
+    """Go on from a `.keras` file; return all that there is at the end, as dtypes and lists."""
+    end = everything(train(keras.models.load_model(path), STOP, END))
+    return [(value.dtype.name, value.tolist()) for value in end]

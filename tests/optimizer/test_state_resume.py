@@ -129,9 +129,7 @@ def test_training_goes_on_bit_for_bit_in_another_process(
     path = tmp_path / "model.keras"
     stopped.save(path)
     end = another_process("helpers.resuming:go_on", path=str(path))
-    assert_same_bits(
-        [np.asarray(e, u.dtype) for e, u in zip(end, uninterrupted, strict=True)], uninterrupted
-    )
+    assert_same_bits([np.asarray(value, dtype) for dtype, value in end], uninterrupted)
 
 
 @pytest.mark.full
