@@ -141,9 +141,10 @@ def test_any_sequence_of_eager_steps_ends_where_the_model_does(steps, **settings
 
 
 # Of a loss that was noted outside of it a compiled step knows nothing.
-COMPILED = {"tensorflow": [graph, xla], "jax": [jitted], "torch": []}[BACKEND]
+COMPILED = [jitted] if BACKEND == "jax" else [graph, xla]
 
 
+@pytest.mark.backend("tensorflow", "jax")
 @pytest.mark.parametrize("step", COMPILED[:1])
 @FEW
 @given(**SEQUENCES)
@@ -152,6 +153,7 @@ def test_a_few_sequences_of_compiled_steps_end_where_the_model_does(step, steps,
 
 
 @pytest.mark.full
+@pytest.mark.backend("tensorflow", "jax")
 @pytest.mark.parametrize("step", COMPILED)
 @MANY
 @given(**SEQUENCES)
