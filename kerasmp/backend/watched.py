@@ -1,8 +1,10 @@
 """Sees what a model computes while it is called: products, casts, and outputs of each layer.
 
 Keras has no way to ask a layer for its work. Its layers all go through the functions of its
-backend, and those are replaced for the time of one eager call, in each module of Keras that has
-them. `tests/backend/test_watched.py` tells when one of the private names moves.
+backend, and those are replaced while eager calls are watched, in each module of Keras that has
+them. What stands in their place watches in the context alone that asked for it, and is the original
+everywhere else: other threads may be calling models meanwhile, or watching one of their own.
+`tests/backend/test_watched.py` tells when one of the private names moves.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 import weakref
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -156,17 +160,74 @@ def watched() -> Iterator[Watched]:
     ({'float16': 24}, 12)
     """
     seen = Watched()
-    with contextlib.ExitStack() as undo:
-        undo.enter_context(current().eagerly())
-        for function, count in _products():
-            _replace_in_keras(function, seen.product(function, count), undo)
-        for module, name in current().PRODUCTS:
-            _set(module, name, seen.product(getattr(module, name), COUNTS[name]), undo)
-        for function in (keras_backend.cast, keras_backend.convert_to_tensor):
-            _replace_in_keras(function, seen.cast(function), undo)
-        _set(AutocastScope, "maybe_cast", seen.read(AutocastScope.maybe_cast), undo)
-        _set(keras.Layer, "__call__", seen.call(keras.Layer.__call__), undo)
-        yield seen
+    with _REPLACED, current().eagerly():
+        before = _SEEN.set(seen)
+        try:
+            yield seen
+        finally:
+            _SEEN.reset(before)
+
+
+# What watches in this context; None where nobody does.
+_SEEN: ContextVar[Watched | None] = ContextVar("seen", default=None)
+
+
+class _Replaced:
+    """Replaces the functions as long as anybody watches, in whichever thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watching = 0
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._watching:
+                with contextlib.ExitStack() as undo:
+                    _replace_all(undo)
+                    self._undo = undo.pop_all()
+            self._watching += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._watching -= 1
+            if not self._watching:
+                self._undo.close()
+
+
+_REPLACED = _Replaced()
+
+
+def _replace_all(undo: contextlib.ExitStack) -> None:
+    for function, count in _products():
+        _replace_in_keras(function, _product(function, count), undo)
+    for module, name in current().PRODUCTS:
+        _set(module, name, _product(getattr(module, name), COUNTS[name]), undo)
+    for function in (keras_backend.cast, keras_backend.convert_to_tensor):
+        _replace_in_keras(function, _where_watched(function, Watched.cast), undo)
+    for owner, name, watch in (
+        (AutocastScope, "maybe_cast", Watched.read),
+        (keras.Layer, "__call__", Watched.call),
+        *current().COMPILED,
+    ):
+        _set(owner, name, _where_watched(getattr(owner, name), watch), undo)
+
+
+def _product(function: Callable[..., Any], count: Count) -> Callable[..., Any]:
+    return _where_watched(function, functools.partial(Watched.product, count=count))
+
+
+def _where_watched(
+    original: Callable[..., Any], watch: Callable[..., Callable[..., Any]]
+) -> Callable[..., Any]:
+    """Return `original`, but in a context that watches what `watch` makes of it."""
+
+    @functools.wraps(original)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        seen = _SEEN.get()
+        return (original if seen is None else watch(seen, original))(*args, **kwargs)
+
+    return either
 
 
 def _products() -> list[tuple[Callable[..., Any], Count]]:
@@ -183,10 +244,16 @@ def _replace_in_keras(
     function: Callable[..., Any], by: Callable[..., Any], undo: contextlib.ExitStack
 ) -> None:
     """Replace a function in each module of Keras that holds it, by whichever import."""
+    # Looked for once more in the end: a module that comes meanwhile imports what it finds.
+    undo.callback(_put_into_keras, function, by)
+    _put_into_keras(by, function)
+
+
+def _put_into_keras(new: Callable[..., Any], old: Callable[..., Any]) -> None:
     modules = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] == "keras"]
     for module in modules:
-        for name in [name for name, value in vars(module).items() if value is function]:
-            _set(module, name, by, undo)
+        for name in [name for name, value in list(vars(module).items()) if value is old]:
+            setattr(module, name, new)
 
 
 def _set(owner: Any, name: str, value: Any, undo: contextlib.ExitStack) -> None:

@@ -10,6 +10,7 @@ import keras
 from kerasmp.backend.keras_private import flatten_layers
 from kerasmp.errors import LossScaleWarning, PolicyWarning
 from kerasmp.model import Model
+from kerasmp.model.float32 import widen_activity_regularizers
 from kerasmp.model.own_optimizers import trained_in_float16, unscaled_optimizers
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 # The compiled steps that Keras keeps: they would go on in the dtypes of before.
 _COMPILED = ("train_function", "test_function", "predict_function")
 # What `Model.from_keras` and a conversion set on a model.
-_OURS = ("_auto_scale_loss", "_output_dtype", "_keeps_layer_policies", "_looked_for_late_layers")
+_OURS = ("_auto_scale_loss", "_output_dtype", "_keeps_layer_policies")
 _MISSING = object()
 
 
@@ -30,7 +31,8 @@ def turn_to_ours(
     Args:
         model: The model, whose layers follow their new policies already.
         output_dtype: What it is to cast its outputs to; None leaves them.
-        undo: Takes what puts back the class, the optimizer, the output dtype and the rules.
+        undo: Takes what puts back the class, the optimizer, the output dtype, the rules and the
+            activity regularizers.
         trains: Whether it is to be trained.
 
     Returns:
@@ -50,6 +52,7 @@ def turn_to_ours(
         return []
     optimizer = _optimizer(model)
     undo.callback(_put_back, model, type(model), optimizer, _attributes(model))
+    widen_activity_regularizers(model, undo)
     Model.from_keras(model)
     model._scale_as_turned(model._auto_scale_loss)  # noqa: SLF001 - one of ours, now
     model._output_dtype = output_dtype  # noqa: SLF001

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keras import ops
 
 from kerasmp.backend import current
 from kerasmp.backend.keras_private import AutocastScope
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 class WideBias:
@@ -22,20 +19,16 @@ class WideBias:
             kwargs["autocast"] = False
         return super().add_weight(*args, **kwargs)  # type: ignore[misc]  # the layer mixed in has it
 
-    def _narrowed(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call Keras's `call`, cast what it returns to the compute dtype, and activate that.
+    def _activated(self, outputs: Any) -> Any:
+        """Cast to the compute dtype, and activate that.
 
-        An activation in float32 would keep float32 tensors for the backward pass.
+        An activation in float32 would keep float32 tensors for the backward pass. It comes after
+        the cast here, and not within Keras's `call` for which it would have to be taken away: other
+        threads may call the layer.
         """
         layer: Any = self
-        activation = layer.activation
-        # Around Keras's own __setattr__: this is no state.
-        object.__setattr__(layer, "activation", None)
-        try:
-            outputs = ops.cast(call(*args, **kwargs), layer.compute_dtype)
-        finally:
-            object.__setattr__(layer, "activation", activation)
-        return outputs if activation is None else activation(outputs)
+        outputs = ops.cast(outputs, layer.compute_dtype)
+        return outputs if layer.activation is None else layer.activation(outputs)
 
 
 class WideConvolution(WideBias):
@@ -44,22 +37,82 @@ class WideConvolution(WideBias):
     def call(self, inputs: Any) -> Any:
         """Convolve `inputs`; see the class in Keras."""
         layer: Any = self
-        call = super().call  # type: ignore[misc]  # the layer mixed in has it
         dtype = current().convolution_dtype(layer.compute_dtype)
         # LoRA gives a kernel in the compute dtype, whatever is asked for.
         if dtype == layer.compute_dtype or getattr(layer, "lora_enabled", False):
-            return self._narrowed(call, inputs)
+            return self._activated(self._with_bias(inputs))
         with AutocastScope(dtype):
-            return self._narrowed(call, ops.cast(inputs, dtype))
+            outputs = self._with_bias(ops.cast(inputs, dtype))
+        return self._activated(outputs)
+
+    def _with_bias(self, inputs: Any) -> Any:
+        layer: Any = self
+        outputs = self._convolved(inputs)
+        if layer.bias is None:
+            return outputs
+        shape = [1] * len(outputs.shape)
+        shape[-1 if layer.data_format == "channels_last" else 1] = -1
+        return ops.add(outputs, ops.reshape(layer.bias, shape))
+
+    def _convolved(self, inputs: Any) -> Any:
+        layer: Any = self
+        return layer.convolution_op(inputs, layer.kernel)
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what each of `keras.ops` that convolves is to know."""
+        layer: Any = self
+        return {
+            "strides": layer.strides,
+            "padding": layer.padding,
+            "dilation_rate": layer.dilation_rate,
+            "data_format": layer.data_format,
+        }
+
+
+class WideTransposedConvolution(WideConvolution):
+    """The same, transposed."""
+
+    def _convolved(self, inputs: Any) -> Any:
+        layer: Any = self
+        return ops.conv_transpose(
+            inputs, layer.kernel, output_padding=layer.output_padding, **self._settings()
+        )
+
+
+class WideDepthwiseConvolution(WideConvolution):
+    """The same for each channel."""
+
+    def _convolved(self, inputs: Any) -> Any:
+        layer: Any = self
+        return ops.depthwise_conv(inputs, layer.kernel, **self._settings())
+
+
+class WideSeparableConvolution(WideConvolution):
+    """The same for each channel, and then across channels."""
+
+    def _convolved(self, inputs: Any) -> Any:
+        layer: Any = self
+        return ops.separable_conv(
+            inputs, layer.depthwise_kernel, layer.pointwise_kernel, **self._settings()
+        )
 
 
 class WideProduct(WideBias):
     """The same for layers that multiply matrices, which can be quantized too."""
 
-    def call(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: FBT001 - Keras's
+    def call(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: ARG002, FBT001 - Keras's
         """Multiply `inputs` by the kernel; see the class in Keras."""
-        return self._narrowed(super().call, inputs, training=training)  # type: ignore[misc]  # the layer mixed in has it
+        layer: Any = self
+        outputs = self._product(inputs)
+        if layer.bias is not None:
+            outputs = ops.add(outputs, layer.bias)
+        return self._activated(outputs)
+
+    def _product(self, inputs: Any) -> Any:
+        raise NotImplementedError
 
     def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
-        """Do the same under a quantized policy."""
-        return self._narrowed(super().quantized_call, *args, **kwargs)  # type: ignore[misc]  # the layer mixed in has it
+        """Do the same under a quantized policy; Keras's code for it activates before the cast."""
+        layer: Any = self
+        outputs = super().quantized_call(*args, **kwargs)  # type: ignore[misc]  # the layer mixed in has it
+        return ops.cast(outputs, layer.compute_dtype)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import keras
+from typing import Any
 
-from kerasmp.layers.bias import WideConvolution
+import keras
+from keras import ops
+
+from kerasmp.layers.bias import (
+    WideConvolution,
+    WideDepthwiseConvolution,
+    WideSeparableConvolution,
+    WideTransposedConvolution,
+)
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -37,6 +45,16 @@ class Conv1D(WideConvolution, keras.layers.Conv1D):
     >>> layer(keras.ops.ones((1, 6, 1))).shape == (1, 4, 2)
     True
     """
+
+    def convolution_op(self, inputs: Any, kernel: Any) -> Any:
+        """Convolve, also with "causal" padding, for which Keras has a `call` of its own here."""
+        if self.padding != "causal":
+            return super().convolution_op(inputs, kernel)
+        before = self.dilation_rate[0] * (self.kernel_size[0] - 1)
+        padding = [[0, 0], [0, 0], [0, 0]]
+        padding[1 if self.data_format == "channels_last" else 2][0] = before
+        inputs = ops.pad(inputs, padding)
+        return ops.conv(inputs, kernel, **{**self._settings(), "padding": "valid"})
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -104,7 +122,7 @@ class Conv3D(WideConvolution, keras.layers.Conv3D):
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
-class Conv1DTranspose(WideConvolution, keras.layers.Conv1DTranspose):
+class Conv1DTranspose(WideTransposedConvolution, keras.layers.Conv1DTranspose):
     """`keras.layers.Conv1DTranspose` whose gradients are summed in float32.
 
     On JAX the gradient of the bias, a sum over all positions, is summed in float32, in stock Keras
@@ -136,7 +154,7 @@ class Conv1DTranspose(WideConvolution, keras.layers.Conv1DTranspose):
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
-class Conv2DTranspose(WideConvolution, keras.layers.Conv2DTranspose):
+class Conv2DTranspose(WideTransposedConvolution, keras.layers.Conv2DTranspose):
     """`keras.layers.Conv2DTranspose` whose gradients are summed in float32.
 
     On JAX the gradient of the bias, a sum over all positions, is summed in float32, in stock Keras
@@ -168,7 +186,7 @@ class Conv2DTranspose(WideConvolution, keras.layers.Conv2DTranspose):
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
-class Conv3DTranspose(WideConvolution, keras.layers.Conv3DTranspose):
+class Conv3DTranspose(WideTransposedConvolution, keras.layers.Conv3DTranspose):
     """`keras.layers.Conv3DTranspose` whose gradients are summed in float32.
 
     On JAX the gradient of the bias, a sum over all positions, is summed in float32, in stock Keras
@@ -200,7 +218,7 @@ class Conv3DTranspose(WideConvolution, keras.layers.Conv3DTranspose):
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
-class DepthwiseConv1D(WideConvolution, keras.layers.DepthwiseConv1D):
+class DepthwiseConv1D(WideDepthwiseConvolution, keras.layers.DepthwiseConv1D):
     """`keras.layers.DepthwiseConv1D` whose gradients are summed in float32.
 
     On JAX the gradient of the bias, a sum over all positions, is summed in float32, in stock Keras
@@ -231,7 +249,7 @@ class DepthwiseConv1D(WideConvolution, keras.layers.DepthwiseConv1D):
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
-class DepthwiseConv2D(WideConvolution, keras.layers.DepthwiseConv2D):
+class DepthwiseConv2D(WideDepthwiseConvolution, keras.layers.DepthwiseConv2D):
     """`keras.layers.DepthwiseConv2D` whose gradients are summed in float32.
 
     On JAX the gradient of the bias, a sum over all positions, is summed in float32, in stock Keras
@@ -263,7 +281,7 @@ class DepthwiseConv2D(WideConvolution, keras.layers.DepthwiseConv2D):
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
-class SeparableConv1D(WideConvolution, keras.layers.SeparableConv1D):
+class SeparableConv1D(WideSeparableConvolution, keras.layers.SeparableConv1D):
     """`keras.layers.SeparableConv1D` whose gradients are summed in float32.
 
     On JAX the gradient of the bias, a sum over all positions, is summed in float32, in stock Keras
@@ -295,7 +313,7 @@ class SeparableConv1D(WideConvolution, keras.layers.SeparableConv1D):
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
-class SeparableConv2D(WideConvolution, keras.layers.SeparableConv2D):
+class SeparableConv2D(WideSeparableConvolution, keras.layers.SeparableConv2D):
     """`keras.layers.SeparableConv2D` whose gradients are summed in float32.
 
     On JAX the gradient of the bias, a sum over all positions, is summed in float32, in stock Keras

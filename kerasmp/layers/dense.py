@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
+from keras import ops
 
 from kerasmp.layers.bias import WideProduct
 
@@ -36,6 +39,9 @@ class Dense(WideProduct, keras.layers.Dense):
     True
     """
 
+    def _product(self, inputs: Any) -> Any:
+        return ops.matmul(inputs, self.kernel)
+
 
 @keras.saving.register_keras_serializable(package="kerasmp")
 class EinsumDense(WideProduct, keras.layers.EinsumDense):
@@ -65,3 +71,6 @@ class EinsumDense(WideProduct, keras.layers.EinsumDense):
     >>> layer(keras.ops.ones((1, 4, 3))).shape == (1, 4, 2)
     True
     """
+
+    def _product(self, inputs: Any) -> Any:
+        return ops.einsum(self.equation, inputs, self.kernel)

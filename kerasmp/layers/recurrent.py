@@ -54,9 +54,8 @@ class RNN(keras.layers.RNN):
     ) -> Any:
         """Run the cell over the time steps; see `keras.layers.RNN`."""
         with contextlib.ExitStack() as stack:
-            for cell in flatten_layers(self.cell) if isinstance(self.cell, keras.Layer) else ():
-                if isinstance(cell, EarlyCast):
-                    stack.enter_context(cell.read_early())
+            for cell in _cells_of_the_loop(self.cell):
+                stack.enter_context(cell.read_early())
             if isinstance(self.cell, EarlyCast):
                 sequences = stack.enter_context(self.cell.projecting(sequences, training=training))
             return super().inner_loop(sequences, initial_state, mask=mask, training=training)
@@ -157,6 +156,16 @@ class GRU(keras.layers.GRU, RNN):
             mask = mask[0] if keras.tree.is_nested(mask) else mask
             return RNN.inner_loop(self, sequences, initial_state, mask, training)
         return _widened(self, super().inner_loop, (sequences, initial_state), mask, training)
+
+
+def _cells_of_the_loop(cell: Any) -> list[EarlyCast]:
+    """Return the cells, the one given and those inside, whose weights this loop may read early."""
+    parts = flatten_layers(cell) if isinstance(cell, keras.Layer) else []
+    # A layer inside has a loop of its own, which may read them in another dtype.
+    own = {
+        id(c) for part in parts if isinstance(part, keras.layers.RNN) for c in flatten_layers(part)
+    }
+    return [part for part in parts if isinstance(part, EarlyCast) and id(part) not in own]
 
 
 def _widened(

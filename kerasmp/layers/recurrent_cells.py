@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 from keras import ops
@@ -11,7 +13,33 @@ from keras import ops
 from kerasmp.backend.keras_private import AutocastScope
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
+
+
+class _Early(NamedTuple):
+    """What a loop knows of a cell before its first step.
+
+    Args:
+        weights: By name, what was read of each: as it is, and in the compute dtype.
+        projected: Whether `inputs` of `call` are the product of the inputs and the kernel.
+    """
+
+    weights: dict[str, tuple[Any, Any]]
+    projected: bool = False
+
+
+# Of the cells whose loops run in this context, by `id(cell)`. Not in the cells: another thread may
+# be calling them, and a cell may hold a layer whose loop runs inside of this one.
+_EARLY: ContextVar[Mapping[int, _Early]] = ContextVar("early", default=MappingProxyType({}))
+
+
+@contextlib.contextmanager
+def _known(cell: Any, early: _Early) -> Iterator[None]:
+    before = _EARLY.set({**_EARLY.get(), id(cell): early})
+    try:
+        yield
+    finally:
+        _EARLY.reset(before)
 
 
 def _cast_before(master: Any, cast: Any) -> tuple[Any, Any]:
@@ -43,7 +71,8 @@ class _Weight:
             return self
         if self.name not in vars(cell):
             raise AttributeError(self.name)  # not built
-        early = vars(cell).get("_early", {}).get(self.name)
+        known = _EARLY.get().get(id(cell))
+        early = known.weights.get(self.name) if known else None
         return vars(cell)[self.name] if early is None else ops.custom_gradient(_cast_before)(*early)
 
 
@@ -53,8 +82,6 @@ class EarlyCast:
     kernel = _Weight()
     recurrent_kernel = _Weight()
     bias = _Weight()
-    # Whether `inputs` of `call` are the product of the inputs and the kernel.
-    _projected = False
 
     @contextlib.contextmanager
     def read_early(self) -> Iterator[None]:
@@ -71,26 +98,23 @@ class EarlyCast:
             with AutocastScope(None):
                 master = ops.copy(variable)  # a tensor; convert_to_tensor may hand on the variable
             early[name] = (master, ops.cast(master, cell.compute_dtype))
-        # Around Keras's own __setattr__: this is no state.
-        object.__setattr__(cell, "_early", early)
-        try:
+        with _known(cell, _Early(early)):
             yield
-        finally:
-            object.__delattr__(cell, "_early")
 
     @contextlib.contextmanager
     def projecting(self, sequences: Any, *, training: bool) -> Iterator[Any]:
-        """Yield what the steps of a loop take: one product for all of them, where it can be."""
+        """Yield what the steps of a loop take: one product for all of them, where it can be.
+
+        The weights must have been read early.
+        """
         cell: Any = self
         dropping = training and cell.dropout > 0
         if dropping or cell.compute_dtype == cell.variable_dtype or not self._can_project():
             yield sequences
             return
-        object.__setattr__(cell, "_projected", True)
-        try:
-            yield ops.matmul(ops.cast(sequences, cell.compute_dtype), cell.kernel)
-        finally:
-            object.__delattr__(cell, "_projected")
+        projected = ops.matmul(ops.cast(sequences, cell.compute_dtype), cell.kernel)
+        with _known(cell, _EARLY.get()[id(cell)]._replace(projected=True)):
+            yield projected
 
     def _can_project(self) -> bool:
         cell: Any = self
@@ -99,7 +123,8 @@ class EarlyCast:
     def call(self, inputs: Any, states: Any, training: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's
         """Return the output of one step and the new states, in the compute dtype."""
         cell: Any = self
-        if self._projected:
+        known = _EARLY.get().get(id(cell))
+        if known and known.projected:
             results = self._step(self._wide(inputs), states)
         else:
             results = super().call(inputs, states, training=training)  # type: ignore[misc]  # the layer mixed in has it
@@ -111,7 +136,7 @@ class EarlyCast:
 
     def _wide_bias(self) -> Any:
         """Return the bias as it is, in float32: so is the sum that is its gradient."""
-        return vars(self)["_early"]["bias"][0]
+        return _EARLY.get()[id(self)].weights["bias"][0]
 
     def _step(self, projected: Any, states: Any) -> Any:
         """Do a step whose gates are float32, from the inputs' product and the old states."""

@@ -12,6 +12,8 @@ from kerasmp.ops.precision import widen
 class _L1L2(keras.regularizers.L1L2):
     """`keras.regularizers.L1L2` of a float32 copy."""
 
+    sees_float32 = True  # models of ours ask
+
     def __call__(self, x: Any) -> Any:
         return super().__call__(widen(x))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,8 @@ from kerasmp.backend.keras_private import flatten_layers, with_mask_of
 from kerasmp.model.hints import dtype_hints
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    import contextlib
+    from collections.abc import Callable
 
 # Keras passes x, y, y_pred in this order to compute_loss and to compute_metrics.
 _Y_PRED = 2
@@ -57,28 +57,60 @@ def _all_at_least_float32(tensors: Any) -> Any:
     return keras.tree.map_structure(at_least_float32, tensors)
 
 
-@contextlib.contextmanager
-def float32_activity_regularizers(model: Any) -> Iterator[None]:
-    """Let the activity regularizers of all layers see float32: in float16 their sums overflow."""
-    # Only for the time of a call, so that what layers say of themselves and save stays the same.
-    changed = []
+def widen_activity_regularizers(model: Any, undo: contextlib.ExitStack | None = None) -> None:
+    """Let the activity regularizers of all layers see float32: in float16 their sums overflow.
+
+    For good, and where a layer has one that was not seen yet: what a call set and took back,
+    another thread would find there, or not.
+
+    Args:
+        model: The model.
+        undo: Is given what takes it back.
+    """
     for layer in flatten_layers(model):
         regularizer = layer.activity_regularizer
-        if regularizer is not None and not isinstance(regularizer, _OfFloat32):
-            changed.append((layer, regularizer))
-            layer.activity_regularizer = _OfFloat32(regularizer)
-    try:
-        yield
-    finally:
-        for layer, regularizer in changed:
-            layer.activity_regularizer = regularizer
+        if regularizer is not None and not getattr(regularizer, "sees_float32", False):
+            if undo is not None:
+                undo.callback(_set, layer, regularizer)
+            _set(layer, _OfFloat32(regularizer))
+
+
+def _set(layer: Any, regularizer: Callable[[Any], Any]) -> None:
+    # Around Keras's own __setattr__, which tracks what it is given and locks built layers.
+    object.__setattr__(layer, "activity_regularizer", regularizer)
 
 
 class _OfFloat32:
-    """A regularizer that casts first."""
+    """A regularizer that casts first, and is in all else the one that it stands for.
+
+    What layers say of themselves and save stays the same, and who changes a factor changes it.
+    """
+
+    __slots__ = ("_regularizer",)
+    sees_float32 = True
+    _regularizer: Callable[[Any], Any]
 
     def __init__(self, regularizer: Callable[[Any], Any]) -> None:
-        self._regularizer = regularizer
+        object.__setattr__(self, "_regularizer", regularizer)
 
     def __call__(self, output: Any) -> Any:
         return self._regularizer(at_least_float32(output))
+
+    @property  # type: ignore[misc]  # object's can be set, and need not be
+    def __class__(self) -> Any:  # isinstance and Keras's serialisation go by it
+        return type(self._regularizer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._regularizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._regularizer, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._regularizer == other)
+
+    def __hash__(self) -> int:  # a function is registered under a name by it
+        return hash(self._regularizer)
+
+    def __reduce__(self) -> Any:
+        return _OfFloat32, (self._regularizer,)

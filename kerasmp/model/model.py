@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from typing import Any
 
 import keras
 
 from kerasmp.backend.keras_private import Functional, float16_layers, functional_init_arguments
 from kerasmp.errors import ArgumentTypeError, LossScaleWarning
-from kerasmp.model.float32 import at_least_float32, cast, float32_activity_regularizers
+from kerasmp.model.float32 import at_least_float32, cast, widen_activity_regularizers
 from kerasmp.model.guards import with_guards
 from kerasmp.model.hints import dtype_hints
 from kerasmp.model.inference import refuse_training
 from kerasmp.model.own_optimizers import warn_of_unscaled
 from kerasmp.model.saved import take_up, with_extras, without_extras
-from kerasmp.model.steps import note_kerass_own
+from kerasmp.model.steps import no_step_is_nan, note_kerass_own
 from kerasmp.model.turning import class_between, loader, ours_for
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.policy import Policy, global_policy
 from kerasmp.policy.follow import PoliciesToFollow, RulesToFollow
+
+# Not an attribute of the model: a step sets none, since another thread may be using it.
+_LOOKED_FOR_LATE_LAYERS: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -63,8 +67,6 @@ class Model(keras.Model):
     # None: those of a model that was turned into ours.
     _rules: RulesToFollow | PoliciesToFollow = RulesToFollow(Policy("float32"))
     _for_inference = False
-    _guards_steps = False
-    _looked_for_late_layers = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Guard what a user's subclass, or a mixin in it, has of its own."""
@@ -89,18 +91,33 @@ class Model(keras.Model):
         self._output_dtype = policy.output_dtype
         self._rules = RulesToFollow(policy)
         self._keeps_layer_policies = self._rules.any
-        self._rules.follow(self)
+        self._take_up_layers()
+
+    def _take_up_layers(self, *inputs: Any) -> None:
+        """Let layers that have come since follow the rules, and their penalties see float32.
+
+        In a call of a model that is built this finds none, and sets nothing.
+        """
+        self._rules.follow(self, *inputs)
+        widen_activity_regularizers(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; when Keras says that the model is built, take up its layers."""
+        is_news = name == "built" and value and not getattr(self, "built", False)
+        super().__setattr__(name, value)
+        if is_news:
+            widen_activity_regularizers(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs, in the `output` dtype of the policy that the model was made under."""
-        self._rules.follow(self, *args)
-        with dtype_hints(), float32_activity_regularizers(self):
+        self._take_up_layers(*args)
+        with dtype_hints():
             return self._in_output_dtype(super().__call__(*args, **kwargs))
 
     def stateless_call(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return the outputs and the new state; see `keras.Model.stateless_call`."""
-        self._rules.follow(self)
-        with dtype_hints(), float32_activity_regularizers(self):
+        self._take_up_layers()
+        with dtype_hints():
             outputs, *state = super().stateless_call(*args, **kwargs)
         return self._in_output_dtype(outputs), *state
 
@@ -126,7 +143,7 @@ class Model(keras.Model):
     def build_from_config(self, config: dict[str, Any]) -> None:
         """Build the model; layers that come only now follow what the file says of them."""
         super().build_from_config(config)
-        self._rules.follow(self)
+        self._take_up_layers()
 
     @classmethod
     def from_keras(cls, model: Any, *, auto_scale_loss: bool = True) -> Any:
@@ -167,6 +184,8 @@ class Model(keras.Model):
             )
         if not isinstance(model, Model):
             object.__setattr__(model, "__class__", _ours_of(model))
+            widen_activity_regularizers(model)
+            _LOOKED_FOR_LATE_LAYERS.discard(model)
             model._scale_as_turned(auto_scale_loss)  # noqa: SLF001 - one of ours, now
         return model
 
@@ -274,8 +293,8 @@ class Model(keras.Model):
 
     def _warn_if_too_late(self) -> None:
         """Warn once if the first step has built float16 layers, as it does on TensorFlow."""
-        if not self._looked_for_late_layers:
-            self._looked_for_late_layers = True
+        if self not in _LOOKED_FOR_LATE_LAYERS:
+            _LOOKED_FOR_LATE_LAYERS.add(self)
             if self._must_wrap(self.optimizer):
                 warnings.warn(
                     "Layers that compute in float16 were made during the first step, after "
@@ -313,7 +332,7 @@ class Model(keras.Model):
         result = super().get_metrics_result()
         counts = self._loss_counts()
         # A user's own train step may never touch the loss metric: only ours says what 0 means.
-        if not self._guards_steps or not counts:
+        if not counts or not no_step_is_nan(self):
             return result
         nothing = keras.ops.equal(counts[0], 0)
         return keras.tree.map_structure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -29,6 +30,10 @@ class _Running(threading.local):
 
 
 _RUNNING = _Running()
+
+# The models in whose last guarded step Keras's own had its part. Not an attribute of the model: a
+# step sets none, since another thread may be using it.
+_BY_KERAS: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def guarded(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,6 +65,14 @@ def note_kerass_own(model: Any) -> None:
     _RUNNING.models[id(model)] = True
 
 
+def no_step_is_nan(model: Any) -> bool:
+    """Return whether metrics over no step are to be NaN: where Keras's own steps are guarded.
+
+    Not within the step: the logs of one bad batch must not stop TerminateOnNaN's good run.
+    """
+    return model in _BY_KERAS and id(model) not in _RUNNING.models
+
+
 def _run(model: Any, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     optimizers = [o for o in optimizers_of(model).values() if isinstance(o, LossScaleOptimizer)]
     if not optimizers:
@@ -70,10 +83,8 @@ def _run(model: Any, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     def logs_after(logs: Any, skipped: Any) -> Any:
         return _logs(model, logs, skipped, by_keras=_RUNNING.models[id(model)])
 
-    # Not within the step: the logs of one bad batch must not stop TerminateOnNaN's good run.
-    model._guards_steps = False  # noqa: SLF001
     logs = backend.current().train_step(model, optimizers, step, logs_after, *args)
-    model._guards_steps = _RUNNING.models[id(model)]  # noqa: SLF001
+    (_BY_KERAS.add if _RUNNING.models[id(model)] else _BY_KERAS.discard)(model)
     return logs
 
 

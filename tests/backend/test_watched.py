@@ -1,6 +1,8 @@
 """What layers do while they are called is seen, once, and nothing of Keras stays replaced."""
 
 import sys
+import types
+from concurrent import futures
 
 import keras
 import keras.src.backend as keras_backend
@@ -135,6 +137,58 @@ def test_outputs_are_counted_once():
     handed_on = [seen.output_bytes[id(layer)] for layer in (model, model.layers[1])]
     assert handed_on == [0, 0]
     assert seen.output_bytes[id(inner)] == seen.output_bytes[id(model.layers[2])] == 2 * 3 * 4
+
+
+def in_a_thread(work):
+    with futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+def test_threads_that_watch_at_once_see_their_own_and_leave_keras_as_it_was():
+    before = held()
+    layer = layers.Dense(3)
+    layer.build((None, 4))
+
+    def rows(number):
+        layer(ops.ones((number, 4)))
+        return seen_of(lambda x: ops.matmul(x, ops.ones((4, 5))), number, 4)[0]
+
+    with watched() as seen:
+        assert in_a_thread(lambda: rows(2)) == {"float32": 2 * 4 * 5}
+        # The other one has ended, and this one goes on.
+        layer(ops.ones((1, 4)))
+    assert seen.multiply_adds == {id(layer): {"float32": 4 * 3}}
+    assert held() == before
+
+
+def test_a_module_of_keras_that_is_imported_meanwhile_keeps_nothing():
+    module = types.ModuleType("keras.late")
+    sys.modules["keras.late"] = module
+    try:
+        with watched():
+            module.cast = keras_backend.cast
+        assert module.cast is keras_backend.cast
+    finally:
+        del sys.modules["keras.late"]
+
+
+@pytest.mark.backend("tensorflow")
+def test_a_tf_function_is_seen_into_and_stays_compiled_in_other_threads():
+    import tensorflow as tf
+
+    eager = []
+
+    @tf.function
+    def multiplied(x):
+        eager.append(tf.executing_eagerly())
+        return tf.matmul(x, x)
+
+    layer = Calling(multiplied)
+    with watched() as seen:
+        layer(ops.ones((3, 3)))
+        in_a_thread(lambda: layer(ops.ones((3, 3))))
+    assert seen.multiply_adds[id(layer)] == {"float32": 3 * 3 * 3}
+    assert eager == [True, False]
 
 
 def test_what_is_no_layers_is_not_counted():

@@ -364,6 +364,33 @@ def test_cells_run_outside_a_layer_and_stock_cells_inside_ours():
         )
 
 
+class Holding(keras.layers.Layer):
+    """A cell that calls a whole layer in each step."""
+
+    def __init__(self, inside, **kwargs):
+        super().__init__(**kwargs)
+        self.state_size, self.inside = UNITS, inside
+
+    def build(self, shape):
+        self.inside.build((shape[0], 2, shape[-1]))
+
+    def call(self, inputs, states):
+        output = self.inside(ops.stack([inputs, inputs], axis=1)) + states[0]
+        return output, [output]
+
+
+@full_on("jax")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cell_may_hold_a_layer_that_has_a_loop_of_its_own(name):
+    x = sequences()
+    keras.config.set_dtype_policy("mixed_float16")
+    ours, stock = (room.RNN(Holding(getattr(room, name)(UNITS))) for room in (layers, keras.layers))
+    for layer in (ours, stock):
+        layer.build(x.shape)
+    stock.set_weights(ours.get_weights())
+    assert_close(ours(x), stock(x), 1e-2)
+
+
 # ------------------------------------------------------------------------------- saving, training
 
 

@@ -29,7 +29,7 @@ ARGUMENTS = {
 
 
 def make(module, name, dtype, **kwargs):
-    return getattr(module, name)(dtype=dtype, **ARGUMENTS[name], **kwargs)
+    return getattr(module, name)(dtype=dtype, **{**ARGUMENTS[name], **kwargs})
 
 
 SMALL = {1: (2, 6, 3), 2: (2, 6, 6, 3), 3: (1, 4, 4, 4, 3)}
@@ -84,10 +84,34 @@ def test_it_is_the_stock_layer_but_for_rounding(name, tmp_path):
     np.testing.assert_array_equal(loaded.get_weights()[-1], stock.get_weights()[-1])
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_a_float32_layer_is_the_stock_one_bit_for_bit(name):
+# All that a convolution may be told; for the others there is nothing but the size.
+SETTINGS = [
+    *[(name, {}) for name in QUICK],
+    ("Conv1D", {"padding": "causal", "dilation_rate": 2}),
+    ("Conv1D", {"padding": "causal", "strides": 2, "groups": 3, "filters": 6}),
+    ("Conv2D", {"padding": "same", "strides": (2, 1)}),
+    ("Conv3D", {"padding": "same", "strides": 2}),
+    ("Conv1DTranspose", {"strides": 2, "output_padding": 1, "padding": "same"}),
+    ("Conv3DTranspose", {"strides": (2, 1, 1)}),
+    ("DepthwiseConv1D", {"depth_multiplier": 2, "padding": "same"}),
+    ("DepthwiseConv2D", {"dilation_rate": 2, "depth_multiplier": 2}),
+    ("SeparableConv1D", {"dilation_rate": 2, "padding": "same"}),
+    ("SeparableConv2D", {"strides": 2, "depth_multiplier": 2}),
+]
+if BACKEND != "tensorflow":  # whose kernels for the CPU know none of these
+    SETTINGS += [
+        ("Conv2DTranspose", {"dilation_rate": 2}),
+        ("Conv1D", {"data_format": "channels_first", "padding": "causal"}),
+        ("Conv2DTranspose", {"data_format": "channels_first"}),
+        ("DepthwiseConv2D", {"data_format": "channels_first"}),
+        ("SeparableConv2D", {"data_format": "channels_first"}),
+    ]
+
+
+@pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=str)
+def test_a_float32_layer_is_the_stock_one_bit_for_bit(name, settings):
     x = np.random.default_rng(2).normal(size=small(name)).astype("float32")
-    ours, stock = small_pair(name, "float32", "float32", activation="tanh")
+    ours, stock = small_pair(name, "float32", "float32", activation="tanh", **settings)
     np.testing.assert_array_equal(numpy_of(ours(x)), numpy_of(stock(x)))
 
 

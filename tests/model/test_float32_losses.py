@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers.float16 import numpy_of
 from helpers.marks import full
 from keras import ops
 
@@ -79,13 +80,28 @@ def test_in_stock_keras_it_is_not_finite():
     assert not np.isfinite(_loss_of(keras, "mixed_float16"))
 
 
-def test_layers_say_and_save_the_regularizer_that_they_were_given():
-    model = with_regularizer(mp, "mixed_float16")
-    layer = model.layers[0]
-    config = layer.get_config()
+def own_penalty(outputs):
+    return 0.01 * ops.sum(ops.square(outputs))
+
+
+@pytest.mark.parametrize("given", [keras.regularizers.L2(0.01), own_penalty])
+def test_layers_say_and_save_the_regularizer_that_they_were_given(given):
+    dense = keras.layers.Dense(2, dtype="mixed_float16", activity_regularizer=given)
+    config = dense.get_config()
+    model = mp.Sequential([keras.Input((4,)), dense])
     model(X)
-    assert type(layer.activity_regularizer) is keras.regularizers.L2
-    assert layer.get_config() == config
+    assert isinstance(dense.activity_regularizer, type(given))
+    assert dense.activity_regularizer == given
+    assert dense.get_config() == config
+
+
+def test_a_factor_that_is_changed_later_counts():
+    model = with_regularizer(mp, "mixed_float16")
+    model(X)
+    before = numpy_of(model.losses[0])
+    model.layers[0].activity_regularizer.l2 *= 2
+    model(X)
+    np.testing.assert_allclose(numpy_of(model.losses[0]), 2 * before, rtol=1e-5)
 
 
 def two_outputs(module, containers):

@@ -1,0 +1,176 @@
+"""A call sets nothing that another thread could see: no attribute of a layer, a model or Keras."""
+
+import sys
+import threading
+
+import keras
+import numpy as np
+import pytest
+from helpers.float16 import numpy_of
+from helpers.layer_cases import CASES, OURS
+from helpers.marks import few, full, full_on
+from helpers.unchanged import changes
+from keras import layers, ops
+
+import kerasmp as mp
+
+# One for each way in which ours are made that has set something, or might.
+MECHANISMS = ["Dense", "Conv2D", "LSTM", "SpectralNormalization"]
+if keras.backend.backend() == "jax":  # which compiles each of them
+    MECHANISMS = MECHANISMS[:1]
+THREADS = 4
+
+
+def called(cls, case, **arguments):
+    """Return what a second call of a layer sets: Keras notes some things at the first one."""
+    layer = case.make(cls, "mixed_float16")
+    inputs = [ops.convert_to_tensor(x) for x in case.inputs()]
+    case.call(layer, *inputs, **arguments)
+    with changes(layer) as found:
+        case.call(layer, *inputs, **arguments)
+    return found
+
+
+@pytest.mark.parametrize("name", few(OURS, MECHANISMS))
+def test_a_layer_sets_no_attribute_that_stock_keras_does_not(name):
+    stock = getattr(keras.layers, name, None)
+    found = called(OURS[name], CASES[name])
+    assert found <= (called(stock, CASES[name]) if stock and found else set())
+
+
+def model_of(dtype="float32"):
+    inputs = keras.Input((6, 3))
+    x = layers.Conv1D(4, 3, padding="same", activation="gelu", dtype=dtype)(inputs)
+    x = layers.EinsumDense("abc,cd->abd", (None, 4), bias_axes="d", dtype=dtype)(x)
+    outputs = layers.Dense(2, activation="tanh", activity_regularizer="l2", dtype=dtype)(x)
+    return keras.Model(inputs, outputs)
+
+
+def converted():
+    model = model_of()
+    mp.convert(model, rules=None, safe_layers=True)
+    return model
+
+
+X = np.random.default_rng(0).normal(size=(2, 6, 3)).astype("float32")
+
+
+def stepped(model):
+    """Return what each kind of step sets at its second time."""
+    model.compile("sgd", "mse", run_eagerly=True)
+    steps = {
+        "call": lambda: model(X),
+        "predict": lambda: model.predict_on_batch(X),
+        "train": lambda: model.train_on_batch(X, X[:, :, :2]),
+    }
+    found = {}
+    for name, step in steps.items():
+        step()
+        with changes(model) as found[name]:
+            step()
+    return found
+
+
+def attributes(names):
+    return {name.partition(".")[2] for name in names}
+
+
+def turned():
+    return mp.Model.from_keras(model_of("mixed_float16"))
+
+
+@full_on("jax")
+@pytest.mark.parametrize("make", [converted, full(turned)])
+def test_a_model_sets_none_either(make):
+    """In a step Keras itself notes something, and the optimizer and metrics are not looked at."""
+    found = stepped(make())
+    assert found["call"] == set()
+    stock = stepped(model_of())
+    for name in found:
+        assert attributes(found[name]) <= attributes(stock[name]), name
+
+
+class Sub(mp.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(2, activity_regularizer="l2", dtype="mixed_float16")
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def test_what_is_built_is_taken_up_before_the_first_call():
+    late = mp.Sequential([keras.Input((3,))])
+    late.add(layers.Dense(2, activity_regularizer="l2", dtype="mixed_float16"))
+    sub = Sub()
+    sub.build((None, 3))
+    for model in (late, sub):
+        with changes(model) as found:
+            model(X[:, 0])
+        assert attributes(found) <= {"_called", "_parent_path"}
+
+
+# ------------------------------------------------------------------------------------- threads
+
+
+def in_threads(work, calls):
+    """Return what each thread gets of its calls, which begin together and change place often."""
+    start = threading.Barrier(THREADS)
+    results, errors = [], []
+
+    def run(number):
+        try:
+            start.wait()
+            results.extend(work(number) for _ in range(calls))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the test is to show it
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(THREADS)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not errors
+    return results
+
+
+SHARED = {
+    "Dense": lambda: mp.layers.Dense(4, activation="gelu", dtype="mixed_float16"),
+    "Conv1D": lambda: mp.layers.Conv1D(4, 3, activation="gelu", dtype="mixed_float16"),
+    "LSTM": lambda: mp.layers.LSTM(4, dtype="mixed_float16"),
+    "convert": converted,
+}
+
+
+@full_on("jax")
+@pytest.mark.parametrize("name", SHARED)
+def test_threads_that_share_it_get_what_one_alone_gets(name):
+    layer = SHARED[name]()
+    x = ops.convert_to_tensor(X)
+    wanted = numpy_of(layer(x))
+    config = layer.get_config()
+    for outputs in in_threads(lambda _: numpy_of(layer(x)), 5 if name == "LSTM" else 25):
+        np.testing.assert_array_equal(outputs, wanted)
+    assert layer.get_config() == config
+
+
+def test_penalties_of_a_layer_that_models_share_see_float32_in_all_threads():
+    seen = []
+
+    def penalty(outputs):
+        seen.append(keras.backend.standardize_dtype(outputs.dtype))
+        return ops.sum(outputs)
+
+    dense = layers.Dense(4, activity_regularizer=penalty, dtype="mixed_float16")
+    models = [mp.Sequential([keras.Input((6, 3)), dense]) for _ in range(2)]
+    seen.clear()
+    in_threads(lambda number: models[number % 2](X), 25)
+    assert seen == ["float32"] * THREADS * 25
