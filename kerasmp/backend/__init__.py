@@ -1,36 +1,44 @@
 """The only room that imports a framework, lazily, and the only one that touches Keras privates.
 
-The module of the running backend comes from `current()`; importing `kerasmp` alone imports none.
+What differs between backends comes from `current()`, a `Backend`; importing `kerasmp` alone imports
+none.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
 import keras
 
 from kerasmp.errors import BackendError
 
-__all__ = ["current"]
+if TYPE_CHECKING:
+    from kerasmp.backend.base import Backend
 
-_SUPPORTED = ("tensorflow", "jax", "torch")
+__all__ = ["current", "multiplies_mixed"]
+
+_CLASSES = {"tensorflow": "TensorFlow", "jax": "Jax", "torch": "Torch"}
 
 
 @functools.cache  # and so one call that AutoGraph, tracing a user's loop, leaves alone
-def current() -> Any:
-    """Return the module with the framework-specific parts for the running Keras backend.
-
-    Returns:
-        `kerasmp.backend.tensorflow`, `.jax` or `.torch`.
-    """
+def current() -> Backend:
+    """Return the framework-specific parts for the running Keras backend."""
     name = keras.backend.backend()
-    if name not in _SUPPORTED:
+    if name not in _CLASSES:
         raise BackendError(
             "kerasmp has no part for this Keras backend.",
             received=repr(name),
-            expected=", ".join(_SUPPORTED),
+            expected=", ".join(_CLASSES),
             fix="Set KERAS_BACKEND to one of them before Keras is imported.",
         )
-    return importlib.import_module(f"{__name__}.{name}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    backend: Backend = getattr(module, _CLASSES[name])()
+    return backend
+
+
+def multiplies_mixed() -> bool:
+    """Return whether a product takes a float32 tensor and a float16 one; also without a backend."""
+    name: str = keras.backend.backend()
+    return name != "torch"

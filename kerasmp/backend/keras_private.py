@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = [
+    "UPDATE_METRICS",
     "AutocastScope",
     "Functional",
     "autocasts",
+    "decays",
     "enclosing_callback_list",
     "flatten_layers",
     "float16_layers",
@@ -35,9 +37,11 @@ __all__ = [
     "learning_rate_functions",
     "learning_rate_schedules",
     "losses_kept",
+    "moments",
     "own_variables",
     "set_autocast",
     "states_of",
+    "steps_of",
     "weights_and_averages",
     "with_mask_of",
 ]
@@ -108,6 +112,35 @@ def weights_and_averages(optimizer: Any) -> list[tuple[Any, Any]]:
         )
         if average is not None
     ]
+
+
+# On JAX, what Keras's train step updates the metrics by. A guard of ours takes the loss from it,
+# which publicly is seen only where it is differentiated.
+UPDATE_METRICS = "_update_metrics_variables"
+
+
+def moments(optimizer: Any, variable: Any) -> tuple[Any, ...]:
+    """Return what a built Adam, AdamW or SGD keeps of a variable: two moments, one or none.
+
+    Publicly there is one list of all that an optimizer keeps.
+    """
+    lists = (
+        (optimizer.momentums,)
+        if isinstance(optimizer, keras.optimizers.SGD)
+        else (optimizer._momentums, optimizer._velocities)  # noqa: SLF001
+    )
+    index = optimizer._get_variable_index(variable)  # noqa: SLF001
+    return tuple(each[index] for each in lists if each)
+
+
+def steps_of(optimizer: Any) -> int:
+    """Return how many steps a built optimizer has applied; public `iterations` are full windows."""
+    return int(keras.ops.convert_to_numpy(optimizer._iterations))  # noqa: SLF001
+
+
+def decays(optimizer: Any, variable: Any) -> bool:
+    """Return whether an optimizer's weight decay applies to a variable; it may be left out."""
+    return optimizer.weight_decay is not None and bool(optimizer._use_weight_decay(variable))  # noqa: SLF001
 
 
 def learning_rate_schedules(optimizer: Any) -> list[tuple[Any, Any]]:

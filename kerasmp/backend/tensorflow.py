@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import re
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+from kerasmp.backend.base import Backend, wide_dtype
 from kerasmp.backend.keras_private import states_of
-from kerasmp.backend.nested import optimizers_in
-from kerasmp.errors import BackendError
+from kerasmp.errors import BackendError, LossScaleError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
-# The loss that scale_loss sees can be read when the gradients are applied.
-LOSS_MEETS_APPLY = True
-
-# Many small sums cost more here than a branch around them.
-BRANCHES = True
+    from kerasmp.backend.base import Weight
 
 # So few tensors are checked in no more time than a branch takes.
 FEW = 8
-
-# The gradient of what is broadcast or used in each step of a loop is summed in float32.
-NARROW_SUMS = False
-
-# Keras's method that sums gradients over replicas; tests/backend tells when it moves.
-REDUCTION = "_all_reduce_sum_gradients"
-
 
 # What the graph, eager kernels, and the conversion of arguments say of two dtypes that do not fit.
 _FLOAT = r"(?:float16|bfloat16|float32|float64|half|float|double)"
@@ -44,124 +35,410 @@ MIXED_DTYPES = re.compile(
 )
 
 
-def convolution_dtype(dtype: str) -> str:
-    """Return the dtype in which convolutions compute whose inputs have `dtype`.
+class TensorFlow(Backend):
+    """See `Backend`."""
 
-    TensorFlow's kernels for the CPU add float16 up in float16: the gradient of a kernel is then off
-    by 10 to 70 times the rounding, and takes several times as long as in float32.
-    """
-    on_cpu = dtype == "float16" and not tf.config.list_logical_devices("GPU")
-    return "float32" if on_cpu else dtype
+    BRANCHES = True
+    FUSED = True
+    # Keras's method that sums gradients over replicas; tests/backend tells when it moves.
+    REDUCTION = "_all_reduce_sum_gradients"
+    PRODUCTS = (
+        (tf, "matmul"),
+        (tf.linalg, "matmul"),
+        (tf, "einsum"),
+        (tf.linalg, "einsum"),
+        (tf, "tensordot"),
+        (tf.linalg, "tensordot"),
+    )
+    # A user's `tf.function` runs its body where it is watched, and nowhere else: in all threads it
+    # would under `tf.config.run_functions_eagerly`.
+    COMPILED = ((type(tf.function(lambda: None)), "__call__", lambda *_: _body),)
 
+    def convolution_dtype(self, dtype: str) -> str:
+        """Return the dtype in which convolutions compute whose inputs have `dtype`.
 
-def recurrence_dtype(dtype: str) -> str:
-    """Return the dtype for a whole LSTM or GRU that computes in `dtype`."""
-    return dtype
+        TensorFlow's kernels for the CPU add float16 up in float16: the gradient of a kernel is then
+        off by 10 to 70 times the rounding, and takes several times as long as in float32.
+        """
+        on_cpu = dtype == "float16" and not tf.config.list_logical_devices("GPU")
+        return "float32" if on_cpu else dtype
 
+    def dense_values(self, gradient: Any) -> Any:
+        """Return the numbers of a gradient; those of `IndexedSlices` without densifying them."""
+        return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
 
-def dense_values(gradient: Any) -> Any:
-    """Return the numbers of a gradient; those of `IndexedSlices` without densifying them."""
-    return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+    def with_values(self, gradient: Any, values: Any) -> Any:
+        """Return `gradient` with other numbers at the same places."""
+        if isinstance(gradient, tf.IndexedSlices):
+            return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+        return values
 
+    def quotient(self, values: Any, divisor: Any) -> Any:
+        """Return a tensor divided by a scalar, in float32, or float64 if it came so."""
+        dtype = wide_dtype(values)
+        values = tf.cast(values, dtype)
+        if dtype == "float32" and _by_xla():
+            # Which computes a product anew where it is used, but writes a quotient to memory.
+            half, rest = _factors(tf.cast(divisor, dtype))
+            return values * half * rest
+        return values / tf.cast(divisor, dtype)
 
-def with_values(gradient: Any, values: Any) -> Any:
-    """Return `gradient` with other numbers at the same places."""
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
-    return values
+    def is_dense(self, gradient: Any) -> bool:
+        """Return whether a gradient is a plain tensor, and there at all."""
+        return gradient is not None and not isinstance(gradient, tf.IndexedSlices)
 
+    def finite(self, values: Sequence[Any], dtypes: Sequence[str], scale: Any, least: float) -> Any:
+        """Return for each tensor whether all of it is finite once it is divided by the scale.
 
-def checked(values: Sequence[Any], exactly: Callable[[], Any]) -> Any:
-    """Return which values are finite, as `exactly` does, in half as many kernels if all are.
+        A sum of squares is inf or NaN if one of its terms is, in one kernel, and for huge finite
+        ones too: then, and only then, all numbers are looked at.
+        """
 
-    A sum of squares is inf or NaN if one of its terms is, and for huge finite ones too: then, and
-    only then, `exactly` tells.
+        def exactly() -> Any:
+            quotients = (
+                tf.cast(self.quotient(v, scale), d) for v, d in zip(values, dtypes, strict=True)
+            )
+            return tf.stack([tf.reduce_all(tf.math.is_finite(q)) for q in quotients])
 
-    Args:
-        values: Tensors of any shape.
-        exactly: Returns a bool vector, for each tensor whether all of it is finite.
-    """
-    if len(values) < FEW:
-        return exactly()
-    sums = [tf.nn.l2_loss(v if v.dtype == tf.float64 else tf.cast(v, "float32")) for v in values]
-    clearly = tf.reduce_all(tf.math.is_finite(tf.stack([tf.cast(s, "float32") for s in sums])))
-    return tf.cond(clearly, lambda: tf.ones((len(values),), "bool"), exactly)
+        wide = all(dtype in {"float32", "float64"} for dtype in dtypes)
+        if _by_xla():
+            # Which has a quick kernel for products, and a slow one for sums over a whole tensor.
+            # What is finite stays so if it is divided by 1 or more.
+            return _finite_by_product(values, scale) if wide and least >= 1 else exactly()
+        if len(values) < FEW or not wide:
+            return exactly()
+        sums = [tf.cast(tf.nn.l2_loss(tf.cast(v, wide_dtype(v))), "float32") for v in values]
+        clearly = tf.math.is_finite(tf.add_n(sums)) & (scale >= 1)
+        return tf.cond(clearly, lambda: tf.ones((len(values),), "bool"), exactly)
 
+    def place(self) -> tuple[Any, Any]:
+        """Return what tells this replica and this trace from others; None in eager code."""
+        context = tf.distribute.get_replica_context()
+        replica = None if context is None else context.replica_id_in_sync_group
+        graph = None if tf.executing_eagerly() else weakref.ref(tf.compat.v1.get_default_graph())
+        return replica if isinstance(replica, int) else None, graph
 
-def place() -> tuple[Any, Any]:
-    """Return what tells this replica and this trace from others; a trace is None in eager code."""
-    context = tf.distribute.get_replica_context()
-    replica = None if context is None else context.replica_id_in_sync_group
-    graph = None if tf.executing_eagerly() else weakref.ref(tf.compat.v1.get_default_graph())
-    return replica if isinstance(replica, int) else None, graph
-
-
-def bakes_in(scale: Any) -> bool:  # noqa: ARG001 - one signature for all backends
-    """Return whether a traced function that reads `scale` here keeps this value for all calls.
-
-    A graph reads variables anew in each call. Before `build` there is none, but TensorFlow traces a
-    function that makes variables, as the first `apply` does, once more for its second call.
-    """
-    return False
-
-
-def refuse_no_replica() -> None:
-    """Raise where gradients have no replica.
-
-    Raises:
-        BackendError: In a cross-replica context.
-    """
-    if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
-        raise BackendError(
-            "apply() has no replica whose gradients it could check.",
-            received="a call in cross-replica context",
-            expected="a call in a replica context",
-            fix="Call it inside the function that you give to strategy.run().",
+    def refuse_pure_step(self) -> None:
+        """Raise where a step cannot be a pure function: always."""
+        raise LossScaleError(
+            "stateless_apply is not supported with the TensorFlow backend.",
+            received="a call on TensorFlow, whose variables the step would change in place",
+            expected="JAX or torch",
+            fix="Call optimizer.apply(grads, variables), also inside a tf.function.",
         )
 
+    def is_one_replica(self) -> bool:
+        """Return whether no strategy spreads this step."""
+        return not tf.distribute.has_strategy()
 
-def agreed(
-    grads: Sequence[Any], variables: Sequence[Any], losses: list[Any]
-) -> tuple[list[Any], list[Any]]:
-    """Return the gradients summed over all replicas, and what tells whether all losses were finite.
+    def refuse_no_replica(self) -> None:
+        """Raise where gradients have no replica.
 
-    What the sums hold, all replicas see, and so all decide alike: a replica that branched on its
-    own gradients would apply what the others skip (MirroredStrategy) or wait for ever in a
-    collective (MultiWorkerMirroredStrategy). It also means that what overflows only in the sum is
-    seen, and that clipping, which comes later, goes by the gradient of the whole batch. Rows of
-    sparse gradients are gathered here and not summed: what overflows only where duplicate rows are
-    added, near the largest float32, is not seen.
+        Raises:
+            BackendError: In a cross-replica context.
+        """
+        if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
+            raise BackendError(
+                "apply() has no replica whose gradients it could check.",
+                received="a call in cross-replica context",
+                expected="a call in a replica context",
+                fix="Call it inside the function that you give to strategy.run().",
+            )
 
-    Args:
-        grads: This replica's gradients, None among them or not.
-        variables: The variables that they belong to.
-        losses: Those of this replica, or none where they are not known.
+    def agreed(
+        self, grads: Sequence[Any], variables: Sequence[Any], losses: Sequence[Any]
+    ) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Return the gradients summed over all replicas, and whether all losses were finite.
 
-    Returns:
-        The gradients, and losses: on several replicas one stand-in, NaN if a loss of any of them is
-        inf or NaN.
-    """
-    grads = list(grads)
-    if not _several_replicas():
-        return grads, losses
-    context = tf.distribute.get_replica_context()
-    sent = [None if g is None else with_values(g, _widened(dense_values(g))) for g in grads]
-    if losses:
-        finite = [tf.reduce_all(tf.math.is_finite(loss)) for loss in losses]
-        sent.append(tf.cast(tf.logical_not(tf.reduce_all(finite)), "float32"))
-    # One call, so that small tensors are packed together.
-    summed = iter(
-        context.all_reduce(tf.distribute.ReduceOp.SUM, [g for g in sent if g is not None])
-    )
-    received = [None if g is None else next(summed) for g in sent]
-    if losses:
-        losses = [tf.where(received.pop() == 0, 0.0, float("nan"))]
-    # What is a new value and no gradient, float8's scales say, is averaged.
-    share = 1.0 / context.num_replicas_in_sync
-    return [
-        g * share if g is not None and getattr(v, "overwrite_with_gradient", False) else g
-        for g, v in zip(received, variables, strict=True)
-    ], losses
+        What the sums hold, all replicas see, and so all decide alike: a replica that branched on
+        its own gradients would apply what the others skip (MirroredStrategy) or wait for ever in a
+        collective (MultiWorkerMirroredStrategy). It also means that what overflows only in the sum
+        is seen, and that clipping, which comes later, goes by the gradient of the whole batch. Rows
+        of sparse gradients are gathered here and not summed: what overflows only where duplicate
+        rows are added, near the largest float32, is not seen.
+
+        Args:
+            grads: This replica's gradients, None among them or not.
+            variables: The variables that they belong to.
+            losses: Those of this replica, or none where they are not known.
+
+        Returns:
+            The gradients, and losses: on several replicas one stand-in, NaN if a loss of any of
+            them is inf or NaN.
+        """
+        grads = list(grads)
+        if not _several_replicas():
+            return grads, losses
+        context = tf.distribute.get_replica_context()
+        sent = [
+            None if g is None else self.with_values(g, _widened(self.dense_values(g)))
+            for g in grads
+        ]
+        if losses:
+            finite = [tf.reduce_all(tf.math.is_finite(loss)) for loss in losses]
+            sent.append(tf.cast(tf.logical_not(tf.reduce_all(finite)), "float32"))
+        # One call, so that small tensors are packed together.
+        summed = iter(
+            context.all_reduce(tf.distribute.ReduceOp.SUM, [g for g in sent if g is not None])
+        )
+        received = [None if g is None else next(summed) for g in sent]
+        if losses:
+            losses = [tf.where(received.pop() == 0, 0.0, float("nan"))]
+        # What is a new value and no gradient, float8's scales say, is averaged.
+        share = 1.0 / context.num_replicas_in_sync
+        return [
+            g * share if g is not None and getattr(v, "overwrite_with_gradient", False) else g
+            for g, v in zip(received, variables, strict=True)
+        ], losses
+
+    def sum_once(self, optimizers: Sequence[Any]) -> None:
+        """Keep optimizers from summing over the replicas once more what a step has summed.
+
+        Keras has no public way: its TensorFlow optimizer sums in a method of its own, after
+        clipping. What stands in its place is there for good, so that no step has to change it.
+        """
+        if not _several_replicas():
+            return
+        for optimizer in optimizers:
+            if not callable(getattr(optimizer, self.REDUCTION, None)):
+                raise BackendError(
+                    "This Keras sums gradients over replicas in a way that kerasmp does not know.",
+                    received=f"Keras {keras.__version__}, optimizer {type(optimizer).__name__}",
+                    expected=f"a method `{self.REDUCTION}`",
+                    fix="Train on one replica, or with a Keras version that CHANGELOG.md names.",
+                )
+            # Around Keras's own __setattr__: this is no state.
+            object.__setattr__(optimizer, self.REDUCTION, _SummedOnce(optimizer, self.REDUCTION))
+
+    def run_step(
+        self,
+        step: Any,
+        finite: Any,
+        update: Callable[[Any, Any], None],
+        advance: Callable[[Any, Any, bool], None],
+        *,
+        fused: bool,
+    ) -> None:
+        """Update the variables if all gradients are finite, else only move the scale."""
+        if fused and _by_xla():
+            # A branch of XLA's copies all that it may change.
+            update(step, tf.reduce_all(finite))
+            _branch(finite, lambda: None, lambda applied: advance(step, finite, applied))
+            return
+        if not tf.distribute.has_strategy():
+            _branch(
+                finite, lambda: update(step, None), lambda applied: advance(step, finite, applied)
+            )
+            return
+
+        def update_summed(step: Any) -> None:
+            # In the thread of its replica, where it is called.
+            token = _SUMMED.set(_several_replicas())
+            try:
+                update(step, None)
+            finally:
+                _SUMMED.reset(token)
+
+        if tf.__internal__.distribute.strategy_supports_no_merge_call():
+            _branch(
+                finite, lambda: update_summed(step), lambda applied: advance(step, finite, applied)
+            )
+            return
+
+        def in_cross_replica_context(strategy: Any, finite: Any, steps: Any) -> None:
+            first_finite = strategy.experimental_local_results(finite)[0]
+            first = strategy.experimental_local_results(steps)[0]
+
+            def update_each_replica() -> None:
+                strategy.extended.call_for_each_replica(update_summed, args=(steps,))
+
+            _branch(
+                first_finite,
+                update_each_replica,
+                lambda applied: advance(first, first_finite, applied),
+            )
+
+        # A branch whose body merges, as the inner optimizer's does, must itself be cross-replica.
+        context = tf.distribute.get_replica_context()
+        context.merge_call(in_cross_replica_context, args=(finite, step))
+
+    def squares(self, values: Sequence[Any], divisor: Any) -> Any:
+        """Return the sum of the squares of all quotients, a float32 scalar."""
+        raw = 2.0 * tf.add_n([tf.nn.l2_loss(v) for v in values])
+
+        def exactly() -> Any:
+            return 2.0 * tf.add_n([tf.nn.l2_loss(self.quotient(v, divisor)) for v in values])
+
+        # Numbers that a scale has made so large that only their squares overflow are divided first.
+        return tf.cond(tf.math.is_finite(raw), lambda: raw / tf.square(divisor), exactly)
+
+    def adam(  # noqa: PLR0913, PLR0917 - what Adam is made of
+        self,
+        weights: Sequence[Weight],
+        divisor: Any,
+        alpha: Any,
+        betas: tuple[float, float],
+        epsilon: float,
+        applied: Any,
+    ) -> None:
+        """Update variables and their moments as `keras.optimizers.Adam` does."""
+        for weight in weights:
+            variable, m, v = (each.value for each in (weight.variable, *weight.moments))
+            gradient = self.quotient(weight.gradient, divisor)
+            if applied is None:
+                _shrink(variable, weight.decay)
+                tf.raw_ops.ResourceApplyAdam(
+                    var=variable.handle,
+                    m=m.handle,
+                    v=v.handle,
+                    beta1_power=0.0,  # `alpha` is corrected already
+                    beta2_power=0.0,
+                    lr=alpha,
+                    beta1=betas[0],
+                    beta2=betas[1],
+                    epsilon=epsilon,
+                    grad=gradient,
+                )
+                continue
+            new_m = _assign_if(applied, m, m + (gradient - m) * (1 - betas[0]))
+            new_v = _assign_if(applied, v, v + (tf.square(gradient) - v) * (1 - betas[1]))
+            step = new_m * alpha / (tf.sqrt(new_v) + epsilon)
+            _assign_if(applied, variable, _shrunk(variable, weight.decay) - step)
+
+    def sgd(  # noqa: PLR0913 - what it is made of
+        self,
+        weights: Sequence[Weight],
+        divisor: Any,
+        rate: Any,
+        momentum: float,
+        applied: Any,
+        *,
+        nesterov: bool,
+    ) -> None:
+        """Update variables as `keras.optimizers.SGD` does."""
+        for weight in weights:
+            variable = weight.variable.value
+            if applied is None:
+                _shrink(variable, weight.decay)
+                gradient = self.quotient(weight.gradient, divisor)
+                if weight.moments:
+                    tf.raw_ops.ResourceApplyKerasMomentum(
+                        var=variable.handle,
+                        accum=weight.moments[0].value.handle,
+                        lr=rate,
+                        grad=gradient,
+                        momentum=momentum,
+                        use_nesterov=nesterov,
+                    )
+                else:
+                    tf.raw_ops.ResourceApplyGradientDescent(
+                        var=variable.handle, alpha=rate, delta=gradient
+                    )
+                continue
+            step = self.quotient(weight.gradient, divisor) * -rate
+            if weight.moments:
+                moment = weight.moments[0].value
+                moved = moment * momentum + step
+                _assign_if(applied, moment, moved)
+                step = moved * momentum + step if nesterov else moved
+            _assign_if(applied, variable, _shrunk(variable, weight.decay) + step)
+
+    @tf.autograph.experimental.do_not_convert  # its conditions are about now, not about the graph
+    def start_as(self, variable: Any, other: Any) -> None:
+        """Give a variable that holds nothing but zeros the value of another one."""
+        # Now, also while a graph is traced, which would run without this the next time.
+        with tf.init_scope():
+            source = other.value if isinstance(other, keras.Variable) else other
+            if not source.is_initialized():  # the same trace is just making it
+                return
+            # A checkpoint that was restored before the build gives variables their values as they
+            # are made. While a trace makes one, it has none.
+            if not variable.value.is_initialized() or not tf.reduce_any(tf.not_equal(variable, 0)):
+                variable.assign(source)
+
+    def matmul_wide(self, left: Any, right: Any, dtype: str) -> Any:
+        """Return the matrix product in `dtype`, without rounding it to that of the factors.
+
+        The factors are cast first. `tf.matmul(..., output_type=)` takes float16 and gives float32
+        under XLA alone, and has no gradient then; on a CPU it is no faster.
+        """
+        return tf.matmul(tf.cast(left, dtype), tf.cast(right, dtype))
+
+    def in_dtype(self, variable: Any, dtype: str) -> tuple[Any, Callable[[], None]]:
+        """Return a variable in another dtype, otherwise alike; there is nothing to put back.
+
+        A variable of TensorFlow keeps the dtype that it was made in.
+        """
+        strategy = getattr(variable, "distribute_strategy", None)
+        where = tf.device(variable.device) if strategy is None else strategy.scope()
+        with tf.init_scope(), where:
+            alike = tf.Variable(
+                tf.cast(variable, dtype),
+                trainable=variable.trainable,
+                name=variable.name.partition(":")[0],
+                synchronization=variable.synchronization,
+                aggregation=variable.aggregation,
+            )
+        return alike, lambda: None
+
+    def mixes_dtypes(self, error: Exception) -> bool:
+        """Return whether an error says that operands of different float dtypes met."""
+        kinds = (TypeError, ValueError, tf.errors.InvalidArgumentError)
+        return isinstance(error, kinds) and MIXED_DTYPES.search(str(error)) is not None
+
+    def train_step(
+        self,
+        model: Any,
+        optimizers: Sequence[Any],
+        step: Callable[..., Any],
+        logs_after: Callable[[Any, Any], Any],
+        data: Any,
+    ) -> Any:
+        """Run a train step and undo its traces if an optimizer skipped.
+
+        Reads before the step alias the variables' buffers, and the branch that puts values back
+        runs in skipped steps only.
+
+        Args:
+            model: The model.
+            optimizers: Those of ours that the step may use.
+            step: The step, which takes `data` and returns logs.
+            logs_after: Makes of the logs, and whether the step was skipped, those to return.
+            data: The batch.
+        """
+        if tf.executing_eagerly() and not model.built:
+            # What the step itself would make could not be put back; a graph is traced again.
+            model(keras.utils.unpack_x_y_sample_weight(data)[0], training=False)
+        guarded = [v for v in (*states_of(model), *model.metrics_variables) if v.dtype != "string"]
+        before = [tf.identity(v.value) for v in guarded]
+        skips = [o.skips() for o in optimizers]
+        known = {id(v) for v in model.metrics_variables}
+        logs = step(data)
+        used = [(o, n) for o, n in zip(optimizers, skips, strict=True) if o.built]
+        if not used:  # nothing is trainable
+            return logs
+        # An optimizer without state before its first step is built in a trace that is not kept.
+        skipped = tf.reduce_any(
+            [o.skipped_last() if n is None else tf.not_equal(o.skips(), n) for o, n in used]
+        )
+        late = [m for m in model.metrics if not known.issuperset(id(v) for v in m.variables)]
+
+        def restore() -> None:
+            for variable, value in zip(guarded, before, strict=True):
+                variable.assign(value)
+            for metric in late:
+                metric.reset_state()
+
+        tf.cond(skipped, restore, lambda: None)
+        return logs_after(logs, skipped)
+
+    def eagerly(self) -> Any:
+        """Let all be computed when it is called; all is, but for `COMPILED`."""
+        return contextlib.nullcontext()
+
+
+def _body(function: Any, *args: Any, **kwargs: Any) -> Any:
+    return function.python_function(*args, **kwargs)
 
 
 def _widened(values: Any) -> Any:
@@ -172,71 +449,71 @@ def _several_replicas() -> bool:
     return bool(tf.distribute.get_strategy().num_replicas_in_sync > 1)
 
 
-def run_step(
-    finite: Any,
-    step: Any,
-    update: Callable[[Any], None],
-    advance: Callable[[Any, Any, bool], None],
-    inner_optimizer: Any,
-) -> None:
-    """Update the variables if all gradients are finite, else only move the scale.
+_SUMMED: contextvars.ContextVar[bool] = contextvars.ContextVar("_SUMMED", default=False)
+
+
+class _SummedOnce:
+    """Stands for the method of an optimizer that sums gradients over replicas.
 
     Args:
-        finite: Bool vector, whether each gradient is finite; equal in all replicas.
-        step: What `update` and `advance` are given, in each replica its own.
-        update: Called with `step` in each replica, if all is finite.
-        advance: Called once with `step`, `finite` and whether the step was applied.
-        inner_optimizer: The optimizer that `update` calls.
+        optimizer: The optimizer.
+        name: The method's name in its class.
     """
-    if not tf.distribute.has_strategy():
-        _branch(finite, lambda: update(step), lambda applied: advance(step, finite, applied))
-        return
-    reduced = optimizers_in(inner_optimizer) if _several_replicas() else []
-    if tf.__internal__.distribute.strategy_supports_no_merge_call():
-        with _not_reducing(reduced):
-            _branch(finite, lambda: update(step), lambda applied: advance(step, finite, applied))
-        return
 
-    def in_cross_replica_context(strategy: Any, finite: Any, steps: Any) -> None:
-        first_finite = strategy.experimental_local_results(finite)[0]
-        first = strategy.experimental_local_results(steps)[0]
+    def __init__(self, optimizer: Any, name: str) -> None:
+        self._optimizer = optimizer
+        self._name = name
 
-        def update_each_replica() -> None:
-            strategy.extended.call_for_each_replica(update, args=(steps,))
-
-        with _not_reducing(reduced):
-            _branch(
-                first_finite,
-                update_each_replica,
-                lambda applied: advance(first, first_finite, applied),
-            )
-
-    # A branch whose body merges, as the inner optimizer's does, must itself be cross-replica.
-    context = tf.distribute.get_replica_context()
-    context.merge_call(in_cross_replica_context, args=(finite, step))
+    def __call__(self, grads_and_vars: Any) -> Any:
+        if _SUMMED.get():
+            return grads_and_vars
+        return getattr(type(self._optimizer), self._name)(self._optimizer, grads_and_vars)
 
 
-@contextlib.contextmanager
-def _not_reducing(optimizers: Sequence[Any]) -> Iterator[None]:
-    """Keep optimizers from summing over the replicas once more what is summed already.
+def _by_xla() -> bool:
+    """Return whether what is traced here will be compiled by XLA."""
+    # Publicly a function does not know how it was asked to be compiled.
+    graph = tf.compat.v1.get_default_graph() if not tf.executing_eagerly() else None
+    return graph is not None and GraphOrParentsInXlaContext(graph)
 
-    Keras has no public way: its TensorFlow optimizer sums in a method of its own, after clipping.
+
+def _finite_by_product(values: Sequence[Any], scale: Any) -> Any:
+    """Return which tensors have no inf and no NaN: zero times these is NaN; none if `scale` < 1."""
+    # That it is zero XLA must not know.
+    zero = tf.where(scale >= 1, tf.minimum(scale, 1.0) * 0.0, float("nan"))
+    found = []
+    for each in values:
+        columns = each.shape[-1] if each.shape.rank else 1
+        rows = tf.reshape(tf.cast(each, wide_dtype(each)), (-1, columns))
+        zeros = tf.fill((columns, 1), tf.cast(zero, rows.dtype))
+        found.append(tf.reduce_all(tf.equal(tf.matmul(rows, zeros), 0)))
+    return tf.stack(found)
+
+
+def _factors(divisor: Any) -> tuple[Any, Any]:
+    """Return two factors whose product is 1 / divisor: one might be flushed to zero.
+
+    Both are exact for a power of two.
     """
-    for optimizer in optimizers:
-        if not callable(getattr(optimizer, REDUCTION, None)):
-            raise BackendError(
-                "This Keras sums gradients over replicas in a way that kerasmp does not know.",
-                received=f"Keras {keras.__version__}, optimizer {type(optimizer).__name__}",
-                expected=f"a method `{REDUCTION}`",
-                fix="Train on one replica, or with a Keras version that CHANGELOG.md names.",
-            )
-        # Around Keras's own __setattr__: this is no state.
-        object.__setattr__(optimizer, REDUCTION, lambda grads_and_vars: grads_and_vars)
-    try:
-        yield
-    finally:
-        for optimizer in optimizers:
-            object.__delattr__(optimizer, REDUCTION)
+    bits = tf.bitcast(divisor, tf.int32)
+    exponent = tf.bitwise.bitwise_and(tf.bitwise.right_shift(bits, 23), 255) - 127
+    half = tf.bitcast(tf.bitwise.left_shift(127 - exponent // 2, 23), tf.float32)
+    return half, 1.0 / (divisor * half)
+
+
+def _shrink(variable: Any, decay: Any) -> None:
+    if decay is not None:
+        variable.assign_sub(variable * decay, read_value=False)
+
+
+def _shrunk(variable: Any, decay: Any) -> Any:
+    return variable if decay is None else variable - variable * decay
+
+
+def _assign_if(applied: Any, variable: Any, value: Any) -> Any:
+    value = tf.where(applied, value, variable)
+    variable.assign(value, read_value=False)
+    return value
 
 
 def _branch(finite: Any, update: Callable[[], None], advance: Callable[[bool], None]) -> None:
@@ -245,144 +522,3 @@ def _branch(finite: Any, update: Callable[[], None], advance: Callable[[bool], N
         advance(True)
 
     tf.cond(tf.reduce_all(finite), applied, lambda: advance(False))
-
-
-@tf.autograph.experimental.do_not_convert  # its conditions are about now, not about the graph
-def start_as(variable: Any, other: Any) -> None:
-    """Give a variable that holds nothing but zeros the value of another one."""
-    # Now, also while a graph is traced, which would run without this the next time.
-    with tf.init_scope():
-        source = other.value if isinstance(other, keras.Variable) else other
-        if not source.is_initialized():  # the same trace is just making it
-            return
-        # A checkpoint that was restored before the build gives variables their values as they are
-        # made. While a trace makes one, it has none.
-        if not variable.value.is_initialized() or not tf.reduce_any(tf.not_equal(variable, 0)):
-            variable.assign(source)
-
-
-def keep_apart(variable: Any, other: Any) -> None:
-    """Nothing to do: variables of TensorFlow never share their memory."""
-
-
-def add_to(variable: Any, value: Any) -> None:
-    """Add to a variable, in one kernel where Keras takes three."""
-    variable.value.assign_add(tf.constant(value, variable.value.dtype), read_value=False)
-
-
-def matmul_wide(left: Any, right: Any, dtype: str) -> Any:
-    """Return the matrix product in `dtype`, without rounding it to that of the factors.
-
-    The factors are cast first. `tf.matmul(..., output_type=)` takes float16 and gives float32 under
-    XLA alone, and has no gradient then; on a CPU it is no faster.
-    """
-    return tf.matmul(tf.cast(left, dtype), tf.cast(right, dtype))
-
-
-def has_flash_attention(query: Any, key: Any, value: Any, *, is_causal: bool) -> bool:  # noqa: ARG001
-    """Return whether Keras would use flash attention here: it has none on TensorFlow."""
-    return False
-
-
-def branch(condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:
-    """Do one or the other, by a scalar bool tensor. The host reads it, as Keras's does."""
-    tf.cond(condition, yes, no)
-
-
-def sync(model: Any) -> None:
-    """Make the variables current: TensorFlow's always are."""
-
-
-def in_dtype(variable: Any, dtype: str) -> tuple[Any, Callable[[], None]]:
-    """Return a variable in another dtype, otherwise alike, and what puts back what this changed.
-
-    A variable of TensorFlow keeps the dtype that it was made in.
-    """
-    strategy = getattr(variable, "distribute_strategy", None)
-    where = tf.device(variable.device) if strategy is None else strategy.scope()
-    with tf.init_scope(), where:
-        alike = tf.Variable(
-            tf.cast(variable, dtype),
-            trainable=variable.trainable,
-            name=variable.name.partition(":")[0],
-            synchronization=variable.synchronization,
-            aggregation=variable.aggregation,
-        )
-    return alike, lambda: None
-
-
-def mixes_dtypes(error: Exception) -> bool:
-    """Return whether an error says that operands of different float dtypes met."""
-    kinds = (TypeError, ValueError, tf.errors.InvalidArgumentError)
-    return isinstance(error, kinds) and MIXED_DTYPES.search(str(error)) is not None
-
-
-def train_step(
-    model: Any,
-    optimizers: Sequence[Any],
-    step: Callable[..., Any],
-    logs_after: Callable[[Any, Any], Any],
-    data: Any,
-) -> Any:
-    """Run a train step and undo its traces if an optimizer skipped.
-
-    Reads before the step alias the variables' buffers, and the branch that puts values back runs
-    in skipped steps only.
-
-    Args:
-        model: The model.
-        optimizers: Those of ours that the step may use.
-        step: The step, which takes `data` and returns logs.
-        logs_after: Makes of the logs, and whether the step was skipped, those to return.
-        data: The batch.
-    """
-    if tf.executing_eagerly() and not model.built:
-        # What the step itself would make could not be put back. A graph is traced again instead.
-        model(keras.utils.unpack_x_y_sample_weight(data)[0], training=False)
-    guarded = [v for v in (*states_of(model), *model.metrics_variables) if v.dtype != "string"]
-    before = [tf.identity(v.value) for v in guarded]
-    skips = [o.skips() for o in optimizers]
-    known = {id(v) for v in model.metrics_variables}
-    logs = step(data)
-    used = [(o, n) for o, n in zip(optimizers, skips, strict=True) if o.built]
-    if not used:  # nothing is trainable
-        return logs
-    # An optimizer without state before its first step is built in a trace that is not kept.
-    skipped = tf.reduce_any(
-        [o.skipped_last() if n is None else tf.not_equal(o.skips(), n) for o, n in used]
-    )
-    late = [m for m in model.metrics if not known.issuperset(id(v) for v in m.variables)]
-
-    def restore() -> None:
-        for variable, value in zip(guarded, before, strict=True):
-            variable.assign(value)
-        for metric in late:
-            metric.reset_state()
-
-    tf.cond(skipped, restore, lambda: None)
-    return logs_after(logs, skipped)
-
-
-# The products that a user's layer may call itself; `kerasmp.backend.products` counts them.
-PRODUCTS = (
-    (tf, "matmul"),
-    (tf.linalg, "matmul"),
-    (tf, "einsum"),
-    (tf.linalg, "einsum"),
-    (tf, "tensordot"),
-    (tf.linalg, "tensordot"),
-)
-
-
-def eagerly() -> Any:
-    """Let all be computed when it is called; all is, but for `COMPILED`."""
-    return contextlib.nullcontext()
-
-
-def _body(function: Any, *args: Any, **kwargs: Any) -> Any:
-    return function.python_function(*args, **kwargs)
-
-
-# Where a call is watched a user's `tf.function` runs its body, as it would in all threads under
-# `tf.config.run_functions_eagerly`: the class, its method, and what takes what watches and that.
-COMPILED = ((type(tf.function(lambda: None)), "__call__", lambda *_: _body),)

@@ -7,33 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kerasmp.backend.base import Backend
 from kerasmp.backend.keras_private import states_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-# The loss that scale_loss sees can be read when the gradients are applied.
-LOSS_MEETS_APPLY = True
-
-# A branch of eager code waits for the device.
-BRANCHES = False
-
-# The gradient of what is broadcast or used in each step of a loop is summed in float32.
-NARROW_SUMS = False
-
-
-def convolution_dtype(dtype: str) -> str:
-    """Return the dtype in which convolutions compute whose inputs have `dtype`."""
-    return dtype
-
-
-def recurrence_dtype(dtype: str) -> str:
-    """Return the dtype for a whole LSTM or GRU that computes in `dtype`.
-
-    torch's own loop for the CPU sums the gradients of kernels in float16 over the time steps.
-    """
-    return "float32" if dtype == "float16" and not torch.cuda.is_available() else dtype
-
+    from kerasmp.backend.base import Weight
 
 MIXED_DTYPES = re.compile(
     r"to have the same dtype, but got|expected scalar type (Half|BFloat16|Float) but found"
@@ -41,167 +21,225 @@ MIXED_DTYPES = re.compile(
 )
 
 
-def dense_values(gradient: Any) -> Any:
-    """Return the numbers of a gradient."""
-    return gradient
+class Torch(Backend):
+    """See `Backend`."""
 
+    LAYERS_KEEP_DTYPES = False
+    FUSED = True
+    PRODUCTS = tuple((torch, name) for name in ("matmul", "inner", "vdot", "einsum", "tensordot"))
 
-def with_values(gradient: Any, values: Any) -> Any:  # noqa: ARG001 - one signature for all backends
-    """Return `gradient` with other numbers at the same places."""
-    return values
+    def recurrence_dtype(self, dtype: str) -> str:
+        """Return the dtype for a whole LSTM or GRU that computes in `dtype`.
 
+        torch's own loop for the CPU sums the gradients of kernels in float16 over the time steps.
+        """
+        return "float32" if dtype == "float16" and not torch.cuda.is_available() else dtype
 
-def checked(values: Sequence[Any], exactly: Callable[[], Any]) -> Any:  # noqa: ARG001
-    """Return which values are finite, as `exactly` does: nothing here is quicker."""
-    return exactly()
+    def matmul_wide(self, left: Any, right: Any, dtype: str) -> Any:
+        """Return the matrix product in `dtype`, without rounding it to that of the factors."""
+        # No kernel of torch's that has a gradient takes float16 and gives float32.
+        wide = getattr(torch, dtype)
+        return torch.matmul(left.to(wide), right.to(wide))
 
+    def has_flash_attention(self, query: Any, key: Any, value: Any, *, is_causal: bool) -> bool:
+        """Return whether Keras would use flash attention here if it were left to choose."""
+        # Only Keras knows, and has no public name for it.
+        from keras.src.backend.torch.nn import _can_use_flash_attention
 
-def place() -> tuple[Any, Any]:
-    """Return what tells this replica and this trace from others; a trace is None in eager code."""
-    return None, None
+        heads_first = [x.transpose(1, 2) for x in (query, key, value)]
+        return bool(_can_use_flash_attention(*heads_first, None, is_causal))
 
+    def mixes_dtypes(self, error: Exception) -> bool:
+        """Return whether an error says that operands of different float dtypes met."""
+        return isinstance(error, RuntimeError) and MIXED_DTYPES.search(str(error)) is not None
 
-def refuse_no_replica() -> None:
-    """Raise where gradients have no replica: never here."""
+    def eagerly(self) -> Any:
+        """Let no gradients be recorded; all else is eager."""
+        return torch.no_grad()
 
+    def is_dense(self, gradient: Any) -> bool:
+        """Return whether a gradient is a plain tensor, and there at all."""
+        return type(gradient) is torch.Tensor and gradient.layout == torch.strided
 
-def agreed(grads: Sequence[Any], variables: Sequence[Any], losses: Any) -> tuple[Any, Any]:  # noqa: ARG001
-    """Return the gradients and the losses as all replicas see them.
+    def finite(
+        self,
+        values: Sequence[Any],
+        dtypes: Sequence[str],
+        scale: Any,
+        least: float,  # noqa: ARG002 - nothing is saved by it
+    ) -> Any:
+        """Return for each tensor whether all of it is finite once it is divided by the scale."""
+        # A norm of nothing is an error.
+        filled = [v.detach() if v.numel() else v.new_zeros(1) for v in values]
+        # Torch's own optimizers are made of it, and there is no public name.
+        largest = torch._foreach_norm(filled, float("inf"))  # noqa: SLF001 - see above
+        kept = [
+            (x.to(torch.promote_types(x.dtype, torch.float32)) / scale).to(getattr(torch, dtype))
+            for x, dtype in zip(largest, dtypes, strict=True)
+        ]
+        return torch.stack([torch.isfinite(x) for x in kept])
 
-    On torch there is one replica, or the gradients are reduced before they come here.
-    """
-    return grads, losses
+    def run_step(
+        self,
+        step: Any,
+        finite: Any,
+        update: Callable[[Any, Any], None],
+        advance: Callable[[Any, Any, bool], None],
+        *,
+        fused: bool,  # noqa: ARG002 - eager code branches before
+    ) -> None:
+        """Update the variables if all gradients are finite, else only move the scale.
 
+        Eager code branches on the host: one flag is read from the device each step, as PyTorch's
+        own GradScaler does.
+        """
+        with torch.no_grad():
+            applied = bool(finite.all())
+            if applied:
+                update(step, None)
+            advance(step, finite, applied)
 
-def bakes_in(scale: Any) -> bool:  # noqa: ARG001 - one signature for all backends
-    """Return whether a traced function that reads `scale` here keeps this value for all calls."""
-    return False  # eager code reads it in each step
+    def squares(self, values: Sequence[Any], divisor: Any) -> Any:
+        """Return the sum of the squares of all quotients, a float32 scalar."""
+        norms = torch.stack(torch._foreach_norm([v.detach() for v in values])) / divisor  # noqa: SLF001 - see above
+        return torch.sum(norms * norms)
 
+    def adam(  # noqa: PLR0913, PLR0917 - what Adam is made of
+        self,
+        weights: Sequence[Weight],
+        divisor: Any,
+        alpha: Any,
+        betas: tuple[float, float],
+        epsilon: float,
+        applied: Any,  # noqa: ARG002 - eager code asks before
+    ) -> None:
+        """Update variables and their moments as `keras.optimizers.Adam` does."""
+        # Where torch divides the moments by what corrects them it places epsilon otherwise. After
+        # so many steps it corrects nothing, and the step size is Keras's.
+        never = torch.full((), 1e8, device=alpha.device)
+        for some in _chunks(weights):
+            variables, gradients = _shrunk(some), _quotients(some, divisor)
+            torch._fused_adam_(
+                variables,
+                gradients,
+                [w.moments[0].value for w in some],
+                [w.moments[1].value for w in some],
+                [],
+                [never] * len(some),
+                lr=alpha,
+                beta1=betas[0],
+                beta2=betas[1],
+                weight_decay=0.0,
+                eps=epsilon,
+                amsgrad=False,
+                maximize=False,
+            )
 
-def run_step(
-    finite: Any,
-    step: Any,
-    update: Callable[[Any], None],
-    advance: Callable[[Any, Any, bool], None],
-    inner_optimizer: Any,  # noqa: ARG001 - one signature for all backends
-) -> None:
-    """Update the variables if all gradients are finite, else only move the scale.
+    def sgd(  # noqa: PLR0913 - what it is made of
+        self,
+        weights: Sequence[Weight],
+        divisor: Any,
+        rate: Any,
+        momentum: float,
+        applied: Any,  # noqa: ARG002 - eager code asks before
+        *,
+        nesterov: bool,
+    ) -> None:
+        """Update variables as `keras.optimizers.SGD` does."""
+        for some in _chunks(weights):
+            variables, steps = _shrunk(some), _quotients(some, divisor / -rate)
+            moments = [w.moments[0].value for w in some if w.moments]
+            if moments:
+                torch._foreach_mul_(moments, momentum)
+                torch._foreach_add_(moments, steps)
+                if nesterov:
+                    torch._foreach_add_(steps, moments, alpha=momentum)
+            torch._foreach_add_(variables, steps if nesterov or not moments else moments)
 
-    Eager code branches on the host: one flag is read from the device each step, as PyTorch's own
-    GradScaler does.
-    """
-    with torch.no_grad():
-        applied = bool(finite.all())
-        if applied:
-            update(step)
-        advance(step, finite, applied)
+    def start_as(self, variable: Any, other: Any) -> None:
+        """Give a variable that holds nothing but zeros the value of another one."""
+        with torch.no_grad():
+            if not variable.value.any():
+                variable.assign(other.value)
 
+    def in_dtype(self, parameter: Any, dtype: str) -> tuple[Any, Callable[[], None]]:
+        """Change the dtype of a parameter, as `torch.nn.Module.to` does.
 
-def start_as(variable: Any, other: Any) -> None:
-    """Give a variable that holds nothing but zeros the value of another one."""
-    with torch.no_grad():
-        if not variable.value.any():
-            variable.assign(other.value)
+        It stays the object that the dicts of layers and of all that hold them have, and optimizers
+        of torch's own. Its gradient, which would not fit, is dropped.
 
-
-def keep_apart(variable: Any, other: Any) -> None:
-    """Nothing to do: variables of torch never share their memory."""
-
-
-def add_to(variable: Any, value: Any) -> None:
-    """Add to a variable."""
-    variable.assign_add(value)
-
-
-def matmul_wide(left: Any, right: Any, dtype: str) -> Any:
-    """Return the matrix product in `dtype`, without rounding it to that of the factors."""
-    # No kernel of torch's that has a gradient takes float16 and gives float32.
-    wide = getattr(torch, dtype)
-    return torch.matmul(left.to(wide), right.to(wide))
-
-
-def has_flash_attention(query: Any, key: Any, value: Any, *, is_causal: bool) -> bool:
-    """Return whether Keras would use flash attention here if it were left to choose."""
-    # Only Keras knows, and has no public name for it.
-    from keras.src.backend.torch.nn import _can_use_flash_attention
-
-    heads_first = [x.transpose(1, 2) for x in (query, key, value)]
-    return bool(_can_use_flash_attention(*heads_first, None, is_causal))
-
-
-def sync(model: Any) -> None:
-    """Make the variables current: torch's always are."""
-
-
-def in_dtype(parameter: Any, dtype: str) -> tuple[Any, Callable[[], None]]:
-    """Change the dtype of a parameter, as `torch.nn.Module.to` does.
-
-    It stays the object that the dicts of layers and of all that hold them have, and optimizers of
-    torch's own. Its gradient, which would not fit, is dropped.
-
-    Returns:
-        The parameter, and what puts back its numbers and its gradient.
-    """
-    before, gradient = parameter.data, parameter.grad
-    data = before.to(getattr(torch, dtype))
-    parameter.grad = None
-    parameter.data = data
-
-    def put_back() -> None:
+        Returns:
+            The parameter, and what puts back its numbers and its gradient.
+        """
+        before, gradient = parameter.data, parameter.grad
+        data = before.to(getattr(torch, dtype))
         parameter.grad = None
-        parameter.data = before
-        parameter.grad = gradient
+        parameter.data = data
 
-    return parameter, put_back
+        def put_back() -> None:
+            parameter.grad = None
+            parameter.data = before
+            parameter.grad = gradient
+
+        return parameter, put_back
+
+    def train_step(
+        self,
+        model: Any,
+        optimizers: Sequence[Any],
+        step: Callable[..., Any],
+        logs_after: Callable[[Any, Any], Any],
+        data: Any,
+    ) -> Any:
+        """Run a train step and undo its traces if an optimizer skipped; see TensorFlow's."""
+        guarded = [*states_of(model), *model.metrics_variables]
+        before = [v.value.detach().clone() for v in guarded]
+        # Dropout without a seed draws from torch's own generators, not from a Keras variable.
+        generators = _generators()
+        states = [generator.get_state() for generator in generators]
+        # A copy: what is read is a view of the variable. Before the first step there may be none.
+        skips = [o.skips().clone() if o.built else 0 for o in optimizers]
+        logs = step(data)
+        pairs = zip(optimizers, skips, strict=True)
+        skipped = any(bool(o.skips() > number) for o, number in pairs if o.built)
+        if not skipped:
+            return logs
+        with torch.no_grad():
+            for variable, value in zip(guarded, before, strict=True):
+                variable.assign(value)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        return logs_after(logs, skipped)
 
 
-def mixes_dtypes(error: Exception) -> bool:
-    """Return whether an error says that operands of different float dtypes met."""
-    return isinstance(error, RuntimeError) and MIXED_DTYPES.search(str(error)) is not None
+def _chunks(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
+    """Cut weights into parts, none larger than the largest tensor: so much is scratch."""
+    largest = max(weight.gradient.numel() for weight in weights)
+    some: list[Weight] = []
+    size = 0
+    for weight in weights:
+        size += weight.gradient.numel()
+        if some and size > largest:
+            yield some
+            some, size = [], weight.gradient.numel()
+        some.append(weight)
+    yield some
 
 
-def train_step(
-    model: Any,
-    optimizers: Sequence[Any],
-    step: Callable[..., Any],
-    logs_after: Callable[[Any, Any], Any],
-    data: Any,
-) -> Any:
-    """Run a train step and undo its traces if an optimizer skipped; see TensorFlow's."""
-    guarded = [*states_of(model), *model.metrics_variables]
-    before = [v.value.detach().clone() for v in guarded]
-    # Dropout without a seed draws from torch's own generators, not from a Keras variable.
-    generators = _generators()
-    states = [generator.get_state() for generator in generators]
-    # A copy: what is read is a view of the variable. Before the first step there may be none.
-    skips = [o.skips().clone() if o.built else 0 for o in optimizers]
-    logs = step(data)
-    pairs = zip(optimizers, skips, strict=True)
-    skipped = any(bool(o.skips() > number) for o, number in pairs if o.built)
-    if not skipped:
-        return logs
-    with torch.no_grad():
-        for variable, value in zip(guarded, before, strict=True):
-            variable.assign(value)
-    for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)
-    return logs_after(logs, skipped)
+def _quotients(weights: Sequence[Weight], divisor: Any) -> list[Any]:
+    gradients = [weight.gradient.detach().to(torch.float32) for weight in weights]
+    return list(torch._foreach_div(gradients, divisor))  # noqa: SLF001
+
+
+def _shrunk(weights: Sequence[Weight]) -> list[Any]:
+    """Return the tensors of the variables, after those that decay have."""
+    for weight in weights:
+        if weight.decay is not None:
+            weight.variable.value.mul_(1 - weight.decay)
+    return [weight.variable.value for weight in weights]
 
 
 def _generators() -> list[Any]:
     # The default generators of devices that are in use; asking for others would initialise them.
     used = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
     return [torch.default_generator, *used]
-
-
-# The products that a user's layer may call itself; `kerasmp.backend.products` counts them.
-PRODUCTS = tuple((torch, name) for name in ("matmul", "inner", "vdot", "einsum", "tensordot"))
-
-
-def eagerly() -> Any:
-    """Let no gradients be recorded; all else is eager."""
-    return torch.no_grad()
-
-
-# Nothing more has to be replaced for that.
-COMPILED: tuple[Any, ...] = ()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
+from kerasmp.backend import current
 from kerasmp.backend.keras_graph import calls, children, graph_of
 from kerasmp.backend.keras_private import flatten_layers
 from kerasmp.diagnosis.finding import Finding
@@ -192,7 +193,7 @@ def _going_their_own_way(model: Any, dtypes: dict[int, str]) -> Iterator[Finding
         layer = call.operation
         if not isinstance(layer, keras.Layer) or not is_custom(layer):
             continue
-        if keras.backend.backend() == "torch" and children(layer):
+        if not current().LAYERS_KEEP_DTYPES and children(layer):
             continue  # traced there, variables do not follow the policy, and all looks like float32
         wide = {dtypes[id(t)] for t in call.outputs if id(t) in dtypes} & {"float32", "float64"}
         if layer.compute_dtype in HALVES and wide:

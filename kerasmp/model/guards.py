@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from kerasmp.backend.keras_private import UPDATE_METRICS
 from kerasmp.model.float32 import float32_predictions
-from kerasmp.model.steps import guarded
+from kerasmp.model.steps import guarded, losses_noted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,6 +15,7 @@ _GUARDS: dict[str, Callable[[Any], Any]] = {
     "train_step": guarded,
     "compute_loss": float32_predictions,
     "compute_metrics": float32_predictions,
+    UPDATE_METRICS: losses_noted,
 }
 _MARK = "_kerasmp_guarded"
 
@@ -23,8 +25,8 @@ T = TypeVar("T", bound=type)
 def with_guards(cls: T) -> T:
     """Put a guard around each method that has none: the class's own, or one of a mixin's."""
     for name, guard in _GUARDS.items():
-        method = getattr(cls, name)
-        if not hasattr(method, _MARK):
+        method = getattr(cls, name, None)
+        if method is not None and not hasattr(method, _MARK):
             guarding = guard(method)
             setattr(guarding, _MARK, True)
             setattr(cls, name, guarding)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import keras
 
 from kerasmp import backend
+from kerasmp.backend.calls import Call, entered, running
 from kerasmp.model.hints import dtype_hints
 from kerasmp.model.inference import refuse_training
 from kerasmp.model.own_optimizers import optimizers_of
@@ -18,18 +18,6 @@ from kerasmp.optimizer import LossScaleOptimizer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-
-class _Running(threading.local):
-    """The models whose train step runs in this thread, and whether Keras's own step has its part.
-
-    Replicas of MirroredStrategy have a thread each, and take turns within one step.
-    """
-
-    def __init__(self) -> None:
-        self.models: dict[int, bool] = {}
-
-
-_RUNNING = _Running()
 
 # The models in whose last guarded step Keras's own had its part. Not an attribute of the model: a
 # step sets none, since another thread may be using it.
@@ -47,22 +35,33 @@ def guarded(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def train_step(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if id(model) in _RUNNING.models:
+        if running(model):
             return step(model, *args, **kwargs)
         refuse_training(model)  # of a loop of the user's own: `fit` has done so
-        _RUNNING.models[id(model)] = False
-        try:
-            with dtype_hints():
-                return _run(model, functools.partial(step, model, **kwargs), args)
-        finally:
-            del _RUNNING.models[id(model)]
+        with entered(model) as call, dtype_hints():
+            return _run(call, functools.partial(step, model, **kwargs), args)
 
     return train_step
 
 
+def losses_noted(update: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the method by which Keras's step on JAX updates metrics, which notes the loss."""
+
+    @functools.wraps(update)
+    def update_metrics(model: Any, variables: Any, unscaled_loss: Any, *args: Any) -> Any:
+        call = running(model)
+        if call:
+            call.losses.append(unscaled_loss)
+        return update(model, variables, unscaled_loss, *args)
+
+    return update_metrics
+
+
 def note_kerass_own(model: Any) -> None:
     """Note that Keras's own train step has its part in the one that runs."""
-    _RUNNING.models[id(model)] = True
+    call = running(model)
+    if call:
+        call.by_keras = True
 
 
 def no_step_is_nan(model: Any) -> bool:
@@ -70,10 +69,11 @@ def no_step_is_nan(model: Any) -> bool:
 
     Not within the step: the logs of one bad batch must not stop TerminateOnNaN's good run.
     """
-    return model in _BY_KERAS and id(model) not in _RUNNING.models
+    return model in _BY_KERAS and not running(model)
 
 
-def _run(model: Any, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _run(call: Call, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    model = call.model
     optimizers = [o for o in optimizers_of(model).values() if isinstance(o, LossScaleOptimizer)]
     if not optimizers:
         logs = step(*args)
@@ -81,10 +81,10 @@ def _run(model: Any, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         return logs
 
     def logs_after(logs: Any, skipped: Any) -> Any:
-        return _logs(model, logs, skipped, by_keras=_RUNNING.models[id(model)])
+        return _logs(model, logs, skipped, by_keras=call.by_keras)
 
     logs = backend.current().train_step(model, optimizers, step, logs_after, *args)
-    (_BY_KERAS.add if _RUNNING.models[id(model)] else _BY_KERAS.discard)(model)
+    (_BY_KERAS.add if call.by_keras else _BY_KERAS.discard)(model)
     return logs
 
 

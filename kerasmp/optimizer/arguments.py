@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 
 from kerasmp.backend.nested import optimizers_in
-from kerasmp.errors import ArgumentTypeError, LossScaleError
+from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale, resolve
 
 if TYPE_CHECKING:
@@ -82,6 +83,119 @@ def refuse_no_gradient(grads: Sequence[Any]) -> None:
         )
 
 
+def variables_of(optimizer: Any, grads: Sequence[Any], given: Sequence[Any] | None) -> list[Any]:
+    """Return the variables that gradients belong to.
+
+    Args:
+        optimizer: A `LossScaleOptimizer`.
+        grads: What `apply` was given.
+        given: The variables that it was given, if any.
+
+    Raises:
+        LossScaleError: If they do not match, nothing could be applied, or the optimizer does not
+            know the variables.
+    """
+    if given is None and not optimizer.built:
+        raise LossScaleError(
+            "The optimizer does not know which variables the gradients belong to.",
+            received="gradients alone, and an optimizer that is not built",
+            expected="apply(grads, trainable_variables)",
+            fix="Pass the variables, or call build(trainable_variables) first.",
+        )
+    variables = list(optimizer.target_variables if given is None else given)
+    if len(variables) != len(grads):
+        raise LossScaleError(
+            "Gradients and variables do not match.",
+            received=f"{len(grads)} gradients for {len(variables)} variables",
+            expected="one gradient, or None, for each variable",
+            fix="Pass both lists in the same order.",
+        )
+    refuse_no_gradient(grads)
+    if optimizer.built:
+        try:
+            optimizer._check_variables_are_known(variables)  # noqa: SLF001 - see keras_private
+        except ValueError as error:
+            raise LossScaleError(
+                "Unknown variable: the optimizer was built with others.",
+                received=names(variables),
+                expected=f"variables among {names(optimizer.target_variables)}",
+                fix="Use one optimizer for each model, and build it with all variables that it "
+                "shall ever update.",
+            ) from error
+    return variables
+
+
+def refuse_stateless(optimizer: Any, state: Sequence[Any], grads: Any, weights: Any) -> None:
+    """Raise unless a pure step can be made of these; see `LossScaleOptimizer.stateless_apply`.
+
+    Args:
+        optimizer: A `LossScaleOptimizer`.
+        state: Values of its variables.
+        grads: Gradients.
+        weights: Values of the variables that it was built with.
+
+    Raises:
+        LossScaleError: If it is not built, or numbers of values differ.
+    """
+    if not optimizer.built:
+        raise LossScaleError(
+            "stateless_apply needs the optimizer's variables.",
+            received="an optimizer that is not built",
+            expected="a built one",
+            fix="Call optimizer.build(model.trainable_variables) first.",
+        )
+    number = len(optimizer.target_variables)
+    for what, values, expected in (
+        ("optimizer_variables", state, len(optimizer.variables)),
+        ("trainable_variables", weights, number),
+        ("grads", grads, number),
+    ):
+        if len(values) != expected:
+            raise LossScaleError(
+                f"`{what}` does not match the built optimizer.",
+                received=f"{len(values)} values",
+                expected=f"{expected}",
+                fix="Pass one value for each variable, in the order they were built with.",
+            )
+    refuse_no_gradient(grads)
+
+
+def refuse_setting(optimizer: Any, name: str, value: Any) -> None:
+    """Raise if an attribute of the wrapper is set that no step would look at there.
+
+    Args:
+        optimizer: A `LossScaleOptimizer`.
+        name: The attribute.
+        value: What it is set to.
+
+    Raises:
+        LossScaleError: For a schedule after `build`, and for what belongs to the inner optimizer.
+    """
+    if name == "schedule" and getattr(optimizer, "built", False):
+        raise LossScaleError(
+            "The state and the steps compiled so far belong to the schedule that there is.",
+            received=f"optimizer.schedule = {value!r} after build",
+            expected="another schedule before build",
+            fix="Set optimizer.loss_scale, or make a new optimizer with loss_scale=<schedule>.",
+        )
+    if "inner_optimizer" not in vars(optimizer):  # the parent class has these settings too
+        return
+    if name == "loss_scale_factor":
+        raise LossScaleError(
+            "`loss_scale_factor` is the scale of an optimizer that is not wrapped.",
+            received=f"optimizer.loss_scale_factor = {value!r}",
+            expected=f"LossScaleOptimizer(inner_optimizer, loss_scale={value!r})",
+            fix="On the optimizer inside it would divide every update once more.",
+        )
+    if name in INNER_ARGUMENTS:
+        raise LossScaleError(
+            f"`{name}` belongs to the optimizer inside.",
+            received=f"optimizer.{name} = {value!r}",
+            expected=f"optimizer.inner_optimizer.{name} = {value!r}",
+            fix="Set it there, before the first step: a compiled step keeps what it found.",
+        )
+
+
 def refuse_second_scale(optimizer: Any) -> None:
     """Raise if the inner optimizer, or one inside of it, would divide by a scale of its own.
 
@@ -100,6 +214,20 @@ def refuse_second_scale(optimizer: Any) -> None:
                 fix="Set it to None. For a fixed scale pass "
                 f"loss_scale={inside.loss_scale_factor!r} to LossScaleOptimizer.",
             )
+
+
+def drop_second_scale(optimizer: Any) -> None:
+    """Take a `loss_scale_factor` away from the inner optimizer, with a warning."""
+    factor = optimizer.loss_scale_factor
+    if factor is None:
+        return
+    warnings.warn(
+        f"The inner optimizer's loss_scale_factor={factor} is dropped, the gradients would be "
+        f"scaled twice. For a fixed scale pass loss_scale={factor} here.",
+        LossScaleWarning,
+        stacklevel=3,
+    )
+    optimizer.loss_scale_factor = None
 
 
 def inner(optimizer: Any) -> Any:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import numbers
 from typing import TYPE_CHECKING, Any
 
 import keras
 
+from kerasmp.backend.keras_private import learning_rate_functions
 from kerasmp.backend.nested import optimizers_in
 from kerasmp.optimizer.causes import Forgetful
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
 _PLAIN = (numbers.Number, str, type(None))
 # A compiled step holds its program. Loops that take turns, a GAN's say, need a few.
@@ -88,23 +88,33 @@ def rates_now(functions: Sequence[tuple[Any, Any]]) -> list[Any]:
     return [rate.value if isinstance(rate, keras.Variable) else rate for rate in rates]
 
 
-@contextlib.contextmanager
-def rates_given(functions: Sequence[tuple[Any, Any]], rates: Sequence[Any]) -> Iterator[None]:
-    """Let the optimizers use `rates` in place of what their functions would return.
+def with_rates(optimizer: Any, rates: Sequence[Any]) -> Any:
+    """Return an optimizer with the same variables whose functions of the rate return `rates`.
 
-    A compiled step is given them, and so serves every rate.
+    A compiled step is given them, and so serves every rate. The optimizer itself is left as it is.
 
     Args:
-        functions: What `learning_rate_functions` returned.
-        rates: One for each.
+        optimizer: The inner optimizer.
+        rates: One for each of its `learning_rate_functions`; without any it is returned itself.
     """
-    for (inside, _), rate in zip(functions, rates, strict=True):
-        inside.learning_rate = functools.partial(_returned, rate)
-    try:
-        yield
-    finally:
-        for inside, function in functions:
-            inside.learning_rate = function
+    if not rates:
+        return optimizer
+    given = {id(o): r for (o, _), r in zip(learning_rate_functions(optimizer), rates, strict=True)}
+    twins: dict[int, Any] = {}
+
+    def twin(value: Any) -> Any:
+        if isinstance(value, keras.optimizers.Optimizer):
+            if id(value) not in twins:
+                twins[id(value)] = same = object.__new__(type(value))
+                vars(same).update({name: twin(each) for name, each in vars(value).items()})
+                if id(value) in given:
+                    vars(same)["_learning_rate"] = functools.partial(_returned, given[id(value)])
+            return twins[id(value)]
+        if isinstance(value, dict):
+            return {key: twin(each) for key, each in value.items()}
+        return [twin(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+    return twin(optimizer)
 
 
 def _returned(value: Any) -> Any:

@@ -1,18 +1,20 @@
-"""Which variable each value of a saved state belongs to: nothing here changes one."""
+"""Saved states of the optimizer: which variable each value belongs to, and what fits."""
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from keras import ops
 
-from kerasmp.errors import LossScaleError
+from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.optimizer.counters import COUNTERS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from kerasmp.optimizer.state import ScalingState
+    from kerasmp.optimizer.wrapper import LossScaleOptimizer
 
 Assignments = list[tuple[Any, Any]]
 
@@ -29,7 +31,84 @@ def sizes(variables: Sequence[Any]) -> Any:
     return np.array([np.prod(v.shape, dtype="int64") for v in variables], "int64")
 
 
-def in_file(optimizer: ScalingState, store: Mapping[str, Any]) -> Assignments:
+def save(optimizer: LossScaleOptimizer, store: Any) -> None:
+    """Write the optimizer's own state by name; that of the inner one is saved beside it."""
+    for variable in optimizer.own_variables:
+        value = ops.convert_to_numpy(variable)
+        if variable.name == "counts":  # by name too: a later version may count more
+            for name, count in zip(COUNTERS, value, strict=True):
+                store[name] = count
+        else:
+            store[variable.name] = value
+    store[INNER_SIZES] = sizes(optimizer.inner_optimizer.variables)
+
+
+def assign(optimizer: LossScaleOptimizer, assignments: Assignments) -> None:
+    """Give variables their values, and bring a scale that lies outside the bounds inside."""
+    given = {id(variable) for variable, _ in assignments}
+    schedule, parts = optimizer.schedule, optimizer.schedule_variables()
+    if id(optimizer.dynamic_scale) in given:  # from a schedule that may have known less than ours
+        initial = schedule.init()
+        for key, variable in parts.items():
+            if id(variable) not in given:
+                variable.assign(initial[key])
+    for variable, value in assignments:
+        variable.assign(value)
+    scale = optimizer.loss_scale
+    optimizer.dynamic_scale.assign(
+        schedule.bounded(schedule.initial_scale if np.isnan(scale) else scale)
+    )
+
+
+def start_anew(optimizer: LossScaleOptimizer, scale: float) -> None:
+    """Let the schedule of a built optimizer begin again at a scale within its bounds."""
+    number = optimizer.schedule.check(scale)
+    if not optimizer.built:
+        raise LossScaleError(
+            "The optimizer has no state yet.",
+            received=f"loss_scale = {scale!r}",
+            expected="a built optimizer",
+            fix="Pass loss_scale= to the constructor, or call build(variables) first.",
+        )
+    first = optimizer.schedule.init() | {"scale": number}
+    for key, variable in optimizer.schedule_variables().items():
+        variable.assign(first[key])
+
+
+def set_list(optimizer: LossScaleOptimizer, weights: Sequence[Any]) -> None:
+    """See `LossScaleOptimizer.set_weights`."""
+    if not optimizer.built:
+        raise LossScaleError(
+            "`weights` cannot be set yet, the optimizer is not built.",
+            received=f"{len(weights)} values",
+            expected="a built optimizer",
+            fix="Call build(model.trainable_variables) first.",
+        )
+    assign(optimizer, in_list(optimizer, weights, "`weights`"))
+
+
+def load(optimizer: LossScaleOptimizer, store: Any) -> bool:
+    """Read a saved state; see `LossScaleOptimizer.load_own_variables`.
+
+    Returns:
+        Whether the inner optimizer has its state already, or must not get one.
+    """
+    try:
+        if optimizer.built:
+            assign(optimizer, in_file(optimizer, store))
+            return "0" in store
+        if "dynamic_scale" not in store and "0" not in store:
+            return False
+        why = "The optimizer is not built. Call build(model.trainable_variables) first."
+    except LossScaleError as error:
+        why = str(error)
+    warnings.warn(
+        f"The saved state of '{optimizer.name}' is left out. {why}", LossScaleWarning, stacklevel=4
+    )
+    return True
+
+
+def in_file(optimizer: LossScaleOptimizer, store: Mapping[str, Any]) -> Assignments:
     """Return what a saved state sets: ours by name; stock Keras's and a plain one by number.
 
     Args:
@@ -64,7 +143,7 @@ def in_file(optimizer: ScalingState, store: Mapping[str, Any]) -> Assignments:
     return _checked(pairs, "The saved state")
 
 
-def in_list(optimizer: ScalingState, values: Sequence[Any], what: str) -> Assignments:
+def in_list(optimizer: LossScaleOptimizer, values: Sequence[Any], what: str) -> Assignments:
     """Return what a list sets: all of `variables`, or stock Keras's, or a plain optimizer's.
 
     Args:

@@ -1,23 +1,25 @@
-"""One step of the wrapped optimizer: check the gradients, update or skip, move the scale."""
+"""One step of the wrapped optimizer, as functions that read nothing but their arguments."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.nested import optimizers_in
+from kerasmp.backend.base import wide_dtype
 from kerasmp.optimizer.causes import all_finite, cause_of
 from kerasmp.optimizer.counters import APPLIED, skipped_last, with_skip
 from kerasmp.optimizer.measures import MEASURES
-from kerasmp.optimizer.state import ScalingState
 from kerasmp.optimizer.unscaled import divided, takes_gradient_as_value
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
+
+    from kerasmp.loss_scale import LossScale
+    from kerasmp.optimizer.fused import Fused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,191 +29,153 @@ class Step:
     Attributes:
         grads: One gradient, or None, for each variable.
         variables: The variables that they belong to.
-        unscaled: Whether the gradients are those of the unscaled loss already.
+        positions: The place of each variable among those that the optimizer was built with.
+        scale: What the gradients are to be divided by, a float32 scalar.
+        unscaled: Whether they are those of the unscaled loss already; `scale` is 1 then.
         losses: The losses, as far as they are known; any that is not finite is to blame.
-        updates: The gradients of the unscaled loss, which the inner optimizer gets.
+        fused: The inner optimizer's update, where it has one in a kernel for each variable.
     """
 
     grads: Sequence[Any]
     variables: Sequence[Any]
+    positions: Sequence[int]
+    scale: Any
     unscaled: bool
     losses: Sequence[Any]
-    updates: Sequence[Any] = ()
+    fused: Fused | None
 
 
-class SteppingState(ScalingState):
-    """The state of `LossScaleOptimizer`, and what a step makes of it."""
+class State(NamedTuple):
+    """What a step moves beside the variables of the inner optimizer, as tensors.
 
-    def _finite(self, step: Step) -> Any:
-        """Return a bool vector, for each gradient (None left out) whether all of it is finite."""
-        pairs = zip(step.updates, step.variables, strict=True)
-        values = [_as_kept(g, v) for g, v in pairs if g is not None]
-        if not values:
-            return ops.ones((1,), dtype="bool")
-        return backend.current().checked(
-            values, lambda: ops.stack([ops.all(ops.isfinite(v)) for v in values])
-        )
+    Attributes:
+        schedule: The state of the schedule, by its own keys.
+        counts: The counters of `kerasmp.optimizer.counters`.
+        nonfinite_counts: For each variable, in how many steps its gradient was not finite.
+    """
 
-    def _with_updates(self, step: Step) -> Step:
-        """Return the step with its gradients unscaled.
-
-        Before the check, so that it sees what the inner optimizer would: what a scale below 1, or
-        one of 0 that a checkpoint brought, makes of gradients that were finite.
-        """
-        if step.unscaled:
-            return dataclasses.replace(step, updates=step.grads)
-        # A cast gives TensorFlow a tensor: the variable itself it would read for each gradient.
-        scale = ops.cast(self.dynamic_scale, "float32")
-        pairs = zip(step.grads, step.variables, strict=True)
-        return dataclasses.replace(step, updates=[divided(g, v, scale) for g, v in pairs])
-
-    def _update(self, step: Step) -> None:
-        """Hand the unscaled gradients to the inner optimizer."""
-        inner = self.inner_optimizer
-        updates = list(step.updates)
-        if any(optimizer.gradient_accumulation_steps for optimizer in optimizers_in(inner)):
-            # Keras's accumulators have the dtype of their variable and take no other.
-            pairs = zip(updates, step.variables, strict=True)
-            updates = [None if u is None else _cast(u, v.dtype) for u, v in pairs]
-        inner.apply(updates, step.variables)
-
-    def _advance(self, step: Step, finite: Any, applied: bool) -> None:  # noqa: FBT001 - a callback
-        """Move the schedule and the counters after a step that was applied or skipped."""
-        if applied:
-            self._advance_after_update(step)
-        else:
-            self._advance_after_skip(step, finite)
-
-    def _advance_after_update(self, step: Step) -> None:
-        room = backend.current()
-        room.add_to(self.counts_variable, APPLIED)
-        before = self._schedule_values()
-
-        def move() -> None:
-            measured = self._measured(step)
-            self._assign_schedule(self.schedule.update(before, True, **measured))
-
-        only_counts = self.schedule.only_counts(before) if room.BRANCHES else None
-        if only_counts is None:
-            move()
-        else:
-            room.branch(only_counts, lambda: room.add_to(self.step_counter, 1), move)
-
-    def _advance_after_skip(self, step: Step, finite: Any) -> None:
-        before = self._schedule_values()
-        nothing = dict.fromkeys(self.schedule.measures, ops.zeros(()))
-        after = self.schedule.update(before, False, **nothing)
-        loss_finite = all_finite(step.losses) if step.losses else None
-        if loss_finite is not None:
-            after = unless_loss_is_to_blame(loss_finite, before, after)
-        # Before anything is assigned: what was read may be the variable itself.
-        cause = cause_of(loss_finite, before["scale"], self.schedule.min_scale)
-        self._assign_schedule(after)
-        self.counts_variable.assign(with_skip(self.counts_variable, cause))
-        self._count_nonfinite(step, finite)
-
-    def _schedule_values(self) -> dict[str, Any]:
-        return {key: ops.convert_to_tensor(v) for key, v in self._schedule_variables().items()}
-
-    def _assign_schedule(self, after: dict[str, Any]) -> None:
-        for key, variable in self._schedule_variables().items():
-            variable.assign(ops.cast(after[key], variable.dtype))
-
-    def _measured(self, step: Step) -> dict[str, Any]:
-        """Return what the schedule wants to know of the gradients."""
-        names = self.schedule.measures
-        if not names:
-            return {}
-        scale = ops.convert_to_tensor(self.dynamic_scale)
-        grads = [
-            backend.current().dense_values(g)
-            for g, v in zip(step.grads, step.variables, strict=True)
-            if g is not None and not takes_gradient_as_value(v)
-        ]
-        if step.unscaled:
-            grads = [ops.cast(g, "float32") * scale for g in grads]
-        return {name: MEASURES[name](grads, scale) for name in names}
-
-    def _count_nonfinite(self, step: Step, finite: Any) -> None:
-        positions = [
-            self._get_variable_index(v)
-            for g, v in zip(step.grads, step.variables, strict=True)
-            if g is not None
-        ]
-        counts = self.nonfinite_counts_variable
-        hit = ops.cast(ops.logical_not(finite), counts.dtype)
-        if positions != list(range(len(self._trainable_variables))):
-            hit = ops.scatter(ops.array(positions)[:, None], hit, tuple(counts.shape))
-        counts.assign_add(hit)
-
-    def _pure_step(self, step: Step, touched: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-        """Return what a step makes of `values`, the current values of the variables `touched`."""
-        mapping = list(zip(touched, values, strict=True))
-
-        def stateless(run: Callable[[], None]) -> Callable[[], list[Any]]:
-            def values_after() -> list[Any]:
-                with keras.StatelessScope(state_mapping=mapping) as scope:
-                    run()
-                return [scope.get_current_value(v) for v in touched]
-
-            return values_after
-
-        with keras.StatelessScope(state_mapping=mapping):
-            step = self._with_updates(step)
-            finite = self._finite(step)
-
-        def applied() -> None:
-            self._update(step)
-            self._advance(step, finite, True)
-
-        def skipped() -> None:
-            self._advance(step, finite, False)
-
-        return list(ops.cond(ops.all(finite), stateless(applied), stateless(skipped)))
-
-    def with_known_loss(
-        self, before: Sequence[Any], after: Sequence[Any], loss_finite: Any
-    ) -> list[Any]:
-        """Return the optimizer's values after a step whose loss became known only afterwards.
-
-        Args:
-            before: Values of `variables` before the step.
-            after: The same after it, by `stateless_apply` with an unknown loss.
-            loss_finite: Scalar bool tensor.
-
-        Returns:
-            What `stateless_apply` would have returned, had it known.
-        """
-        place = {id(variable): i for i, variable in enumerate(self.variables)}
-        after = list(after)
-        counts = place[id(self.counts_variable)]
-        skipped = skipped_last(after[counts])
-        in_schedule = {key: place[id(v)] for key, v in self._schedule_variables().items()}
-        old = {key: before[i] for key, i in in_schedule.items()}
-        new = {key: after[i] for key, i in in_schedule.items()}
-        # An applied step moved the schedule by what it measured, whatever the loss was.
-        keep = ops.logical_or(ops.logical_not(skipped), loss_finite)
-        for key, value in unless_loss_is_to_blame(keep, old, new).items():
-            after[in_schedule[key]] = value
-        cause = cause_of(loss_finite, old["scale"], self.schedule.min_scale)
-        after[counts] = ops.where(skipped, with_skip(before[counts], cause), after[counts])
-        return after
+    schedule: dict[str, Any]
+    counts: Any
+    nonfinite_counts: Any
 
 
-def _as_kept(gradient: Any, variable: Any) -> Any:
-    """Return the numbers of a gradient as its variable will see them: float16 ends at 65504."""
-    values = backend.current().dense_values(gradient)
-    if keras.backend.standardize_dtype(variable.dtype) == "float16":
-        return ops.cast(values, "float16")
-    return values
+def unscale(step: Step) -> list[Any]:
+    """Return the gradients of the unscaled loss, which the inner optimizer gets."""
+    if step.unscaled:
+        return list(step.grads)
+    return [divided(g, v, step.scale) for g, v in zip(step.grads, step.variables, strict=True)]
 
 
-def _cast(gradient: Any, dtype: Any) -> Any:
+def finite_gradients(step: Step, least: float) -> Any:
+    """Return a bool vector, for each gradient (None left out) whether all of it is finite.
+
+    As the variables will see them: divided by the scale, which one below 1, or one of 0 that a
+    checkpoint brought, makes infinite; and in the dtype of a float16 variable, which ends at 65504.
+
+    Args:
+        step: The step.
+        least: The smallest scale of the schedule.
+    """
     room = backend.current()
-    return room.with_values(gradient, ops.cast(room.dense_values(gradient), dtype))
+    pairs = [(g, v) for g, v in zip(step.grads, step.variables, strict=True) if g is not None]
+    values = [room.dense_values(g) for g, _ in pairs]
+    kept = [keras.backend.standardize_dtype(v.dtype) for _, v in pairs]
+    dtypes = [k if k == "float16" else wide_dtype(g) for g, k in zip(values, kept, strict=True)]
+    return room.finite(values, dtypes, step.scale, 1.0 if step.unscaled else least)
 
 
-def unless_loss_is_to_blame(
+def next_state(
+    schedule: LossScale, state: State, step: Step, finite: Any, *, applied: bool
+) -> State:
+    """Return the state after a step.
+
+    Args:
+        schedule: The schedule.
+        state: The state before it.
+        step: The step.
+        finite: What `finite_gradients` returned.
+        applied: Whether it was applied, or skipped.
+    """
+    if applied:
+        return _after_update(schedule, state, step)
+    return _after_skip(schedule, state, step, finite)
+
+
+def _after_update(schedule: LossScale, state: State, step: Step) -> State:
+    before = state.schedule
+
+    def moved() -> dict[str, Any]:
+        measured = _measured(schedule, step, before["scale"])
+        return _like(before, schedule.update(before, True, **measured))
+
+    def counted() -> dict[str, Any]:
+        return before | {"step_counter": before["step_counter"] + 1}
+
+    only_counts = schedule.only_counts(before) if backend.current().BRANCHES else None
+    after = moved() if only_counts is None else ops.cond(only_counts, counted, moved)
+    return state._replace(
+        schedule=after, counts=state.counts + ops.array(APPLIED, state.counts.dtype)
+    )
+
+
+def _after_skip(schedule: LossScale, state: State, step: Step, finite: Any) -> State:
+    before = state.schedule
+    after = schedule.update(before, False, **dict.fromkeys(schedule.measures, ops.zeros(())))
+    loss_finite = all_finite(step.losses) if step.losses else None
+    if loss_finite is not None:
+        after = _unless_loss_is_to_blame(loss_finite, before, after)
+    cause = cause_of(loss_finite, before["scale"], schedule.min_scale)
+    hit = ops.cast(ops.logical_not(finite), state.nonfinite_counts.dtype)
+    positions = [p for p, g in zip(step.positions, step.grads, strict=True) if g is not None]
+    if positions != list(range(state.nonfinite_counts.shape[0])):
+        places = ops.array(positions)[:, None]
+        hit = ops.scatter(places, hit, tuple(state.nonfinite_counts.shape))
+    return State(_like(before, after), with_skip(state.counts, cause), state.nonfinite_counts + hit)
+
+
+def _like(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    return {key: ops.cast(after[key], before[key].dtype) for key in before}
+
+
+def _measured(schedule: LossScale, step: Step, scale: Any) -> dict[str, Any]:
+    """Return what the schedule wants to know of the gradients."""
+    if not schedule.measures:
+        return {}
+    room = backend.current()
+    grads = [
+        room.dense_values(g)
+        for g, v in zip(step.grads, step.variables, strict=True)
+        if g is not None and not takes_gradient_as_value(v)
+    ]
+    if step.unscaled:
+        grads = [ops.cast(g, "float32") * scale for g in grads]
+    return {name: MEASURES[name](grads, scale) for name in schedule.measures}
+
+
+def with_known_loss(schedule: LossScale, before: State, after: State, loss_finite: Any) -> State:
+    """Return the state after a step whose loss became known only afterwards.
+
+    Args:
+        schedule: The schedule.
+        before: The state before the step.
+        after: The state after it, by `next_state` with an unknown loss.
+        loss_finite: Scalar bool tensor.
+
+    Returns:
+        What `next_state` would have returned, had it known.
+    """
+    skipped = skipped_last(after.counts)
+    # An applied step moved the schedule by what it measured, whatever the loss was.
+    keep = ops.logical_or(ops.logical_not(skipped), loss_finite)
+    cause = cause_of(loss_finite, before.schedule["scale"], schedule.min_scale)
+    return State(
+        _unless_loss_is_to_blame(keep, before.schedule, after.schedule),
+        ops.where(skipped, with_skip(before.counts, cause), after.counts),
+        after.nonfinite_counts,
+    )
+
+
+def _unless_loss_is_to_blame(
     loss_finite: Any, before: dict[str, Any], after: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the schedule's state after a skipped step: as before if no scale could have helped."""

@@ -5,17 +5,12 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-import keras
-from keras import ops
-
 from kerasmp import backend
 from kerasmp.errors import LossScaleError
-from kerasmp.optimizer.causes import Forgetful, LossNotes
+from kerasmp.optimizer.causes import Forgetful
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from kerasmp.loss_scale import LossScale
 
 
 def takes_gradient_as_value(variable: Any) -> bool:
@@ -34,10 +29,7 @@ def divided(gradient: Any, variable: Any, scale: Any) -> Any:
     if gradient is None or takes_gradient_as_value(variable):
         return gradient
     room = backend.current()
-    values = room.dense_values(gradient)
-    if keras.backend.standardize_dtype(values.dtype) != "float64":
-        values = ops.cast(values, "float32")
-    return room.with_values(gradient, ops.divide(values, ops.cast(scale, values.dtype)))
+    return room.with_values(gradient, room.quotient(room.dense_values(gradient), scale))
 
 
 def refuse_baking(value: Any, what: str, fix: str) -> None:
@@ -152,104 +144,27 @@ def _is_gone(trace: Any) -> bool:
     return isinstance(trace, weakref.ref) and trace() is None
 
 
-class UnscalingByHand:
-    """What `LossScaleOptimizer` offers to loops that unscale before they apply.
+def belonging_to(
+    grads: Sequence[Any], given: Sequence[Any] | None, known: Sequence[Any]
+) -> list[Any]:
+    """Return a variable for each gradient; None where it is not known or does not matter.
 
-    Attributes:
-        schedule: The `LossScale` in use.
-        dynamic_scale: The current scale (after `build`).
-        built: Whether there is a state.
+    Args:
+        grads: The gradients.
+        given: The variables that a caller named, or None.
+        known: Those that the optimizer was built with.
+
+    Raises:
+        LossScaleError: If it is not known and does matter.
     """
-
-    schedule: LossScale
-    dynamic_scale: Any
-    built: bool
-    _unscaled: UnscaledMarks
-    _losses: LossNotes
-    _trainable_variables: Sequence[Any]
-
-    def scale_loss(self, loss: Any) -> Any:
-        """Return `loss` times the current scale."""
-        raise NotImplementedError
-
-    def _scale_here(self, what: str) -> Any:
-        """Return the scale as code that may be traced sees it.
-
-        Args:
-            what: Who asks, for the message.
-
-        Raises:
-            LossScaleError: If the trace would keep it for ever.
-        """
-        scale = self.dynamic_scale.value if self.built else self.schedule.initial_scale
-        refuse_baking(
-            scale,
-            what,
-            "Call optimizer.build(model.trainable_variables) before tracing, and scale and unscale "
-            "within `keras.StatelessScope(list(zip(optimizer.variables, values)))`.",
+    variables = list(known if given is None else given)
+    if len(variables) == len(grads):
+        return variables
+    if given is not None or any(takes_gradient_as_value(v) for v in known):
+        raise LossScaleError(
+            "Which gradients are to be unscaled, and which are new values, cannot be known.",
+            received=f"{len(grads)} gradients for {len(variables)} variables",
+            expected="one gradient, or None, for each variable",
+            fix="Call get_unscaled_gradients(grads, variables).",
         )
-        return scale
-
-    def get_scaled_loss(self, loss: Any) -> Any:
-        """Return the loss times the scale, as in Keras 2; new code calls `scale_loss`.
-
-        Args:
-            loss: As for `scale_loss`, or a function that returns it.
-
-        Returns:
-            The scaled loss in float32, or a function that returns it.
-        """
-        if callable(loss):
-            return lambda: self.scale_loss(loss())
-        return self.scale_loss(loss)
-
-    def get_unscaled_gradients(
-        self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None
-    ) -> list[Any]:
-        """Return the gradients divided by the scale; the next `apply` leaves that out.
-
-        For loops from Keras 2, and for those that clip or look at gradients before they apply them.
-        As PyTorch's `GradScaler.unscale_`, it is called once for each `apply`, in the same traced
-        function. An inf or NaN stays one, and the step is skipped.
-
-        Args:
-            grads: Gradients of the scaled loss, None among them or not, in the order of the
-                variables.
-            trainable_variables: The variables that `grads` belong to. Needed only where some have
-                `overwrite_with_gradient`, whose gradients are left as they are: before `build`,
-                when nothing tells, and for a part of the variables.
-
-        Returns:
-            The gradients in float32, sparse ones still sparse.
-
-        Raises:
-            LossScaleError: If it was called before without an `apply` in between, or it cannot
-                know the variables where that matters. Also while JAX traces a step, outside a
-                `keras.StatelessScope` that holds `variables`.
-        """
-        grads = list(grads)
-        scale = self._scale_here("get_unscaled_gradients")
-        variables = self._belonging_to(grads, trainable_variables)
-        replica, trace = backend.current().place()
-        self._unscaled.set(replica, trace, number_of(grads))
-        return [divided(g, v, scale) for g, v in zip(grads, variables, strict=True)]
-
-    def _belonging_to(self, grads: list[Any], variables: Sequence[Any] | None) -> list[Any]:
-        """Return a variable for each gradient; None where it is not known or does not matter."""
-        known = self._trainable_variables if self.built else ()
-        given = list(known if variables is None else variables)
-        if len(given) == len(grads):
-            return given
-        if variables is not None or any(takes_gradient_as_value(v) for v in known):
-            raise LossScaleError(
-                "Which gradients are to be unscaled, and which are new values, cannot be known.",
-                received=f"{len(grads)} gradients for {len(given)} variables",
-                expected="one gradient, or None, for each variable",
-                fix="Call get_unscaled_gradients(grads, variables).",
-            )
-        return [None] * len(grads)
-
-    def forget_unscaled(self) -> None:
-        """Forget gradients that were unscaled, and losses that were noted, for a step not taken."""
-        self._unscaled.clear()
-        self._losses.clear()
+    return [None] * len(grads)

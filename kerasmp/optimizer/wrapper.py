@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
 from typing import TYPE_CHECKING, Any, Self
 
 import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.keras_private import learning_rate_functions, weights_and_averages
-from kerasmp.errors import LossScaleError, LossScaleWarning
+from kerasmp.backend.keras_private import weights_and_averages
+from kerasmp.backend.nested import optimizers_in
 from kerasmp.loss_scale import validation
-from kerasmp.optimizer import arguments
+from kerasmp.optimizer import arguments, by_hand, reading, running, saved
 from kerasmp.optimizer.advancing import include_skips
-from kerasmp.optimizer.causes import LossNotes
-from kerasmp.optimizer.companions import InnerSettings
-from kerasmp.optimizer.compiled_steps import (
-    CompiledSteps,
-    kept_by_a_trace,
-    rates_given,
-    rates_now,
-)
-from kerasmp.optimizer.step import Step, SteppingState
-from kerasmp.optimizer.unscaled import UnscaledMarks, UnscalingByHand, number_of, refuse_baking
+from kerasmp.optimizer.counters import COUNTERS
+from kerasmp.optimizer.fused import Fused
+from kerasmp.optimizer.unscaled import refuse_baking
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+# Keras's own names for the state of a schedule; other keys keep theirs.
+_VARIABLE_NAMES = {"scale": "dynamic_scale"}
+_STOCK_ORDER = ("step_counter", "scale")
+
 
 @keras.saving.register_keras_serializable(package="kerasmp")
-class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
+class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     """Wraps an optimizer: the loss is scaled, the gradients are unscaled, bad steps are skipped.
 
     Each step: gradients of the scaled loss are summed over replicas, unscaled in float32 and
@@ -52,6 +47,9 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
         skips_advance_schedules: Whether a skipped step moves a `LearningRateSchedule` of the inner
             optimizer on, as if it had been applied; default False. For schedules that shall end
             with the last batch. `iterations`, by which moments and averages go, never counts it.
+        fused: Whether plain Adam, AdamW and SGD update each variable in one kernel where the
+            framework has one (default), in about half the time on TensorFlow and torch.
+            `fused_update` tells whether they do.
         name: Name of the optimizer.
         **kwargs: Refused, with a word on where each belongs.
 
@@ -81,6 +79,10 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
     ([0.5, 1.0], 1)
     """
 
+    pending: running.Pending
+    fused_update: Fused | None
+    _inner_is_settled = False
+
     def __init__(  # noqa: PLR0913 - three of them are Keras's names for what loss_scale says
         self,
         inner_optimizer: Any,
@@ -90,6 +92,7 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
         initial_scale: float | None = None,
         dynamic_growth_steps: int | None = None,
         skips_advance_schedules: bool = False,
+        fused: bool = True,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -103,27 +106,81 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
         )
         # Not the parent's: it would set up its own rule, whose factors are hard-coded.
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
-        backend.current()  # imported here, and not while a step is traced
-        # None of them is state: Keras must not track them.
-        object.__setattr__(self, "_compiled_steps", CompiledSteps())
-        object.__setattr__(self, "_losses", LossNotes())
-        object.__setattr__(self, "_unscaled", UnscaledMarks())
+        object.__setattr__(self, "pending", running.Pending())  # no state, for Keras to track
         self.inner_optimizer = inner_optimizer
         self.schedule = schedule
         self.skips_advance_schedules = validation.switch(
             "skips_advance_schedules", skips_advance_schedules
         )
+        self.fused = validation.switch("fused", fused)
+        object.__setattr__(self, "fused_update", Fused.of(inner_optimizer) if self.fused else None)
         if self.skips_advance_schedules:
             include_skips(self)
-        if inner_optimizer.loss_scale_factor is not None:
-            warnings.warn(
-                f"The inner optimizer's loss_scale_factor={inner_optimizer.loss_scale_factor} is "
-                "dropped, the gradients would be scaled twice. For a fixed scale pass "
-                f"loss_scale={inner_optimizer.loss_scale_factor} here.",
-                LossScaleWarning,
-                stacklevel=2,
+        arguments.drop_second_scale(inner_optimizer)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        arguments.refuse_setting(self, name, value)
+        super().__setattr__(name, value)
+
+    # ----------------------------------------------------------------- state
+
+    def build(self, var_list: Sequence[Any]) -> None:
+        """Create the scaling state and build the inner optimizer; later calls do nothing.
+
+        Args:
+            var_list: The trainable variables, in the order of the gradients.
+        """
+        if self.built:
+            return
+        inner, room = self.inner_optimizer, backend.current()
+        room.sum_once(optimizers_in(inner))
+        with keras.name_scope(self.name):
+            # TensorFlow's checkpoints go by position too: what stock Keras has comes first, in its
+            # order, and what depends on the schedule last.
+            state = self.schedule.init()
+            for key in _STOCK_ORDER:
+                self._add_state(key, state.pop(key))
+            self.counts_variable = self.add_variable(
+                shape=(len(COUNTERS),), dtype="int", initializer="zeros", name="counts"
             )
-            inner_optimizer.loss_scale_factor = None
+            self.nonfinite_counts_variable = self.add_variable(
+                shape=(len(var_list),), dtype="int", initializer="zeros", name="nonfinite_counts"
+            )
+            for key, value in state.items():
+                self._add_state(key, value)
+            if not inner.built:
+                inner.build(var_list)
+            # Keras's averages begin as zeros and take the weights at the first update. Until then,
+            # if steps are skipped, SwapEMAWeights would put zeros into the model.
+            for variable, average in weights_and_averages(inner):
+                room.start_as(average, variable)
+        keras.optimizers.Optimizer.build(self, var_list)
+
+    def _add_state(self, key: str, value: float) -> None:
+        name = _VARIABLE_NAMES.get(key, key)
+        dtype = "float32" if isinstance(value, float) else "int"
+        first = keras.initializers.Constant(value)
+        variable = self.add_variable(shape=(), dtype=dtype, initializer=first, name=name)
+        setattr(self, name, variable)
+
+    def schedule_variables(self) -> dict[str, Any]:
+        """Return the variables that hold the schedule's state, by its keys."""
+        return {key: getattr(self, _VARIABLE_NAMES.get(key, key)) for key in self.schedule.init()}
+
+    def state_variables(self) -> list[Any]:
+        """Return those, and the counters."""
+        return [
+            *self.schedule_variables().values(),
+            self.counts_variable,
+            self.nonfinite_counts_variable,
+        ]
+
+    def places_of(self, variables: Sequence[Any]) -> list[int]:
+        """Return the place of each variable among `target_variables`."""
+        return [self._get_variable_index(v) for v in variables]
+
+    own_variables = property(reading.own_variables)
+    target_variables = property(reading.target_variables)
 
     # ---------------------------------------------------------------- a step
 
@@ -138,19 +195,22 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
             LossScaleError: While JAX traces a step, outside a `keras.StatelessScope` that holds
                 `variables`: the scale would be baked in.
         """
-        scale = self._scale_here("scale_loss")
+        scale = self.scale_here("scale_loss")
         loss = ops.cast(loss, "float32")
         if backend.current().LOSS_MEETS_APPLY:
             self.note_loss(loss)
         return ops.multiply(loss, scale)
 
-    def _read(self, name: str) -> Any:
+    def scale_here(self, what: str) -> Any:
+        """Return the scale for `what`, as code that may be traced sees it."""
+        scale = self.dynamic_scale.value if self.built else self.schedule.initial_scale
         refuse_baking(
-            getattr(self, name).value,
-            f"a read of `{name}` as a number",
-            "Read it after the step; within a step use the variable, or scale_loss.",
+            scale,
+            what,
+            "Call optimizer.build(model.trainable_variables) before tracing, and scale and unscale "
+            "within `keras.StatelessScope(list(zip(optimizer.variables, values)))`.",
         )
-        return super()._read(name)
+        return scale
 
     def note_loss(self, loss: Any) -> None:
         """Tell the next `apply` what the loss was, so that it knows why it skips a step.
@@ -163,8 +223,11 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
             loss: The unscaled loss, of any shape.
         """
         # Nobody differentiates the note, and torch would keep the graph behind it.
-        replica, trace = backend.current().place()
-        self._losses.add(replica, trace, ops.stop_gradient(loss))
+        self.pending.losses.add(*backend.current().place(), ops.stop_gradient(loss))
+
+    get_scaled_loss = by_hand.get_scaled_loss
+    get_unscaled_gradients = by_hand.get_unscaled_gradients
+    forget_unscaled = by_hand.forget_unscaled
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Unscale, check and apply the gradients of the scaled loss, or skip the step.
@@ -182,44 +245,10 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
         given = None if trainable_variables is None else list(trainable_variables)
         if not grads and not given:
             return
-        variables = self._variables_of(grads, given)
-        room = backend.current()
-        replica, trace = room.place()
+        variables = arguments.variables_of(self, grads, given)
         # What is wrong is told before anything is made, taken or changed.
-        room.refuse_no_replica()
-        arguments.refuse_second_scale(self.inner_optimizer)
-        unscaled = self._unscaled.look(replica, trace, number_of(grads))
-        self.build(variables)
-        self._unscaled.drop(replica, trace)
-        losses = self._losses.take(replica, trace)
-        grads, losses = room.agreed(grads, variables, losses)
-        step = Step(grads, variables, unscaled, losses)
-        if keras.backend.backend() == "jax":
-            # JAX branches only in pure code, so the eager step is the pure one, then assigned.
-            self._apply_pure(step)
-            return
-        step = self._with_updates(step)
-        room.run_step(self._finite(step), step, self._update, self._advance, self.inner_optimizer)
-
-    def _apply_pure(self, step: Step) -> None:
-        touched = [*self._trainable_variables, *self.variables]
-        functions = learning_rate_functions(self.inner_optimizer)
-        # Not the first step itself, whose gradients would live as long as the program.
-        plan = dataclasses.replace(step, grads=(), losses=())
-
-        def pure(grads: Any, losses: Any, rates: Any, values: Any) -> list[Any]:
-            with rates_given(functions, rates):
-                this = dataclasses.replace(plan, grads=grads, losses=losses)
-                return self._pure_step(this, touched, values)
-
-        # Made anew each time, the step would be compiled each time.
-        positions = tuple(self._get_variable_index(v) for v in step.variables)
-        key = (step.unscaled, positions, kept_by_a_trace(self.inner_optimizer))
-        compiled = self._compiled_steps.get(key, lambda: backend.current().compiled(pure))
-        before = [v.value for v in touched]
-        values = compiled(step.grads, step.losses, rates_now(functions), before)
-        for variable, value in zip(touched, values, strict=True):
-            variable.assign(value)
+        backend.current().refuse_no_replica()
+        running.run(self, running.taken(self, grads, variables))
 
     def apply_gradients(self, grads_and_vars: Any) -> Any:
         """Apply `(gradient, variable)` pairs; returns `iterations`, as tf.keras does."""
@@ -247,91 +276,105 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
             LossScaleError: If the optimizer is not built, numbers of values differ, or every
                 gradient is None. Always on TensorFlow, as of a plain Keras optimizer.
         """
-        if keras.backend.backend() == "tensorflow":
-            raise LossScaleError(
-                "stateless_apply is not supported with the TensorFlow backend.",
-                received="a call on TensorFlow, whose variables the step would change in place",
-                expected="JAX or torch",
-                fix="Call optimizer.apply(grads, variables), also inside a tf.function.",
-            )
-        if not self.built:
-            raise LossScaleError(
-                "stateless_apply needs the optimizer's variables.",
-                received="an optimizer that is not built",
-                expected="a built one",
-                fix="Call optimizer.build(model.trainable_variables) first.",
-            )
-        arguments.refuse_second_scale(self.inner_optimizer)
+        backend.current().refuse_pure_step()
+        arguments.refuse_stateless(self, optimizer_variables, grads, trainable_variables)
         touched = [*self._trainable_variables, *self.variables]
-        n = len(self._trainable_variables)
-        for what, values, expected in (
-            ("optimizer_variables", optimizer_variables, len(self.variables)),
-            ("trainable_variables", trainable_variables, n),
-            ("grads", grads, n),
-        ):
-            if len(values) != expected:
-                raise LossScaleError(
-                    f"`{what}` does not match the built optimizer.",
-                    received=f"{len(values)} values",
-                    expected=f"{expected}",
-                    fix="Pass one value for each variable, in the order they were built with.",
-                )
-        arguments.refuse_no_gradient(grads)
         values = [*trainable_variables, *optimizer_variables]
-        replica, trace = backend.current().place()
-        unscaled = self._unscaled.look(replica, trace, number_of(grads))
-        self._unscaled.drop(replica, trace)
-        losses = self._losses.take(replica, trace)
-        step = Step(list(grads), self._trainable_variables, unscaled, losses)
-        new = self._pure_step(step, touched, values)
-        return new[:n], new[n:]
+        with keras.StatelessScope(state_mapping=list(zip(touched, values, strict=True))):
+            step = running.taken(self, list(grads), self._trainable_variables)
+        new = running.pure(self, self.inner_optimizer, step, touched, values)
+        number = len(self._trainable_variables)
+        return new[:number], new[number:]
 
-    def _variables_of(self, grads: list[Any], variables: Sequence[Any] | None) -> list[Any]:
-        if variables is None:
-            if not self.built:
-                raise LossScaleError(
-                    "The optimizer does not know which variables the gradients belong to.",
-                    received="gradients alone, and an optimizer that is not built",
-                    expected="apply(grads, trainable_variables)",
-                    fix="Pass the variables, or call build(trainable_variables) first.",
-                )
-            variables = self._trainable_variables
-        variables = list(variables)
-        if len(variables) != len(grads):
-            raise LossScaleError(
-                "Gradients and variables do not match.",
-                received=f"{len(grads)} gradients for {len(variables)} variables",
-                expected="one gradient, or None, for each variable",
-                fix="Pass both lists in the same order.",
-            )
-        arguments.refuse_no_gradient(grads)
-        if self.built:
-            self._check_built_with(variables)
-        return variables
+    with_known_loss = running.with_known_loss
+    finalize_variable_values = running.finalize_variable_values
 
-    def _check_built_with(self, variables: Sequence[Any]) -> None:
-        try:
-            self._check_variables_are_known(variables)
-        except ValueError as error:
-            raise LossScaleError(
-                "Unknown variable: the optimizer was built with others.",
-                received=arguments.names(variables),
-                expected=f"variables among {arguments.names(self._trainable_variables)}",
-                fix="Use one optimizer for each model, and build it with all variables that it "
-                "shall ever update.",
-            ) from error
+    # --------------------------------------------------------------- reading
 
-    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        """Write averages (`use_ema`) into the weights at the end of `fit`.
+    loss_scale = scale = property(reading.loss_scale, saved.start_anew)
+    skipped_steps = property(reading.skipped_steps)
+    applied_steps = property(reading.applied_steps)
+    consecutive_skips = property(reading.consecutive_skips)
+    last_step_skipped = property(reading.last_step_skipped)
+    nonfinite_counts = property(reading.nonfinite_counts)
+    skip_causes = property(reading.skip_causes)
+    skipped_last = reading.skipped_last
+    skips = reading.skips
 
-        Before the first applied step there are none: they are what the weights were at `build`.
+    initial_scale = property(reading.initial_scale)
+    dynamic_growth_steps = property(reading.dynamic_growth_steps)
+
+    # -------------------------------------------------- the optimizer inside
+
+    def exclude_from_weight_decay(self, *args: Any, **kwargs: Any) -> None:
+        """Leave variables out of the inner optimizer's weight decay; call it before `build`.
+
+        Args:
+            *args: As for `keras.optimizers.Optimizer.exclude_from_weight_decay`.
+            **kwargs: The same: `var_list`, `var_names`.
         """
-        if int(ops.convert_to_numpy(self.iterations)) > 0:
-            self.inner_optimizer.finalize_variable_values(var_list)
-            for variable, average in weights_and_averages(self.inner_optimizer):
-                backend.current().keep_apart(average, variable)
+        self.inner_optimizer.exclude_from_weight_decay(*args, **kwargs)
+
+    @property
+    def learning_rate(self) -> Any:
+        """The inner optimizer's learning rate: its variable, or what its schedule gives now.
+
+        Settable, as in Keras: to a number if it is one, or before `build` to a schedule.
+        """
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: Any) -> None:
+        self.inner_optimizer.learning_rate = value
+        if self.skips_advance_schedules:
+            include_skips(self)
+
+    optimizers = property(reading.optimizers)
+    accumulated_steps = property(reading.accumulated_steps)
 
     # ---------------------------------------------------------------- saving
+
+    def get_weights(self) -> list[Any]:
+        """Return the values of all of `variables`, the inner optimizer's too, as NumPy arrays."""
+        return [ops.convert_to_numpy(variable) for variable in self.variables]
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Set all of `variables`, the inner optimizer's too.
+
+        Args:
+            weights: What `get_weights` returned; or the values of the `variables` of stock Keras's
+                LossScaleOptimizer; or those of a plain optimizer, for the inner one.
+
+        Raises:
+            LossScaleError: If the optimizer is not built, or `weights` does not fit it. Nothing
+                has changed then.
+        """
+        saved.set_list(self, weights)
+
+    def __dir__(self) -> list[str]:
+        """Return the names of all attributes.
+
+        Keras's loader looks for what is left to load with `dir`, right after it has called
+        `load_own_variables`; there it must not find an inner optimizer that has its state already.
+        """
+        names = list(super().__dir__())
+        if self._inner_is_settled:
+            self._inner_is_settled = False
+            names.remove("inner_optimizer")
+        return names
+
+    def save_own_variables(self, store: Any) -> None:
+        """Write the scaling state by name; the inner optimizer's is saved beside it."""
+        self._inner_is_settled = False
+        saved.save(self, store)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Read the scaling state: ours, stock Keras's, or a plain optimizer's for the inner one.
+
+        A scale outside the schedule's bounds is brought inside. A state that does not fit changes
+        nothing, in the inner optimizer neither, and earns a `LossScaleWarning`.
+        """
+        self._inner_is_settled = saved.load(self, store)
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments, serialised."""
@@ -340,6 +383,7 @@ class LossScaleOptimizer(InnerSettings, UnscalingByHand, SteppingState):
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
             "loss_scale": keras.saving.serialize_keras_object(self.schedule),
             "skips_advance_schedules": self.skips_advance_schedules,
+            **({} if self.fused else {"fused": False}),
         }
 
     @classmethod

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 
+from kerasmp.backend import multiplies_mixed
 from kerasmp.backend.keras_graph import children
 
 if TYPE_CHECKING:
@@ -128,8 +129,7 @@ def _sums_outputs(layer: Any, _: Place) -> bool:
 def _is_scores_part(layer: Any, place: Place) -> bool:
     """With a float32 query the scores are float32; keys, values and the output stay as they are."""
     # Torch alone does not multiply a float32 tensor with a float16 one.
-    torch = keras.backend.backend() == "torch"
-    projections = ("query", "key", "value") if torch else ("query",)
+    projections = ("query",) if multiplies_mixed() else ("query", "key", "value")
     return isinstance(place.holder, ATTENTION) and (
         isinstance(layer, (layers.Softmax, layers.Dropout)) or layer.name in projections
     )

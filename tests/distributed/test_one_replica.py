@@ -20,7 +20,7 @@ def trained(name, way, *, build=True):
         device = ["CPU:0"] if name == "MirroredStrategy" else "CPU:0"
         strategy = getattr(tf.distribute, name)(device)
     return [
-        mirrored.runs(strategy, "ours", way, [data], build=build)[0]
+        mirrored.runs(strategy, "ours, not fused", way, [data], build=build)[0]
         for data in (bad_batch.batches(), bad_batch.batches(0))
     ]
 

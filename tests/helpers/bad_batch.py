@@ -3,13 +3,20 @@
 A row of 3000 gives a finite loss and gradients beyond float16; a row of inf a loss of inf or NaN.
 """
 
+import functools
+
 import keras
 import numpy as np
 from helpers import own_steps
 
 import kerasmp as mp
 
-CLASSES = {"ours": mp.LossScaleOptimizer, "stock": keras.optimizers.LossScaleOptimizer}
+CLASSES = {
+    "ours": mp.LossScaleOptimizer,
+    # As on several replicas.
+    "ours, not fused": functools.partial(mp.LossScaleOptimizer, fused=False),
+    "stock": keras.optimizers.LossScaleOptimizer,
+}
 OVERFLOW, DATA = 3000.0, float("inf")
 ROWS = 8
 SCALE = 2.0**10

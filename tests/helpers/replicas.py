@@ -225,14 +225,10 @@ def refusals(strategy):
         optimizer.build([weight])
         before = copies(strategy, [weight, *optimizer.variables])
         said = [_refusal(lambda: optimizer.apply([tf.constant([1.0])], [weight]))]
-
-    def replica_step():
-        optimizer.apply([ops.ones(1)], [weight])
-
-    step = tf.function(lambda: strategy.run(replica_step))
-    # Where Keras sums in our versions; in another it may be elsewhere.
-    with mock.patch.object(keras.optimizers.SGD, "_all_reduce_sum_gradients", None):
-        said.append(_refusal(step))
+        # Where Keras sums in our versions; in another it may be elsewhere.
+        with mock.patch.object(keras.optimizers.SGD, "_all_reduce_sum_gradients", None):
+            other = mp.LossScaleOptimizer(keras.optimizers.SGD(1.0))
+            said.append(_refusal(lambda: other.build([weight])))
 
     def unscaled_outside(gradient):
         grads = optimizer.get_unscaled_gradients([gradient])

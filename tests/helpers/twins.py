@@ -33,7 +33,7 @@ class Twins:
         if prepare:
             prepare(self.ours)
             prepare(self.theirs)
-        self.wrapped = LossScaleOptimizer(make(self.ours), loss_scale=SCALE)
+        self.wrapped = LossScaleOptimizer(make(self.ours), loss_scale=SCALE, fused=False)
         self.plain = make(self.theirs)
 
     @property

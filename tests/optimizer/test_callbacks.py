@@ -35,7 +35,7 @@ def adam():
 
 
 def wrapped():
-    return mp.LossScaleOptimizer(adam(), loss_scale=2.0**12)
+    return mp.LossScaleOptimizer(adam(), loss_scale=2.0**12, fused=False)
 
 
 def fit(model, x, y, callbacks, epochs=EPOCHS):

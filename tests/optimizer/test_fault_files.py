@@ -112,7 +112,7 @@ def compiled(optimizer):
 
 
 def wrapped(optimizer):
-    return mp.LossScaleOptimizer(optimizer, loss_scale=2.0**10)
+    return mp.LossScaleOptimizer(optimizer, loss_scale=2.0**10, fused=False)
 
 
 class TestMovingBetweenPlainAndWrapped:

@@ -45,10 +45,10 @@ def test_wrapped_a_second_time_it_keeps_its_state_and_the_scale_starts_anew():
     """Each wrapper has a scale and counters of its own, both move the same moments."""
     variables, others = variables_of([1.0, 2.0]), variables_of([1.0, 2.0])
     inner, plain = keras.optimizers.Adam(0.1), keras.optimizers.Adam(0.1)
-    first = LossScaleOptimizer(inner, initial_scale=4.0)
+    first = LossScaleOptimizer(inner, initial_scale=4.0, fused=False)
     eager(first, tensors([4.0, 8.0]), variables)
     eager(first, tensors([float("inf"), 8.0]), variables)
-    second = LossScaleOptimizer(inner, initial_scale=8.0)
+    second = LossScaleOptimizer(inner, initial_scale=8.0, fused=False)
     eager(second, tensors([8.0, 16.0]), variables)
     eager(first, tensors([2.0, 4.0]), variables)
     for _ in range(3):

@@ -121,7 +121,7 @@ class TestWhatChangesBetweenEagerSteps:
     def stepped(self, inner, change):
         """Return what a second step, after the change, takes from a weight of 0."""
         variables = variables_of([0.0])
-        optimizer = LossScaleOptimizer(inner, loss_scale=SCALE)
+        optimizer = LossScaleOptimizer(inner, loss_scale=SCALE, fused=False)
         eager(optimizer, tensors([0.0]), variables)
         change(optimizer)
         eager(optimizer, tensors([SCALE]), variables)
@@ -210,7 +210,7 @@ class TestWhatJaxCompilesForEagerSteps:
 
         found = []
         variables = variables_of([0.0])
-        optimizer = LossScaleOptimizer(inner, loss_scale=SCALE)
+        optimizer = LossScaleOptimizer(inner, loss_scale=SCALE, fused=False)
 
         def listen(event, *_, **__):
             if "backend_compile" in event:

@@ -15,7 +15,8 @@ GOOD, BAD = 1.0, np.nan
 
 def _optimizer(advance, inner=None):
     inner = inner or keras.optimizers.SGD(RATES)
-    return LossScaleOptimizer(inner, loss_scale=1.0, skips_advance_schedules=advance)
+    settings = {"skips_advance_schedules": advance, "fused": False}
+    return LossScaleOptimizer(inner, loss_scale=1.0, **settings)
 
 
 def _moves(optimizer, gradients, step):

@@ -1,0 +1,295 @@
+"""What kerasmp asks of a framework, with the answer that holds for most of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, Protocol
+
+import keras
+from keras import ops
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
+
+
+def wide_dtype(values: Any) -> str:
+    """Return float64 for float64 tensors, float32 for all others."""
+    dtype: str = keras.backend.standardize_dtype(values.dtype)
+    return dtype if dtype == "float64" else "float32"
+
+
+# A tensor of the framework; a gradient may be a sparse one instead, or None.
+Tensor = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """What a fused update takes of one variable, all of it dense and float32.
+
+    Attributes:
+        variable: The `keras.Variable`.
+        gradient: A tensor, which is left as it is.
+        moments: What the optimizer keeps of the variable.
+        decay: By which part of itself the variable shrinks before the update, a scalar; or None.
+    """
+
+    variable: Any
+    gradient: Tensor
+    moments: tuple[Any, ...]
+    decay: Tensor | None
+
+
+class Backend(Protocol):
+    """The parts of kerasmp that differ between frameworks; `kerasmp.backend.current()` has them."""
+
+    LOSS_MEETS_APPLY: bool = True
+    """Whether the loss that `scale_loss` sees can be read when the gradients are applied."""
+
+    PURE: bool = False
+    """Whether a step must be a pure function, which is then compiled."""
+
+    BRANCHES: bool = False
+    """Whether many small sums cost more than a branch around them."""
+
+    NARROW_SUMS: bool = False
+    """Whether the gradient of what is broadcast, or used in each step of a loop, is summed in its
+    own dtype, and not in float32."""
+
+    LAYERS_KEEP_DTYPES: bool = True
+    """Whether a traced layer inside another one reads its variables as its policy says."""
+
+    FUSED: bool = False
+    """Whether there are `adam` and `sgd`."""
+
+    PRODUCTS: tuple[tuple[Any, str], ...]
+    """The products that a user's layer may call itself, each a module and a name in it."""
+
+    COMPILED: tuple[tuple[Any, str, Callable[..., Any]], ...] = ()
+    """What runs what is compiled, each a class and a method, and what takes the place of that while
+    a call is watched: a function of what watches and of the method."""
+
+    # ------------------------------------------------------------------------------- computing
+
+    def convolution_dtype(self, dtype: str) -> str:
+        """Return the dtype in which convolutions compute whose inputs have `dtype`."""
+        return dtype
+
+    def recurrence_dtype(self, dtype: str) -> str:
+        """Return the dtype for a whole LSTM or GRU that computes in `dtype`."""
+        return dtype
+
+    @abstractmethod
+    def matmul_wide(self, left: Tensor, right: Tensor, dtype: str) -> Tensor:
+        """Return the matrix product in `dtype`, without rounding it to that of the factors."""
+
+    def has_flash_attention(
+        self,
+        query: Tensor,  # noqa: ARG002 - for those that have it
+        key: Tensor,  # noqa: ARG002
+        value: Tensor,  # noqa: ARG002
+        *,
+        is_causal: bool,  # noqa: ARG002
+    ) -> bool:
+        """Return whether Keras would use flash attention here if it were left to choose."""
+        return False
+
+    @abstractmethod
+    def mixes_dtypes(self, error: Exception) -> bool:
+        """Return whether an error says that operands of different float dtypes met."""
+
+    @abstractmethod
+    def eagerly(self) -> AbstractContextManager[Any]:
+        """Let all be computed when it is called, and nothing be recorded."""
+
+    # ------------------------------------------------------------------------------- gradients
+
+    def dense_values(self, gradient: Any) -> Tensor:
+        """Return the numbers of a gradient, a sparse one without densifying it."""
+        return gradient
+
+    def with_values(self, gradient: Any, values: Tensor) -> Any:  # noqa: ARG002 - for sparse ones
+        """Return `gradient` with other numbers at the same places."""
+        return values
+
+    def quotient(self, values: Tensor, divisor: Tensor) -> Tensor:
+        """Return a tensor divided by a scalar, in float32, or float64 if it came so."""
+        dtype = wide_dtype(values)
+        return ops.divide(ops.cast(values, dtype), ops.cast(divisor, dtype))
+
+    def is_dense(self, gradient: Any) -> bool:
+        """Return whether a gradient is a plain tensor, and there at all."""
+        return gradient is not None
+
+    def finite(
+        self,
+        values: Sequence[Tensor],
+        dtypes: Sequence[str],
+        scale: Tensor,
+        least: float,  # noqa: ARG002 - for those that it saves work
+    ) -> Tensor:
+        """Return for each tensor whether all of it is finite once it is divided by the scale.
+
+        A quotient grows with its dividend, and so the largest number tells: a tensor is read once,
+        and nothing of its size is written.
+
+        Args:
+            values: Tensors of any shape.
+            dtypes: The dtype that each quotient must fit.
+            scale: float32 scalar.
+            least: What the scale should be at least. One that is less may, but need not, make the
+                answer False.
+
+        Returns:
+            A bool vector.
+        """
+        largest = [ops.cast(ops.max(ops.abs(v), initial=0), wide_dtype(v)) for v in values]
+        kept = [
+            ops.cast(x / ops.cast(scale, x.dtype), dtype)
+            for x, dtype in zip(largest, dtypes, strict=True)
+        ]
+        return ops.stack([ops.isfinite(x) for x in kept])
+
+    # ---------------------------------------------------------------------------------- places
+
+    def place(self) -> tuple[Any, Any]:
+        """Return what tells this replica and this trace from others; None in eager code."""
+        return None, None
+
+    def refuse_pure_step(self) -> None:
+        """Raise where a step cannot be a pure function: where it changes variables in place."""
+
+    def is_one_replica(self) -> bool:
+        """Return whether no other process or device has a part in this step."""
+        return True
+
+    def refuse_no_replica(self) -> None:
+        """Raise where gradients have no replica."""
+
+    def agreed(
+        self,
+        grads: Sequence[Any],
+        variables: Sequence[Any],  # noqa: ARG002 - for those with replicas
+        losses: Sequence[Tensor],
+    ) -> tuple[Sequence[Any], Sequence[Tensor]]:
+        """Return the gradients and the losses as all replicas see them."""
+        return grads, losses
+
+    def bakes_in(self, value: Any) -> bool:  # noqa: ARG002 - for those that do
+        """Return whether a traced function that reads `value` here keeps it for all its calls."""
+        return False
+
+    # ---------------------------------------------------------------------------------- a step
+
+    def run_step(
+        self,
+        step: Any,
+        finite: Tensor,
+        update: Callable[[Any, Tensor | None], None],
+        advance: Callable[[Any, Tensor, bool], None],
+        *,
+        fused: bool,
+    ) -> None:
+        """Update the variables if all gradients are finite, else only move the scale.
+
+        Not on JAX, which branches in pure code alone.
+
+        Args:
+            step: What `update` and `advance` are given, in each replica its own.
+            finite: Bool vector, whether each gradient is finite; equal in all replicas.
+            update: Called with `step` and None in each replica if all is finite; or, if it is
+                fused, with `step` and whether all is finite, upon which it changes nothing if not.
+            advance: Called once with `step`, `finite` and whether the step was applied.
+            fused: Whether `update` uses `adam` or `sgd`.
+        """
+        raise NotImplementedError
+
+    def compiled(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a pure step, compiled at its first call where that pays."""
+        return step
+
+    def squares(self, values: Sequence[Tensor], divisor: Tensor) -> Tensor:
+        """Return the sum of the squares of all quotients, a float32 scalar."""
+        raise NotImplementedError
+
+    def adam(  # noqa: PLR0913, PLR0917 - what Adam is made of
+        self,
+        weights: Sequence[Weight],
+        divisor: Tensor,
+        alpha: Tensor,
+        betas: tuple[float, float],
+        epsilon: float,
+        applied: Tensor | None,
+    ) -> None:
+        """Update variables and their moments as `keras.optimizers.Adam` does.
+
+        Args:
+            weights: The variables, with their gradients and both moments.
+            divisor: What the gradients are divided by.
+            alpha: The step size, corrected for the moments' beginning at 0.
+            betas: How much of each moment is kept.
+            epsilon: Added to the root of the second moment.
+            applied: None, or a scalar bool tensor: whether anything shall change.
+        """
+        raise NotImplementedError
+
+    def sgd(  # noqa: PLR0913 - what it is made of
+        self,
+        weights: Sequence[Weight],
+        divisor: Tensor,
+        rate: Tensor,
+        momentum: float,
+        applied: Tensor | None,
+        *,
+        nesterov: bool,
+    ) -> None:
+        """Update variables as `keras.optimizers.SGD` does.
+
+        Args:
+            weights: The variables, with their gradients and, unless `momentum` is 0, a moment.
+            divisor: What the gradients are divided by.
+            rate: The learning rate.
+            momentum: How much of the moment is kept.
+            applied: None, or a scalar bool tensor: whether anything shall change.
+            nesterov: Whether the moment is applied once more.
+        """
+        raise NotImplementedError
+
+    def sum_once(self, optimizers: Sequence[Any]) -> None:
+        """Keep optimizers from summing over replicas once more what a step has summed."""
+
+    @abstractmethod
+    def start_as(self, variable: Any, other: Any) -> None:
+        """Give a variable that holds nothing but zeros the value of another one."""
+
+    def keep_apart(self, variable: Any, other: Any) -> None:
+        """Give a variable memory of its own where it shares that of another one."""
+
+    @abstractmethod
+    def train_step(
+        self,
+        model: Any,
+        optimizers: Sequence[Any],
+        step: Callable[..., Any],
+        logs_after: Callable[[Any, Any], Any],
+        *args: Any,
+    ) -> Any:
+        """Run a train step and undo its traces if an optimizer skipped.
+
+        Args:
+            model: The model.
+            optimizers: Those of ours that the step may use.
+            step: The step, which takes `args` and returns what Keras's own does.
+            logs_after: Makes of the logs, and whether the step was skipped, those to return.
+            *args: The batch; before it on JAX the state.
+        """
+
+    # ------------------------------------------------------------------------------- variables
+
+    def sync(self, model: Any) -> None:
+        """Make the variables current, where they travel outside of the model during `fit`."""
+
+    @abstractmethod
+    def in_dtype(self, value: Any, dtype: str) -> tuple[Any, Callable[[], None]]:
+        """Return what a variable holds in another dtype, and what puts back what this changed."""

@@ -1,0 +1,209 @@
+"""Steps on the variables of an optimizer: what they need is read, what they make assigned."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import keras
+from keras import ops
+
+from kerasmp import backend
+from kerasmp.backend.keras_private import learning_rate_functions, weights_and_averages
+from kerasmp.backend.nested import optimizers_in
+from kerasmp.optimizer import arguments
+from kerasmp.optimizer import step as pure_step
+from kerasmp.optimizer.causes import Forgetful, LossNotes
+from kerasmp.optimizer.compiled_steps import CompiledSteps, kept_by_a_trace, rates_now, with_rates
+from kerasmp.optimizer.step import State, Step, finite_gradients, next_state, unscale
+from kerasmp.optimizer.unscaled import UnscaledMarks, number_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kerasmp.optimizer.wrapper import LossScaleOptimizer
+
+
+class Pending(Forgetful):
+    """What belongs to steps that are under way, and is no state of the optimizer.
+
+    Attributes:
+        losses: Those that were noted for the next step.
+        unscaled: Where gradients were unscaled by hand.
+        compiled: Steps that JAX has compiled.
+    """
+
+    def __init__(self) -> None:
+        self.losses = LossNotes()
+        self.unscaled = UnscaledMarks()
+        self.compiled = CompiledSteps()
+
+
+def taken(optimizer: LossScaleOptimizer, grads: Sequence[Any], variables: Sequence[Any]) -> Step:
+    """Return the step that gradients make, with what was noted for it; build the optimizer.
+
+    Args:
+        optimizer: The optimizer.
+        grads: One gradient, or None, for each variable.
+        variables: The variables.
+
+    Raises:
+        LossScaleError: If the inner optimizer scales too, or the gradients are not those that were
+            unscaled.
+    """
+    arguments.refuse_second_scale(optimizer.inner_optimizer)
+    room = backend.current()
+    place = room.place()
+    unscaled = optimizer.pending.unscaled.look(*place, number_of(grads))
+    optimizer.build(variables)
+    optimizer.pending.unscaled.drop(*place)
+    grads, losses = room.agreed(grads, variables, optimizer.pending.losses.take(*place))
+    fused = optimizer.fused_update
+    if fused is not None and not fused.suits(grads, variables):
+        fused = None
+    # A cast gives TensorFlow a tensor: the variable itself it would read for each gradient.
+    scale = ops.ones(()) if unscaled else ops.cast(optimizer.dynamic_scale, "float32")
+    return Step(grads, variables, optimizer.places_of(variables), scale, unscaled, losses, fused)
+
+
+def run(optimizer: LossScaleOptimizer, step: Step) -> None:
+    """Take a step, and assign what comes of it."""
+    room = backend.current()
+    if room.PURE:
+        _run_compiled(optimizer, step)
+        return
+
+    def update(step: Step, applied: Any) -> None:
+        _update(optimizer.inner_optimizer, step, applied)
+
+    def advance(step: Step, finite: Any, applied: bool) -> None:  # noqa: FBT001 - a callback
+        _advance(optimizer, step, finite, applied=applied)
+
+    finite = finite_gradients(step, optimizer.schedule.min_scale)
+    room.run_step(step, finite, update, advance, fused=step.fused is not None)
+
+
+def pure(
+    optimizer: LossScaleOptimizer,
+    inner: Any,
+    step: Step,
+    touched: Sequence[Any],
+    values: Sequence[Any],
+) -> list[Any]:
+    """Return what a step makes of `values`, the current values of the variables `touched`.
+
+    Args:
+        optimizer: The optimizer.
+        inner: The one inside it, or one that stands for it.
+        step: The step.
+        touched: All variables that a step may change.
+        values: Their values.
+    """
+    finite = finite_gradients(step, optimizer.schedule.min_scale)
+
+    def values_after(*, applied: bool) -> Callable[[], list[Any]]:
+        def take() -> list[Any]:
+            mapping = list(zip(touched, values, strict=True))
+            with keras.StatelessScope(state_mapping=mapping) as scope:
+                if applied:
+                    _update(inner, step, None)
+                _advance(optimizer, step, finite, applied=applied)
+            return [scope.get_current_value(v) for v in touched]
+
+        return take
+
+    return list(ops.cond(ops.all(finite), values_after(applied=True), values_after(applied=False)))
+
+
+def with_known_loss(
+    self: LossScaleOptimizer, before: Sequence[Any], after: Sequence[Any], loss_finite: Any
+) -> list[Any]:
+    """Return the optimizer's values after a step whose loss became known only afterwards.
+
+    Args:
+        self: The optimizer.
+        before: Values of `variables` before the step.
+        after: The same after it, by `stateless_apply` with an unknown loss.
+        loss_finite: Scalar bool tensor.
+
+    Returns:
+        What `stateless_apply` would have returned, had it known.
+    """
+    place = {id(variable): i for i, variable in enumerate(self.variables)}
+    places = [place[id(variable)] for variable in self.state_variables()]
+    known = pure_step.with_known_loss(
+        self.schedule,
+        _state(self, [before[i] for i in places]),
+        _state(self, [after[i] for i in places]),
+        loss_finite,
+    )
+    moved = dict(zip(places, _values(known), strict=True))
+    return [moved.get(i, value) for i, value in enumerate(after)]
+
+
+def finalize_variable_values(self: LossScaleOptimizer, var_list: Sequence[Any]) -> None:
+    """Write averages (`use_ema`) into the weights at the end of `fit`.
+
+    Before the first applied step there are none: they are what the weights were at `build`.
+    """
+    if int(ops.convert_to_numpy(self.iterations)) > 0:
+        self.inner_optimizer.finalize_variable_values(var_list)
+        for variable, average in weights_and_averages(self.inner_optimizer):
+            backend.current().keep_apart(average, variable)
+
+
+def _update(inner: Any, step: Step, applied: Any) -> None:
+    """Let the inner optimizer, or the update that does the same, change the variables."""
+    if step.fused is not None:
+        step.fused(step, applied)
+        return
+    updates = unscale(step)
+    if any(optimizer.gradient_accumulation_steps for optimizer in optimizers_in(inner)):
+        # Keras's accumulators have the dtype of their variable and take no other.
+        room = backend.current()
+        updates = [
+            None if u is None else room.with_values(u, ops.cast(room.dense_values(u), v.dtype))
+            for u, v in zip(updates, step.variables, strict=True)
+        ]
+    inner.apply(updates, step.variables)
+
+
+def _advance(optimizer: LossScaleOptimizer, step: Step, finite: Any, *, applied: bool) -> None:
+    """Move the schedule and the counters after a step that was applied or skipped."""
+    variables = optimizer.state_variables()
+    state = _state(optimizer, [ops.convert_to_tensor(v) for v in variables])
+    after = next_state(optimizer.schedule, state, step, finite, applied=applied)
+    for variable, old, new in zip(variables, _values(state), _values(after), strict=True):
+        if new is not old:
+            variable.assign(new)
+
+
+def _state(optimizer: LossScaleOptimizer, values: Sequence[Any]) -> State:
+    *schedule, counts, nonfinite_counts = values
+    keys = optimizer.schedule.init()
+    return State(dict(zip(keys, schedule, strict=True)), counts, nonfinite_counts)
+
+
+def _values(state: State) -> list[Any]:
+    return [*state.schedule.values(), state.counts, state.nonfinite_counts]
+
+
+def _run_compiled(optimizer: LossScaleOptimizer, step: Step) -> None:
+    """Take a step as JAX must, which branches in pure code only: compiled once."""
+    inner = optimizer.inner_optimizer
+    touched = [*optimizer.target_variables, *optimizer.variables]
+    # Not the first step itself, whose gradients would live as long as the program.
+    plan = dataclasses.replace(step, grads=(), losses=(), scale=None)
+
+    def take(given: dict[str, Any], rates: Any, values: Any) -> list[Any]:
+        this = dataclasses.replace(plan, **given)
+        return pure(optimizer, with_rates(inner, rates), this, touched, values)
+
+    # Made anew each time, the step would be compiled each time.
+    key = (step.unscaled, tuple(step.positions), kept_by_a_trace(inner))
+    compiled = optimizer.pending.compiled.get(key, lambda: backend.current().compiled(take))
+    given = {"grads": step.grads, "losses": step.losses, "scale": step.scale}
+    rates = rates_now(learning_rate_functions(inner))
+    after = compiled(given, rates, [v.value for v in touched])
+    for variable, value in zip(touched, after, strict=True):
+        variable.assign(value)
