@@ -118,10 +118,9 @@ class Torch(Backend):
         # so many steps it corrects nothing, and the step size is Keras's.
         never = torch.full((), 1e8, device=alpha.device)
         for some in _chunks(weights):
-            variables, gradients = _shrunk(some), _quotients(some, divisor)
             torch._fused_adam_(
-                variables,
-                gradients,
+                _shrunk(some),
+                _quotients(some, divisor),
                 [w.moments[0].value for w in some],
                 [w.moments[1].value for w in some],
                 [],
@@ -155,6 +154,7 @@ class Torch(Backend):
                 if nesterov:
                     torch._foreach_add_(steps, moments, alpha=momentum)
             torch._foreach_add_(variables, steps if nesterov or not moments else moments)
+            del steps  # before there are those of the next
 
     def start_as(self, variable: Any, other: Any) -> None:
         """Give a variable that holds nothing but zeros the value of another one."""

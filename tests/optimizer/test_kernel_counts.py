@@ -31,13 +31,16 @@ def operations(optimizer):
     return sum(node.op not in IDLE for node in nodes)
 
 
-def added_by(cls):
-    plain = operations(keras.optimizers.SGD(1e-3))
-    return operations(cls(keras.optimizers.SGD(1e-3))) - plain
+def added_by(cls, make=lambda: keras.optimizers.SGD(1e-3), **settings):
+    return operations(cls(make(), **settings)) - operations(make())
 
 
 def test_a_good_step_adds_a_division_and_half_a_check_for_each_gradient():
-    assert added_by(mp.LossScaleOptimizer) < 3 * VARIABLES
+    assert added_by(mp.LossScaleOptimizer, fused=False) < 3 * VARIABLES
+
+
+def test_a_fused_step_of_adam_takes_fewer_operations_than_one_without_scaling():
+    assert added_by(mp.LossScaleOptimizer, keras.optimizers.Adam) < -10 * VARIABLES
 
 
 @pytest.mark.full

@@ -1,0 +1,61 @@
+"""What a step moves and holds beside its state, counted: no copy of the parameters is made."""
+
+import keras
+import numpy as np
+import pytest
+from helpers.stepping import tensors
+
+import kerasmp as mp
+
+SHAPES = [(256, 256)] * 6 + [(256,)] * 4
+LARGEST = 4 * 256 * 256  # bytes
+OPTIMIZERS = {
+    "Adam": (lambda: keras.optimizers.Adam(1e-3), 1.11),
+    "SGD": (lambda: keras.optimizers.SGD(1e-3, momentum=0.9), 1.2),
+}
+
+
+def started(optimizer):
+    variables = [keras.Variable(np.ones(shape, "float32")) for shape in SHAPES]
+    optimizer.build(variables)
+    return variables, tensors(*(np.ones(shape, "float32") for shape in SHAPES))
+
+
+@pytest.mark.backend("jax")
+@pytest.mark.parametrize(("make", "ratio"), OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_xla_reads_the_gradients_once_more_and_holds_nothing_of_their_size(make, ratio):
+    import jax
+
+    def compiled(optimizer):
+        variables, grads = started(optimizer)
+        state = [v.value for v in optimizer.variables]
+        step = jax.jit(
+            lambda state, weights, grads: optimizer.stateless_apply(state, grads, weights),
+            donate_argnums=(0, 1),
+        )
+        return step.lower(state, [v.value for v in variables], grads).compile()
+
+    ours, plain = compiled(mp.LossScaleOptimizer(make())), compiled(make())
+    moved = [each.cost_analysis()["bytes accessed"] for each in (ours, plain)]
+    assert moved[0] <= ratio * moved[1]
+    assert ours.memory_analysis().temp_size_in_bytes < LARGEST
+
+
+@pytest.mark.backend("torch")
+@pytest.mark.parametrize("make", [make for make, _ in OPTIMIZERS.values()], ids=OPTIMIZERS)
+def test_torch_holds_no_more_than_the_largest_tensor(make):
+    from torch.profiler import ProfilerActivity, profile
+
+    optimizer = mp.LossScaleOptimizer(make())
+    variables, grads = started(optimizer)
+    optimizer.apply(grads, variables)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        optimizer.apply(grads, variables)
+    # What is taken and given back, one after the other.
+    taken = [
+        event.nbytes()
+        for event in profiled.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    assert len(taken) > len(SHAPES)
+    assert max(np.cumsum(taken)) < 1.1 * LARGEST
