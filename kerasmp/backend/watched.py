@@ -183,9 +183,11 @@ class _Replaced:
     def __enter__(self) -> None:
         with self._lock:
             if not self._watching:
-                with contextlib.ExitStack() as undo:
-                    _replace_all(undo)
-                    self._undo = undo.pop_all()
+                try:
+                    _replace_all(self._undo)
+                except BaseException:  # an interrupt, too
+                    self._undo.close()
+                    raise
             self._watching += 1
 
     def __exit__(self, *_: object) -> None:
