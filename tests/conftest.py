@@ -14,6 +14,9 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 # are not there; it is also six times slower than TensorFlow's own. Without it all CPUs do the same.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
+# Tests compile more than they compute, and LLVM's optimisations take a third of their time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 import atexit
 import gc
 import importlib.util

@@ -78,6 +78,8 @@ def finite_gradients(step: Step, least: float) -> Any:
     """
     room = backend.current()
     pairs = [(g, v) for g, v in zip(step.grads, step.variables, strict=True) if g is not None]
+    if not pairs:  # of a model that is frozen
+        return ops.ones((1,), dtype="bool")
     values = [room.dense_values(g) for g, _ in pairs]
     kept = [keras.backend.standardize_dtype(v.dtype) for _, v in pairs]
     dtypes = [k if k == "float16" else wide_dtype(g) for g, k in zip(values, kept, strict=True)]
