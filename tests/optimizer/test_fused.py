@@ -115,9 +115,11 @@ def test_huge_gradients_are_finite_and_a_scale_below_1_can_make_them_infinite(st
     wrapped = LossScaleOptimizer("sgd", loss_scale=1.0)
     step(wrapped, tensors(*huge), variables)
     assert (wrapped.applied_steps, wrapped.skipped_steps) == (1, 0)
-    small = LossScaleOptimizer("sgd", loss_scale=0.5)
-    step(small, tensors(*huge), started())
-    assert (small.applied_steps, small.skipped_steps) == (0, 1)
+    # Of the second even the squares of the gradients are finite.
+    for scale, size in ((0.5, 3e38), (2.0**-90, 1e15)):
+        small = LossScaleOptimizer("sgd", loss_scale=scale)
+        step(small, tensors(*(np.full(shape, size, "float32") for shape in SHAPES)), started())
+        assert (small.applied_steps, small.skipped_steps) == (0, 1)
 
 
 class OwnAdam(o.Adam):
