@@ -234,10 +234,9 @@ class Backend(Protocol):
         """
         raise NotImplementedError
 
-    def sgd(  # noqa: PLR0913 - what it is made of
+    def sgd(
         self,
         weights: Sequence[Weight],
-        divisor: Tensor,
         rate: Tensor,
         momentum: float,
         applied: Tensor | None,
@@ -248,8 +247,7 @@ class Backend(Protocol):
 
         Args:
             weights: The variables, with their gradients and, unless `momentum` is 0, a moment.
-            divisor: What the gradients are divided by.
-            rate: The learning rate.
+            rate: What the gradients are multiplied by: the learning rate over the divisor.
             momentum: How much of the moment is kept.
             applied: None, or a scalar bool tensor: whether anything shall change.
             nesterov: Whether the moment is applied once more.

@@ -305,10 +305,9 @@ class TensorFlow(Backend):
             step = new_m * alpha / (tf.sqrt(new_v) + epsilon)
             _assign_if(applied, variable, _shrunk(variable, weight.decay) - step)
 
-    def sgd(  # noqa: PLR0913 - what it is made of
+    def sgd(
         self,
         weights: Sequence[Weight],
-        divisor: Any,
         rate: Any,
         momentum: float,
         applied: Any,
@@ -317,10 +316,9 @@ class TensorFlow(Backend):
     ) -> None:
         """Update variables as `keras.optimizers.SGD` does."""
         for weight in weights:
-            variable = weight.variable.value
+            variable, gradient = weight.variable.value, tf.cast(weight.gradient, "float32")
             if applied is None:
                 _shrink(variable, weight.decay)
-                gradient = self.quotient(weight.gradient, divisor)
                 if weight.moments:
                     tf.raw_ops.ResourceApplyKerasMomentum(
                         var=variable.handle,
@@ -335,11 +333,10 @@ class TensorFlow(Backend):
                         var=variable.handle, alpha=rate, delta=gradient
                     )
                 continue
-            step = self.quotient(weight.gradient, divisor) * -rate
+            step = gradient * -rate
             if weight.moments:
                 moment = weight.moments[0].value
-                moved = moment * momentum + step
-                _assign_if(applied, moment, moved)
+                moved = _assign_if(applied, moment, moment * momentum + step)
                 step = moved * momentum + step if nesterov else moved
             _assign_if(applied, variable, _shrunk(variable, weight.decay) + step)
 

@@ -12,17 +12,28 @@ from keras import ops
 from kerasmp import backend
 from kerasmp.backend.base import Weight
 from kerasmp.backend.keras_private import decays, moments
+from kerasmp.loss_scale import FixedLossScale
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kerasmp.loss_scale import LossScale
     from kerasmp.optimizer.step import Step
+
+# A rate that is divided by a larger one could be flushed to zero.
+LARGEST_SCALE = 2.0**64
 
 
 @functools.cache
 def _classes() -> dict[type, str]:
     """Return the classes that there are such updates for; torch has its own of each."""
     return {type(keras.optimizers.get(name)): name for name in ("adam", "adamw", "sgd")}
+
+
+def _largest_of(schedule: LossScale) -> float:
+    """Return the largest scale that a schedule comes to by itself."""
+    fixed = isinstance(schedule, FixedLossScale)
+    return schedule.initial_scale if fixed else schedule.max_scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +47,15 @@ class Fused:
     inner: Any
 
     @classmethod
-    def of(cls, inner: Any) -> Fused | None:
+    def of(cls, inner: Any, schedule: LossScale) -> Fused | None:
         """Return that of an optimizer, or None if it has no such update.
 
         Args:
             inner: The optimizer; what it is told to do may change until its first step.
+            schedule: That of the scale.
         """
-        return cls(inner) if backend.current().FUSED and type(inner) in _classes() else None
+        known = type(inner) in _classes() and _largest_of(schedule) <= LARGEST_SCALE
+        return cls(inner) if backend.current().FUSED and known else None
 
     def suits(self, grads: Sequence[Any], variables: Sequence[Any]) -> bool:
         """Return whether the optimizer would do to these nothing but what the update does.
@@ -84,7 +97,7 @@ class Fused:
             for g, v in zip(step.grads, step.variables, strict=True)
         ]
         if isinstance(inner, keras.optimizers.SGD):
-            room.sgd(weights, divisor, rate, inner.momentum, applied, nesterov=inner.nesterov)
+            room.sgd(weights, rate / divisor, inner.momentum, applied, nesterov=inner.nesterov)
         else:
             number = ops.cast(inner.iterations + 1, "float32")
             powers = [

@@ -10,6 +10,7 @@ from keras import ops
 
 from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.optimizer.counters import COUNTERS
+from kerasmp.optimizer.fused import LARGEST_SCALE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,6 +70,13 @@ def start_anew(optimizer: LossScaleOptimizer, scale: float) -> None:
             received=f"loss_scale = {scale!r}",
             expected="a built optimizer",
             fix="Pass loss_scale= to the constructor, or call build(variables) first.",
+        )
+    if optimizer.fused_update is not None and number > LARGEST_SCALE:
+        raise LossScaleError(
+            "Fused updates would lose gradients of so large a scale.",
+            received=f"loss_scale = {number!r}",
+            expected=f"at most {LARGEST_SCALE!r}",
+            fix="Make the optimizer with fused=False.",
         )
     first = optimizer.schedule.init() | {"scale": number}
     for key, variable in optimizer.schedule_variables().items():

@@ -48,8 +48,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             optimizer on, as if it had been applied; default False. For schedules that shall end
             with the last batch. `iterations`, by which moments and averages go, never counts it.
         fused: Whether plain Adam, AdamW and SGD update each variable in one kernel where the
-            framework has one (default), in about half the time on TensorFlow and torch.
-            `fused_update` tells whether they do.
+            framework has one (default). `fused_update` is None where they cannot.
         name: Name of the optimizer.
         **kwargs: Refused, with a word on where each belongs.
 
@@ -113,7 +112,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             "skips_advance_schedules", skips_advance_schedules
         )
         self.fused = validation.switch("fused", fused)
-        object.__setattr__(self, "fused_update", Fused.of(inner_optimizer) if self.fused else None)
+        update = Fused.of(inner_optimizer, schedule) if self.fused else None
+        object.__setattr__(self, "fused_update", update)
         if self.skips_advance_schedules:
             include_skips(self)
         arguments.drop_second_scale(inner_optimizer)

@@ -18,6 +18,8 @@ from helpers.stepping import (
     variables_of,
 )
 
+from kerasmp.errors import LossScaleError
+from kerasmp.loss_scale import DynamicLossScale
 from kerasmp.optimizer import LossScaleOptimizer
 
 o = keras.optimizers
@@ -173,6 +175,17 @@ def test_a_sparse_gradient_is_left_to_keras_and_stays_sparse():
     rows = tf.IndexedSlices(tf.constant([[2.0, 4.0]]), tf.constant([2]), tf.constant([4, 2]))
     wrapped.apply([rows], [table])
     assert numpy([table])[0].tolist() == [[1, 1], [1, 1], [0.5, 0], [1, 1]]
+
+
+def test_so_are_scales_that_a_rate_cannot_be_divided_by():
+    schedule = DynamicLossScale(max_scale=2.0**80)
+    assert LossScaleOptimizer("sgd", loss_scale=schedule).fused_update is None
+    assert LossScaleOptimizer("sgd", loss_scale=2.0**80).fused_update is None
+    wrapped = LossScaleOptimizer("sgd", loss_scale=2.0)
+    wrapped.build(started())
+    with pytest.raises(LossScaleError, match="fused=False"):
+        wrapped.loss_scale = 2.0**80
+    assert wrapped.loss_scale == 2.0
 
 
 def test_it_can_be_turned_off_which_files_keep():
