@@ -118,9 +118,9 @@ class Backend(Protocol):
         dtype = wide_dtype(values)
         return ops.divide(ops.cast(values, dtype), ops.cast(divisor, dtype))
 
-    def is_dense(self, gradient: Any) -> bool:
-        """Return whether a gradient is a plain tensor, and there at all."""
-        return gradient is not None
+    def suits_kernels(self, gradient: Any, variable: Any) -> bool:  # noqa: ARG002 - for those with any
+        """Return whether a gradient and its variable lie in memory as fused kernels expect."""
+        return False
 
     def finite(
         self,

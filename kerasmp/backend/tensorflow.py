@@ -83,9 +83,9 @@ class TensorFlow(Backend):
             return values * half * rest
         return values / tf.cast(divisor, dtype)
 
-    def is_dense(self, gradient: Any) -> bool:
-        """Return whether a gradient is a plain tensor, and there at all."""
-        return gradient is not None and not isinstance(gradient, tf.IndexedSlices)
+    def suits_kernels(self, gradient: Any, variable: Any) -> bool:  # noqa: ARG002 - any does
+        """Return whether a gradient is a dense tensor, and there at all."""
+        return isinstance(gradient, tf.Tensor)
 
     def finite(self, values: Sequence[Any], dtypes: Sequence[str], scale: Any, least: float) -> Any:
         """Return for each tensor whether all of it is finite once it is divided by the scale.
@@ -264,13 +264,13 @@ class TensorFlow(Backend):
 
     def squares(self, values: Sequence[Any], divisor: Any) -> Any:
         """Return the sum of the squares of all quotients, a float32 scalar."""
-        raw = 2.0 * tf.add_n([tf.nn.l2_loss(v) for v in values])
+        raw = 2.0 * tf.add_n([tf.nn.l2_loss(tf.cast(v, "float32")) for v in values])
 
         def exactly() -> Any:
             return 2.0 * tf.add_n([tf.nn.l2_loss(self.quotient(v, divisor)) for v in values])
 
         # Numbers that a scale has made so large that only their squares overflow are divided first.
-        return tf.cond(tf.math.is_finite(raw), lambda: raw / tf.square(divisor), exactly)
+        return tf.cond(tf.math.is_finite(raw), lambda: raw / divisor / divisor, exactly)
 
     def adam(  # noqa: PLR0913, PLR0917 - what Adam is made of
         self,
@@ -480,7 +480,7 @@ def _finite_by_product(values: Sequence[Any], scale: Any) -> Any:
     zero = tf.where(scale >= 1, tf.minimum(scale, 1.0) * 0.0, float("nan"))
     found = []
     for each in values:
-        columns = each.shape[-1] if each.shape.rank else 1
+        columns = (each.shape[-1] if each.shape.rank else 1) or 1  # none, or not known
         rows = tf.reshape(tf.cast(each, wide_dtype(each)), (-1, columns))
         zeros = tf.fill((columns, 1), tf.cast(zero, rows.dtype))
         found.append(tf.reduce_all(tf.equal(tf.matmul(rows, zeros), 0)))

@@ -57,9 +57,13 @@ class Torch(Backend):
         """Let no gradients be recorded; all else is eager."""
         return torch.no_grad()
 
-    def is_dense(self, gradient: Any) -> bool:
-        """Return whether a gradient is a plain tensor, and there at all."""
-        return type(gradient) is torch.Tensor and gradient.layout == torch.strided
+    def suits_kernels(self, gradient: Any, variable: Any) -> bool:
+        """Return whether a gradient is a dense tensor, and its variable in order.
+
+        The kernels walk through memory and ask for no strides: an orthogonal start has others.
+        """
+        plain = type(gradient) is torch.Tensor and gradient.layout == torch.strided
+        return plain and bool(variable.value.is_contiguous())
 
     def finite(
         self,
@@ -104,11 +108,14 @@ class Torch(Backend):
                 update(step, None)
             advance(step, finite, applied)
 
+    @torch.no_grad()
     def squares(self, values: Sequence[Any], divisor: Any) -> Any:
         """Return the sum of the squares of all quotients, a float32 scalar."""
-        norms = torch.stack(torch._foreach_norm([v.detach() for v in values])) / divisor  # noqa: SLF001 - see above
-        return torch.sum(norms * norms)
+        # In float64 no number that a scale has made large overflows when it is squared.
+        norms = [torch.linalg.vector_norm(v, dtype=torch.float64) for v in values]
+        return torch.square(torch.stack(norms) / divisor).sum().to(torch.float32)
 
+    @torch.no_grad()
     def adam(  # noqa: PLR0913, PLR0917 - what Adam is made of
         self,
         weights: Sequence[Weight],
@@ -139,6 +146,7 @@ class Torch(Backend):
                 maximize=False,
             )
 
+    @torch.no_grad()
     def sgd(
         self,
         weights: Sequence[Weight],
@@ -239,7 +247,7 @@ def _chunks(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
 
 
 def _gradients(weights: Sequence[Weight]) -> list[Any]:
-    return [weight.gradient.detach().to(torch.float32) for weight in weights]
+    return [weight.gradient.detach().to(torch.float32).contiguous() for weight in weights]
 
 
 def _shrunk(weights: Sequence[Weight]) -> list[Any]:

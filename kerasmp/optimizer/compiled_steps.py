@@ -110,9 +110,11 @@ def with_rates(optimizer: Any, rates: Sequence[Any]) -> Any:
                 if id(value) in given:
                     vars(same)["_learning_rate"] = functools.partial(_returned, given[id(value)])
             return twins[id(value)]
+        if not isinstance(value, (dict, list, tuple)) or not optimizers_in(value):
+            return value
         if isinstance(value, dict):
             return {key: twin(each) for key, each in value.items()}
-        return [twin(each) for each in value] if isinstance(value, (list, tuple)) else value
+        return [twin(each) for each in value]
 
     return twin(optimizer)
 

@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.base import Weight
+from kerasmp.backend.base import Weight, wide_dtype
 from kerasmp.backend.keras_private import decays, moments
 from kerasmp.loss_scale import FixedLossScale
 
@@ -79,7 +79,10 @@ class Fused:
                 and not getattr(v, "overwrite_with_gradient", False)
                 for v in variables
             )
-            and all(room.is_dense(g) for g in grads)
+            and all(
+                room.suits_kernels(g, v) and wide_dtype(g) == "float32"
+                for g, v in zip(grads, variables, strict=True)
+            )
         )
 
     def __call__(self, step: Step, applied: Any) -> None:

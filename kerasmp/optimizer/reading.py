@@ -13,6 +13,7 @@ from kerasmp.optimizer.causes import CAUSES
 from kerasmp.optimizer.counters import COUNTERS, skipped_in_all
 from kerasmp.optimizer.counters import consecutive_skips as in_a_row
 from kerasmp.optimizer.counters import skipped_last as was_skipped
+from kerasmp.optimizer.fused import Fused
 from kerasmp.optimizer.unscaled import refuse_baking
 
 if TYPE_CHECKING:
@@ -106,6 +107,13 @@ def optimizers(optimizer: LossScaleOptimizer) -> Any:
     optimizer there is no such attribute.
     """
     return optimizer.inner_optimizer.optimizers
+
+
+def fused_update(optimizer: LossScaleOptimizer) -> Fused | None:
+    """The inner optimizer's update in one kernel for each variable; None where there is none."""
+    if not optimizer.fused:
+        return None
+    return Fused.of(optimizer.inner_optimizer, optimizer.schedule)
 
 
 def accumulated_steps(optimizer: LossScaleOptimizer) -> int | None:

@@ -46,6 +46,10 @@ def save(optimizer: LossScaleOptimizer, store: Any) -> None:
 
 def assign(optimizer: LossScaleOptimizer, assignments: Assignments) -> None:
     """Give variables their values, and bring a scale that lies outside the bounds inside."""
+    for variable, value in assignments:
+        if variable is optimizer.dynamic_scale:
+            bounded = optimizer.schedule.bounded(value)
+            _refuse_too_large(optimizer, float(ops.convert_to_numpy(bounded)))
     given = {id(variable) for variable, _ in assignments}
     schedule, parts = optimizer.schedule, optimizer.schedule_variables()
     if id(optimizer.dynamic_scale) in given:  # from a schedule that may have known less than ours
@@ -61,6 +65,17 @@ def assign(optimizer: LossScaleOptimizer, assignments: Assignments) -> None:
     )
 
 
+def _refuse_too_large(optimizer: LossScaleOptimizer, scale: float) -> None:
+    """Raise if a scale is too large for fused updates, whose rate is divided by it."""
+    if optimizer.fused_update is not None and scale > LARGEST_SCALE:
+        raise LossScaleError(
+            "Fused updates would lose gradients of so large a scale.",
+            received=f"loss_scale = {scale!r}",
+            expected=f"at most {LARGEST_SCALE!r}",
+            fix="Make the optimizer with fused=False.",
+        )
+
+
 def start_anew(optimizer: LossScaleOptimizer, scale: float) -> None:
     """Let the schedule of a built optimizer begin again at a scale within its bounds."""
     number = optimizer.schedule.check(scale)
@@ -71,13 +86,7 @@ def start_anew(optimizer: LossScaleOptimizer, scale: float) -> None:
             expected="a built optimizer",
             fix="Pass loss_scale= to the constructor, or call build(variables) first.",
         )
-    if optimizer.fused_update is not None and number > LARGEST_SCALE:
-        raise LossScaleError(
-            "Fused updates would lose gradients of so large a scale.",
-            received=f"loss_scale = {number!r}",
-            expected=f"at most {LARGEST_SCALE!r}",
-            fix="Make the optimizer with fused=False.",
-        )
+    _refuse_too_large(optimizer, number)
     first = optimizer.schedule.init() | {"scale": number}
     for key, variable in optimizer.schedule_variables().items():
         variable.assign(first[key])

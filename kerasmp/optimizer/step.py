@@ -71,6 +71,7 @@ def finite_gradients(step: Step, least: float) -> Any:
 
     As the variables will see them: divided by the scale, which one below 1, or one of 0 that a
     checkpoint brought, makes infinite; and in the dtype of a float16 variable, which ends at 65504.
+    What is a new value and no gradient is looked at in the same way, though it is not divided.
 
     Args:
         step: The step.

@@ -79,7 +79,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     """
 
     pending: running.Pending
-    fused_update: Fused | None
     _inner_is_settled = False
 
     def __init__(  # noqa: PLR0913 - three of them are Keras's names for what loss_scale says
@@ -112,8 +111,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             "skips_advance_schedules", skips_advance_schedules
         )
         self.fused = validation.switch("fused", fused)
-        update = Fused.of(inner_optimizer, schedule) if self.fused else None
-        object.__setattr__(self, "fused_update", update)
+        Fused.of(inner_optimizer, schedule)  # looks for classes now, and not in a graph
         if self.skips_advance_schedules:
             include_skips(self)
         arguments.drop_second_scale(inner_optimizer)
@@ -331,6 +329,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     optimizers = property(reading.optimizers)
     accumulated_steps = property(reading.accumulated_steps)
+    fused_update = property(reading.fused_update)
 
     # ---------------------------------------------------------------- saving
 
