@@ -99,7 +99,7 @@ def test_so_do_small_and_large_ones(make, size):
 
 
 def check_steps(make, step, steps, sizes=(-12, 6)):
-    sequence = gradients(1, steps, sizes)
+    sequence, steps_taken = gradients(1, steps, sizes), steps
     wrapped = LossScaleOptimizer(make(), loss_scale=SCALE)
     assert wrapped.fused_update is not None
     got, expected = (trained(each, step, sequence) for each in (wrapped, make()))
@@ -107,7 +107,10 @@ def check_steps(make, step, steps, sizes=(-12, 6)):
         steps = np.diff([start, *(weights[index] for weights in expected)], axis=0)
         way = np.abs(steps).sum(axis=0)
         off = np.abs(got[-1][index] - expected[-1][index])
-        assert np.all(off <= tolerance(make()) * way + 2e-7 * np.abs(start))
+        # Both optimizers round a weight twice a step, by the decay and by the update: so far three
+        # deviations of that many roundings go. For AdamW Keras is off by more than the kernel is.
+        rounding = 3 * 2.0**-24 / 3**0.5 * (4 * steps_taken) ** 0.5
+        assert np.all(off <= tolerance(make()) * way + rounding * np.abs(start))
 
 
 @pytest.mark.parametrize("make", by_name(FUSED, ["Adam", "momentum"]))
