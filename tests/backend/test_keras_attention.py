@@ -5,8 +5,11 @@ import inspect
 import keras
 import numpy as np
 import pytest
+from helpers.marks import marks_on
 
 from kerasmp import backend
+
+pytestmark = marks_on("jax")
 
 MULTI = keras.layers.MultiHeadAttention(2, 4)
 GROUP = keras.layers.GroupQueryAttention(4, 4, 2)

@@ -7,7 +7,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from helpers.marks import full
+from helpers.marks import full, marks_on
 from helpers.monitored import ENTRIES, OURS_AND_STOCK, STOCK, batches, fit, make
 
 from kerasmp.callbacks import OverflowMonitor, readings
@@ -15,6 +15,8 @@ from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning, 
 from kerasmp.loss_scale import DynamicLossScale
 from kerasmp.model import Sequential
 from kerasmp.optimizer import LossScaleOptimizer
+
+pytestmark = marks_on("oldest")
 
 
 @pytest.fixture

@@ -3,13 +3,15 @@
 import keras
 import numpy as np
 import pytest
-from helpers.marks import full
+from helpers.marks import full, marks_on
 from helpers.monitored import STOCK, batches, fit, make
 
 from kerasmp.callbacks import OverflowMonitor
 from kerasmp.errors import PolicyWarning
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale
 from kerasmp.optimizer import LossScaleOptimizer
+
+pytestmark = marks_on("jax")
 
 
 def test_a_healthy_run_is_silent(told):

@@ -6,10 +6,12 @@ import pytest
 from helpers.converted import sequential
 from helpers.flattened import flatten_layers
 from helpers.interrupting import interrupted
-from helpers.marks import full
+from helpers.marks import full, marks_on
 from helpers.turned_layers import assert_state, state
 
 import kerasmp as mp
+
+pytestmark = marks_on("jax")
 
 layers = keras.layers
 X = np.random.default_rng(0).normal(size=(8, 6, 4)).astype("float32")

@@ -4,9 +4,11 @@ import keras
 import numpy as np
 import pytest
 from helpers.flattened import flatten_layers
-from helpers.marks import by_name, full_on
+from helpers.marks import by_name, marks_on
 
 import kerasmp as mp
+
+pytestmark = marks_on("jax", "oldest")
 
 layers, ops = keras.layers, keras.ops
 BACKEND = keras.backend.backend()
@@ -144,7 +146,6 @@ def test_products_are_those_counted_by_hand(make, shape, count, half):
     assert set(found) <= {"float32" if wide and BACKEND == "tensorflow" else half}
 
 
-@full_on("jax")
 @pytest.mark.parametrize(("make", "count"), ATTENTION.values(), ids=ATTENTION)
 def test_attention_is_counted_whole(make, count):
     inputs = keras.Input((T, 4))
@@ -252,7 +253,6 @@ def test_a_product_that_is_called_in_an_unknown_way_is_unknown():
     assert not report.rows[1].cost.known
 
 
-@full_on("jax")
 def test_nothing_changes_and_nothing_is_remembered():
     class Noisy(layers.Layer):
         def __init__(self):

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from helpers import converted
 from helpers.flattened import flatten_layers
-from helpers.marks import few, full
+from helpers.marks import few, full, marks_on
 
 import kerasmp as mp
+
+pytestmark = marks_on("jax")
 
 layers = keras.layers
 X, Y = converted.X, converted.Y

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.marks import few, full, full_on
+from helpers.marks import few, full, marks_on
 
 import kerasmp as mp
 
@@ -21,7 +21,10 @@ WORKS = [
     ("float8", "mixed_bfloat16"),
 ]
 # Keras says this of an InputLayer.
-pytestmark = pytest.mark.filterwarnings("ignore:Layer InputLayer does not have a `quantize`")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Layer InputLayer does not have a `quantize`"),
+    *marks_on("jax", "oldest"),
+]
 
 
 def build():
@@ -46,7 +49,6 @@ def error(found, wanted):
     return np.abs(found - wanted).max() / np.abs(wanted).max()
 
 
-@full_on("jax")
 @pytest.mark.parametrize(("mode", "policy"), few(WORKS, WORKS[:1]))
 def test_a_converted_model_is_quantised_as_one_in_float32_is(mode, policy):
     model, (_, exact) = build(), quantised(mode)
@@ -104,7 +106,6 @@ def test_only_the_quantised_layer_is_kept():
     np.testing.assert_array_equal(model.predict(X, verbose=0), exact)
 
 
-@full_on("jax")
 @pytest.mark.parametrize("first", ["convert", full("lora")])
 def test_lora_trains_in_float16_and_comes_back(first):
     model, exact = build(), build().predict(X, verbose=0)

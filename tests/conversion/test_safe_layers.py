@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers import converted
 from helpers.flattened import flatten_layers
-from helpers.marks import few
+from helpers.marks import few, full_on
 from helpers.turned_layers import assert_state, state, stock_left
 
 import kerasmp as mp
@@ -66,6 +66,7 @@ def test_more_of_the_model_is_in_half_precision_then():
     assert "DenseHead (kerasmp, was Dense)" in str(report)
 
 
+@full_on("jax", "oldest")
 @kinds("nested")
 def test_a_file_has_them_in_another_process(kind, tmp_path, another_process):
     model = compiled(kind)

@@ -2,9 +2,11 @@
 
 import pytest
 from helpers import converted
-from helpers.marks import few
+from helpers.marks import few, marks_on
 
 import kerasmp as mp
+
+pytestmark = marks_on("jax")
 
 # What is neither all float16 nor what Keras would load.
 EXCEPTIONS = {

@@ -4,9 +4,11 @@ import keras
 import numpy as np
 import pytest
 from helpers import converted, stock_only
-from helpers.marks import full
+from helpers.marks import full, marks_on
 
 import kerasmp as mp
+
+pytestmark = marks_on("jax", "oldest")
 
 layers = keras.layers
 ATTENTION = (layers.MultiHeadAttention, layers.GroupQueryAttention)

@@ -8,12 +8,14 @@ import keras
 import numpy as np
 import pytest
 from helpers import narrowed as models
-from helpers.marks import few, full_on
+from helpers.marks import few, marks_on
 from helpers.narrowed import MODELS, narrowed
 
 import kerasmp as mp
 from kerasmp.conversion import variables
 from kerasmp.conversion.variables import Wanted, narrow_variables
+
+pytestmark = marks_on("jax", "oldest")
 
 layers = keras.layers
 DTYPES = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -36,7 +38,6 @@ def wanted(*parts, dtype="float16"):
     return [Wanted(layer, layer.name, dtype) for layer in parts]
 
 
-@full_on("jax")
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
 def test_predictions_are_those_of_a_model_built_so(kind, dtype):
     build, x = MODELS[kind]
@@ -53,7 +54,6 @@ def test_predictions_are_those_of_a_model_built_so(kind, dtype):
     np.testing.assert_array_equal(*(keras.ops.convert_to_numpy(m(x)) for m in (model, other)))
 
 
-@full_on("jax")
 @DTYPES
 def test_recurrent_layers_can_be_built_in_half_precision(dtype):
     layer = layers.GRU(4, recurrent_initializer=keras.initializers.Orthogonal(2.0, seed=3))

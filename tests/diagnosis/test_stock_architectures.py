@@ -7,6 +7,8 @@ from helpers.marks import marks_on
 
 import kerasmp as mp
 
+pytestmark = marks_on("oldest")
+
 # Tracing takes long: one shows what constants stock layers have.
 TRACED = {"MobileNetV2"}
 SMALLEST = {"InceptionV3": 75, "Xception": 71}  # the others take images of 32 x 32

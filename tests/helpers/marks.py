@@ -4,6 +4,10 @@ import keras
 import pytest
 from helpers.gradients import WAYS
 
+_RUN = keras.backend.backend()
+if _RUN == "tensorflow" and tuple(map(int, keras.__version__.split(".")[:2])) < (3, 15):
+    _RUN = "oldest"
+
 
 def full(*values, **more):
     """Return the values of a case that only the full set has, as parameters."""
@@ -44,14 +48,19 @@ def _several(value):
     return value if isinstance(value, tuple) else (value,)
 
 
-def marks_on(*backends):
-    """Return the marks of what is full on these backends alone: for a file, or a parameter."""
-    return [pytest.mark.full] if keras.backend.backend() in backends else []
+def marks_on(*runs):
+    """Return the marks of what is full in these runs alone: for a file, or a parameter.
+
+    Args:
+        runs: Backends, or "oldest", an older Keras on TensorFlow. Each of them has three minutes
+            for what can differ there; what is the same everywhere is quick on TensorFlow alone.
+    """
+    return [pytest.mark.full] if _RUN in runs else []
 
 
-def full_on(*backends):
+def full_on(*runs):
     """Return the same for one test. JAX, say, compiles for seconds what the others just run."""
-    return pytest.mark.full if marks_on(*backends) else lambda test: test
+    return pytest.mark.full if marks_on(*runs) else lambda test: test
 
 
 # A test of numbers: the first way in which a backend runs them is quick.

@@ -3,11 +3,13 @@
 import keras
 import numpy as np
 import pytest
-from helpers.marks import few, full, full_on
+from helpers.marks import few, full, full_on, marks_on
 from keras import ops
 
 from kerasmp.layers import DenseHead
 from kerasmp.optimizer import LossScaleOptimizer
+
+pytestmark = marks_on("jax")
 
 MIXED = {"mixed_float16": "float16", "mixed_bfloat16": "bfloat16"}
 # Policy, then the dtype of variables, of the matmul, and of the output.

@@ -3,9 +3,11 @@
 import keras
 import numpy as np
 import pytest
-from helpers.marks import by_name
+from helpers.marks import by_name, marks_on
 
 import kerasmp as mp
+
+pytestmark = marks_on("oldest")
 
 BATCH = 4
 RNG = np.random.default_rng(0)

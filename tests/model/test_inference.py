@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import turned
-from helpers.marks import few, full
+from helpers.marks import few, full, full_on
 from helpers.networks import KINDS, X, Y
 from helpers.own_steps import OwnStep
 from helpers.turned import Net
@@ -98,6 +98,7 @@ def test_a_loaded_one_refuses_and_evaluates(kind, module, tmp_path):
     refuses(keras.models.load_model(tmp_path / "again.keras"))
 
 
+@full_on("jax")
 def test_a_users_class_that_was_turned_loads_and_refuses_in_another_process(
     tmp_path, another_process
 ):

@@ -8,13 +8,15 @@ good micro-batches as it should. Windows after it end later than planned, which 
 import keras
 import numpy as np
 import pytest
-from helpers.marks import full_on
+from helpers.marks import full_on, marks_on
 from helpers.stepping import EXACT_WAYS, assert_same_bits, each_of, numpy
 from helpers.twins import Twins
 from keras import ops
 
 import kerasmp as mp
 from kerasmp.optimizer import LossScaleOptimizer
+
+pytestmark = marks_on("oldest")
 
 WINDOW = 3
 every_way = each_of(EXACT_WAYS)

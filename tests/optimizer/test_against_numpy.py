@@ -5,6 +5,7 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
+from helpers.marks import marks_on
 from helpers.stepping import (
     BACKEND,
     eager,
@@ -21,6 +22,8 @@ from keras import ops
 
 from kerasmp.loss_scale import DynamicLossScale
 from kerasmp.optimizer import LossScaleOptimizer
+
+pytestmark = marks_on("oldest")
 
 CAUSES = LossScaleOptimizer("sgd").skip_causes.keys()
 RATE, MOMENTUM = 0.5, 0.75

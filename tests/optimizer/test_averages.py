@@ -6,11 +6,13 @@ Fault 6: Keras's averages start at zero, and a run whose first steps are skipped
 import keras
 import numpy as np
 import pytest
-from helpers.marks import by_name, few, full_on
+from helpers.marks import by_name, few, full_on, marks_on
 from helpers.stepping import Stock, assert_same_bits, built, numpy, variables_of
 
 import kerasmp as mp
 from kerasmp.optimizer import LossScaleOptimizer as Ours
+
+pytestmark = marks_on("oldest")
 
 X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
 Y = X[:, :1] * 2 - 1

@@ -7,10 +7,12 @@ agree in every log and every weight.
 import keras
 import numpy as np
 import pytest
-from helpers.marks import full_on
+from helpers.marks import full_on, marks_on
 from helpers.stepping import assert_same_bits, numpy
 
 import kerasmp as mp
+
+pytestmark = marks_on("oldest")
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(32, 4)).astype("float32")

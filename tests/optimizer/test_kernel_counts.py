@@ -3,11 +3,12 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import marks_on
 from helpers.stepping import variables_of
 
 import kerasmp as mp
 
-pytestmark = pytest.mark.backend("tensorflow")
+pytestmark = [pytest.mark.backend("tensorflow"), *marks_on("oldest")]
 
 VARIABLES = 40
 IDLE = {"Const", "Placeholder", "Identity", "NoOp"}

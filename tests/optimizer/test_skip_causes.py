@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.marks import few
+from helpers.marks import few, marks_on
 from helpers.stepping import (
     WAYS,
     each_of,
@@ -17,6 +17,8 @@ from keras import ops
 
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, NoLossScale
 from kerasmp.optimizer import LossScaleOptimizer
+
+pytestmark = marks_on("oldest")
 
 CAUSES = LossScaleOptimizer("sgd").skip_causes.keys()
 ON_JAX = keras.backend.backend() == "jax"

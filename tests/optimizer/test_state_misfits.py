@@ -5,7 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
-from helpers.marks import by_name, few
+from helpers.marks import by_name, few, marks_on
 from helpers.stepping import (
     Stock,
     assert_same_bits,
@@ -18,6 +18,8 @@ from helpers.stepping import (
 from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.loss_scale import DynamicLossScale
 from kerasmp.optimizer import LossScaleOptimizer
+
+pytestmark = marks_on("jax", "oldest")
 
 X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
 Y = X[:, :1]

@@ -3,12 +3,14 @@
 import keras
 import numpy as np
 import pytest
-from helpers.marks import few
+from helpers.marks import few, marks_on
 from helpers.stepping import WAYS, assert_same_bits, each_of, numpy, tensors, variables_of
 from keras import ops
 
 from kerasmp.errors import LossScaleError
 from kerasmp.optimizer import LossScaleOptimizer
+
+pytestmark = marks_on("oldest")
 
 SCALED = [[64.0, -32.0], [8.0]]
 

@@ -3,10 +3,12 @@
 import keras
 import numpy as np
 import pytest
-from helpers.marks import full
+from helpers.marks import full, marks_on
 from helpers.networks import relu_after
 
 import kerasmp as mp
+
+pytestmark = marks_on("jax")
 
 layers = keras.layers
 
