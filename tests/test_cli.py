@@ -14,6 +14,8 @@ import pytest
 import kerasmp
 from kerasmp.demo import DemoSettings
 
+pytest.importorskip("typer")  # the full set names this file also where the demo is not installed
+
 ROOT = Path(__file__).parents[1]
 # Only with TensorFlow the demo's packages are installed, and its log is what is to be hidden.
 on_tensorflow = pytest.mark.backend("tensorflow")
