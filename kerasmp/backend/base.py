@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,7 +11,7 @@ import keras
 from keras import ops
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
 
@@ -39,6 +40,20 @@ class Weight:
     gradient: Tensor
     moments: tuple[Any, ...]
     decay: Tensor | None
+
+
+def in_parts(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
+    """Cut weights into parts, none larger than the largest variable: so much is scratch."""
+    sizes = [math.prod(weight.variable.shape) for weight in weights]
+    some: list[Weight] = []
+    size = 0
+    for weight, more in zip(weights, sizes, strict=True):
+        size += more
+        if some and size > max(sizes):
+            yield some
+            some, size = [], more
+        some.append(weight)
+    yield some
 
 
 class Backend(Protocol):
@@ -127,7 +142,8 @@ class Backend(Protocol):
         values: Sequence[Tensor],
         dtypes: Sequence[str],
         scale: Tensor,
-        least: float,  # noqa: ARG002 - for those that it saves work
+        *,
+        norm: bool,
     ) -> Tensor:
         """Return for each tensor whether all of it is finite once it is divided by the scale.
 
@@ -138,8 +154,7 @@ class Backend(Protocol):
             values: Tensors of any shape.
             dtypes: The dtype that each quotient must fit.
             scale: float32 scalar.
-            least: What the scale should be at least. One that is less may, but need not, make the
-                answer False.
+            norm: Whether the norm of all quotients must be finite, too.
 
         Returns:
             A bool vector.
@@ -149,7 +164,16 @@ class Backend(Protocol):
             ops.cast(x / ops.cast(scale, x.dtype), dtype)
             for x, dtype in zip(largest, dtypes, strict=True)
         ]
-        return ops.stack([ops.isfinite(x) for x in kept])
+        found = ops.stack([ops.isfinite(x) for x in kept])
+        return ops.logical_and(found, self.finite_norm(values, scale)) if norm else found
+
+    def finite_norm(self, values: Sequence[Tensor], scale: Tensor) -> Tensor:
+        """Return for each tensor whether its part of the norm of all quotients is finite.
+
+        Where all are, so is the norm: each is told to leave room for the others.
+        """
+        squares = [ops.sum(ops.square(self.quotient(v, scale))) for v in values]
+        return ops.stack([ops.isfinite(s * len(values)) for s in squares])
 
     # ---------------------------------------------------------------------------------- places
 

@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from kerasmp.backend.base import Backend, wide_dtype
+from kerasmp.backend.base import Backend, in_parts, wide_dtype
 from kerasmp.backend.keras_private import states_of
 from kerasmp.errors import BackendError, LossScaleError
 
@@ -87,7 +87,9 @@ class TensorFlow(Backend):
         """Return whether a gradient is a dense tensor, and there at all."""
         return isinstance(gradient, tf.Tensor)
 
-    def finite(self, values: Sequence[Any], dtypes: Sequence[str], scale: Any, least: float) -> Any:
+    def finite(
+        self, values: Sequence[Any], dtypes: Sequence[str], scale: Any, *, norm: bool
+    ) -> Any:
         """Return for each tensor whether all of it is finite once it is divided by the scale.
 
         A sum of squares is inf or NaN if one of its terms is, in one kernel, and for huge finite
@@ -98,14 +100,15 @@ class TensorFlow(Backend):
             quotients = (
                 tf.cast(self.quotient(v, scale), d) for v, d in zip(values, dtypes, strict=True)
             )
-            return tf.stack([tf.reduce_all(tf.math.is_finite(q)) for q in quotients])
+            found = tf.stack([tf.reduce_all(tf.math.is_finite(q)) for q in quotients])
+            return found & self.finite_norm(values, scale) if norm else found
 
         wide = all(dtype in {"float32", "float64"} for dtype in dtypes)
-        if _by_xla():
+        if _by_xla() and wide and not norm:
             # Which has a quick kernel for products, and a slow one for sums over a whole tensor.
             # What is finite stays so if it is divided by 1 or more.
-            return _finite_by_product(values, scale) if wide and least >= 1 else exactly()
-        if len(values) < FEW or not wide:
+            return tf.cond(scale >= 1, lambda: _finite_by_product(values, scale), exactly)
+        if _by_xla() or len(values) < FEW or not wide:
             return exactly()
         sums = [tf.cast(tf.nn.l2_loss(tf.cast(v, wide_dtype(v))), "float32") for v in values]
         clearly = tf.math.is_finite(tf.add_n(sums)) & (scale >= 1)
@@ -282,24 +285,20 @@ class TensorFlow(Backend):
         applied: Any,
     ) -> None:
         """Update variables and their moments as `keras.optimizers.Adam` does."""
+        if applied is None:
+            done: list[Any] = []
+            for some in in_parts(weights):
+                # Or a graph might have the quotients of all variables at a time.
+                with tf.control_dependencies(done):
+                    gradients = [self.quotient(w.gradient, divisor) for w in some]
+                done = [
+                    _adam(w, gradient, alpha, betas, epsilon)
+                    for w, gradient in zip(some, gradients, strict=True)
+                ]
+            return
         for weight in weights:
             variable, m, v = (each.value for each in (weight.variable, *weight.moments))
             gradient = self.quotient(weight.gradient, divisor)
-            if applied is None:
-                _shrink(variable, weight.decay)
-                tf.raw_ops.ResourceApplyAdam(
-                    var=variable.handle,
-                    m=m.handle,
-                    v=v.handle,
-                    beta1_power=0.0,  # `alpha` is corrected already
-                    beta2_power=0.0,
-                    lr=alpha,
-                    beta1=betas[0],
-                    beta2=betas[1],
-                    epsilon=epsilon,
-                    grad=gradient,
-                )
-                continue
             new_m = _assign_if(applied, m, m + (gradient - m) * (1 - betas[0]))
             new_v = _assign_if(applied, v, v + (tf.square(gradient) - v) * (1 - betas[1]))
             step = new_m * alpha / (tf.sqrt(new_v) + epsilon)
@@ -475,9 +474,9 @@ def _by_xla() -> bool:
 
 
 def _finite_by_product(values: Sequence[Any], scale: Any) -> Any:
-    """Return which tensors have no inf and no NaN: zero times these is NaN; none if `scale` < 1."""
+    """Return which tensors have no inf and no NaN: zero times these is NaN."""
     # That it is zero XLA must not know.
-    zero = tf.where(scale >= 1, tf.minimum(scale, 1.0) * 0.0, float("nan"))
+    zero = tf.minimum(scale, 1.0) * 0.0
     found = []
     for each in values:
         columns = (each.shape[-1] if each.shape.rank else 1) or 1  # none, or not known
@@ -496,6 +495,25 @@ def _factors(divisor: Any) -> tuple[Any, Any]:
     exponent = tf.bitwise.bitwise_and(tf.bitwise.right_shift(bits, 23), 255) - 127
     half = tf.bitcast(tf.bitwise.left_shift(127 - exponent // 2, 23), tf.float32)
     return half, 1.0 / (divisor * half)
+
+
+def _adam(
+    weight: Weight, gradient: Any, alpha: Any, betas: tuple[float, float], epsilon: float
+) -> Any:
+    variable, m, v = (each.value for each in (weight.variable, *weight.moments))
+    _shrink(variable, weight.decay)
+    return tf.raw_ops.ResourceApplyAdam(
+        var=variable.handle,
+        m=m.handle,
+        v=v.handle,
+        beta1_power=0.0,  # `alpha` is corrected already
+        beta2_power=0.0,
+        lr=alpha,
+        beta1=betas[0],
+        beta2=betas[1],
+        epsilon=epsilon,
+        grad=gradient,
+    )
 
 
 def _shrink(variable: Any, decay: Any) -> None:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kerasmp.backend.base import Backend
+from kerasmp.backend.base import Backend, in_parts
 from kerasmp.backend.keras_private import states_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from kerasmp.backend.base import Weight
 
@@ -70,12 +70,13 @@ class Torch(Backend):
         values: Sequence[Any],
         dtypes: Sequence[str],
         scale: Any,
-        least: float,  # noqa: ARG002 - nothing is saved by it
+        *,
+        norm: bool,
     ) -> Any:
         """Return for each tensor whether all of it is finite once it is divided by the scale."""
         plain = [v.detach() if v.numel() else v.new_zeros(1) for v in values]
         wide = [torch.promote_types(v.dtype, torch.float32) for v in plain]
-        if plain[0].is_cpu and "float16" not in dtypes:
+        if plain[0].is_cpu and "float16" not in dtypes and not norm:
             # A sum is inf or NaN if one of its terms is, in half the time; and for huge finite
             # ones too: then all numbers are looked at.
             sums = torch.stack([v.sum(dtype=dtype) for v, dtype in zip(plain, wide, strict=True)])
@@ -86,7 +87,8 @@ class Torch(Backend):
             (x.to(w) / scale).to(getattr(torch, dtype))
             for x, w, dtype in zip(largest, wide, dtypes, strict=True)
         ]
-        return torch.stack([torch.isfinite(x) for x in kept])
+        found = torch.stack([torch.isfinite(x) for x in kept])
+        return found & self.finite_norm(plain, scale) if norm else found
 
     def run_step(
         self,
@@ -108,12 +110,18 @@ class Torch(Backend):
                 update(step, None)
             advance(step, finite, applied)
 
+    def finite_norm(self, values: Sequence[Any], scale: Any) -> Any:
+        """Return for each tensor whether its part of the norm of all quotients is finite."""
+        squares = _squares(values, scale) * len(values)
+        wide = [torch.promote_types(v.dtype, torch.float32) for v in values]
+        return torch.stack(
+            [torch.isfinite(s.to(dtype)) for s, dtype in zip(squares, wide, strict=True)]
+        )
+
     @torch.no_grad()
     def squares(self, values: Sequence[Any], divisor: Any) -> Any:
         """Return the sum of the squares of all quotients, a float32 scalar."""
-        # In float64 no number that a scale has made large overflows when it is squared.
-        norms = [torch.linalg.vector_norm(v, dtype=torch.float64) for v in values]
-        return torch.square(torch.stack(norms) / divisor).sum().to(torch.float32)
+        return _squares(values, divisor).sum().to(torch.float32)
 
     @torch.no_grad()
     def adam(  # noqa: PLR0913, PLR0917 - what Adam is made of
@@ -129,7 +137,7 @@ class Torch(Backend):
         # Where torch divides the moments by what corrects them it places epsilon otherwise. After
         # so many steps it corrects nothing, and the step size is Keras's.
         never = torch.full((), 1e8, device=alpha.device)
-        for some in _chunks(weights):
+        for some in in_parts(weights):
             torch._fused_adam_(
                 _shrunk(some),
                 torch._foreach_div(_gradients(some), divisor),  # noqa: SLF001 - as Keras's own
@@ -157,7 +165,7 @@ class Torch(Backend):
         nesterov: bool,
     ) -> None:
         """Update variables as `keras.optimizers.SGD` does."""
-        for some in _chunks(weights):
+        for some in in_parts(weights):
             variables, steps = _shrunk(some), torch._foreach_mul(_gradients(some), -rate)  # noqa: SLF001 - as Keras's own
             moments = [w.moments[0].value for w in some if w.moments]
             if moments:
@@ -224,26 +232,19 @@ class Torch(Backend):
         return logs_after(logs, skipped)
 
 
+def _squares(values: Sequence[Any], divisor: Any) -> Any:
+    """Return for each tensor the sum of the squares of its quotients, in float64."""
+    # In which no number that a scale has made large overflows when it is squared.
+    norms = [torch.linalg.vector_norm(v, dtype=torch.float64) for v in values]
+    return torch.square(torch.stack(norms) / divisor)
+
+
 def _largest(tensors: list[Any]) -> list[Any]:
     """Return the largest absolute value in each tensor, NaN if there is one."""
     if tensors[0].is_cpu:  # where the norm takes four times as long
         return [torch.stack(torch.aminmax(x)).abs().amax() for x in tensors]
     # Torch's own optimizers are made of it, and there is no public name.
     return list(torch._foreach_norm(tensors, float("inf")))  # noqa: SLF001 - see above
-
-
-def _chunks(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
-    """Cut weights into parts, none larger than the largest tensor: so much is scratch."""
-    largest = max(weight.gradient.numel() for weight in weights)
-    some: list[Weight] = []
-    size = 0
-    for weight in weights:
-        size += weight.gradient.numel()
-        if some and size > largest:
-            yield some
-            some, size = [], weight.gradient.numel()
-        some.append(weight)
-    yield some
 
 
 def _gradients(weights: Sequence[Weight]) -> list[Any]:

@@ -91,9 +91,8 @@ class Fused:
         rate = ops.cast(inner.learning_rate, "float32")
         divisor = step.scale
         if inner.global_clipnorm:
-            # As Keras clips: NaN where the norm is not finite.
             norm = ops.sqrt(room.squares(step.grads, divisor))
-            divisor = divisor * ops.maximum(norm / inner.global_clipnorm, 1.0) + (norm - norm)
+            divisor = divisor * ops.maximum(norm / inner.global_clipnorm, 1.0)
         decay = rate * inner.weight_decay if inner.weight_decay else None
         weights = [
             Weight(v, g, moments(inner, v), decay if decays(inner, v) else None)

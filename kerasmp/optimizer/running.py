@@ -63,7 +63,10 @@ def taken(optimizer: LossScaleOptimizer, grads: Sequence[Any], variables: Sequen
         fused = None
     # A cast gives TensorFlow a tensor: the variable itself it would read for each gradient.
     scale = ops.ones(()) if unscaled else ops.cast(optimizer.dynamic_scale, "float32")
-    return Step(grads, variables, optimizer.places_of(variables), scale, unscaled, losses, fused)
+    inside = optimizers_in(optimizer.inner_optimizer)
+    clips = any(inner.clipnorm or inner.global_clipnorm for inner in inside)
+    places = optimizer.places_of(variables)
+    return Step(grads, variables, places, scale, unscaled, losses, clips, fused)
 
 
 def run(optimizer: LossScaleOptimizer, step: Step) -> None:
@@ -79,7 +82,7 @@ def run(optimizer: LossScaleOptimizer, step: Step) -> None:
     def advance(step: Step, finite: Any, applied: bool) -> None:  # noqa: FBT001 - a callback
         _advance(optimizer, step, finite, applied=applied)
 
-    finite = finite_gradients(step, optimizer.schedule.min_scale)
+    finite = finite_gradients(step)
     room.run_step(step, finite, update, advance, fused=step.fused is not None)
 
 
@@ -99,7 +102,7 @@ def pure(
         touched: All variables that a step may change.
         values: Their values.
     """
-    finite = finite_gradients(step, optimizer.schedule.min_scale)
+    finite = finite_gradients(step)
 
     def values_after(*, applied: bool) -> Callable[[], list[Any]]:
         def take() -> list[Any]:

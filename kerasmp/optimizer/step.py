@@ -33,6 +33,7 @@ class Step:
         scale: What the gradients are to be divided by, a float32 scalar.
         unscaled: Whether they are those of the unscaled loss already; `scale` is 1 then.
         losses: The losses, as far as they are known; any that is not finite is to blame.
+        clips: Whether the gradients are clipped by a norm, which must be finite then.
         fused: The inner optimizer's update, where it has one in a kernel for each variable.
     """
 
@@ -42,6 +43,7 @@ class Step:
     scale: Any
     unscaled: bool
     losses: Sequence[Any]
+    clips: bool
     fused: Fused | None
 
 
@@ -66,16 +68,15 @@ def unscale(step: Step) -> list[Any]:
     return [divided(g, v, step.scale) for g, v in zip(step.grads, step.variables, strict=True)]
 
 
-def finite_gradients(step: Step, least: float) -> Any:
+def finite_gradients(step: Step) -> Any:
     """Return a bool vector, for each gradient (None left out) whether all of it is finite.
 
     As the variables will see them: divided by the scale, which one below 1, or one of 0 that a
     checkpoint brought, makes infinite; and in the dtype of a float16 variable, which ends at 65504.
     What is a new value and no gradient is looked at in the same way, though it is not divided.
 
-    Args:
-        step: The step.
-        least: The smallest scale of the schedule.
+    Where they are clipped by their norm, one that is too large to be squared is not finite either:
+    of an infinite norm Keras makes NaN, or zeros.
     """
     room = backend.current()
     pairs = [(g, v) for g, v in zip(step.grads, step.variables, strict=True) if g is not None]
@@ -84,7 +85,7 @@ def finite_gradients(step: Step, least: float) -> Any:
     values = [room.dense_values(g) for g, _ in pairs]
     kept = [keras.backend.standardize_dtype(v.dtype) for _, v in pairs]
     dtypes = [k if k == "float16" else wide_dtype(g) for g, k in zip(values, kept, strict=True)]
-    return room.finite(values, dtypes, step.scale, 1.0 if step.unscaled else least)
+    return room.finite(values, dtypes, step.scale, norm=step.clips)
 
 
 def next_state(

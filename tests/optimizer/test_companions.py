@@ -168,3 +168,23 @@ def test_the_clipped_gradient_is_the_unscaled_one(step):
         optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0, **settings), loss_scale=SCALE)
         step(optimizer, tensors([0.5 * SCALE, 0.0]), variables)
         assert numpy(variables)[0].tolist() == [-0.5, 0.0]
+
+
+@every_way
+@pytest.mark.parametrize("fused", [True, full(False)])
+@pytest.mark.parametrize("settings", [full({"clipnorm": 1.0}), {"global_clipnorm": 1.0}])
+def test_where_the_norm_to_clip_by_is_infinite_the_step_is_skipped(step, settings, fused):
+    """Of finite gradients, whose squares are not; Keras makes NaN of them, or zeros."""
+    variables = variables_of([0.0, 0.0], [0.0])
+    optimizer = LossScaleOptimizer(
+        keras.optimizers.SGD(1.0, **settings), loss_scale=SCALE, fused=fused
+    )
+    parts = [1.5e19], [1.5e19]  # each has a finite square, together they have none
+    for grads, counts in (([1e25], [0.0]), [1, 0]), (parts, [2, 1]):
+        padded = np.array([*grads[0], 0.0]) * SCALE, np.array(grads[1]) * SCALE
+        step(optimizer, tensors(*padded), variables)
+        assert optimizer.nonfinite_counts.tolist() == counts
+    assert [value.tolist() for value in numpy(variables)] == [[0.0, 0.0], [0.0]]
+    step(optimizer, tensors([3e18 * SCALE, 4e18 * SCALE], [0.0]), variables)
+    assert optimizer.applied_steps == 1
+    np.testing.assert_allclose(numpy(variables)[0], [-0.6, -0.8], rtol=1e-6)

@@ -60,3 +60,24 @@ def test_torch_holds_no_more_than_the_largest_tensor(make):
     ]
     assert len(taken) > len(SHAPES)
     assert max(np.cumsum(taken)) < 1.1 * LARGEST
+
+
+@pytest.mark.backend("tensorflow")
+def test_tensorflow_divides_no_gradient_before_the_last_large_one_is_applied():
+    import tensorflow as tf
+
+    optimizer = mp.LossScaleOptimizer(keras.optimizers.Adam(1e-3))
+    variables, grads = started(optimizer)
+    step = tf.function(lambda: optimizer.apply(grads, variables)).get_concrete_function()
+    functions = step.graph.as_graph_def().library.function
+    (applying,) = (f for f in functions if any(n.op == "ResourceApplyAdam" for n in f.node_def))
+    nodes = {node.name: node for node in applying.node_def}
+    updates = [node for node in nodes.values() if node.op == "ResourceApplyAdam"]
+    waits = [
+        {name[1:] for name in nodes[update.input[-1].split(":")[0]].input if name[0] == "^"}
+        for update in updates
+    ]
+    large = len([shape for shape in SHAPES if len(shape) > 1])
+    assert len(updates) == len(SHAPES)
+    pairs = zip(updates[:large], waits[1 : large + 1], strict=True)
+    assert all(update.name in wait for update, wait in pairs)
