@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -42,17 +41,17 @@ class Weight:
     decay: Tensor | None
 
 
-def in_parts(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
-    """Cut weights into parts, none larger than the largest variable: so much is scratch."""
-    sizes = [math.prod(weight.variable.shape) for weight in weights]
-    some: list[Weight] = []
+def in_parts(items: Sequence[Any], sizes: Sequence[int]) -> Iterator[list[Any]]:
+    """Cut items into parts, none larger than the largest item: so much is scratch."""
+    largest = max(sizes)
+    some: list[Any] = []
     size = 0
-    for weight, more in zip(weights, sizes, strict=True):
+    for item, more in zip(items, sizes, strict=True):
         size += more
-        if some and size > max(sizes):
+        if some and size > largest:
             yield some
             some, size = [], more
-        some.append(weight)
+        some.append(item)
     yield some
 
 
@@ -159,6 +158,8 @@ class Backend(Protocol):
         Returns:
             A bool vector.
         """
+        if norm and "float16" not in dtypes:
+            return self.finite_norm(values, scale)
         largest = [ops.cast(ops.max(ops.abs(v), initial=0), wide_dtype(v)) for v in values]
         kept = [
             ops.cast(x / ops.cast(scale, x.dtype), dtype)

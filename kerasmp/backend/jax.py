@@ -45,6 +45,18 @@ class Jax(Backend):
         one = jnp.ones((), values.dtype)
         return values * jnp.ldexp(one, -half) * (1 / jnp.ldexp(part, exponent - half))
 
+    def finite_norm(self, values: Sequence[Any], scale: Any) -> Any:
+        """Return for each tensor whether its part of the norm of all quotients is finite."""
+
+        def exactly() -> Any:
+            return super(Jax, self).finite_norm(values, scale)
+
+        # XLA squares and adds in one pass, but writes what is divided before to memory.
+        squares = [jnp.sum(jnp.square(v.astype(wide_dtype(v)))) for v in values]
+        room = jnp.stack([jnp.isfinite(s * len(values)) for s in squares])
+        clearly = jnp.all(room) & (scale >= 1)
+        return jax.lax.cond(clearly, lambda: room, exactly)
+
     def place(self) -> tuple[Any, Any]:
         """Return what tells this replica and this trace from others; eager code has its own."""
         return None, get_opaque_trace_state(convention="flax")

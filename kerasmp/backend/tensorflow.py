@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 import re
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -287,7 +288,8 @@ class TensorFlow(Backend):
         """Update variables and their moments as `keras.optimizers.Adam` does."""
         if applied is None:
             done: list[Any] = []
-            for some in in_parts(weights):
+            sizes = [math.prod(weight.variable.shape) for weight in weights]
+            for some in in_parts(weights, sizes):
                 # Or a graph might have the quotients of all variables at a time.
                 with tf.control_dependencies(done):
                     gradients = [self.quotient(w.gradient, divisor) for w in some]

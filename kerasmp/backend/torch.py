@@ -11,7 +11,7 @@ from kerasmp.backend.base import Backend, in_parts
 from kerasmp.backend.keras_private import states_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from kerasmp.backend.base import Weight
 
@@ -19,6 +19,9 @@ MIXED_DTYPES = re.compile(
     r"to have the same dtype, but got|expected scalar type (Half|BFloat16|Float) but found"
     r"|Input type \(.*\) and (weight|bias) type \(.*\) should be the same"
 )
+
+# So many numbers stay in the cache of a CPU from one kernel of an update to the next.
+_IN_CACHE = 2**18
 
 
 class Torch(Backend):
@@ -137,14 +140,14 @@ class Torch(Backend):
         # Where torch divides the moments by what corrects them it places epsilon otherwise. After
         # so many steps it corrects nothing, and the step size is Keras's.
         never = torch.full((), 1e8, device=alpha.device)
-        for some in in_parts(weights):
+        for variables, gradients, ms, vs in _parts(weights):
             torch._fused_adam_(
-                _shrunk(some),
-                torch._foreach_div(_gradients(some), divisor),  # noqa: SLF001 - as Keras's own
-                [w.moments[0].value for w in some],
-                [w.moments[1].value for w in some],
+                variables,
+                torch._foreach_div(gradients, divisor),  # noqa: SLF001 - as Keras's own
+                ms,
+                vs,
                 [],
-                [never] * len(some),
+                [never] * len(variables),
                 lr=alpha,
                 beta1=betas[0],
                 beta2=betas[1],
@@ -165,15 +168,19 @@ class Torch(Backend):
         nesterov: bool,
     ) -> None:
         """Update variables as `keras.optimizers.SGD` does."""
-        for some in in_parts(weights):
-            variables, steps = _shrunk(some), torch._foreach_mul(_gradients(some), -rate)  # noqa: SLF001 - as Keras's own
-            moments = [w.moments[0].value for w in some if w.moments]
-            if moments:
-                torch._foreach_mul_(moments, momentum)
-                torch._foreach_add_(moments, steps)
+        # A CPU has the number at hand, and saves a pass. From a GPU it would have to be read.
+        number = None if nesterov or not rate.is_cpu else -float(rate)
+        for variables, gradients, *moments in _parts(weights):
+            steps = gradients if number else torch._foreach_mul(gradients, -rate)  # noqa: SLF001 - as Keras's own
+            for ms in moments:
+                torch._foreach_mul_(ms, momentum)
+                torch._foreach_add_(ms, steps, alpha=number or 1)
                 if nesterov:
-                    torch._foreach_add_(steps, moments, alpha=momentum)
-            torch._foreach_add_(variables, steps if nesterov or not moments else moments)
+                    torch._foreach_add_(steps, ms, alpha=momentum)
+            if nesterov or not moments:
+                torch._foreach_add_(variables, steps, alpha=number or 1)
+            else:
+                torch._foreach_add_(variables, moments[0])
             del steps  # before there are those of the next
 
     def start_as(self, variable: Any, other: Any) -> None:
@@ -247,16 +254,29 @@ def _largest(tensors: list[Any]) -> list[Any]:
     return list(torch._foreach_norm(tensors, float("inf")))  # noqa: SLF001 - see above
 
 
-def _gradients(weights: Sequence[Weight]) -> list[Any]:
-    return [weight.gradient.detach().to(torch.float32).contiguous() for weight in weights]
+def _parts(weights: Sequence[Weight]) -> Iterator[Sequence[list[Any]]]:
+    """Yield, for one part of all weights after the other, what their update is made of.
 
-
-def _shrunk(weights: Sequence[Weight]) -> list[Any]:
-    """Return the tensors of the variables, after those that decay have."""
+    Returns:
+        Lists of variables, of gradients and of each moment. A variable that decays has done so.
+    """
     for weight in weights:
         if weight.decay is not None:
             weight.variable.value.mul_(1 - weight.decay)
-    return [weight.variable.value for weight in weights]
+    rows = [(w.variable.value, w.gradient, *(m.value for m in w.moments)) for w in weights]
+    if rows[0][0].is_cpu:
+        rows = [piece for row in rows for piece in _pieces(row)]
+    for part in in_parts(rows, [row[0].numel() for row in rows]):
+        variables, gradients, *moments = (list(column) for column in zip(*part, strict=True))
+        yield [variables, [g.to(torch.float32).contiguous() for g in gradients], *moments]
+
+
+def _pieces(row: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Cut the tensors of a large weight, but where its gradient has other strides."""
+    if row[1].numel() <= _IN_CACHE or not row[1].is_contiguous():
+        yield row
+        return
+    yield from zip(*(tensor.view(-1).split(_IN_CACHE) for tensor in row), strict=True)
 
 
 def _generators() -> list[Any]:
