@@ -16,7 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the tests hold the same hazards
 
 import keras
-from helpers import gradients, numerics_page, precision
+from helpers import gradients, measurements, numerics_page, precision
 from helpers.hazards import HAZARDS
 
 NAMES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "torch"}
@@ -63,7 +63,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page-only", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
-    data = numerics_page.read()
+    data = measurements.read(numerics_page.DATA)
     if not arguments.page_only:
         rows = []
         for hazard in HAZARDS:
@@ -79,7 +79,7 @@ def main():
             "least": precision.LEAST,
             "rows": rows,
         }
-    numerics_page.write(data)
+    measurements.write(numerics_page.DATA, data, numerics_page.page(data))
 
 
 if __name__ == "__main__":

@@ -3,22 +3,11 @@
 All layers compute in float32, so that nothing differs but the scaling. Networks: an MLP of 82
 variables and a CNN of 150 (both bound by the number of kernels, the worst case), and a transformer
 of 20 million parameters.
-
-    KERAS_BACKEND=tensorflow python benchmarks/overhead.py --jit no
-    KERAS_BACKEND=tensorflow python benchmarks/overhead.py --jit yes
-    KERAS_BACKEND=jax python benchmarks/overhead.py
 """
 
-import argparse
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-import interleaved
 import keras
 import numpy as np
-
-import kerasmp as mp
+from update import OPTIMIZERS
 
 
 def mlp():
@@ -60,45 +49,38 @@ def momentum():
 
 # Network, shape of an input, number of words (None: floats), batch, steps in a round, optimizer.
 NETWORKS = {
-    "mlp": (mlp, (32,), None, 32, 80, adam),
-    "cnn": (cnn, (8, 8, 8), None, 8, 30, momentum),
-    "transformer": (transformer, (32,), 2000, 4, 6, adam),
+    "mlp": (mlp, (32,), None, 32, 20, adam),
+    "long mlp": (mlp, (32,), None, 32, 200, adam),
+    "cnn": (cnn, (8, 8, 8), None, 8, 10, momentum),
+    "transformer": (transformer, (32,), 2000, 4, 3, adam),
 }
+NAMES = ("mlp", "cnn", "transformer")
 
 
-def variants(name, jit):
-    """Return what is compared: a name, and a function that trains for a round."""
+def fitting(name, jit, optimizer, turn=lambda model: model, callbacks=()):
+    """Return a function that trains a network for a round of steps.
+
+    Args:
+        name: Of the network.
+        jit: Whether it is compiled.
+        optimizer: Takes the network's optimizer and returns the one to train with.
+        turn: Takes the model and returns the one to train.
+        callbacks: For `fit`.
+    """
     build, shape, words, batch, steps, inner = NETWORKS[name]
     rng = np.random.default_rng(0)
     size = (batch * steps, *shape)
     x = rng.integers(0, words, size) if words else rng.normal(size=size).astype("float32")
     y = rng.integers(0, 10, size=len(x))
-
-    def fitting(optimizer):
-        keras.utils.set_random_seed(0)
-        model = build()
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(optimizer, loss, jit_compile=jit)
-        return lambda: model.fit(x, y, batch_size=batch, shuffle=False, verbose=0)
-
-    return {
-        "plain": fitting(inner()),
-        "stock LossScaleOptimizer": fitting(keras.optimizers.LossScaleOptimizer(inner())),
-        "kerasmp LossScaleOptimizer": fitting(mp.LossScaleOptimizer(inner())),
-    }
+    keras.utils.set_random_seed(0)
+    model = turn(build())
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer(inner()), loss, jit_compile=jit)
+    return lambda: model.fit(
+        x, y, batch_size=batch, shuffle=False, verbose=0, callbacks=list(callbacks)
+    )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("networks", nargs="*", help=f"of {', '.join(NETWORKS)}; default all")
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--jit", choices=["no", "yes"], default="no")
-    arguments = parser.parse_args()
-    jit = arguments.jit == "yes" or keras.backend.backend() == "jax"
-    for name in arguments.networks or NETWORKS:
-        times = interleaved.measure(variants(name, jit), arguments.rounds)
-        interleaved.report(f"{name}{', jit' if jit else ''}", times)
-
-
-if __name__ == "__main__":
-    main()
+def variants(name, jit):
+    """Return what is compared, by name, and nothing that was counted."""
+    return {label: fitting(name, jit, wrap) for label, wrap in OPTIMIZERS.items()}, {}

@@ -2,22 +2,15 @@
 
 An embedding of 1,000,000 x 64, SGD, 128 rows a step; plain SGD, stock Keras's wrapper, and ours; in
 `fit`, and in a bare loop.
-
-    KERAS_BACKEND=tensorflow python benchmarks/sparse.py
 """
 
-import argparse
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-import interleaved
 import keras
 import numpy as np
 import tensorflow as tf
+from update import OPTIMIZERS
 
-import kerasmp as mp
-
+ROWS = 1_000_000
+STEPS = 40
 BATCH = 128
 
 
@@ -33,24 +26,24 @@ class Rows(keras.layers.Embedding):
         return tf.gather(self.embeddings.value, ids)
 
 
-def fitting(optimizer, rows, steps):
-    """Return a function that takes `steps` steps in `fit`."""
+def fitting(optimizer):
+    """Return a function that takes a round of steps in `fit`."""
     keras.utils.set_random_seed(0)
-    layers = [keras.Input((1,), dtype="int32"), Rows(rows, 64), keras.layers.Flatten()]
+    layers = [keras.Input((1,), dtype="int32"), Rows(ROWS, 64), keras.layers.Flatten()]
     model = keras.Sequential(layers)
     model.compile(optimizer, "mse", jit_compile=False)
-    x = np.random.default_rng(0).integers(0, rows, size=(BATCH * steps, 1))
+    x = np.random.default_rng(0).integers(0, ROWS, size=(BATCH * STEPS, 1))
     y = np.ones((len(x), 64), "float32")
     return lambda: model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0)
 
 
-def looping(optimizer, rows, steps):
-    """Return a function that takes `steps` steps in a bare loop, the least that a step can be."""
+def looping(optimizer):
+    """Return a function that takes a round of steps in a bare loop: the least a step can be."""
     keras.utils.set_random_seed(0)
-    embedding = Rows(rows, 64)
+    embedding = Rows(ROWS, 64)
     embedding.build()
     optimizer.build(embedding.trainable_variables)
-    ids = tf.constant(np.random.default_rng(0).integers(0, rows, size=(steps, BATCH)), "int32")
+    ids = tf.constant(np.random.default_rng(0).integers(0, ROWS, size=(STEPS, BATCH)), "int32")
 
     @tf.function
     def step(ids):
@@ -66,30 +59,12 @@ def looping(optimizer, rows, steps):
     return train
 
 
-def optimizers():
-    """Return what is compared: a name, and an optimizer."""
-    sgd = keras.optimizers.SGD
+NAMES = {"fit": fitting, "bare loop": looping}
+
+
+def variants(name, _):
+    """Return what is compared, by name, and nothing that was counted."""
+    training = NAMES[name]
     return {
-        "plain": sgd(0.1),
-        "stock LossScaleOptimizer": keras.optimizers.LossScaleOptimizer(sgd(0.1)),
-        "kerasmp LossScaleOptimizer": mp.LossScaleOptimizer(sgd(0.1)),
-    }
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    arguments = parser.parse_args()
-    for training in (fitting, looping):
-        compared = {
-            name: training(optimizer, arguments.rows, arguments.steps)
-            for name, optimizer in optimizers().items()
-        }
-        times = interleaved.measure(compared, arguments.rounds)
-        interleaved.report(f"embedding of {arguments.rows:,} x 64, {training.__name__}", times)
-
-
-if __name__ == "__main__":
-    main()
+        label: training(wrap(keras.optimizers.SGD(0.1))) for label, wrap in OPTIMIZERS.items()
+    }, {}

@@ -1,19 +1,12 @@
-"""What the optimizer's update alone takes: plain, in stock Keras's wrapper, and in ours.
+"""What the optimizer's update alone takes: plain, in stock Keras's wrapper, in ours, and at peers.
 
 Of 66 variables with 25 million values and the same gradients. Beside the times stand counts, which
-do not move: operations of TensorFlow's graph, and bytes that XLA moves and holds on JAX. On torch
-the first is torch's own fused Adam under `torch.amp.GradScaler`; all get copies of the gradients,
-since GradScaler changes those that it is given.
-
-    KERAS_BACKEND=tensorflow python benchmarks/update.py adam [--jit yes]
-    KERAS_BACKEND=jax python benchmarks/update.py momentum
-    KERAS_BACKEND=torch python benchmarks/update.py adam
+do not move: operations of TensorFlow's graph, and bytes that XLA moves and holds on JAX. Peers are
+torch's own Adam with `torch.amp.GradScaler`, and on JAX, where they are installed, `optax.adam`
+alone, with jmp and with flax's DynamicScale, as their documentation shows it.
 """
 
-import argparse
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+import importlib.util
 
 import interleaved
 import keras
@@ -27,6 +20,31 @@ INNER = {
     "clipped": lambda: keras.optimizers.Adam(1e-3, global_clipnorm=1.0),
     "momentum": lambda: keras.optimizers.SGD(1e-3, momentum=0.9),
 }
+OPTIMIZERS = {
+    "plain": lambda inner: inner,
+    interleaved.AGAIN: lambda inner: inner,
+    "stock": keras.optimizers.LossScaleOptimizer,
+    "kerasmp": mp.LossScaleOptimizer,
+}
+
+
+def variants(name, jit):
+    """Return what is compared and what was counted, by name: functions, and dicts of numbers."""
+    backend = keras.backend.backend()
+    stepping = {"tensorflow": on_tensorflow, "jax": on_jax, "torch": on_torch}[backend]
+    compared, counts = {}, {}
+    for label, wrap in OPTIMIZERS.items():
+        compared[label], counts[label] = stepping(wrap(INNER[name]()), jit)
+    if name == "adam" and backend == "torch":
+        # What torch's users have, and what ours is to be compared to.
+        own = {"GradScaler": True, interleaved.AGAIN: True, "no scaling": False}
+        compared = {label: torchs_own(scaled=scaled) for label, scaled in own.items()} | {
+            label: run for label, run in compared.items() if label != interleaved.AGAIN
+        }
+    if name == "adam" and backend == "jax":
+        for label, (step, state) in around_optax().items():
+            compared[label], counts[label] = compiled(step, state)
+    return compared, counts
 
 
 def gradients():
@@ -52,77 +70,132 @@ def on_tensorflow(optimizer, jit):
 
     graph = step.get_concrete_function(grads).graph.as_graph_def()
     nodes = len(graph.node) + sum(len(f.node_def) for f in graph.library.function)
-    return (lambda: step(grads).numpy()), f"{nodes} operations"
+    # XLA makes of them what it likes.
+    return (lambda: step(grads).numpy()), {} if jit else {"operations": nodes}
 
 
 def on_jax(optimizer, _):
+    variables = built(optimizer)
+
+    def step(state, grads):
+        weights, slots = optimizer.stateless_apply(state[1], grads, state[0])
+        return list(weights), list(slots)
+
+    return compiled(step, ([v.value for v in variables], [v.value for v in optimizer.variables]))
+
+
+def compiled(step, state):
+    """Return a function that takes the step from state to state, and what XLA says of it."""
     import jax
 
-    variables, grads = built(optimizer), [jax.numpy.asarray(g) for g in gradients()]
-    state = [[v.value for v in variables], [v.value for v in optimizer.variables]]
-    step = jax.jit(
-        lambda weights, slots, grads: optimizer.stateless_apply(slots, grads, weights),
-        donate_argnums=(0, 1),
-    )
-    compiled = step.lower(*state, grads).compile()
-    moved = compiled.cost_analysis()["bytes accessed"] / 1e6
-    held = compiled.memory_analysis().temp_size_in_bytes / 1e6
+    grads = [jax.numpy.asarray(g) for g in gradients()]
+    step = jax.jit(step, donate_argnums=0).lower(state, grads).compile()
+    held = [state]
 
     def run():
-        state[:] = jax.block_until_ready(compiled(*state, grads))
+        held[0] = jax.block_until_ready(step(held[0], grads))
 
-    return run, f"{moved:.0f} MB moved, {held:.1f} MB held"
+    moved = round(step.cost_analysis()["bytes accessed"] / 1e6)
+    scratch = round(step.memory_analysis().temp_size_in_bytes / 1e6, 1)
+    return run, {"MB moved": moved, "MB held": scratch}
+
+
+def around_optax():
+    """Return steps of optax's Adam, and their states: alone, with jmp, with flax's DynamicScale."""
+    if importlib.util.find_spec("optax") is None:
+        return {}
+    import jax
+    import optax
+    from jax import numpy as jnp
+
+    adam = optax.adam(1e-3)
+
+    def update(weights, slots, grads):
+        change, slots = adam.update(grads, slots, weights)
+        return optax.apply_updates(weights, change), slots
+
+    def start():
+        weights = [jnp.zeros(shape) for shape in SHAPES]
+        return weights, adam.init(weights)
+
+    def unscaled(state, grads):
+        return update(*state, grads)
+
+    found = {"optax": (unscaled, start())}
+    if importlib.util.find_spec("jmp") is not None:
+        import jmp
+
+        def with_jmp(state, grads):
+            before, *values = state
+            scale = jmp.DynamicLossScale(*values)
+            grads = scale.unscale(grads)
+            finite = jmp.all_finite(grads)
+            after = jmp.select_tree(finite, update(*before, grads), before)
+            scale = scale.adjust(finite)
+            return after, scale.loss_scale, scale.counter
+
+        # Its values: where JAX puts descriptions in their place, to lower a function, it fails.
+        found["optax, jmp"] = with_jmp, (start(), jnp.float32(2.0**15), jnp.int32(0))
+    if importlib.util.find_spec("flax") is not None:
+        from flax.training.dynamic_scale import DynamicScale
+
+        def with_flax(state, grads):
+            before, scale = state
+            # It differentiates by itself: the gradient of this sum is what it scales and unscales.
+            gradient_of = scale.value_and_grad(
+                lambda weights: sum(map(jnp.vdot, jax.tree.leaves(weights), grads))
+            )
+            scale, finite, _, grads = gradient_of(before[0])
+            after = update(*before, grads)
+            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before), scale
+
+        found["optax, flax"] = with_flax, (start(), DynamicScale())
+    return found
 
 
 def on_torch(optimizer, _):
     import torch
 
-    variables, grads = built(optimizer), [torch.tensor(g) for g in gradients()]
+    variables = built(optimizer)
+    grads = [torch.tensor(g, device=variables[0].value.device) for g in gradients()]
+
+    copies = [None] * len(grads)
 
     def run():
+        # GradScaler changes the gradients that it is given: all get copies, which stay as long.
+        for i, gradient in enumerate(grads):
+            copies[i] = gradient.clone()
         with torch.no_grad():
-            optimizer.apply([g.clone() for g in grads], variables)
+            optimizer.apply(copies, variables)
+        finish()
 
-    return run, ""
+    return run, {}
 
 
-def torchs_own():
+def torchs_own(*, scaled):
+    """Return the step of torch's fused Adam, with its GradScaler or alone."""
     import torch
 
-    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
-    grads = [torch.tensor(g) for g in gradients()]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in SHAPES]
+    grads = [torch.tensor(g, device=device) for g in gradients()]
     optimizer = torch.optim.Adam(weights, 1e-3, fused=True)
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(torch.zeros(()))
+    scaler = torch.amp.GradScaler(device, enabled=scaled)
+    scaler.scale(torch.zeros((), device=device))
 
     def run():
         for weight, gradient in zip(weights, grads, strict=True):
             weight.grad = gradient.clone()
         scaler.step(optimizer)
         scaler.update()
+        finish()
 
     return run
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("optimizer", choices=INNER)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--jit", choices=["no", "yes"], default="no")
-    arguments = parser.parse_args()
-    inner, backend = INNER[arguments.optimizer], keras.backend.backend()
-    stepping = {"tensorflow": on_tensorflow, "jax": on_jax, "torch": on_torch}[backend]
-    own = backend == "torch" and arguments.optimizer == "adam"
-    compared = {"torch's fused Adam, GradScaler": torchs_own()} if own else {}
-    for name, optimizer in {
-        "plain": inner(),
-        "stock LossScaleOptimizer": keras.optimizers.LossScaleOptimizer(inner()),
-        "kerasmp LossScaleOptimizer": mp.LossScaleOptimizer(inner()),
-    }.items():
-        compared[name], counts = stepping(optimizer, arguments.jit == "yes")
-        print(f"{name}: {counts}")
-    interleaved.report(arguments.optimizer, interleaved.measure(compared, arguments.rounds))
+def finish():
+    """Wait for what a GPU has been given."""
+    import torch
 
-
-if __name__ == "__main__":
-    main()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

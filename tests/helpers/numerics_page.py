@@ -1,11 +1,10 @@
 """docs/numerics.md, made from what benchmarks/numerics.py has measured. Needs no framework."""
 
-import json
 import math
-from pathlib import Path
 
-DOCS = Path(__file__).parents[2] / "docs"
-PAGE, DATA = DOCS / "numerics.md", DOCS / "numerics.json"
+from helpers import measurements
+
+DATA = measurements.DOCS / "numerics.json"
 WAYS = {
     "graph": "TensorFlow, graph",
     "xla": "TensorFlow, XLA",
@@ -53,27 +52,6 @@ To measure again, for each backend that you have:
 KERAS_BACKEND=tensorflow python benchmarks/numerics.py
 ```
 """
-
-
-def read():
-    """Return what is measured, by backend."""
-    return json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {}
-
-
-def write(data):
-    """Keep what is measured, and make the page from it."""
-    DATA.write_text(_compact(data), encoding="utf-8")
-    PAGE.write_text(page(data), encoding="utf-8")
-
-
-def _compact(data):
-    """Return JSON with a line for each row, so that a change shows as the lines that changed."""
-    parts = []
-    for backend, entry in sorted(data.items()):
-        head = {key: value for key, value in entry.items() if key != "rows"}
-        rows = ",\n".join("   " + json.dumps(row) for row in entry["rows"])
-        parts.append(f'  "{backend}": {json.dumps(head)[:-1]}, "rows": [\n{rows}\n  ]}}')
-    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def page(data):

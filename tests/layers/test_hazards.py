@@ -2,7 +2,7 @@
 
 import keras
 import pytest
-from helpers import gradients, numerics_page
+from helpers import gradients, measurements, numerics_page
 from helpers.hazards import BY_NAME, HAZARDS
 from helpers.marks import few
 from helpers.precision import Measured
@@ -42,7 +42,7 @@ WITHOUT = {
 
 def recorded():
     """Return the hazards and ways in which stock Keras was found far off, with the tensors."""
-    entry = numerics_page.read().get(keras.backend.backend(), {"rows": []})
+    entry = measurements.read(numerics_page.DATA).get(keras.backend.backend(), {"rows": []})
     far = {}
     for row in entry["rows"]:
         if row["inputs"] == numerics_page.HAZARD and numerics_page.ratio(row, "stock") > FAR:

@@ -1,0 +1,27 @@
+"""What a page of docs/ is made from: JSON beside it, by backend. Needs no framework."""
+
+import json
+from pathlib import Path
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def read(path):
+    """Return what is measured, by backend."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def write(path, data, page):
+    """Keep what is measured, and the page that was made from it."""
+    path.write_text(compact(data), encoding="utf-8")
+    path.with_suffix(".md").write_text(page, encoding="utf-8")
+
+
+def compact(data):
+    """Return JSON with a line for each row, so that a change shows as the lines that changed."""
+    parts = []
+    for backend, entry in sorted(data.items()):
+        head = {key: value for key, value in entry.items() if key != "rows"}
+        rows = ",\n".join("   " + json.dumps(row) for row in entry["rows"])
+        parts.append(f'  "{backend}": {json.dumps(head)[:-1]}, "rows": [\n{rows}\n  ]}}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
