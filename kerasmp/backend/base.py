@@ -136,6 +136,10 @@ class Backend(Protocol):
         """Return whether a gradient and its variable lie in memory as fused kernels expect."""
         return False
 
+    def updates_apart(self) -> bool:
+        """Return whether Keras may update some variables of a step, and fused kernels others."""
+        return True
+
     def finite(
         self,
         values: Sequence[Tensor],

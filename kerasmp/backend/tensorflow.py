@@ -88,6 +88,10 @@ class TensorFlow(Backend):
         """Return whether a gradient is a dense tensor, and there at all."""
         return isinstance(gradient, tf.Tensor)
 
+    def updates_apart(self) -> bool:
+        """Return whether Keras may update some variables of a step, and fused kernels others."""
+        return not _by_xla()  # where fused updates run in no branch
+
     def finite(
         self, values: Sequence[Any], dtypes: Sequence[str], scale: Any, *, norm: bool
     ) -> Any:

@@ -13,6 +13,7 @@ from kerasmp import backend
 from kerasmp.backend.base import Weight, wide_dtype
 from kerasmp.backend.keras_private import decays, moments
 from kerasmp.loss_scale import FixedLossScale
+from kerasmp.optimizer.unscaled import divided
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,9 +43,11 @@ class Fused:
 
     Attributes:
         inner: The optimizer.
+        takes: For each variable of a step, whether it has such an update; Keras's own takes others.
     """
 
     inner: Any
+    takes: tuple[bool, ...] = ()
 
     @classmethod
     def of(cls, inner: Any, schedule: LossScale) -> Fused | None:
@@ -57,8 +60,8 @@ class Fused:
         known = type(inner) in _classes() and _largest_of(schedule) <= LARGEST_SCALE
         return cls(inner) if backend.current().FUSED and known else None
 
-    def suits(self, grads: Sequence[Any], variables: Sequence[Any]) -> bool:
-        """Return whether the optimizer would do to these nothing but what the update does.
+    def suited(self, grads: Sequence[Any], variables: Sequence[Any]) -> Fused | None:
+        """Return the update for these, or None if the optimizer would do more to them, or other.
 
         Args:
             grads: The gradients, one or None for each variable.
@@ -66,24 +69,20 @@ class Fused:
         """
         inner = self.inner
         room = backend.current()
-        return (
-            room.is_one_replica()
-            and not (inner.use_ema or inner.gradient_accumulation_steps or inner.clipnorm)
-            and not (inner.clipvalue or getattr(inner, "amsgrad", False))
+        if (
+            not room.is_one_replica()
+            or (inner.use_ema or inner.gradient_accumulation_steps or inner.clipnorm)
+            or (inner.clipvalue or getattr(inner, "amsgrad", False))
             # A method that was put into this one object.
-            and not any(callable(getattr(type(inner), name, None)) for name in vars(inner))
-            and all(
-                isinstance(v, keras.Variable)
-                and keras.backend.standardize_dtype(v.dtype) == "float32"
-                and v.constraint is None
-                and not getattr(v, "overwrite_with_gradient", False)
-                for v in variables
-            )
-            and all(
-                room.suits_kernels(g, v) and wide_dtype(g) == "float32"
-                for g, v in zip(grads, variables, strict=True)
-            )
-        )
+            or any(callable(getattr(type(inner), name, None)) for name in vars(inner))
+        ):
+            return None
+        takes = tuple(_suits(g, v) for g, v in zip(grads, variables, strict=True))
+        # What Keras is given goes by no norm of others, and is not all None.
+        apart = not inner.global_clipnorm and all(g is not None for g in grads)
+        if all(takes) or (any(takes) and apart and room.updates_apart()):
+            return dataclasses.replace(self, takes=takes)
+        return None
 
     def __call__(self, step: Step, applied: Any) -> None:
         """Update the variables; see `Backend.run_step` for `applied`."""
@@ -94,9 +93,11 @@ class Fused:
             norm = ops.sqrt(room.squares(step.grads, divisor))
             divisor = divisor * ops.maximum(norm / inner.global_clipnorm, 1.0)
         decay = rate * inner.weight_decay if inner.weight_decay else None
+        pairs = list(zip(step.grads, step.variables, self.takes, strict=True))
         weights = [
             Weight(v, g, moments(inner, v), decay if decays(inner, v) else None)
-            for g, v in zip(step.grads, step.variables, strict=True)
+            for g, v, taken in pairs
+            if taken
         ]
         if isinstance(inner, keras.optimizers.SGD):
             room.sgd(weights, rate / divisor, inner.momentum, applied, nesterov=inner.nesterov)
@@ -107,6 +108,23 @@ class Fused:
             ]
             alpha = rate * ops.sqrt(1 - powers[1]) / (1 - powers[0])
             room.adam(weights, divisor, alpha, (inner.beta_1, inner.beta_2), inner.epsilon, applied)
+        if len(weights) < len(pairs):
+            others = [(g, v) for g, v, taken in pairs if not taken]
+            updates = [g if step.unscaled else divided(g, v, step.scale) for g, v in others]
+            inner.apply(updates, [v for _, v in others])  # and counts the step
+            return
         inner.iterations.assign_add(
             1 if applied is None else ops.cast(applied, inner.iterations.dtype)
         )
+
+
+def _suits(gradient: Any, variable: Any) -> bool:
+    """Return whether Keras would do to a variable nothing but what the update does."""
+    return (
+        isinstance(variable, keras.Variable)
+        and keras.backend.standardize_dtype(variable.dtype) == "float32"
+        and variable.constraint is None
+        and not getattr(variable, "overwrite_with_gradient", False)
+        and backend.current().suits_kernels(gradient, variable)
+        and wide_dtype(gradient) == "float32"
+    )

@@ -59,8 +59,8 @@ def taken(optimizer: LossScaleOptimizer, grads: Sequence[Any], variables: Sequen
     optimizer.pending.unscaled.drop(*place)
     grads, losses = room.agreed(grads, variables, optimizer.pending.losses.take(*place))
     fused = optimizer.fused_update
-    if fused is not None and not fused.suits(grads, variables):
-        fused = None
+    if fused is not None:
+        fused = fused.suited(grads, variables)
     # A cast gives TensorFlow a tensor: the variable itself it would read for each gradient.
     scale = ops.ones(()) if unscaled else ops.cast(optimizer.dynamic_scale, "float32")
     inside = optimizers_in(optimizer.inner_optimizer)

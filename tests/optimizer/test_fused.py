@@ -188,14 +188,35 @@ def test_so_are_variables_that_are_no_plain_float32_ones():
 
 
 @pytest.mark.backend("tensorflow")
-def test_a_sparse_gradient_is_left_to_keras_and_stays_sparse():
+def test_a_sparse_gradient_is_left_to_keras_and_stays_sparse_beside_a_fused_one():
     import tensorflow as tf
 
-    table = variables_of(np.ones((4, 2)))[0]
-    wrapped = LossScaleOptimizer(o.SGD(0.5), loss_scale=2.0)
-    rows = tf.IndexedSlices(tf.constant([[2.0, 4.0]]), tf.constant([2]), tf.constant([4, 2]))
-    wrapped.apply([rows], [table])
-    assert numpy([table])[0].tolist() == [[1, 1], [1, 1], [0.5, 0], [1, 1]]
+    def trained(optimizer, factor):
+        table, other = variables_of(np.ones((4, 2)), [10.0, 20.0])
+
+        @tf.function
+        def step(values, dense):
+            rows = tf.IndexedSlices(values, tf.constant([2]), tf.constant([4, 2]))
+            optimizer.apply([rows, dense], [table, other])
+
+        optimizer.build([table, other])
+        for values, dense in ([2.0, 4.0], [1.0, -1.0]), ([0.0, 1.0], [3.0, 2.0]):
+            step(tf.constant([values]) * factor, tf.constant(dense) * factor)
+        functions = (
+            step.get_concrete_function(tf.constant([[0.0, 0.0]]), tf.constant([0.0, 0.0]))
+            .graph.as_graph_def()
+            .library.function
+        )
+        kernels = [n.op for f in functions for n in f.node_def if n.op == "ResourceApplyAdam"]
+        return len(kernels), numpy([table, other, *optimizer.variables])
+
+    scaled = LossScaleOptimizer(o.Adam(0.5, weight_decay=0.1), loss_scale=2.0)
+    kernels, (table, other, *_) = trained(scaled, 2.0)
+    _, (expected, near, *_) = trained(o.Adam(0.5, weight_decay=0.1), 1.0)
+    assert kernels == 1
+    np.testing.assert_array_equal(table, expected)
+    np.testing.assert_allclose(other, near, rtol=1e-5)
+    assert int(scaled.iterations) == 2
 
 
 def test_some_of_the_variables_are_updated_alone():
