@@ -55,6 +55,21 @@ def in_parts(items: Sequence[Any], sizes: Sequence[int]) -> Iterator[list[Any]]:
     yield some
 
 
+def finite_sums(squares: Sequence[Tensor], norm: str) -> Tensor:
+    """Return for each sum of squares whether its root is finite, or that of all and else not by it.
+
+    Args:
+        squares: Scalars, one for each tensor.
+        norm: "each" or "all".
+    """
+    dtype = "float64" if "float64" in map(wide_dtype, squares) else "float32"
+    sums = ops.stack([ops.cast(s, dtype) for s in squares])
+    if norm == "each":
+        return ops.isfinite(sums)
+    # Where a sum overflows, one of its terms is more than the share of each.
+    return ops.logical_or(ops.isfinite(sums * len(squares)), ops.isfinite(ops.sum(sums)))
+
+
 class Backend(Protocol):
     """The parts of kerasmp that differ between frameworks; `kerasmp.backend.current()` has them."""
 
@@ -146,7 +161,7 @@ class Backend(Protocol):
         dtypes: Sequence[str],
         scale: Tensor,
         *,
-        norm: bool,
+        norm: str | None,
     ) -> Tensor:
         """Return for each tensor whether all of it is finite once it is divided by the scale.
 
@@ -157,28 +172,29 @@ class Backend(Protocol):
             values: Tensors of any shape.
             dtypes: The dtype that each quotient must fit.
             scale: float32 scalar.
-            norm: Whether the norm of all quotients must be finite, too.
+            norm: Of what the norm must be finite, too, since it is clipped by: "each" tensor of
+                quotients, or "all"; or None.
 
         Returns:
             A bool vector.
         """
         if norm and "float16" not in dtypes:
-            return self.finite_norm(values, scale)
+            return self.finite_norm(values, scale, norm)  # which tells of their numbers, too
         largest = [ops.cast(ops.max(ops.abs(v), initial=0), wide_dtype(v)) for v in values]
         kept = [
             ops.cast(x / ops.cast(scale, x.dtype), dtype)
             for x, dtype in zip(largest, dtypes, strict=True)
         ]
         found = ops.stack([ops.isfinite(x) for x in kept])
-        return ops.logical_and(found, self.finite_norm(values, scale)) if norm else found
+        return ops.logical_and(found, self.finite_norm(values, scale, norm)) if norm else found
 
-    def finite_norm(self, values: Sequence[Tensor], scale: Tensor) -> Tensor:
-        """Return for each tensor whether its part of the norm of all quotients is finite.
+    def finite_norm(self, values: Sequence[Tensor], scale: Tensor, norm: str) -> Tensor:
+        """Return for each tensor whether the norm of quotients is finite, or else not by its fault.
 
-        Where all are, so is the norm: each is told to leave room for the others.
+        See `finite` for the arguments.
         """
         squares = [ops.sum(ops.square(self.quotient(v, scale))) for v in values]
-        return ops.stack([ops.isfinite(s * len(values)) for s in squares])
+        return finite_sums(squares, norm)
 
     # ---------------------------------------------------------------------------------- places
 

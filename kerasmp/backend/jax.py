@@ -8,7 +8,7 @@ import jax
 import keras
 from jax import numpy as jnp
 
-from kerasmp.backend.base import Backend, wide_dtype
+from kerasmp.backend.base import Backend, finite_sums, wide_dtype
 from kerasmp.backend.calls import running
 
 try:
@@ -45,17 +45,18 @@ class Jax(Backend):
         one = jnp.ones((), values.dtype)
         return values * jnp.ldexp(one, -half) * (1 / jnp.ldexp(part, exponent - half))
 
-    def finite_norm(self, values: Sequence[Any], scale: Any) -> Any:
-        """Return for each tensor whether its part of the norm of all quotients is finite."""
+    def finite_norm(self, values: Sequence[Any], scale: Any, norm: str) -> Any:
+        """Return for each tensor whether the norm of quotients is finite, or else not by its fault.
 
-        def exactly() -> Any:
-            return super(Jax, self).finite_norm(values, scale)
-
-        # XLA squares and adds in one pass, but writes what is divided before to memory.
+        XLA squares and adds in one pass, but writes what is divided before to memory.
+        """
         squares = [jnp.sum(jnp.square(v.astype(wide_dtype(v)))) for v in values]
-        room = jnp.stack([jnp.isfinite(s * len(values)) for s in squares])
-        clearly = jnp.all(room) & (scale >= 1)
-        return jax.lax.cond(clearly, lambda: room, exactly)
+        undivided = finite_sums(squares, norm)
+        return jax.lax.cond(
+            jnp.all(undivided) & (scale >= 1),
+            lambda: undivided,
+            lambda: super(Jax, self).finite_norm(values, scale, norm),
+        )
 
     def place(self) -> tuple[Any, Any]:
         """Return what tells this replica and this trace from others; eager code has its own."""

@@ -93,7 +93,7 @@ class TensorFlow(Backend):
         return not _by_xla()  # where fused updates run in no branch
 
     def finite(
-        self, values: Sequence[Any], dtypes: Sequence[str], scale: Any, *, norm: bool
+        self, values: Sequence[Any], dtypes: Sequence[str], scale: Any, *, norm: str | None
     ) -> Any:
         """Return for each tensor whether all of it is finite once it is divided by the scale.
 
@@ -102,11 +102,13 @@ class TensorFlow(Backend):
         """
 
         def exactly() -> Any:
+            if norm and "float16" not in dtypes:
+                return self.finite_norm(values, scale, norm)  # which tells of their numbers, too
             quotients = (
                 tf.cast(self.quotient(v, scale), d) for v, d in zip(values, dtypes, strict=True)
             )
             found = tf.stack([tf.reduce_all(tf.math.is_finite(q)) for q in quotients])
-            return found & self.finite_norm(values, scale) if norm else found
+            return found & self.finite_norm(values, scale, norm) if norm else found
 
         wide = all(dtype in {"float32", "float64"} for dtype in dtypes)
         if _by_xla() and wide and not norm:
@@ -116,7 +118,8 @@ class TensorFlow(Backend):
         if _by_xla() or len(values) < FEW or not wide:
             return exactly()
         sums = [tf.cast(tf.nn.l2_loss(tf.cast(v, wide_dtype(v))), "float32") for v in values]
-        clearly = tf.math.is_finite(tf.add_n(sums)) & (scale >= 1)
+        # Of halves: a norm would be made of twice that.
+        clearly = tf.math.is_finite(2.0 * tf.add_n(sums)) & (scale >= 1)
         return tf.cond(clearly, lambda: tf.ones((len(values),), "bool"), exactly)
 
     def place(self) -> tuple[Any, Any]:
@@ -292,10 +295,10 @@ class TensorFlow(Backend):
         """Update variables and their moments as `keras.optimizers.Adam` does."""
         if applied is None:
             done: list[Any] = []
-            sizes = [math.prod(weight.variable.shape) for weight in weights]
-            for some in in_parts(weights, sizes):
+            for some in in_parts(weights, _sizes(weights)):
+                shrunk = _shrink(some, done)
                 # Or a graph might have the quotients of all variables at a time.
-                with tf.control_dependencies(done):
+                with tf.control_dependencies([*done, *shrunk]):
                     gradients = [self.quotient(w.gradient, divisor) for w in some]
                 done = [
                     _adam(w, gradient, alpha, betas, epsilon)
@@ -320,24 +323,14 @@ class TensorFlow(Backend):
         nesterov: bool,
     ) -> None:
         """Update variables as `keras.optimizers.SGD` does."""
+        if applied is None:
+            done: list[Any] = []
+            for some in in_parts(weights, _sizes(weights)):
+                _shrink(some, done)
+                done = [_sgd(w, rate, momentum, nesterov=nesterov) for w in some]
+            return
         for weight in weights:
             variable, gradient = weight.variable.value, tf.cast(weight.gradient, "float32")
-            if applied is None:
-                _shrink(variable, weight.decay)
-                if weight.moments:
-                    tf.raw_ops.ResourceApplyKerasMomentum(
-                        var=variable.handle,
-                        accum=weight.moments[0].value.handle,
-                        lr=rate,
-                        grad=gradient,
-                        momentum=momentum,
-                        use_nesterov=nesterov,
-                    )
-                else:
-                    tf.raw_ops.ResourceApplyGradientDescent(
-                        var=variable.handle, alpha=rate, delta=gradient
-                    )
-                continue
             step = gradient * -rate
             if weight.moments:
                 moment = weight.moments[0].value
@@ -507,7 +500,6 @@ def _adam(
     weight: Weight, gradient: Any, alpha: Any, betas: tuple[float, float], epsilon: float
 ) -> Any:
     variable, m, v = (each.value for each in (weight.variable, *weight.moments))
-    _shrink(variable, weight.decay)
     return tf.raw_ops.ResourceApplyAdam(
         var=variable.handle,
         m=m.handle,
@@ -522,9 +514,36 @@ def _adam(
     )
 
 
-def _shrink(variable: Any, decay: Any) -> None:
-    if decay is not None:
-        variable.assign_sub(variable * decay, read_value=False)
+def _sgd(weight: Weight, rate: Any, momentum: float, *, nesterov: bool) -> Any:
+    variable, gradient = weight.variable.value, tf.cast(weight.gradient, "float32")
+    if not weight.moments:
+        return tf.raw_ops.ResourceApplyGradientDescent(
+            var=variable.handle, alpha=rate, delta=gradient
+        )
+    return tf.raw_ops.ResourceApplyKerasMomentum(
+        var=variable.handle,
+        accum=weight.moments[0].value.handle,
+        lr=rate,
+        grad=gradient,
+        momentum=momentum,
+        use_nesterov=nesterov,
+    )
+
+
+def _sizes(weights: Sequence[Weight]) -> list[int]:
+    return [math.prod(weight.variable.shape) for weight in weights]
+
+
+def _shrink(weights: Sequence[Weight], done: Sequence[Any]) -> list[Any]:
+    """Let variables decay once `done` is, and return what a graph has to wait for."""
+    shrunk = []
+    for weight in weights:
+        if weight.decay is not None:
+            variable = weight.variable.value
+            with tf.control_dependencies(done):
+                less = variable * weight.decay
+            shrunk.append(variable.assign_sub(less, read_value=False))
+    return [each for each in shrunk if each is not None]
 
 
 def _shrunk(variable: Any, decay: Any) -> Any:

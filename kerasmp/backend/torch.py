@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kerasmp.backend.base import Backend, in_parts
+from kerasmp.backend.base import Backend, finite_sums, in_parts
 from kerasmp.backend.keras_private import states_of
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Torch(Backend):
         dtypes: Sequence[str],
         scale: Any,
         *,
-        norm: bool,
+        norm: str | None,
     ) -> Any:
         """Return for each tensor whether all of it is finite once it is divided by the scale."""
         plain = [v.detach() if v.numel() else v.new_zeros(1) for v in values]
@@ -85,13 +85,15 @@ class Torch(Backend):
             sums = torch.stack([v.sum(dtype=dtype) for v, dtype in zip(plain, wide, strict=True)])
             if scale >= 1 and bool(torch.isfinite(sums).all()):
                 return torch.ones(len(plain), dtype=torch.bool)
+        if norm and "float16" not in dtypes:
+            return self.finite_norm(plain, scale, norm)  # which tells of their numbers, too
         largest = _largest(plain)
         kept = [
             (x.to(w) / scale).to(getattr(torch, dtype))
             for x, w, dtype in zip(largest, wide, dtypes, strict=True)
         ]
         found = torch.stack([torch.isfinite(x) for x in kept])
-        return found & self.finite_norm(plain, scale) if norm else found
+        return found & self.finite_norm(plain, scale, norm) if norm else found
 
     def run_step(
         self,
@@ -113,13 +115,11 @@ class Torch(Backend):
                 update(step, None)
             advance(step, finite, applied)
 
-    def finite_norm(self, values: Sequence[Any], scale: Any) -> Any:
-        """Return for each tensor whether its part of the norm of all quotients is finite."""
-        squares = _squares(values, scale) * len(values)
-        wide = [torch.promote_types(v.dtype, torch.float32) for v in values]
-        return torch.stack(
-            [torch.isfinite(s.to(dtype)) for s, dtype in zip(squares, wide, strict=True)]
-        )
+    def finite_norm(self, values: Sequence[Any], scale: Any, norm: str) -> Any:
+        """Return for each tensor whether the norm is finite, or else not by its fault."""
+        squares = zip(_squares(values, scale), values, strict=True)
+        wide = [s.to(torch.promote_types(v.dtype, torch.float32)) for s, v in squares]
+        return finite_sums(wide, norm)
 
     @torch.no_grad()
     def squares(self, values: Sequence[Any], divisor: Any) -> Any:
@@ -241,8 +241,10 @@ class Torch(Backend):
 
 def _squares(values: Sequence[Any], divisor: Any) -> Any:
     """Return for each tensor the sum of the squares of its quotients, in float64."""
-    # In which no number that a scale has made large overflows when it is squared.
-    norms = [torch.linalg.vector_norm(v, dtype=torch.float64) for v in values]
+    # In which no number that a scale has made large overflows when it is squared. Apple's GPUs
+    # have none.
+    wide = torch.float32 if values[0].device.type == "mps" else torch.float64
+    norms = [torch.linalg.vector_norm(v, dtype=wide) for v in values]
     return torch.square(torch.stack(norms) / divisor)
 
 

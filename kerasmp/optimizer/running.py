@@ -64,7 +64,8 @@ def taken(optimizer: LossScaleOptimizer, grads: Sequence[Any], variables: Sequen
     # A cast gives TensorFlow a tensor: the variable itself it would read for each gradient.
     scale = ops.ones(()) if unscaled else ops.cast(optimizer.dynamic_scale, "float32")
     inside = optimizers_in(optimizer.inner_optimizer)
-    clips = any(inner.clipnorm or inner.global_clipnorm for inner in inside)
+    each = "each" if any(inner.clipnorm for inner in inside) else None
+    clips = "all" if any(inner.global_clipnorm for inner in inside) else each
     places = optimizer.places_of(variables)
     return Step(grads, variables, places, scale, unscaled, losses, clips, fused)
 

@@ -33,7 +33,8 @@ class Step:
         scale: What the gradients are to be divided by, a float32 scalar.
         unscaled: Whether they are those of the unscaled loss already; `scale` is 1 then.
         losses: The losses, as far as they are known; any that is not finite is to blame.
-        clips: Whether the gradients are clipped by a norm, which must be finite then.
+        clips: Whether "each" is clipped by its norm, or "all" by theirs, which must be finite then;
+            or None.
         fused: The inner optimizer's update, where it has one in a kernel for each variable.
     """
 
@@ -43,7 +44,7 @@ class Step:
     scale: Any
     unscaled: bool
     losses: Sequence[Any]
-    clips: bool
+    clips: str | None
     fused: Fused | None
 
 

@@ -170,21 +170,46 @@ def test_the_clipped_gradient_is_the_unscaled_one(step):
         assert numpy(variables)[0].tolist() == [-0.5, 0.0]
 
 
+HUGE = [1.5e19]  # has a finite square, two of them have not
+# Gradients of some variables, the others' are 0; which of them, by the norm of all, are to blame.
+NORMS = {
+    "one alone": ([[1e25]], [1]),
+    "two together": ([HUGE, HUGE], [1, 1]),
+}
+
+
 @every_way
+@pytest.mark.parametrize("number", [full(3), 9])  # TensorFlow looks at few one by one
+@pytest.mark.parametrize("scale", [1.0, full(SCALE)])
 @pytest.mark.parametrize("fused", [True, full(False)])
-@pytest.mark.parametrize("settings", [full({"clipnorm": 1.0}), {"global_clipnorm": 1.0}])
-def test_where_the_norm_to_clip_by_is_infinite_the_step_is_skipped(step, settings, fused):
+def test_where_the_norm_to_clip_by_is_infinite_the_step_is_skipped(step, fused, scale, number):
     """Of finite gradients, whose squares are not; Keras makes NaN of them, or zeros."""
-    variables = variables_of([0.0, 0.0], [0.0])
+    variables = variables_of(*[[0.0]] * number)
     optimizer = LossScaleOptimizer(
-        keras.optimizers.SGD(1.0, **settings), loss_scale=SCALE, fused=fused
+        keras.optimizers.SGD(1.0, global_clipnorm=1.0), loss_scale=scale, fused=fused
     )
-    parts = [1.5e19], [1.5e19]  # each has a finite square, together they have none
-    for grads, counts in (([1e25], [0.0]), [1, 0]), (parts, [2, 1]):
-        padded = np.array([*grads[0], 0.0]) * SCALE, np.array(grads[1]) * SCALE
-        step(optimizer, tensors(*padded), variables)
-        assert optimizer.nonfinite_counts.tolist() == counts
-    assert [value.tolist() for value in numpy(variables)] == [[0.0, 0.0], [0.0]]
-    step(optimizer, tensors([3e18 * SCALE, 4e18 * SCALE], [0.0]), variables)
+
+    def take(*grads):
+        padded = [*grads, *[[0.0]] * (number - len(grads))]
+        step(optimizer, tensors(*(np.array(g) * scale for g in padded)), variables)
+
+    counts = np.zeros(number, int)
+    for grads, blamed in NORMS.values():
+        take(*grads)
+        counts[: len(blamed)] += blamed
+        assert optimizer.nonfinite_counts.tolist() == counts.tolist()
+    assert not np.any(numpy(variables))
+    take([1.2e19], [1.0])  # twice its square is not finite, but nothing is added to it
     assert optimizer.applied_steps == 1
-    np.testing.assert_allclose(numpy(variables)[0], [-0.6, -0.8], rtol=1e-6)
+    assert numpy(variables)[0].tolist() == [-1.0]
+
+
+@every_way
+@pytest.mark.full
+def test_a_norm_of_one_gradient_does_not_go_by_the_others(step):
+    variables = variables_of([0.0], [0.0])
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0, clipnorm=1.0), loss_scale=1.0)
+    step(optimizer, tensors(HUGE, HUGE), variables)
+    assert [value.tolist() for value in numpy(variables)] == [[-1.0], [-1.0]]
+    step(optimizer, tensors([1e25], [1.0]), variables)
+    assert optimizer.nonfinite_counts.tolist() == [1, 0]

@@ -219,6 +219,26 @@ def test_a_sparse_gradient_is_left_to_keras_and_stays_sparse_beside_a_fused_one(
     assert int(scaled.iterations) == 2
 
 
+@pytest.mark.backend("torch")
+@pytest.mark.parametrize("make", by_name(FUSED, ["Adam", "Nesterov"]))
+def test_large_variables_are_updated_in_pieces(make):
+    """Longer than a piece, and no multiple of it; one gradient is laid out by columns."""
+    rng = np.random.default_rng(0)
+    shapes = [(600, 700), (5,), (900, 650)]
+    start = [rng.normal(size=shape).astype("float32") for shape in shapes]
+    results = []
+    for optimizer in (LossScaleOptimizer(make(), loss_scale=1.0), make()):
+        variables = variables_of(*start)
+        optimizer.build(variables)
+        for seed in range(3):
+            draw = np.random.default_rng(seed)
+            first, second, third = tensors(*(draw.normal(size=s) for s in shapes))
+            optimizer.apply([first, second, third.t().contiguous().t()], variables)
+        results.append(numpy(variables))
+    for got, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_some_of_the_variables_are_updated_alone():
     results = []
     for optimizer in (LossScaleOptimizer(FUSED["Adam"](), loss_scale=4.0), FUSED["Adam"]()):

@@ -63,21 +63,35 @@ def test_torch_holds_no_more_than_the_largest_tensor(make):
 
 
 @pytest.mark.backend("tensorflow")
-def test_tensorflow_divides_no_gradient_before_the_last_large_one_is_applied():
+@pytest.mark.parametrize("decay", [None, 0.1])
+def test_tensorflow_divides_no_gradient_before_the_last_large_one_is_applied(decay):
     import tensorflow as tf
 
-    optimizer = mp.LossScaleOptimizer(keras.optimizers.Adam(1e-3))
+    optimizer = mp.LossScaleOptimizer(keras.optimizers.Adam(1e-3, weight_decay=decay))
     variables, grads = started(optimizer)
     step = tf.function(lambda: optimizer.apply(grads, variables)).get_concrete_function()
     functions = step.graph.as_graph_def().library.function
     (applying,) = (f for f in functions if any(n.op == "ResourceApplyAdam" for n in f.node_def))
     nodes = {node.name: node for node in applying.node_def}
-    updates = [node for node in nodes.values() if node.op == "ResourceApplyAdam"]
-    waits = [
-        {name[1:] for name in nodes[update.input[-1].split(":")[0]].input if name[0] == "^"}
-        for update in updates
-    ]
+
+    def waits(kind):
+        """Return, for each node of a kind, what its last input waits for."""
+        taken = [
+            [name for name in node.input if name[0] != "^"][-1]
+            for node in nodes.values()
+            if node.op == kind
+        ]
+        return [waited_for(nodes[name.split(":")[0]]) for name in taken]
+
+    def waited_for(node):
+        """Return what a node waits for, by itself or by an input that waits."""
+        before = [nodes[name.split(":")[0]] for name in node.input if name.split(":")[0] in nodes]
+        found = [name for each in (node, *before) for name in each.input if name[0] == "^"]
+        return {name[1:] for name in found}
+
+    updates = [node.name for node in nodes.values() if node.op == "ResourceApplyAdam"]
     large = len([shape for shape in SHAPES if len(shape) > 1])
     assert len(updates) == len(SHAPES)
-    pairs = zip(updates[:large], waits[1 : large + 1], strict=True)
-    assert all(update.name in wait for update, wait in pairs)
+    for kind in ["ResourceApplyAdam"] + ["AssignSubVariableOp"] * (decay is not None):
+        pairs = zip(updates[:large], waits(kind)[1 : large + 1], strict=True)
+        assert all(update in wait for update, wait in pairs)
