@@ -61,7 +61,7 @@ def main():
             print(f"{backend}: a step is wrong here, or there is no GPU; nothing is measured.")
             failed = True
             continue
-        rows = ["update", "step/transformer", "step/mlp", "model", "step/cnn"]
+        rows = ["update", "step/transformer", "step/mlp", "model/transformer", "model/mlp"]
         failed = not run(backend, [str(MEASURE), *rows, "--rounds", "30"], until) or failed
     return int(failed)
 

@@ -56,10 +56,10 @@ def asked(names):
     unknown = [name for name in names if name not in {*GROUPS, *known}]
     if unknown:
         sys.exit(f"No row is called {', '.join(unknown)}. The rows are: {', '.join(known)}.")
-    for row in known:
-        group, name = row.split("/")
-        if not names or group in names or row in names:
-            for way in WAYS[BACKEND]:
+    for each in names or GROUPS:  # in the order in which they are named
+        for row in known:
+            group, name = row.split("/")
+            for way in WAYS[BACKEND] if each in {group, row} else ():
                 if not (group == "sparse" and way == "xla"):  # which has no sparse gradients
                     yield group, name, way
 
@@ -68,7 +68,7 @@ def row_of(group, name, way, rounds):
     """Return a row as plain data, measured."""
     compared, counts = GROUPS[group][0](name, WAYS[BACKEND][way])
     times = interleaved.measure(compared, rounds) if compared else {}
-    row = {"group": group, "name": name, "way": way, "rounds": rounds}
+    row = {"group": group, "name": name, "way": way, "rounds": rounds, "versions": versions()}
     return row | {"compared": interleaved.ratios(times) if times else {}, "counts": counts}
 
 
@@ -121,7 +121,7 @@ def main():
         kept = data.get(run, {"rows": []})["rows"]
         same = ("group", "name", "way")
         kept = [other for other in kept if any(other[key] != row[key] for key in same)]
-        data[run] = {"hardware": hardware, "versions": versions(), "rows": [*kept, row]}
+        data[run] = {"hardware": hardware, "rows": [*kept, row]}
         measurements.write(performance_page.DATA, data, performance_page.page(data))
     if arguments.page_only:
         measurements.write(performance_page.DATA, data, performance_page.page(data))

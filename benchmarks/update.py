@@ -141,7 +141,8 @@ def around_optax():
 
         def with_flax(state, grads):
             before, scale = state
-            # It differentiates by itself: the gradient of this sum is what it scales and unscales.
+            # It differentiates by itself: the gradient of this sum is what it scales and unscales,
+            # in one pass, so that the bytes moved are those of the unscaling alone.
             gradient_of = scale.value_and_grad(
                 lambda weights: sum(map(jnp.vdot, jax.tree.leaves(weights), grads))
             )

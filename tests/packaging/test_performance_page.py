@@ -21,10 +21,18 @@ def test_every_ratio_is_of_30_rounds_and_stands_beside_the_same_thing_again():
     assert all(list(row["compared"])[1] == performance_page.AGAIN for row in timed)
 
 
-def test_a_target_is_met_where_the_interval_reaches_it():
-    def row(*cpu):
-        found = {"wall": [0.0, 0.0, 0.0], "cpu": cpu}
-        return {"group": "step", "name": "mlp", "way": "jax", "compared": {"kerasmp": found}}
+def test_a_target_is_met_where_the_interval_reaches_it_and_the_control_is_1():
+    def judged(ours, again=(0.99, 1.0, 1.01)):
+        found = {key: {"cpu": cpu} for key, cpu in (("again", again), ("kerasmp", ours))}
+        row = {"group": "step", "name": "mlp", "way": "jax", "compared": found}
+        return performance_page.judged(row)
 
-    assert performance_page.met(row(1.04, 1.09, 1.2)) == (1.05, True)
-    assert performance_page.met(row(1.06, 1.07, 1.08)) == (1.05, False)
+    assert judged((1.04, 1.09, 1.2)) == (1.05, "met")
+    assert judged((1.06, 1.07, 1.08)) == (1.05, "missed")
+    assert judged((1.04, 1.09, 1.2), again=(0.97, 0.98, 0.99)) == (1.05, "undecided")
+
+
+def test_each_row_says_by_which_version_of_the_framework_it_was_run():
+    for run, entry in DATA.items():
+        framework = run.partition(",")[0]
+        assert all(any(framework in each for each in row["versions"]) for row in entry["rows"])
