@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# jmp 0.0.4 with JAX 0.10.2: a compiled function that takes a jmp.DynamicLossScale runs, but
+# `jax.jit(function).lower(scale).compile()`, from which one reads costs and memory, raises
+# TypeError ("... returned a value of type ... ArgInfo, which is not a valid JAX type"). JAX builds
+# the pytree anew with descriptions in place of arrays, and the class looks at the dtypes of what it
+# is built of. To hand over `loss_scale` and `counter`, and build the object inside, works.
+#
+# Prints what it saw; fails if that has changed.
+set -euo pipefail
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+python3 -m venv "$folder/env"
+"$folder/env/bin/pip" install -q jax==0.10.2 jaxlib==0.10.2 jmp==0.0.4
+JAX_PLATFORMS=cpu "$folder/env/bin/python" - <<'PYTHON'
+import jax
+import jmp
+from jax import numpy as jnp
+
+scale, loss = jmp.DynamicLossScale(jnp.float32(2.0**15)), jnp.float32(3.0)
+scaled = jax.jit(lambda scale, loss: scale.scale(loss))
+assert float(scaled(scale, loss)) == 3 * 2**15
+print("called: 3.0 times the scale is", float(scaled(scale, loss)))
+try:
+    scaled.lower(scale, loss).compile()
+except TypeError as error:
+    said = str(error)
+    print("lowered: TypeError:", said.splitlines()[0])
+    assert "ArgInfo" in said
+else:
+    raise SystemExit("It is lowered now.")
+inside = jax.jit(lambda value, counter, loss: jmp.DynamicLossScale(value, counter).scale(loss))
+compiled = inside.lower(scale.loss_scale, scale.counter, loss).compile()
+assert float(compiled(scale.loss_scale, scale.counter, loss)) == 3 * 2**15
+print("lowered with its values: runs")
+PYTHON
