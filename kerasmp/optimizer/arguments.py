@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from kerasmp.backend.nested import optimizers_in
 from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale, resolve
 
@@ -196,16 +195,16 @@ def refuse_setting(optimizer: Any, name: str, value: Any) -> None:
         )
 
 
-def refuse_second_scale(optimizer: Any) -> None:
+def refuse_second_scale(optimizers: Sequence[Any]) -> None:
     """Raise if the inner optimizer, or one inside of it, would divide by a scale of its own.
 
     Args:
-        optimizer: The inner optimizer.
+        optimizers: The inner optimizer, and those inside of it.
 
     Raises:
         LossScaleError: If its `loss_scale_factor` is set.
     """
-    for inside in optimizers_in(optimizer):
+    for inside in optimizers:
         if inside.loss_scale_factor is not None:
             raise LossScaleError(
                 "The inner optimizer scales too, which would make every update tiny.",

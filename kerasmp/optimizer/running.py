@@ -51,7 +51,8 @@ def taken(optimizer: LossScaleOptimizer, grads: Sequence[Any], variables: Sequen
         LossScaleError: If the inner optimizer scales too, or the gradients are not those that were
             unscaled.
     """
-    arguments.refuse_second_scale(optimizer.inner_optimizer)
+    inside = optimizers_in(optimizer.inner_optimizer)
+    arguments.refuse_second_scale(inside)
     room = backend.current()
     place = room.place()
     unscaled = optimizer.pending.unscaled.look(*place, number_of(grads))
@@ -63,7 +64,6 @@ def taken(optimizer: LossScaleOptimizer, grads: Sequence[Any], variables: Sequen
         fused = fused.suited(grads, variables)
     # A cast gives TensorFlow a tensor: the variable itself it would read for each gradient.
     scale = ops.ones(()) if unscaled else ops.cast(optimizer.dynamic_scale, "float32")
-    inside = optimizers_in(optimizer.inner_optimizer)
     each = "each" if any(inner.clipnorm for inner in inside) else None
     clips = "all" if any(inner.global_clipnorm for inner in inside) else each
     places = optimizer.places_of(variables)

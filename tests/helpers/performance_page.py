@@ -100,11 +100,12 @@ def page(data):
         for row in data[run]["rows"]
         if (row["group"], row["name"]) == (group, name)
     ]
-    tables = [
-        f"## {text.split(':')[0].split(',')[0].rstrip('.')}\n\n{text}\n\n{HEAD}\n"
-        + "\n".join(_line(run, row) for run, row in rows if row["group"] == group)
-        for group, text in GROUPS.items()
-    ]
+    tables = []
+    for group, text in GROUPS.items():
+        lines = [_line(run, row) for run, row in rows if row["group"] == group]
+        title = text.split(":")[0].split(",")[0].rstrip(".")
+        body = "\n".join([HEAD, *lines]) if lines else "Not measured yet."
+        tables.append(f"## {title}\n\n{text}\n\n{body}")
     hardware = [
         f"- {run}: {entry['hardware']}; "
         + ", ".join(sorted({version for row in entry["rows"] for version in row["versions"]}))
