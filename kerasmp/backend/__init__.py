@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import keras
 
@@ -17,12 +18,13 @@ from kerasmp.errors import BackendError
 if TYPE_CHECKING:
     from kerasmp.backend.base import Backend
 
-__all__ = ["current", "multiplies_mixed"]
+__all__ = ["as_written", "current", "multiplies_mixed"]
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 _CLASSES = {"tensorflow": "TensorFlow", "jax": "Jax", "torch": "Torch"}
 
 
-@functools.cache  # and so one call that AutoGraph, tracing a user's loop, leaves alone
+@functools.cache
 def current() -> Backend:
     """Return the framework-specific parts for the running Keras backend."""
     name = keras.backend.backend()
@@ -42,3 +44,16 @@ def multiplies_mixed() -> bool:
     """Return whether a product takes a float32 tensor and a float16 one; also without a backend."""
     name: str = keras.backend.backend()
     return name != "torch"
+
+
+def as_written(function: _F) -> _F:
+    """Return a function that AutoGraph, tracing a user's `tf.function`, leaves as it is written.
+
+    It rewrites the sources of all that is called there, of Keras excepted, which it knows by name:
+    for one step of ours that takes longer than to trace the whole model.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return function
+    autograph = importlib.import_module("tensorflow").autograph
+    written: _F = autograph.experimental.do_not_convert(function)
+    return written

@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 
+from kerasmp import backend
 from kerasmp.backend.keras_private import Functional, float16_layers, functional_init_arguments
 from kerasmp.errors import ArgumentTypeError, LossScaleWarning
 from kerasmp.model.float32 import at_least_float32, cast, widen_activity_regularizers
@@ -108,6 +109,7 @@ class Model(keras.Model):
         if is_news:
             widen_activity_regularizers(self)
 
+    @backend.as_written
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs, in the `output` dtype of the policy that the model was made under."""
         self._take_up_layers(*args)

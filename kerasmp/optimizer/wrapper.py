@@ -182,6 +182,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     # ---------------------------------------------------------------- a step
 
+    @backend.as_written
     def scale_loss(self, loss: Any) -> Any:
         """Return `loss` times the current scale, in float32.
 
@@ -227,6 +228,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     get_unscaled_gradients = by_hand.get_unscaled_gradients
     forget_unscaled = by_hand.forget_unscaled
 
+    @backend.as_written
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Unscale, check and apply the gradients of the scaled loss, or skip the step.
 
@@ -248,6 +250,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         backend.current().refuse_no_replica()
         running.run(self, running.taken(self, grads, variables))
 
+    @backend.as_written
     def apply_gradients(self, grads_and_vars: Any) -> Any:
         """Apply `(gradient, variable)` pairs; returns `iterations`, as tf.keras does."""
         pairs = list(grads_and_vars)
@@ -301,8 +304,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     initial_scale = property(reading.initial_scale)
     dynamic_growth_steps = property(reading.dynamic_growth_steps)
-
-    # -------------------------------------------------- the optimizer inside
 
     def exclude_from_weight_decay(self, *args: Any, **kwargs: Any) -> None:
         """Leave variables out of the inner optimizer's weight decay; call it before `build`.
