@@ -14,8 +14,14 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 # are not there; it is also six times slower than TensorFlow's own. Without it all CPUs do the same.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-# Tests compile more than they compute, and LLVM's optimisations take a third of their time.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Tests compile more than they compute, and LLVM's optimisations take a third of their time. Without
+# them two compilations of one formula differ in which products they add without rounding them
+# first; on JAX, where equal bits are asked of compiled steps, none does on a CPU that cannot.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + (" --xla_cpu_max_isa=AVX" if os.environ["KERAS_BACKEND"] == "jax" else ""),
+)
 
 import atexit
 import gc

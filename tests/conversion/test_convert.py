@@ -77,6 +77,7 @@ def test_statistics_of_normalization_are_exact_after_any_way(given):
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(layer(x)), exact)
 
 
+@full_on("jax")
 def test_our_models_wrap_their_optimizer_by_themselves_and_follow_the_output():
     model = mp.Sequential(sequential().layers)
     model(X)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.float16 import numpy_of
-from helpers.marks import full
+from helpers.marks import full, full_on
 from keras import ops
 
 import kerasmp as mp
@@ -114,6 +114,7 @@ def as_dict(outputs):
     return dict(zip("ab", outputs, strict=True))
 
 
+@full_on("jax")
 @pytest.mark.parametrize("containers", [full(list), as_dict])
 def test_losses_and_metrics_of_several_outputs_see_float32(containers):
     seen = []
@@ -139,6 +140,7 @@ def test_losses_and_metrics_of_several_outputs_see_float32(containers):
     assert set(seen) == {"float32"}
 
 
+@full_on("jax")
 @pytest.mark.parametrize("module", [pytest.param(mp, id="ours"), full(keras, id="stock")])
 def test_a_compute_loss_and_compute_metrics_of_the_users_own_see_float32(module):
     seen = set()

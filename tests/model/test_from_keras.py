@@ -53,6 +53,7 @@ def test_a_bad_batch_leaves_no_trace_afterwards(kind):
         np.testing.assert_array_equal(value, wanted)
 
 
+@full_on("jax")
 @pytest.mark.parametrize("kind", [full("sequential"), "functional"])
 def test_a_plain_optimizer_is_wrapped_keeps_its_state_and_loads_as_ours(kind, tmp_path):
     model = trained(kind, keras.optimizers.Adam(0.01))
@@ -96,6 +97,7 @@ class UsersOther(Users):
         return 42
 
 
+@full_on("jax")
 def test_models_of_users_classes_load_as_ours_and_as_theirs(tmp_path):
     for cls in (Users, UsersOther):
         model = cls(2)

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.marks import full
+from helpers.marks import full, full_on
 from helpers.networks import KINDS, X, Y
 
 import kerasmp as mp
@@ -109,6 +109,7 @@ def test_layers_that_come_in_the_first_step_earn_one_warning():
     assert len(ours) == 1
 
 
+@full_on("jax")
 @pytest.mark.parametrize("kind", [full("sequential"), "functional"])
 def test_a_saved_model_comes_back_as_ours_with_its_optimizer(kind, tmp_path):
     model = KINDS[kind](mp)
