@@ -45,6 +45,25 @@ class Jax(Backend):
         one = jnp.ones((), values.dtype)
         return values * jnp.ldexp(one, -half) * (1 / jnp.ldexp(part, exponent - half))
 
+    def finite(
+        self, values: Sequence[Any], dtypes: Sequence[str], scale: Any, *, norm: str | None
+    ) -> Any:
+        """Return for each tensor whether all of it is finite once it is divided by the scale.
+
+        On a CPU the maximum of XLA passes over a NaN among 4,096 numbers or more. Zero times each
+        number tells of it, in one pass; what is finite stays so if it is divided by 1 or more.
+        """
+        if norm and "float16" not in dtypes:
+            return self.finite_norm(values, scale, norm)  # which tells of their numbers, too
+        finite = _finite_by_product(values, scale)
+
+        def fits() -> Any:
+            return super(Jax, self).finite(values, dtypes, scale, norm=norm)
+
+        if "float16" in dtypes:
+            return finite & fits()
+        return finite & jax.lax.cond(scale >= 1, lambda: finite, fits)
+
     def finite_norm(self, values: Sequence[Any], scale: Any, norm: str) -> Any:
         """Return for each tensor whether the norm of quotients is finite, or else not by its fault.
 
@@ -172,6 +191,18 @@ class Jax(Backend):
     def eagerly(self) -> Any:
         """Let all be computed when it is called, each step of a loop and what is compiled too."""
         return jax.disable_jit()
+
+
+def _finite_by_product(values: Sequence[Any], scale: Any) -> Any:
+    """Return which tensors have no inf and no NaN: zero times these is NaN."""
+    # That it is zero XLA must not know.
+    zero = jnp.minimum(scale, 1.0) * 0.0
+    found = []
+    for each in values:
+        wide = each.astype(wide_dtype(each))
+        zeros = jnp.full(wide.shape[-1:], zero, wide.dtype)
+        found.append(jnp.all(jnp.dot(wide, zeros) == 0))
+    return jnp.stack(found)
 
 
 def _choose(skipped: Any, before: Sequence[Any], after: Sequence[Any]) -> list[Any]:

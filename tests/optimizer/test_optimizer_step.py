@@ -58,6 +58,20 @@ def test_one_bad_element_anywhere_skips_and_is_counted_for_its_variable(step):
             assert optimizer.loss_scale == before / 2
 
 
+@each_of(WAYS, WAYS)
+def test_so_is_one_among_thousands(step):
+    start = np.ones((70, 70))
+    variables = variables_of(start)
+    optimizer = LossScaleOptimizer("sgd")
+    for value in (np.inf, -np.inf, np.nan):
+        for place in (0, 2500, -1):
+            gradient = start.copy()
+            gradient.flat[place] = value
+            step(optimizer, tensors(gradient), variables)
+    assert_same_bits(numpy(variables), numpy(variables_of(start)))
+    assert optimizer.nonfinite_counts.tolist() == [9]
+
+
 @each_of(WAYS)
 @pytest.mark.filterwarnings(NO_GRADIENT)
 def test_counts_point_past_variables_without_a_gradient(step):
