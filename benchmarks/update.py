@@ -99,8 +99,10 @@ def compiled(step, state, counted=None):
     import jax
 
     grads = [jax.numpy.asarray(g) for g in gradients()]
-    usual = jax.jit(counted or step, donate_argnums=0).lower(state, grads).compile()
-    step = jax.jit(step, donate_argnums=0).lower(state, grads).compile()
+    step, usual = (
+        jax.jit(each, donate_argnums=0).lower(state, grads).compile()
+        for each in (step, counted or step)
+    )
     held = [state]
 
     def run():

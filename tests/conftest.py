@@ -16,7 +16,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 # Tests compile more than they compute, and LLVM's optimisations take a third of their time. Without
 # them two compilations of one formula differ in which products they add without rounding them
-# first; on JAX, where equal bits are asked of compiled steps, none does on a CPU that cannot.
+# first. On JAX equal bits are asked of compiled steps: AVX alone has no such instruction.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0"

@@ -49,8 +49,9 @@ def multiplies_mixed() -> bool:
 def as_written(function: _F) -> _F:
     """Return a function that AutoGraph, tracing a user's `tf.function`, leaves as it is written.
 
-    It rewrites the sources of all that is called there, of Keras excepted, which it knows by name:
-    for one step of ours that takes longer than to trace the whole model.
+    It rewrites the sources of all that is called there, except those of Keras, whose name it knows:
+    for one step of ours that takes longer than to trace the whole model. What the function calls is
+    left alone with it, as what Keras calls is.
     """
     if keras.backend.backend() != "tensorflow":
         return function

@@ -50,7 +50,7 @@ class Jax(Backend):
     ) -> Any:
         """Return for each tensor whether all of it is finite once it is divided by the scale.
 
-        On a CPU the maximum of XLA passes over a NaN among 4,096 numbers or more. Zero times each
+        On a CPU the maximum of XLA ignores a NaN among 4,096 numbers or more. Zero times each
         number tells of it, in one pass; what is finite stays so if it is divided by 1 or more.
         """
         if norm and "float16" not in dtypes:
@@ -195,13 +195,15 @@ class Jax(Backend):
 
 def _finite_by_product(values: Sequence[Any], scale: Any) -> Any:
     """Return which tensors have no inf and no NaN: zero times these is NaN."""
-    # That it is zero XLA must not know.
-    zero = jnp.minimum(scale, 1.0) * 0.0
+    # That it is zero XLA must not know, though the scale may be a constant.
+    zero = jax.lax.optimization_barrier(jnp.minimum(scale, 1.0) * 0.0)
     found = []
     for each in values:
         wide = each.astype(wide_dtype(each))
         zeros = jnp.full(wide.shape[-1:], zero, wide.dtype)
-        found.append(jnp.all(jnp.dot(wide, zeros) == 0))
+        # Whatever precision the user has set for products: in a narrower one large numbers are inf.
+        product = jnp.dot(wide, zeros, precision=jax.lax.Precision.HIGHEST)
+        found.append(jnp.all(product == 0))
     return jnp.stack(found)
 
 

@@ -214,12 +214,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def note_loss(self, loss: Any) -> None:
         """Tell the next `apply` what the loss was, so that it knows why it skips a step.
 
-        `scale_loss` does it by itself, except on JAX, where it runs inside the function that is
-        differentiated. A loop there calls this outside of it, before `apply` or `stateless_apply`
-        and in the same traced function. Of several losses noted, all must be finite.
+        `scale_loss` does so, except on JAX, where it runs in the function that is differentiated. A
+        loop there calls this outside of it, before `apply` or `stateless_apply` in the same trace.
 
         Args:
-            loss: The unscaled loss, of any shape.
+            loss: The unscaled loss, of any shape. Of several losses noted, all must be finite.
         """
         # Nobody differentiates the note, and torch would keep the graph behind it.
         self.pending.losses.add(*backend.current().place(), ops.stop_gradient(loss))
@@ -301,9 +300,10 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     skip_causes = property(reading.skip_causes)
     skipped_last = reading.skipped_last
     skips = reading.skips
-
     initial_scale = property(reading.initial_scale)
     dynamic_growth_steps = property(reading.dynamic_growth_steps)
+
+    # -------------------------------------------------- the optimizer inside
 
     def exclude_from_weight_decay(self, *args: Any, **kwargs: Any) -> None:
         """Leave variables out of the inner optimizer's weight decay; call it before `build`.

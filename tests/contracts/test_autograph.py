@@ -10,40 +10,68 @@ import kerasmp as mp
 
 pytestmark = pytest.mark.backend("tensorflow")
 
+LOOP = "tf__step"  # the user's own function
+OFF = "tf__wrapper"  # in which TensorFlow turns AutoGraph off for a callable object
+
+
+def rewritten():
+    """Return the functions written by AutoGraph that have led here."""
+    stack = traceback.extract_stack()
+    return [frame.name for frame in stack if "__autograph_generated" in frame.filename]
+
 
 class Noting(keras.optimizers.SGD):
-    """Notes which functions that AutoGraph has written lead to an update."""
+    """Notes it for an update."""
 
     def update_step(self, *args):
-        self.rewritten = _rewritten()
+        self.seen = rewritten()
         super().update_step(*args)
 
 
-def _rewritten():
-    stack = traceback.extract_stack()
-    return {frame.name for frame in stack if "__autograph_generated" in frame.filename}
+class Value:
+    """Notes it where it becomes a tensor."""
+
+    dtype = "float32"
+
+    def __tf_tensor__(self, dtype=None, name=None):
+        self.seen = rewritten()
+        return ops.ones((2,), dtype)
 
 
-def test_nothing_of_ours_is_rewritten_in_a_loop_of_the_users_own():
+@pytest.mark.parametrize("applying", ["apply", "apply_gradients"])
+def test_a_step_of_ours_in_a_loop_of_the_users_own(applying):
+    import tensorflow as tf
+
+    inner, variable, loss, gradient = Noting(), keras.Variable([1.0, 2.0]), Value(), Value()
+    optimizer = mp.LossScaleOptimizer(inner)
+    optimizer.build([variable])
+
+    @tf.function
+    def step():
+        optimizer.scale_loss(loss)
+        (unscaled,) = optimizer.get_unscaled_gradients([gradient])
+        if applying == "apply":
+            optimizer.apply([unscaled], [variable])
+        else:
+            optimizer.apply_gradients([(unscaled, variable)])
+
+    step()
+    for each in (inner, loss, gradient):
+        assert set(each.seen) <= {LOOP, "if_body", "else_body"}
+        assert LOOP in each.seen
+
+
+def test_a_model_of_ours_in_a_loop_of_the_users_own():
     import tensorflow as tf
 
     seen = []
     inputs = keras.Input((3,))
-    model = mp.Model(
-        inputs, mp.layers.Dense(2, activation=lambda x: seen.append(_rewritten()) or x)(inputs)
-    )
-    inner = Noting()
-    optimizer = mp.LossScaleOptimizer(inner)
-    optimizer.build(model.trainable_variables)
+    noting = mp.layers.Dense(2, activation=lambda x: seen.append(rewritten()) or x)
+    model = mp.Model(inputs, noting(inputs))
 
     @tf.function
     def step(x):
-        with tf.GradientTape() as tape:
-            loss = optimizer.scale_loss(ops.mean(model(x, training=True)))
-        grads = tape.gradient(loss, model.trainable_variables)
-        grads = optimizer.get_unscaled_gradients(grads)
-        optimizer.apply_gradients(zip(grads, model.trainable_variables, strict=True))
+        return model(x)
 
     step(tf.ones((4, 3)))
-    assert inner.rewritten == {"tf__step"}  # the loop itself
-    assert seen[-1] == {"tf__step", "tf__wrapper"}  # and what turns AutoGraph off in `__call__`
+    assert seen[-1] == [LOOP, OFF]
