@@ -88,7 +88,7 @@ def on_jax(optimizer, _):
     ours = isinstance(optimizer, mp.LossScaleOptimizer)
     branches = ours and not optimizer.inner_optimizer.global_clipnorm
     state = [v.value for v in variables], [v.value for v in optimizer.variables]
-    return compiled(step, state, scaled_up if branches else step)
+    return compiled(step, state, scaled_up if branches else None)
 
 
 def compiled(step, state, counted=None):
@@ -99,10 +99,8 @@ def compiled(step, state, counted=None):
     import jax
 
     grads = [jax.numpy.asarray(g) for g in gradients()]
-    step, usual = (
-        jax.jit(each, donate_argnums=0).lower(state, grads).compile()
-        for each in (step, counted or step)
-    )
+    step = jax.jit(step, donate_argnums=0).lower(state, grads).compile()
+    usual = jax.jit(counted, donate_argnums=0).lower(state, grads).compile() if counted else step
     held = [state]
 
     def run():

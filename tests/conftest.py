@@ -14,9 +14,10 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 # are not there; it is also six times slower than TensorFlow's own. Without it all CPUs do the same.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-# Tests compile more than they compute, and LLVM's optimisations take a third of their time. Without
-# them two compilations of one formula differ in which products they add without rounding them
-# first. On JAX equal bits are asked of compiled steps: AVX alone has no such instruction.
+# Tests compile more than they compute, and LLVM's optimisations take a third of their time. On JAX
+# equal bits are asked of compiled steps, but two compilations of one formula differ in which
+# products they add without rounding them first: at level 0 Adagrad's, Adafactor's and Ftrl's steps
+# do, at 1 and 2 Muon's, in the last bit. AVX alone has no such instruction.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0"

@@ -1,7 +1,7 @@
 """The only room that imports a framework, lazily, and the only one that touches Keras privates.
 
 What differs between backends comes from `current()`, a `Backend`; importing `kerasmp` alone imports
-none.
+none that Keras has not imported.
 """
 
 from __future__ import annotations

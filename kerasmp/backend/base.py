@@ -165,8 +165,8 @@ class Backend(Protocol):
     ) -> Tensor:
         """Return for each tensor whether all of it is finite once it is divided by the scale.
 
-        A quotient grows with its dividend, and so the largest number tells: a tensor is read once,
-        and nothing of its size is written.
+        A quotient grows with its dividend, and so the largest number tells, where the maximum of
+        NaN is NaN: a tensor is read once, and nothing of its size is written.
 
         Args:
             values: Tensors of any shape.
