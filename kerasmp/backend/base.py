@@ -92,6 +92,9 @@ class Backend(Protocol):
     FUSED: bool = False
     """Whether there are `adam` and `sgd`."""
 
+    KEEPS_QUOTIENTS: bool = False
+    """Whether quotients that are used twice, as clipping by their norm does, stay in memory."""
+
     PRODUCTS: tuple[tuple[Any, str], ...]
     """The products that a user's layer may call itself, each a module and a name in it."""
 
@@ -155,6 +158,7 @@ class Backend(Protocol):
         """Return whether Keras may update some variables of a step, and fused kernels others."""
         return True
 
+    @abstractmethod
     def finite(
         self,
         values: Sequence[Tensor],
@@ -164,9 +168,6 @@ class Backend(Protocol):
         norm: str | None,
     ) -> Tensor:
         """Return for each tensor whether all of it is finite once it is divided by the scale.
-
-        A quotient grows with its dividend, and so the largest number tells, where the maximum of
-        NaN is NaN: a tensor is read once, and nothing of its size is written.
 
         Args:
             values: Tensors of any shape.
@@ -178,15 +179,6 @@ class Backend(Protocol):
         Returns:
             A bool vector.
         """
-        if norm and "float16" not in dtypes:
-            return self.finite_norm(values, scale, norm)  # which tells of their numbers, too
-        largest = [ops.cast(ops.max(ops.abs(v), initial=0), wide_dtype(v)) for v in values]
-        kept = [
-            ops.cast(x / ops.cast(scale, x.dtype), dtype)
-            for x, dtype in zip(largest, dtypes, strict=True)
-        ]
-        found = ops.stack([ops.isfinite(x) for x in kept])
-        return ops.logical_and(found, self.finite_norm(values, scale, norm)) if norm else found
 
     def finite_norm(self, values: Sequence[Tensor], scale: Tensor, norm: str) -> Tensor:
         """Return for each tensor whether the norm of quotients is finite, or else not by its fault.
@@ -195,6 +187,10 @@ class Backend(Protocol):
         """
         squares = [ops.sum(ops.square(self.quotient(v, scale))) for v in values]
         return finite_sums(squares, norm)
+
+    def norms(self, values: Sequence[Tensor], scale: Tensor) -> Tensor:
+        """Return the norm of each tensor of quotients, a vector; where `KEEPS_QUOTIENTS`."""
+        raise NotImplementedError
 
     # ---------------------------------------------------------------------------------- places
 

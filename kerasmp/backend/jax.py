@@ -28,6 +28,7 @@ class Jax(Backend):
     # The gradient of what is broadcast or used in each step of a loop is summed in its own dtype.
     NARROW_SUMS = True
     PURE = True
+    KEEPS_QUOTIENTS = True
     PRODUCTS = tuple(
         (jnp, name) for name in ("matmul", "dot", "inner", "vdot", "einsum", "tensordot")
     )
@@ -55,27 +56,53 @@ class Jax(Backend):
         """
         if norm and "float16" not in dtypes:
             return self.finite_norm(values, scale, norm)  # which tells of their numbers, too
-        finite = _finite_by_product(values, scale)
+        # That it is zero XLA must not know, though the scale may be a constant.
+        zero = jax.lax.optimization_barrier(jnp.minimum(scale, 1.0) * 0.0)
 
-        def fits() -> Any:
-            return super(Jax, self).finite(values, dtypes, scale, norm=norm)
+        def is_finite(value: Any, dtype: str) -> Any:
+            if _is_narrow(value, dtype):  # of which a product would keep a float32 copy
+                return jnp.all(jnp.isfinite(self.quotient(value, scale).astype(dtype)))
+            zeros = jnp.full(value.shape[-1:], zero, value.dtype)
+            # Whatever precision the user has set: in a narrower one large numbers are inf.
+            product = jnp.dot(value, zeros, precision=jax.lax.Precision.HIGHEST)
+            return jnp.all(product == 0)
 
-        if "float16" in dtypes:
-            return finite & fits()
-        return finite & jax.lax.cond(scale >= 1, lambda: finite, fits)
+        def stays_finite(value: Any, dtype: str) -> Any:
+            largest = jnp.max(jnp.abs(value), initial=0)
+            return _is_narrow(value, dtype) or jnp.isfinite(largest / scale)
+
+        def of_all(answer: Callable[[Any, str], Any]) -> Any:
+            return jnp.stack([answer(v, d) for v, d in zip(values, dtypes, strict=True)])
+
+        found = of_all(is_finite)
+        found &= jax.lax.cond(scale >= 1, lambda: found, lambda: of_all(stays_finite))
+        return found & self.finite_norm(values, scale, norm) if norm else found
 
     def finite_norm(self, values: Sequence[Any], scale: Any, norm: str) -> Any:
         """Return for each tensor whether the norm of quotients is finite, or else not by its fault.
 
-        XLA squares and adds in one pass, but writes what is divided before to memory.
+        Of the same norms as gradients are clipped by.
         """
-        squares = [jnp.sum(jnp.square(v.astype(wide_dtype(v)))) for v in values]
-        undivided = finite_sums(squares, norm)
-        return jax.lax.cond(
-            jnp.all(undivided) & (scale >= 1),
-            lambda: undivided,
-            lambda: super(Jax, self).finite_norm(values, scale, norm),
-        )
+        return finite_sums(jnp.square(self.norms(values, scale)), norm)
+
+    def norms(self, values: Sequence[Any], scale: Any) -> Any:
+        """Return the norm of each tensor of quotients, a vector.
+
+        XLA squares and adds in one pass. What is divided by one scalar for many tensors it divides
+        by a tensor of copies of it, which it writes to memory: so each has a scalar of its own.
+        """
+        raw = jnp.sqrt(jnp.stack([jnp.sum(jnp.square(v.astype(wide_dtype(v)))) for v in values]))
+
+        def divided() -> Any:
+            squares = [scale]
+            for each in values:
+                own, squares[-1] = jax.lax.optimization_barrier((scale, squares[-1]))
+                squares.append(jnp.sum(jnp.square(self.quotient(each, own))))
+            return jnp.sqrt(jnp.stack(squares[1:])).astype(raw.dtype)
+
+        # Of what is finite the norm may be infinite, and finite again once it is divided.
+        plain = jnp.all(jnp.isfinite(raw)) & (scale >= 1)
+        return jax.lax.cond(plain, lambda: (raw / scale).astype(raw.dtype), divided)
 
     def place(self) -> tuple[Any, Any]:
         """Return what tells this replica and this trace from others; eager code has its own."""
@@ -193,18 +220,8 @@ class Jax(Backend):
         return jax.disable_jit()
 
 
-def _finite_by_product(values: Sequence[Any], scale: Any) -> Any:
-    """Return which tensors have no inf and no NaN: zero times these is NaN."""
-    # That it is zero XLA must not know, though the scale may be a constant.
-    zero = jax.lax.optimization_barrier(jnp.minimum(scale, 1.0) * 0.0)
-    found = []
-    for each in values:
-        wide = each.astype(wide_dtype(each))
-        zeros = jnp.full(wide.shape[-1:], zero, wide.dtype)
-        # Whatever precision the user has set for products: in a narrower one large numbers are inf.
-        product = jnp.dot(wide, zeros, precision=jax.lax.Precision.HIGHEST)
-        found.append(jnp.all(product == 0))
-    return jnp.stack(found)
+def _is_narrow(value: Any, dtype: str) -> bool:
+    return dtype == "float16" or value.dtype.itemsize < jnp.dtype("float32").itemsize
 
 
 def _choose(skipped: Any, before: Sequence[Any], after: Sequence[Any]) -> list[Any]:

@@ -1,10 +1,13 @@
-"""Optimizers inside of optimizers, which Keras has no common way to reach."""
+"""Optimizers inside of optimizers, which Keras has no common way to reach or to replace."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 def optimizers_in(optimizer: Any) -> list[Any]:
@@ -27,3 +30,35 @@ def optimizers_in(optimizer: Any) -> list[Any]:
         elif isinstance(each, (list, tuple)):
             waiting.extend(each)
     return found
+
+
+def is_stock(optimizer: Any) -> bool:
+    """Return whether an optimizer is of a class of Keras's own, and no method of it is replaced."""
+    replaced = (callable(getattr(type(optimizer), name, None)) for name in vars(optimizer))
+    return type(optimizer).__module__.startswith("keras.") and not any(replaced)
+
+
+def standing_in(optimizer: Any, settings: Mapping[int, Mapping[str, Any]]) -> Any:
+    """Return an optimizer with the same variables and other settings; the given one stays as it is.
+
+    Args:
+        optimizer: The optimizer.
+        settings: Attributes by the `id` of it, or of one that it holds at any depth. The others
+            that it holds are copied, too.
+    """
+    twins: dict[int, Any] = {}
+
+    def twin(value: Any) -> Any:
+        if isinstance(value, keras.optimizers.Optimizer):
+            if id(value) not in twins:
+                twins[id(value)] = same = object.__new__(type(value))
+                vars(same).update({name: twin(each) for name, each in vars(value).items()})
+                vars(same).update(settings.get(id(value), {}))
+            return twins[id(value)]
+        if not isinstance(value, (dict, list, tuple)) or not optimizers_in(value):
+            return value
+        if isinstance(value, dict):
+            return {key: twin(each) for key, each in value.items()}
+        return [twin(each) for each in value]
+
+    return twin(optimizer)

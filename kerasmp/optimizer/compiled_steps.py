@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp.backend.keras_private import learning_rate_functions
-from kerasmp.backend.nested import optimizers_in
+from kerasmp.backend.nested import optimizers_in, standing_in
 from kerasmp.optimizer.causes import Forgetful
 
 if TYPE_CHECKING:
@@ -99,24 +99,11 @@ def with_rates(optimizer: Any, rates: Sequence[Any]) -> Any:
     """
     if not rates:
         return optimizer
-    given = {id(o): r for (o, _), r in zip(learning_rate_functions(optimizer), rates, strict=True)}
-    twins: dict[int, Any] = {}
-
-    def twin(value: Any) -> Any:
-        if isinstance(value, keras.optimizers.Optimizer):
-            if id(value) not in twins:
-                twins[id(value)] = same = object.__new__(type(value))
-                vars(same).update({name: twin(each) for name, each in vars(value).items()})
-                if id(value) in given:
-                    vars(same)["_learning_rate"] = functools.partial(_returned, given[id(value)])
-            return twins[id(value)]
-        if not isinstance(value, (dict, list, tuple)) or not optimizers_in(value):
-            return value
-        if isinstance(value, dict):
-            return {key: twin(each) for key, each in value.items()}
-        return [twin(each) for each in value]
-
-    return twin(optimizer)
+    pairs = zip(learning_rate_functions(optimizer), rates, strict=True)
+    return standing_in(
+        optimizer,
+        {id(o): {"_learning_rate": functools.partial(_returned, r)} for (o, _), r in pairs},
+    )
 
 
 def _returned(value: Any) -> Any:

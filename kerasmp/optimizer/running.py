@@ -14,6 +14,7 @@ from kerasmp.backend.nested import optimizers_in
 from kerasmp.optimizer import arguments
 from kerasmp.optimizer import step as pure_step
 from kerasmp.optimizer.causes import Forgetful, LossNotes
+from kerasmp.optimizer.clipping import clipped, divisors
 from kerasmp.optimizer.compiled_steps import CompiledSteps, kept_by_a_trace, rates_now, with_rates
 from kerasmp.optimizer.step import State, Step, finite_gradients, next_state, unscale
 from kerasmp.optimizer.unscaled import UnscaledMarks, number_of
@@ -104,13 +105,14 @@ def pure(
         values: Their values.
     """
     finite = finite_gradients(step)
+    by = divisors(inner, step)
 
     def values_after(*, applied: bool) -> Callable[[], list[Any]]:
         def take() -> list[Any]:
             mapping = list(zip(touched, values, strict=True))
             with keras.StatelessScope(state_mapping=mapping) as scope:
                 if applied:
-                    _update(inner, step, None)
+                    _update(*((inner, step) if by is None else clipped(inner, step, by)), None)
                 _advance(optimizer, step, finite, applied=applied)
             return [scope.get_current_value(v) for v in touched]
 

@@ -82,8 +82,8 @@ JAX's rows are older than the check that it has now: the one they were measured 
 NaN among 4,096 numbers or more on a CPU.
 
 On JAX the floor is one more pass over the gradients, since all have to be checked before anything
-is changed: 1,009 + 101 MB with Adam. Where Keras clips by a norm, XLA keeps all quotients, as it
-does for stock Keras's wrapper.
+is changed: 1,009 + 101 MB with Adam. Clipping by a norm makes that pass in any case; what XLA
+counts beyond it is a branch that is hardly ever taken, for norms that are too large to be squared.
 
 To measure again, for each backend that you have:
 

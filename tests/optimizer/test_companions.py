@@ -170,6 +170,21 @@ def test_the_clipped_gradient_is_the_unscaled_one(step):
         assert numpy(variables)[0].tolist() == [-0.5, 0.0]
 
 
+def test_a_class_of_the_users_own_is_left_to_clip():
+    seen = []
+
+    class Own(keras.optimizers.SGD):
+        def apply(self, grads, trainable_variables=None):
+            seen.append(self.global_clipnorm)
+            super().apply(grads, trainable_variables)
+
+    variables = variables_of([0.0])
+    optimizer = LossScaleOptimizer(Own(1.0, global_clipnorm=0.5), loss_scale=2.0)
+    optimizer.apply(tensors([8.0]), variables)
+    assert set(seen) == {0.5}
+    assert numpy(variables)[0].tolist() == [-0.5]
+
+
 HUGE = [1.5e19]  # has a finite square, two of them have not
 # Gradients of some variables, the others' are 0; which of them, by the norm of all, are to blame.
 NORMS = {

@@ -13,6 +13,10 @@ OPTIMIZERS = {
     "Adam": (lambda: keras.optimizers.Adam(1e-3), 1.11),
     "SGD": (lambda: keras.optimizers.SGD(1e-3, momentum=0.9), 1.2),
 }
+CLIPPED = {
+    "clipnorm": (lambda: keras.optimizers.Adam(1e-3, clipnorm=1.0), 1.11),
+    "global_clipnorm": (lambda: keras.optimizers.Adam(1e-3, global_clipnorm=1.0), 1.11),
+}
 
 
 def started(optimizer):
@@ -22,7 +26,9 @@ def started(optimizer):
 
 
 @pytest.mark.backend("jax")
-@pytest.mark.parametrize(("make", "ratio"), OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("make", "ratio"), [*OPTIMIZERS.values(), *CLIPPED.values()], ids=[*OPTIMIZERS, *CLIPPED]
+)
 def test_xla_reads_the_gradients_once_more_and_holds_nothing_of_their_size(make, ratio):
     import jax
 
