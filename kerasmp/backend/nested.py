@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -34,8 +35,13 @@ def optimizers_in(optimizer: Any) -> list[Any]:
 
 def is_stock(optimizer: Any) -> bool:
     """Return whether an optimizer is of a class of Keras's own, and no method of it is replaced."""
-    replaced = (callable(getattr(type(optimizer), name, None)) for name in vars(optimizer))
-    return type(optimizer).__module__.startswith("keras.") and not any(replaced)
+    kind: Any = type(optimizer)
+    return kind.__module__.startswith("keras.") and _methods(kind).isdisjoint(vars(optimizer))
+
+
+@functools.cache
+def _methods(kind: type) -> frozenset[str]:
+    return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
 
 
 def standing_in(optimizer: Any, settings: Mapping[int, Mapping[str, Any]]) -> Any:

@@ -110,12 +110,13 @@ class TensorFlow(Backend):
             found = tf.stack([tf.reduce_all(tf.math.is_finite(q)) for q in quotients])
             return found & self.finite_norm(values, scale, norm) if norm else found
 
-        wide = all(dtype in {"float32", "float64"} for dtype in dtypes)
-        if _by_xla() and wide and not norm:
+        wide = {*dtypes} <= {"float32", "float64"}
+        by_xla = _by_xla()
+        if by_xla and wide and not norm:
             # Which has a quick kernel for products, and a slow one for sums over a whole tensor.
             # What is finite stays so if it is divided by 1 or more.
             return tf.cond(scale >= 1, lambda: _finite_by_product(values, scale), exactly)
-        if _by_xla() or len(values) < FEW or not wide:
+        if by_xla or len(values) < FEW or not wide:
             return exactly()
         sums = [tf.cast(tf.nn.l2_loss(tf.cast(v, wide_dtype(v))), "float32") for v in values]
         # Of halves: a norm would be made of twice that.
