@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,10 +15,15 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 
+@functools.cache
+def name_of(dtype: Any) -> str:
+    """Return Keras's name of a dtype of any kind. Keras looks it up by its text each time."""
+    return str(keras.backend.standardize_dtype(dtype))
+
+
 def wide_dtype(values: Any) -> str:
     """Return float64 for float64 tensors, float32 for all others."""
-    dtype: str = keras.backend.standardize_dtype(values.dtype)
-    return dtype if dtype == "float64" else "float32"
+    return "float64" if name_of(values.dtype) == "float64" else "float32"
 
 
 # A tensor of the framework; a gradient may be a sparse one instead, or None.
@@ -41,9 +47,8 @@ class Weight:
     decay: Tensor | None
 
 
-def in_parts(items: Sequence[Any], sizes: Sequence[int]) -> Iterator[list[Any]]:
-    """Cut items into parts, none larger than the largest item: so much is scratch."""
-    largest = max(sizes)
+def in_parts(items: Sequence[Any], sizes: Sequence[int], largest: int) -> Iterator[list[Any]]:
+    """Cut items into parts, none larger than `largest`, but for a single larger item."""
     some: list[Any] = []
     size = 0
     for item, more in zip(items, sizes, strict=True):
@@ -179,6 +184,18 @@ class Backend(Protocol):
         Returns:
             A bool vector.
         """
+
+    def all_finite(
+        self,
+        values: Sequence[Tensor],
+        dtypes: Sequence[str],
+        scale: Tensor,
+        *,
+        norm: str | None,
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Return whether `finite` says so of all tensors, a scalar, and what returns it of each."""
+        found = self.finite(values, dtypes, scale, norm=norm)
+        return ops.all(found), lambda: found
 
     def finite_norm(self, values: Sequence[Tensor], scale: Tensor, norm: str) -> Tensor:
         """Return for each tensor whether the norm of quotients is finite, or else not by its fault.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import keras
+import numpy as np
 from jax import numpy as jnp
 
 from kerasmp.backend.base import Backend, finite_sums, wide_dtype
@@ -18,6 +19,9 @@ except ImportError:  # where it was in older JAX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+
+_SMALL = 2**14  # numbers
 
 
 class Jax(Backend):
@@ -77,6 +81,32 @@ class Jax(Backend):
         found = of_all(is_finite)
         found &= jax.lax.cond(scale >= 1, lambda: found, lambda: of_all(stays_finite))
         return found & self.finite_norm(values, scale, norm) if norm else found
+
+    def all_finite(
+        self, values: Sequence[Any], dtypes: Sequence[str], scale: Any, *, norm: str | None
+    ) -> tuple[Any, Callable[[], Any]]:
+        """Return whether `finite` says so of all tensors, a scalar, and what returns it of each.
+
+        Small ones are looked at together: a kernel for each takes longer to start than to run. And
+        what a branch uses XLA keeps in memory for it, so that the answer for each comes from these.
+        """
+        small = [i for i, v in enumerate(values) if _is_small(v, dtypes[i])]
+        if norm or not small:
+            return super().all_finite(values, dtypes, scale, norm=norm)
+        large = [i for i in range(len(values)) if i not in small]
+        joined = jnp.concatenate([values[i].ravel() for i in small])
+        fine = jnp.isfinite(self.quotient(joined, scale))
+        rest = [values[i] for i in large], [dtypes[i] for i in large]
+        found = self.finite(*rest, scale, norm=None) if large else jnp.ones(0, bool)
+
+        def each() -> Any:
+            # In few operations: XLA takes slices out of the branch, and does them in each step.
+            ends = np.cumsum([values[i].size for i in small])
+            bad = jnp.cumsum(~fine, dtype="int32")[ends - 1]
+            flags = jnp.concatenate([jnp.diff(bad, prepend=0) == 0, found])
+            return flags[np.argsort([*small, *large])]
+
+        return jnp.all(fine) & jnp.all(found), each
 
     def finite_norm(self, values: Sequence[Any], scale: Any, norm: str) -> Any:
         """Return for each tensor whether the norm of quotients is finite, or else not by its fault.
@@ -218,6 +248,13 @@ class Jax(Backend):
     def eagerly(self) -> Any:
         """Let all be computed when it is called, each step of a loop and what is compiled too."""
         return jax.disable_jit()
+
+
+def _is_small(value: Any, dtype: str) -> bool:
+    """Return whether a tensor is checked in less time than its own kernel would take to start."""
+    # What a layout spreads over devices would have to be gathered first.
+    alone = keras.distribution.distribution() is None
+    return alone and value.dtype == dtype == "float32" and 0 < value.size <= _SMALL
 
 
 def _is_narrow(value: Any, dtype: str) -> bool:

@@ -17,19 +17,21 @@ def optimizers_in(optimizer: Any) -> list[Any]:
     Those of a `MultiOptimizer` are among them, and those that a user's own optimizer keeps in an
     attribute, a list or a dict: how it names them is its own affair.
     """
+    holders = (keras.optimizers.Optimizer, dict, list, tuple)
     found, waiting, seen = [], [optimizer], set()
     while waiting:
         each = waiting.pop()
         if id(each) in seen:
             continue
         seen.add(id(each))
+        inside = each
         if isinstance(each, keras.optimizers.Optimizer):
             found.append(each)
-            waiting.extend(vars(each).values())
+            inside = vars(each).values()
         elif isinstance(each, dict):
-            waiting.extend(each.values())
-        elif isinstance(each, (list, tuple)):
-            waiting.extend(each)
+            inside = each.values()
+        # Most of what they hold are variables, by the hundred.
+        waiting.extend([value for value in inside if isinstance(value, holders)])
     return found
 
 

@@ -18,7 +18,7 @@ from kerasmp.backend.keras_private import states_of
 from kerasmp.errors import BackendError, LossScaleError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from kerasmp.backend.base import Weight
 
@@ -296,7 +296,7 @@ class TensorFlow(Backend):
         """Update variables and their moments as `keras.optimizers.Adam` does."""
         if applied is None:
             done: list[Any] = []
-            for some in in_parts(weights, _sizes(weights)):
+            for some in _parts(weights):
                 shrunk = _shrink(some, done)
                 # Or a graph might have the quotients of all variables at a time.
                 with tf.control_dependencies([*done, *shrunk]):
@@ -326,7 +326,7 @@ class TensorFlow(Backend):
         """Update variables as `keras.optimizers.SGD` does."""
         if applied is None:
             done: list[Any] = []
-            for some in in_parts(weights, _sizes(weights)):
+            for some in _parts(weights):
                 _shrink(some, done)
                 done = [_sgd(w, rate, momentum, nesterov=nesterov) for w in some]
             return
@@ -531,8 +531,9 @@ def _sgd(weight: Weight, rate: Any, momentum: float, *, nesterov: bool) -> Any:
     )
 
 
-def _sizes(weights: Sequence[Weight]) -> list[int]:
-    return [math.prod(weight.variable.shape) for weight in weights]
+def _parts(weights: Sequence[Weight]) -> Iterator[list[Any]]:
+    sizes = [math.prod(weight.variable.shape) for weight in weights]
+    return in_parts(weights, sizes, max(sizes))
 
 
 def _shrink(weights: Sequence[Weight], done: Sequence[Any]) -> list[Any]:

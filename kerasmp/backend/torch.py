@@ -78,7 +78,7 @@ class Torch(Backend):
     ) -> Any:
         """Return for each tensor whether all of it is finite once it is divided by the scale."""
         plain = [v.detach() if v.numel() else v.new_zeros(1) for v in values]
-        wide = [torch.promote_types(v.dtype, torch.float32) for v in plain]
+        wide = [torch.float64 if v.dtype == torch.float64 else torch.float32 for v in plain]
         if plain[0].is_cpu and "float16" not in dtypes and not norm:
             # A sum is inf or NaN if one of its terms is, in half the time; and for huge finite
             # ones too: then all numbers are looked at.
@@ -170,7 +170,7 @@ class Torch(Backend):
         """Update variables as `keras.optimizers.SGD` does."""
         # A CPU has the number at hand, and saves a pass. From a GPU it would have to be read.
         number = None if nesterov or not rate.is_cpu else -float(rate)
-        for variables, gradients, *moments in _parts(weights):
+        for variables, gradients, *moments in _parts(weights, scratch=number is None):
             steps = gradients if number else torch._foreach_mul(gradients, -rate)  # noqa: SLF001 - as Keras's own
             for ms in moments:
                 torch._foreach_mul_(ms, momentum)
@@ -256,21 +256,29 @@ def _largest(tensors: list[Any]) -> list[Any]:
     return list(torch._foreach_norm(tensors, float("inf")))  # noqa: SLF001 - see above
 
 
-def _parts(weights: Sequence[Weight]) -> Iterator[Sequence[list[Any]]]:
+def _parts(weights: Sequence[Weight], *, scratch: bool = True) -> Iterator[Sequence[list[Any]]]:
     """Yield, for one part of all weights after the other, what their update is made of.
 
-    Returns:
+    Args:
+        weights: The weights.
+        scratch: Whether the update keeps tensors of the size of a part.
+
+    Yields:
         Lists of variables, of gradients and of each moment. A variable that decays has done so.
     """
     for weight in weights:
         if weight.decay is not None:
             weight.variable.value.mul_(1 - weight.decay)
     rows = [(w.variable.value, w.gradient, *(m.value for m in w.moments)) for w in weights]
-    if rows[0][0].is_cpu:
+    if rows[0][0].is_cpu and max(row[0].numel() for row in rows) > _IN_CACHE:
         rows = [piece for row in rows for piece in _pieces(row)]
-    for part in in_parts(rows, [row[0].numel() for row in rows]):
+    ready = all(g.dtype == torch.float32 and g.is_contiguous() for _, g, *_ in rows)
+    sizes = [row[0].numel() for row in rows]
+    for part in in_parts(rows, sizes, _IN_CACHE if ready and not scratch else max(sizes)):
         variables, gradients, *moments = (list(column) for column in zip(*part, strict=True))
-        yield [variables, [g.to(torch.float32).contiguous() for g in gradients], *moments]
+        if not ready:
+            gradients = [g.to(torch.float32).contiguous() for g in gradients]
+        yield [variables, gradients, *moments]
 
 
 def _pieces(row: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:

@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.base import Weight, wide_dtype
+from kerasmp.backend.base import Weight, name_of, wide_dtype
 from kerasmp.backend.keras_private import decays, moments
 from kerasmp.backend.nested import is_stock
 from kerasmp.loss_scale import FixedLossScale
@@ -122,7 +122,7 @@ def _suits(gradient: Any, variable: Any) -> bool:
     """Return whether Keras would do to a variable nothing but what the update does."""
     return (
         isinstance(variable, keras.Variable)
-        and keras.backend.standardize_dtype(variable.dtype) == "float32"
+        and name_of(variable.dtype) == "float32"
         and variable.constraint is None
         and not getattr(variable, "overwrite_with_gradient", False)
         and backend.current().suits_kernels(gradient, variable)

@@ -16,7 +16,14 @@ from kerasmp.optimizer import step as pure_step
 from kerasmp.optimizer.causes import Forgetful, LossNotes
 from kerasmp.optimizer.clipping import clipped, divisors
 from kerasmp.optimizer.compiled_steps import CompiledSteps, kept_by_a_trace, rates_now, with_rates
-from kerasmp.optimizer.step import State, Step, finite_gradients, next_state, unscale
+from kerasmp.optimizer.step import (
+    State,
+    Step,
+    all_gradients_finite,
+    finite_gradients,
+    next_state,
+    unscale,
+)
 from kerasmp.optimizer.unscaled import UnscaledMarks, number_of
 
 if TYPE_CHECKING:
@@ -104,7 +111,7 @@ def pure(
         touched: All variables that a step may change.
         values: Their values.
     """
-    finite = finite_gradients(step)
+    all_finite, finite = all_gradients_finite(step)
     by = divisors(inner, step)
 
     def values_after(*, applied: bool) -> Callable[[], list[Any]]:
@@ -113,12 +120,12 @@ def pure(
             with keras.StatelessScope(state_mapping=mapping) as scope:
                 if applied:
                     _update(*((inner, step) if by is None else clipped(inner, step, by)), None)
-                _advance(optimizer, step, finite, applied=applied)
+                _advance(optimizer, step, None if applied else finite(), applied=applied)
             return [scope.get_current_value(v) for v in touched]
 
         return take
 
-    return list(ops.cond(ops.all(finite), values_after(applied=True), values_after(applied=False)))
+    return list(ops.cond(all_finite, values_after(applied=True), values_after(applied=False)))
 
 
 def with_known_loss(

@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.base import wide_dtype
+from kerasmp.backend.base import name_of, wide_dtype
 from kerasmp.optimizer.causes import all_finite, cause_of
 from kerasmp.optimizer.counters import APPLIED, skipped_last, with_skip
 from kerasmp.optimizer.measures import MEASURES
 from kerasmp.optimizer.unscaled import divided, takes_gradient_as_value
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from kerasmp.loss_scale import LossScale
     from kerasmp.optimizer.fused import Fused
@@ -79,14 +78,30 @@ def finite_gradients(step: Step) -> Any:
     Where they are clipped by their norm, one that is too large to be squared is not finite either:
     of an infinite norm Keras makes NaN, or zeros.
     """
+    values, dtypes = _checked(step)
+    if not values:  # of a model that is frozen
+        return ops.ones((1,), dtype="bool")
+    return backend.current().finite(values, dtypes, step.scale, norm=step.clips)
+
+
+def all_gradients_finite(step: Step) -> tuple[Any, Callable[[], Any]]:
+    """Return whether `finite_gradients` says so of all, a scalar bool, and what returns it."""
+    values, dtypes = _checked(step)
+    if not values:
+        found = ops.ones((1,), dtype="bool")
+        return found[0], lambda: found
+    return backend.current().all_finite(values, dtypes, step.scale, norm=step.clips)
+
+
+def _checked(step: Step) -> tuple[list[Any], list[str]]:
+    """Return the numbers to be checked, and the dtype that each quotient must fit."""
     room = backend.current()
     pairs = [(g, v) for g, v in zip(step.grads, step.variables, strict=True) if g is not None]
-    if not pairs:  # of a model that is frozen
-        return ops.ones((1,), dtype="bool")
     values = [room.dense_values(g) for g, _ in pairs]
-    kept = [keras.backend.standardize_dtype(v.dtype) for _, v in pairs]
-    dtypes = [k if k == "float16" else wide_dtype(g) for g, k in zip(values, kept, strict=True)]
-    return room.finite(values, dtypes, step.scale, norm=step.clips)
+    kept = [name_of(v.dtype) for _, v in pairs]
+    return values, [
+        k if k == "float16" else wide_dtype(g) for g, k in zip(values, kept, strict=True)
+    ]
 
 
 def next_state(
@@ -98,7 +113,7 @@ def next_state(
         schedule: The schedule.
         state: The state before it.
         step: The step.
-        finite: What `finite_gradients` returned.
+        finite: What `finite_gradients` returned; of a step that was applied it may be None.
         applied: Whether it was applied, or skipped.
     """
     if applied:

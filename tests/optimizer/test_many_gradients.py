@@ -41,3 +41,18 @@ def test_what_is_bad_is_found_among_many_and_huge_values_are_not(step):
     assert optimizer.applied_steps == 1
     assert numpy(variables)[3][1] == np.float32(1.0) - np.float32(3e38) / 2
     assert numpy(variables)[5][1] == 0.5
+
+
+def test_which_gradient_is_bad_is_found_among_small_and_large_ones():
+    """JAX looks at the small ones together."""
+    shapes = [(3,), (130, 130), (), (0,), (64, 2), (16385,), (1,)]
+    variables = variables_of(*(np.ones(shape) for shape in shapes))
+    optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(0.5), loss_scale=1.0)
+    for place in [i for i, shape in enumerate(shapes) if 0 not in shape]:
+        values = [np.ones(shape, "float32") for shape in shapes]
+        values[place][(-1,) * len(shapes[place])] = np.nan
+        before = optimizer.nonfinite_counts if optimizer.built else np.zeros(len(shapes), int)
+        optimizer.apply(tensors(*values), variables)
+        assert np.flatnonzero(optimizer.nonfinite_counts - before).tolist() == [place]
+    assert optimizer.applied_steps == 0
+    assert all(np.all(value == 1.0) for value in numpy(variables))
