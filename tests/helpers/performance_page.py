@@ -78,12 +78,9 @@ holds during updates beyond what it held before. The variables take 101 MB, the 
 
 {counts}
 
-JAX's rows are older than the check that it has now: the one they were measured with did not see a
-NaN among 4,096 numbers or more on a CPU.
-
 On JAX the floor is one more pass over the gradients, since all have to be checked before anything
 is changed: 1,009 + 101 MB with Adam. Clipping by a norm makes that pass in any case; what XLA
-counts beyond it is a branch that is hardly ever taken, for norms that are too large to be squared.
+counts beyond it is a branch for scales below 1, and for norms that are not finite.
 
 To measure again, for each backend that you have:
 
