@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from abc import abstractmethod
@@ -343,8 +344,9 @@ class Backend(Protocol):
 
     # ------------------------------------------------------------------------------- variables
 
-    def sync(self, model: Any) -> None:
-        """Make the variables current, where they travel outside of the model during `fit`."""
+    def reading(self, model: Any) -> AbstractContextManager[Any]:  # noqa: ARG002 - for JAX
+        """Let the state of a model's optimizer read as it is now, during `fit`, too."""
+        return contextlib.nullcontext()
 
     @abstractmethod
     def in_dtype(self, value: Any, dtype: str) -> tuple[Any, Callable[[], None]]:

@@ -11,6 +11,7 @@ from jax import numpy as jnp
 
 from kerasmp.backend.base import Backend, finite_sums, wide_dtype
 from kerasmp.backend.calls import running
+from kerasmp.backend.keras_private import optimizer_in_fit
 
 try:
     from jax.extend.core import get_opaque_trace_state
@@ -185,9 +186,14 @@ class Jax(Backend):
 
         return bool(_can_use_flash_attention(query, key, value, None))
 
-    def sync(self, model: Any) -> None:
-        """Make the variables current: during `fit` on JAX their values travel outside them."""
-        model.jax_state_sync()
+    def reading(self, model: Any) -> Any:
+        """Let the state of a model's optimizer read as it is now: in `fit` it travels outside.
+
+        Without the moments: Keras's own method makes all variables current, which takes as long as
+        some steps of a small model.
+        """
+        now = optimizer_in_fit(model)
+        return keras.StatelessScope([(v, x) for v, x in now if not v.shape or "int" in v.dtype])
 
     def in_dtype(self, value: Any, dtype: str) -> tuple[Any, Callable[[], None]]:
         """Return an array in another dtype, sharded as it is; there is nothing to put back."""

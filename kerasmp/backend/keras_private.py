@@ -38,6 +38,7 @@ __all__ = [
     "learning_rate_schedules",
     "losses_kept",
     "moments",
+    "optimizer_in_fit",
     "own_variables",
     "set_autocast",
     "states_of",
@@ -131,6 +132,17 @@ def moments(optimizer: Any, variable: Any) -> tuple[Any, ...]:
     )
     index = optimizer._get_variable_index(variable)  # noqa: SLF001
     return tuple(each[index] for each in lists if each)
+
+
+def optimizer_in_fit(model: Any) -> list[tuple[Any, Any]]:
+    """Return the variables of a model's optimizer with what `fit` on JAX keeps outside of them.
+
+    Empty where they hold it themselves. Publicly there is `jax_state_sync`, for all of the model.
+    """
+    state = getattr(model, "_jax_state", None)
+    if not state or model._jax_state_synced:  # noqa: SLF001 - see above
+        return []
+    return list(zip(model.optimizer.variables, state["optimizer_variables"], strict=True))
 
 
 def steps_of(optimizer: Any) -> int:

@@ -83,6 +83,7 @@ class OverflowMonitor(keras.callbacks.Callback):
         self.streak = _at_least_one("streak", streak)
         self.stalled = _at_least_one("stalled", stalled)
         self._source: Any = None
+        self._watched: Any = None
         self._told: set[Finding] = set()
         # The last batches that ended, in any order: Keras may have a few dozen threads tell us.
         self._ends: collections.deque[int] = collections.deque(maxlen=256)
@@ -98,6 +99,8 @@ class OverflowMonitor(keras.callbacks.Callback):
                 fix="Call model.compile(optimizer=kerasmp.LossScaleOptimizer(...), ...) first.",
             )
         self._source = source_of(optimizer)
+        # Keras's property makes all variables current on JAX each time it is asked for the model.
+        self._watched = self.model
         self._warned: set[str] = set()
         self._steps = 0
         callbacks = enclosing_callback_list()
@@ -123,8 +126,8 @@ class OverflowMonitor(keras.callbacks.Callback):
         self._steps = self._epoch_first_step + batch
         if self._source is not None and batch >= self._next_check:
             self._next_check = batch + self.check_every
-            backend.current().sync(self.model)
-            self._warn_if_losing_steps(self._source.read(self._steps))
+            with backend.current().reading(self._watched):
+                self._warn_if_losing_steps(self._source.read(self._steps))
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
         """Remember that the batch came; where data ends unannounced, one begins that never does."""

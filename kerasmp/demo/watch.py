@@ -95,8 +95,7 @@ class Watch(keras.callbacks.Callback):
         optimizer = self.model.optimizer
         if not isinstance(optimizer, LossScaleOptimizer):
             return
-        if step:
-            backend.current().sync(self.model)
-        skipped = optimizer.skipped_steps
-        self.scales.append(ScaleReading(step, optimizer.loss_scale, skipped - self._skipped))
+        with backend.current().reading(self.model):
+            skipped, scale = optimizer.skipped_steps, optimizer.loss_scale
+        self.scales.append(ScaleReading(step, scale, skipped - self._skipped))
         self._skipped = skipped

@@ -200,6 +200,24 @@ def test_weights_stand_beside_the_averages_that_are_kept_of_them():
     assert keras_private.weights_and_averages(plain) == []
 
 
+@pytest.mark.backend("jax")
+def test_during_fit_the_optimizers_values_are_beside_its_variables():
+    seen = []
+
+    class Reads(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):  # noqa: ARG002
+            # Not of self.model, which puts all into the variables.
+            pairs = keras_private.optimizer_in_fit(model)
+            values = {v.name: int(value) for v, value in pairs if v.name == "iteration"}
+            seen.append((batch, values.get("iteration", 0)))
+
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    model.fit(np.ones((4, 2)), np.ones((4, 1)), batch_size=1, verbose=0, callbacks=[Reads()])
+    assert seen == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert keras_private.optimizer_in_fit(model) == []
+
+
 def test_no_other_room_imports_keras_privates():
     offenders = []
     for path in PACKAGE.rglob("*.py"):
