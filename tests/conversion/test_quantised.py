@@ -94,7 +94,7 @@ def test_a_quantised_policy_is_refused_and_changes_nothing(policy, rules, dry_ru
     model = build()
     before = str(mp.LayerPolicies.of(model))
     exact = model.predict(X, verbose=0)
-    with pytest.raises(mp.errors.PolicyError, match=r"round the weights.*model\.quantize"):
+    with pytest.raises(mp.errors.PolicyError, match="(?s)round the weights.*model.quantize"):
         mp.convert(model, policy, rules=rules, dry_run=dry_run)
     assert str(mp.LayerPolicies.of(model)) == before
     np.testing.assert_array_equal(model.predict(X, verbose=0), exact)
