@@ -118,14 +118,14 @@ def convert(  # noqa: PLR0913 - all but two have to be named
             rows=[_converted(row, replaced, costs) for row in rows],
             layer_policies=LayerPolicies.of(model),
             notes=notes,
-            undo=None if dry_run else undo,
+            undo=undo,
         )
     except BaseException:  # an interrupt, too
         undo.close()
         put_compiled_steps_back(steps)
         raise
     if dry_run:
-        undo.close()
+        report.restore()
         put_compiled_steps_back(steps)
     return report
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import weakref
+import contextlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kerasmp.backend.keras_graph import policy_of
@@ -12,7 +11,6 @@ from kerasmp.errors import PolicyError
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
-    import contextlib
     from collections.abc import Iterable, Mapping
 
     from kerasmp.policy import Policy
@@ -44,11 +42,6 @@ class ConvertedLayer(NamedTuple):
     cost: Any = None
 
 
-_NUMBERS = itertools.count()
-# The reports of conversions that stand, by number, as far as someone keeps them.
-_STANDING: weakref.WeakValueDictionary[int, ConversionReport] = weakref.WeakValueDictionary()
-
-
 class ConversionReport:
     """What `convert` did, or would do; `str()` is a table with one line for each layer.
 
@@ -61,7 +54,7 @@ class ConversionReport:
         rows: One row for the model and for each layer in it, holders before what they hold.
         layer_policies: The policies of all layers, as text that can be applied again.
         notes: What else there is to say, a sentence each.
-        undo: What puts everything back; None where nothing was changed.
+        undo: What puts everything back.
     """
 
     def __init__(  # noqa: PLR0913 - one for each attribute
@@ -79,10 +72,8 @@ class ConversionReport:
         self.rows = tuple(rows)
         self.layer_policies = layer_policies
         self.notes = tuple(notes)
-        self._undo = undo
-        self._number = next(_NUMBERS)
-        if undo is not None:
-            _STANDING[self._number] = self
+        self._undo = undo or contextlib.ExitStack()
+        self._restored = False
 
     @property
     def multiply_adds(self) -> Mapping[str, int] | None:
@@ -124,43 +115,17 @@ class ConversionReport:
     def restore(self) -> None:
         """Put everything back: policies, classes, variables' dtypes, optimizer; once.
 
-        Weights keep what training has made of them since. After a dry run nothing happens.
+        Weights keep what training has made of them since. After a dry run, and a second time,
+        nothing happens.
 
         Raises:
-            PolicyError: If it was called before, if a later conversion of one of the layers comes
-                first, or if a layer was quantised since. Nothing has changed then.
+            PolicyError: If a layer was quantised since. Nothing has changed then.
         """
-        if self._undo is None:
+        if self._restored:
             return
-        self._refuse_out_of_order()
         self._refuse_quantised()
-        del _STANDING[self._number]
+        self._restored = True
         self._undo.pop_all().close()
-
-    def _refuse_out_of_order(self) -> None:
-        if self._number not in _STANDING:
-            raise PolicyError(
-                "This conversion is undone already.",
-                received=f"a second restore() of {self._title()}",
-                expected="one restore() of each report",
-                fix="Call convert again to convert again. The report of an earlier conversion "
-                "undoes that one.",
-            )
-        layers = {id(row.layer) for row in self.rows}
-        later = [r for n, r in _STANDING.items() if n > self._number]
-        over = [r for r in later if not layers.isdisjoint(id(row.layer) for row in r.rows)]
-        if over:
-            last = max(over, key=lambda report: report._number)  # noqa: SLF001 - one of its own
-            raise PolicyError(
-                "A later conversion has changed some of these layers again, and is undone first.",
-                received=f"restore() of {self._title()}, before that of {last._title()}",  # noqa: SLF001
-                expected="the last conversion to be undone first",
-                fix=f"Call restore() of the report of {last._title()} first.",  # noqa: SLF001
-            )
-
-    def _title(self) -> str:
-        to = "given layer policies" if self.policy is None else f'"{self.policy.name}"'
-        return f'the conversion of "{self.model.name}" to {to}'
 
     def _refuse_quantised(self) -> None:
         for row in self.rows:

@@ -29,12 +29,10 @@ def apply(
         The layers that were changed, with the policy of each before, for `put_back`.
 
     Raises:
-        PolicyError: If a layer's weights would have to change their dtype, or be quantised;
-            nothing has changed.
+        PolicyError: If a layer's weights would have to change their dtype; nothing has changed.
     """
     todo = [row for row in assignments if row.before != row.after]
     for row in todo:
-        _refuse_quantising(row)
         if not variables_follow:
             refuse_other_variables(row)
     changed = [(row.layer, row.layer.dtype_policy) for row in todo]
@@ -59,17 +57,6 @@ def put_back(model: Any, changed: Iterable[tuple[Any, keras.DTypePolicy]]) -> No
     for layer, policy in pairs:
         set_policy(layer, policy)
     _renew(model, [layer for layer, _ in pairs])
-
-
-def _refuse_quantising(row: Assignment) -> None:
-    """Raise if a policy would make Keras quantise a layer's weights, which nothing can undo."""
-    if row.layer.built and keras.dtype_policies.get(row.after).quantization_mode is not None:
-        raise PolicyError(
-            "A quantised policy would round the weights of a layer that is built, for good.",
-            received=f'"{row.path}", now under "{row.before}", and "{row.after}" for it',
-            expected="a floating point policy",
-            fix='Convert first, then call model.quantize("int8").',
-        )
 
 
 def refuse_other_variables(row: Assignment) -> None:

@@ -32,39 +32,8 @@ def test_weights_are_kept_and_restored_is_as_before(build):
     np.testing.assert_array_equal(model.predict(X, verbose=0), before)
     assert [layer.dtype_policy for layer in flatten_layers(model)] == policies
     mp.convert(model)
+    report.restore()  # a second time nothing happens
     assert "float16" in {layer.compute_dtype for layer in flatten_layers(model)}
-
-
-def test_conversions_are_undone_once_and_the_last_one_first():
-    model, other = functional(), functional()
-    model.compile("adam", "mse")
-    first = mp.convert(model)
-    second = mp.convert(model, "mixed_bfloat16")
-    mp.convert(model, "float32", dry_run=True)
-    elsewhere = mp.convert(other, "mixed_bfloat16")
-    policies = [layer.dtype_policy for layer in flatten_layers(model)]
-    optimizer = model.optimizer
-    with pytest.raises(
-        mp.errors.PolicyError, match=r'(?s)restore\(\) of .* to "mixed_bfloat16" first'
-    ):
-        first.restore()
-    assert [layer.dtype_policy for layer in flatten_layers(model)] == policies
-    assert model.optimizer is optimizer
-    second.restore()
-    with pytest.raises(mp.errors.PolicyError, match="undone already"):
-        second.restore()
-    assert "float16" in {layer.compute_dtype for layer in flatten_layers(model)}
-    first.restore()
-    assert {layer.compute_dtype for layer in flatten_layers(model)} == {"float32"}
-    elsewhere.restore()
-
-
-def test_a_later_report_that_nobody_keeps_stands_in_no_ones_way():
-    model = functional()
-    first = mp.convert(model)
-    mp.convert(model, "mixed_bfloat16")
-    first.restore()
-    assert {layer.compute_dtype for layer in flatten_layers(model)} == {"float32"}
 
 
 def test_test_and_train_steps_follow_too():

@@ -82,24 +82,6 @@ def test_restoring_after_it_was_quantised_is_refused_and_changes_nothing():
     assert isinstance(model, mp.Sequential)
 
 
-@pytest.mark.parametrize("dry_run", [False, True])
-@pytest.mark.parametrize(
-    ("policy", "rules"),
-    [
-        ("int8_from_float32", None),
-        ("mixed_bfloat16", {keras.layers.Dense: "int8_from_mixed_bfloat16"}),
-    ],
-)
-def test_a_quantised_policy_is_refused_and_changes_nothing(policy, rules, dry_run):
-    model = build()
-    before = str(mp.LayerPolicies.of(model))
-    exact = model.predict(X, verbose=0)
-    with pytest.raises(mp.errors.PolicyError, match="(?s)round the weights.*model.quantize"):
-        mp.convert(model, policy, rules=rules, dry_run=dry_run)
-    assert str(mp.LayerPolicies.of(model)) == before
-    np.testing.assert_array_equal(model.predict(X, verbose=0), exact)
-
-
 @pytest.mark.parametrize("mode", few(STEP, ["int8"]))
 def test_a_quantised_model_keeps_its_layers(mode):
     model, exact = quantised(mode)
