@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
-_SMALL = 2**14  # numbers
+# A tensor of so many numbers is checked in less time than its own kernel takes to start; so many
+# are put together, which takes half a megabyte.
+_SMALL, _TOGETHER = 2**14, 2**17
 
 
 class Jax(Backend):
@@ -91,7 +93,11 @@ class Jax(Backend):
         Small ones are looked at together: a kernel for each takes longer to start than to run. And
         what a branch uses XLA keeps in memory for it, so that the answer for each comes from these.
         """
-        small = [i for i, v in enumerate(values) if _is_small(v, dtypes[i])]
+        small, together = [], 0
+        for i, value in enumerate(values):
+            if _can_be_joined(value, dtypes[i]) and together + value.size <= _TOGETHER:
+                small.append(i)
+                together += value.size
         if norm or not small:
             return super().all_finite(values, dtypes, scale, norm=norm)
         large = [i for i in range(len(values)) if i not in small]
@@ -256,11 +262,12 @@ class Jax(Backend):
         return jax.disable_jit()
 
 
-def _is_small(value: Any, dtype: str) -> bool:
-    """Return whether a tensor is checked in less time than its own kernel would take to start."""
-    # What a layout spreads over devices would have to be gathered first.
-    alone = keras.distribution.distribution() is None
-    return alone and value.dtype == dtype == "float32" and 0 < value.size <= _SMALL
+def _can_be_joined(value: Any, dtype: str) -> bool:
+    """Return whether a tensor is small, and not spread over devices, each in a way of its own."""
+    sharding = getattr(getattr(value, "aval", None), "sharding", None)
+    spread = any(getattr(sharding, "spec", None) or ())
+    spread |= keras.distribution.distribution() is not None
+    return not spread and value.dtype == dtype == "float32" and 0 < value.size <= _SMALL
 
 
 def _is_narrow(value: Any, dtype: str) -> bool:

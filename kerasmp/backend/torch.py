@@ -170,15 +170,16 @@ class Torch(Backend):
         """Update variables as `keras.optimizers.SGD` does."""
         # A CPU has the number at hand, and saves a pass. From a GPU it would have to be read.
         number = None if nesterov or not rate.is_cpu else -float(rate)
+        alpha = 1 if number is None else number
         for variables, gradients, *moments in _parts(weights, scratch=number is None):
-            steps = gradients if number else torch._foreach_mul(gradients, -rate)  # noqa: SLF001 - as Keras's own
+            steps = gradients if number is not None else torch._foreach_mul(gradients, -rate)  # noqa: SLF001 - as Keras's own
             for ms in moments:
                 torch._foreach_mul_(ms, momentum)
-                torch._foreach_add_(ms, steps, alpha=number or 1)
+                torch._foreach_add_(ms, steps, alpha=alpha)
                 if nesterov:
                     torch._foreach_add_(steps, ms, alpha=momentum)
             if nesterov or not moments:
-                torch._foreach_add_(variables, steps, alpha=number or 1)
+                torch._foreach_add_(variables, steps, alpha=alpha)
             else:
                 torch._foreach_add_(variables, moments[0])
             del steps  # before there are those of the next

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.nested import is_stock, standing_in
+from kerasmp.backend.nested import is_stock, optimizers_in, standing_in
 from kerasmp.optimizer.unscaled import divided, takes_gradient_as_value
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def divisors(inner: Any, step: Step) -> list[Any] | None:
     norm = inner.clipnorm or inner.global_clipnorm or 0
     if norm <= 0 or not room.KEEPS_QUOTIENTS:
         return None
-    if inner.gradient_accumulation_steps or not is_stock(inner):
-        return None  # which clip later, or may clip otherwise
+    if inner.gradient_accumulation_steps or optimizers_in(inner) != [inner] or not is_stock(inner):
+        return None  # which clip later, or each by itself, or may clip otherwise
     places = [
         i
         for i, (g, v) in enumerate(zip(step.grads, step.variables, strict=True))

@@ -78,30 +78,22 @@ def finite_gradients(step: Step) -> Any:
     Where they are clipped by their norm, one that is too large to be squared is not finite either:
     of an infinite norm Keras makes NaN, or zeros.
     """
-    values, dtypes = _checked(step)
-    if not values:  # of a model that is frozen
-        return ops.ones((1,), dtype="bool")
-    return backend.current().finite(values, dtypes, step.scale, norm=step.clips)
+    return _ask(step, backend.current().finite)
 
 
 def all_gradients_finite(step: Step) -> tuple[Any, Callable[[], Any]]:
     """Return whether `finite_gradients` says so of all, a scalar bool, and what returns it."""
-    values, dtypes = _checked(step)
-    if not values:
-        found = ops.ones((1,), dtype="bool")
-        return found[0], lambda: found
-    return backend.current().all_finite(values, dtypes, step.scale, norm=step.clips)
+    found: tuple[Any, Callable[[], Any]] = _ask(step, backend.current().all_finite)
+    return found
 
 
-def _checked(step: Step) -> tuple[list[Any], list[str]]:
-    """Return the numbers to be checked, and the dtype that each quotient must fit."""
+def _ask(step: Step, question: Callable[..., Any]) -> Any:
     room = backend.current()
     pairs = [(g, v) for g, v in zip(step.grads, step.variables, strict=True) if g is not None]
-    values = [room.dense_values(g) for g, _ in pairs]
-    kept = [name_of(v.dtype) for _, v in pairs]
-    return values, [
-        k if k == "float16" else wide_dtype(g) for g, k in zip(values, kept, strict=True)
-    ]
+    values = [room.dense_values(g) for g, _ in pairs] or [ops.zeros((1,))]  # of a frozen model
+    kept = [name_of(v.dtype) for _, v in pairs] or ["float32"]
+    dtypes = [k if k == "float16" else wide_dtype(g) for g, k in zip(values, kept, strict=True)]
+    return question(values, dtypes, step.scale, norm=step.clips)
 
 
 def next_state(

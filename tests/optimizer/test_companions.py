@@ -170,6 +170,34 @@ def test_the_clipped_gradient_is_the_unscaled_one(step):
         assert numpy(variables)[0].tolist() == [-0.5, 0.0]
 
 
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.parametrize("scale", [0.25, 1024.0])
+@pytest.mark.parametrize("settings", [{"clipnorm": 0.5}, {"global_clipnorm": 0.5}], ids=str)
+def test_gradients_are_clipped_as_by_keras(settings, scale):
+    """Beside a variable without a gradient, and one whose gradient is a value and not clipped."""
+    grads = [[3.0, 4.0], [0.3, 0.1], [5.0], [0.0]]
+    ended = []
+    for wrap, factor in (
+        (lambda inner: inner, 1.0),
+        (lambda inner: LossScaleOptimizer(inner, loss_scale=scale), scale),
+    ):
+        variables = variables_of(*np.ones_like([[1, 1], [1, 1]]), [1.0], [1.0], [1.0])
+        variables[2].overwrite_with_gradient = True
+        given = [np.array(g) * (1.0 if i == 2 else factor) for i, g in enumerate(grads)]
+        optimizer = wrap(keras.optimizers.SGD(1.0, **settings))
+        optimizer.apply([*tensors(*given), None], variables)
+        ended.append(np.concatenate(numpy(variables)))
+    np.testing.assert_allclose(ended[1], ended[0], rtol=1e-6)
+
+
+def test_gradients_that_were_unscaled_by_hand_are_clipped_by_their_own_norm():
+    variables = variables_of([0.0, 0.0])
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0, global_clipnorm=1.0), loss_scale=8.0)
+    optimizer.build(variables)
+    optimizer.apply(optimizer.get_unscaled_gradients(tensors([24.0, 32.0])), variables)
+    np.testing.assert_allclose(numpy(variables)[0], [-0.6, -0.8], rtol=1e-6)
+
+
 def test_a_class_of_the_users_own_is_left_to_clip():
     seen = []
 
