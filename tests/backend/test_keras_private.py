@@ -205,7 +205,7 @@ def test_during_fit_the_optimizers_values_are_beside_its_variables():
     seen = []
 
     class Reads(keras.callbacks.Callback):
-        def on_train_batch_begin(self, batch, logs=None):  # noqa: ARG002
+        def on_train_batch_begin(self, batch, logs=None):  # noqa: ARG002 - Keras gives it
             # Not of self.model, which puts all into the variables.
             pairs = keras_private.optimizer_in_fit(model)
             values = {v.name: int(value) for v, value in pairs if v.name == "iteration"}
