@@ -37,8 +37,14 @@ def optimizers_in(optimizer: Any) -> list[Any]:
 
 def is_stock(optimizer: Any) -> bool:
     """Return whether an optimizer is of a class of Keras's own, and no method of it is replaced."""
+    own = type(optimizer).__module__.startswith("keras.")
+    return own and not has_replaced_methods(optimizer)
+
+
+def has_replaced_methods(optimizer: Any) -> bool:
+    """Return whether a method was put into this one object in the place of its class's."""
     kind: Any = type(optimizer)
-    return kind.__module__.startswith("keras.") and _methods(kind).isdisjoint(vars(optimizer))
+    return not _methods(kind).isdisjoint(vars(optimizer))
 
 
 @functools.cache

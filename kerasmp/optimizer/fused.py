@@ -12,7 +12,7 @@ from keras import ops
 from kerasmp import backend
 from kerasmp.backend.base import Weight, name_of, wide_dtype
 from kerasmp.backend.keras_private import decays, moments
-from kerasmp.backend.nested import is_stock
+from kerasmp.backend.nested import has_replaced_methods
 from kerasmp.loss_scale import FixedLossScale
 from kerasmp.optimizer.unscaled import divided
 
@@ -74,7 +74,7 @@ class Fused:
             not room.is_one_replica()
             or (inner.use_ema or inner.gradient_accumulation_steps or inner.clipnorm)
             or (inner.clipvalue or getattr(inner, "amsgrad", False))
-            or not is_stock(inner)  # if one of its methods was replaced
+            or has_replaced_methods(inner)
         ):
             return None
         takes = tuple(_suits(g, v) for g, v in zip(grads, variables, strict=True))
