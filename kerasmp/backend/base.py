@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import keras
 from keras import ops
@@ -31,8 +30,7 @@ def wide_dtype(values: Any) -> str:
 Tensor = Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """What a fused update takes of one variable, all of it dense and float32.
 
     Attributes:
@@ -58,7 +56,8 @@ def in_parts(items: Sequence[Any], sizes: Sequence[int], largest: int) -> Iterat
             yield some
             some, size = [], more
         some.append(item)
-    yield some
+    if some:
+        yield some
 
 
 def finite_sums(squares: Sequence[Tensor], norm: str) -> Tensor:
@@ -84,9 +83,6 @@ class Backend(Protocol):
 
     PURE: bool = False
     """Whether a step must be a pure function, which is then compiled."""
-
-    BRANCHES: bool = False
-    """Whether many small sums cost more than a branch around them."""
 
     NARROW_SUMS: bool = False
     """Whether the gradient of what is broadcast, or used in each step of a loop, is summed in its
@@ -156,9 +152,30 @@ class Backend(Protocol):
         dtype = wide_dtype(values)
         return ops.divide(ops.cast(values, dtype), ops.cast(divisor, dtype))
 
-    def suits_kernels(self, gradient: Any, variable: Any) -> bool:  # noqa: ARG002 - for those with any
-        """Return whether a gradient and its variable lie in memory as fused kernels expect."""
-        return False
+    def dtypes_of(self, variables: Sequence[Any]) -> list[str]:
+        """Return Keras's name of the dtype of each variable."""
+        return [name_of(v.dtype) for v in variables]
+
+    def short_cut(
+        self,
+        state: dict[str, Tensor],  # noqa: ARG002 - where branches are cheap
+        allowed: Callable[[dict[str, Any]], Any],  # noqa: ARG002 - see above
+        quick: Callable[[], Any],  # noqa: ARG002 - see above
+        whole: Callable[[], Any],
+    ) -> Any:
+        """Return `quick()` where that is allowed and a branch costs less than all of `whole()`.
+
+        Args:
+            state: What `allowed` goes by, scalar tensors.
+            allowed: Takes the state, as tensors or numbers; returns a scalar bool, or None for no.
+            quick: Returns the same as `whole`, where it is allowed.
+            whole: Is called elsewhere.
+        """
+        return whole()
+
+    def suits_kernels(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[bool]:  # noqa: ARG002 - for those with any
+        """Return whether each gradient and its variable lie in memory as fused kernels expect."""
+        return [False] * len(grads)
 
     def updates_apart(self) -> bool:
         """Return whether Keras may update some variables of a step, and fused kernels others."""

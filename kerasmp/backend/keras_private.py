@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras.optimizers.schedules import LearningRateSchedule
 from keras.src.backend import get_keras_mask, set_keras_mask
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.backend.common.variables import AutocastScope
 from keras.src.models.functional import Functional
 from keras.src.models.model import functional_init_arguments
@@ -22,7 +23,7 @@ from keras.src.models.model import functional_init_arguments
 from kerasmp.backend.nested import optimizers_in
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 __all__ = [
     "UPDATE_METRICS",
@@ -34,6 +35,7 @@ __all__ = [
     "flatten_layers",
     "float16_layers",
     "functional_init_arguments",
+    "held",
     "learning_rate_functions",
     "learning_rate_schedules",
     "losses_kept",
@@ -120,8 +122,8 @@ def weights_and_averages(optimizer: Any) -> list[tuple[Any, Any]]:
 UPDATE_METRICS = "_update_metrics_variables"
 
 
-def moments(optimizer: Any, variable: Any) -> tuple[Any, ...]:
-    """Return what a built Adam, AdamW or SGD keeps of a variable: two moments, one or none.
+def moments(optimizer: Any, variables: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Return what a built Adam, AdamW or SGD keeps of each variable: two moments, one or none.
 
     Publicly there is one list of all that an optimizer keeps.
     """
@@ -130,8 +132,19 @@ def moments(optimizer: Any, variable: Any) -> tuple[Any, ...]:
         if isinstance(optimizer, keras.optimizers.SGD)
         else (optimizer._momentums, optimizer._velocities)  # noqa: SLF001
     )
-    index = optimizer._get_variable_index(variable)  # noqa: SLF001
-    return tuple(each[index] for each in lists if each)
+    lists = tuple(each for each in lists if each)
+    places = [optimizer._get_variable_index(v) for v in variables]  # noqa: SLF001
+    return [tuple(each[place] for each in lists) for place in places]
+
+
+def held(variables: Sequence[Any]) -> list[Any]:
+    """Return the tensors of variables.
+
+    Publicly each asks for scopes and the device, which on torch takes as long as a small kernel.
+    """
+    if in_stateless_scope():
+        return [v.value for v in variables]
+    return [v._value for v in variables]  # noqa: SLF001 - see above
 
 
 def optimizer_in_fit(model: Any) -> list[tuple[Any, Any]]:

@@ -39,7 +39,6 @@ MIXED_DTYPES = re.compile(
 class TensorFlow(Backend):
     """See `Backend`."""
 
-    BRANCHES = True
     FUSED = True
     # Keras's method that sums gradients over replicas; tests/backend tells when it moves.
     REDUCTION = "_all_reduce_sum_gradients"
@@ -84,9 +83,20 @@ class TensorFlow(Backend):
             return values * half * rest
         return values / tf.cast(divisor, dtype)
 
-    def suits_kernels(self, gradient: Any, variable: Any) -> bool:  # noqa: ARG002 - any does
-        """Return whether a gradient is a dense tensor, and there at all."""
-        return isinstance(gradient, tf.Tensor)
+    def short_cut(
+        self,
+        state: dict[str, Any],
+        allowed: Callable[[dict[str, Any]], Any],
+        quick: Callable[[], Any],
+        whole: Callable[[], Any],
+    ) -> Any:
+        """Return `quick()` where that is allowed, else `whole()`."""
+        short = allowed(state)
+        return whole() if short is None else tf.cond(short, quick, whole)
+
+    def suits_kernels(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[bool]:  # noqa: ARG002 - any do
+        """Return whether each gradient is a dense tensor, and there at all."""
+        return [isinstance(gradient, tf.Tensor) for gradient in grads]
 
     def updates_apart(self) -> bool:
         """Return whether Keras may update some variables of a step, and fused kernels others."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kerasmp.backend.base import Backend, finite_sums, in_parts
-from kerasmp.backend.keras_private import states_of
+from kerasmp.backend.base import Backend, finite_sums, in_parts, name_of
+from kerasmp.backend.keras_private import held, states_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +22,12 @@ MIXED_DTYPES = re.compile(
 
 # So many numbers stay in the cache of a CPU from one kernel of an update to the next.
 _IN_CACHE = 2**18
+
+# Such small tensors cost less to be copied into one than to be looked at one by one.
+_SMALL = 2**14
+
+# torch's kernel of SGD takes 1 less a rate, in float64: a smaller rate would lose digits.
+_LEAST_RATE = 2.0**-28
 
 
 class Torch(Backend):
@@ -60,13 +66,31 @@ class Torch(Backend):
         """Let no gradients be recorded; all else is eager."""
         return torch.no_grad()
 
-    def suits_kernels(self, gradient: Any, variable: Any) -> bool:
-        """Return whether a gradient is a dense tensor, and its variable in order.
+    def dtypes_of(self, variables: Sequence[Any]) -> list[str]:
+        """Return Keras's name of the dtype of each variable."""
+        return [name_of(v.dtype) for v in held(variables)]
+
+    def short_cut(
+        self,
+        state: dict[str, Any],
+        allowed: Callable[[dict[str, Any]], Any],
+        quick: Callable[[], Any],
+        whole: Callable[[], Any],
+    ) -> Any:
+        """Return `quick()` where that is allowed, else `whole()`. A GPU would have to be read."""
+        at_hand = all(value.is_cpu for value in state.values())
+        short = at_hand and allowed({key: value.item() for key, value in state.items()})
+        return quick() if short else whole()
+
+    def suits_kernels(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[bool]:
+        """Return whether each gradient is a dense tensor, and its variable in order.
 
         The kernels walk through memory and ask for no strides: an orthogonal start has others.
         """
-        plain = type(gradient) is torch.Tensor and gradient.layout == torch.strided
-        return plain and bool(variable.value.is_contiguous())
+        return [
+            type(g) is torch.Tensor and g.layout == torch.strided and v.is_contiguous()
+            for g, v in zip(grads, held(variables), strict=True)
+        ]
 
     def finite(
         self,
@@ -77,14 +101,13 @@ class Torch(Backend):
         norm: str | None,
     ) -> Any:
         """Return for each tensor whether all of it is finite once it is divided by the scale."""
+        quick = values[0].is_cpu and "float16" not in dtypes and not norm and scale >= 1
+        # A sum is inf or NaN if one of its terms is, in half the time; and for huge finite ones
+        # too: then all numbers are looked at.
+        if quick and bool(torch.isfinite(torch.stack(_sums(values))).all()):
+            return torch.ones(len(values), dtype=torch.bool)
         plain = [v.detach() if v.numel() else v.new_zeros(1) for v in values]
         wide = [torch.float64 if v.dtype == torch.float64 else torch.float32 for v in plain]
-        if plain[0].is_cpu and "float16" not in dtypes and not norm:
-            # A sum is inf or NaN if one of its terms is, in half the time; and for huge finite
-            # ones too: then all numbers are looked at.
-            sums = torch.stack([v.sum(dtype=dtype) for v, dtype in zip(plain, wide, strict=True)])
-            if scale >= 1 and bool(torch.isfinite(sums).all()):
-                return torch.ones(len(plain), dtype=torch.bool)
         if norm and "float16" not in dtypes:
             return self.finite_norm(plain, scale, norm)  # which tells of their numbers, too
         largest = _largest(plain)
@@ -172,6 +195,21 @@ class Torch(Backend):
         number = None if nesterov or not rate.is_cpu else -float(rate)
         alpha = 1 if number is None else number
         for variables, gradients, *moments in _parts(weights, scratch=number is None):
+            if moments and number is not None and number <= -_LEAST_RATE:
+                # m * momentum - g * rate, added to the variable: by names that mean something else.
+                torch._fused_sgd_(
+                    variables,
+                    gradients,
+                    moments[0],
+                    momentum=momentum,
+                    dampening=1.0 - number,
+                    lr=-1.0,
+                    weight_decay=0.0,
+                    nesterov=False,
+                    maximize=False,
+                    is_first_step=False,
+                )
+                continue
             steps = gradients if number is not None else torch._foreach_mul(gradients, -rate)  # noqa: SLF001 - as Keras's own
             for ms in moments:
                 torch._foreach_mul_(ms, momentum)
@@ -249,6 +287,22 @@ def _squares(values: Sequence[Any], divisor: Any) -> Any:
     return torch.square(torch.stack(norms) / divisor)
 
 
+@torch.no_grad()
+def _sums(values: Sequence[Any]) -> list[Any]:
+    """Return for each tensor a sum over it that is finite only if all of it is."""
+    small, sums = [], []
+    for value in values:
+        if value.dtype == torch.float32 and value.numel() <= _SMALL:
+            small.append(value)
+        else:
+            wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+            sums.append(value.sum(dtype=wide))
+    # torch's own DistributedDataParallel is made of it; what is public is a loop in Python.
+    flatten = torch._C._nn.flatten_dense_tensors  # noqa: SLF001 - see above
+    parts = in_parts(small, [v.numel() for v in small], _SMALL)
+    return [*sums, *(flatten(some).sum() for some in parts)]
+
+
 def _largest(tensors: list[Any]) -> list[Any]:
     """Return the largest absolute value in each tensor, NaN if there is one."""
     if tensors[0].is_cpu:  # where the norm takes four times as long
@@ -270,7 +324,9 @@ def _parts(weights: Sequence[Weight], *, scratch: bool = True) -> Iterator[Seque
     for weight in weights:
         if weight.decay is not None:
             weight.variable.value.mul_(1 - weight.decay)
-    rows = [(w.variable.value, w.gradient, *(m.value for m in w.moments)) for w in weights]
+    moments = [held(kept) for kept in zip(*(w.moments for w in weights), strict=True)]
+    variables = held([w.variable for w in weights])
+    rows = list(zip(variables, [w.gradient for w in weights], *moments, strict=True))
     if rows[0][0].is_cpu and max(row[0].numel() for row in rows) > _IN_CACHE:
         rows = [piece for row in rows for piece in _pieces(row)]
     ready = all(g.dtype == torch.float32 and g.is_contiguous() for _, g, *_ in rows)

@@ -86,10 +86,10 @@ class LossScale(abc.ABC):
         inherits no answer but the default.
 
         Args:
-            state: The dict of `init`, holding scalar tensors.
+            state: The dict of `init`, holding scalar tensors or Python numbers.
 
         Returns:
-            Scalar bool tensor, never true where `update` would do more; or None, the default, where
+            Scalar bool, never true where `update` would do more; or None, the default, where
             telling costs no less than `update`.
         """
         return None

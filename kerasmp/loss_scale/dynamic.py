@@ -122,11 +122,9 @@ class DynamicLossScale(LossScale):
         if self.hysteresis > 1 or self.tolerance > 0:  # which count good steps, too
             return None
         scale = state["scale"]
-        inside = ops.logical_and(scale >= self.min_scale, scale <= self.max_scale)
-        quiet = ops.logical_and(state["step_counter"] < self.growth_interval - 1, inside)
-        if self.recovery_interval is None:
-            return quiet
-        return ops.logical_and(quiet, ops.equal(state["recover_to"], 0.0))
+        inside = (scale >= self.min_scale) & (scale <= self.max_scale)
+        quiet = inside & (state["step_counter"] < self.growth_interval - 1)
+        return quiet if self.recovery_interval is None else quiet & (state["recover_to"] == 0.0)
 
     def update(self, state: State, finite: Any) -> State:
         """Return the state after a step; see the class for the rule."""

@@ -76,7 +76,7 @@ class FixedLossScale(LossScale):
     def only_counts(self, state: State) -> Any:
         """Return whether the scale is inside the bounds."""
         scale = state["scale"]
-        return ops.logical_and(scale >= self.min_scale, scale < self.max_scale)
+        return (scale >= self.min_scale) & (scale < self.max_scale)
 
     def update(self, state: State, finite: Any) -> State:
         """Return the same scale, brought inside the bounds where it was not."""
@@ -106,7 +106,7 @@ class NoLossScale(LossScale):
 
     def only_counts(self, state: State) -> Any:
         """Return whether the scale is 1."""
-        return ops.equal(state["scale"], 1.0)
+        return state["scale"] == 1.0
 
     def update(self, state: State, finite: Any) -> State:
         """Return `state` with the scale 1."""

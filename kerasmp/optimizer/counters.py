@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from kerasmp.optimizer.causes import CAUSES
@@ -12,7 +13,7 @@ from kerasmp.optimizer.causes import CAUSES
 # row up to now cannot be one of them, but follows from the last streak of skipped steps: how long
 # it was, and how many steps had been applied then.
 COUNTERS = ("applied_steps", "skipped_steps", "streak", "applied_before_streak", *CAUSES)
-APPLIED = tuple(int(name == "applied_steps") for name in COUNTERS)
+APPLIED = np.array([int(name == "applied_steps") for name in COUNTERS])
 
 
 def with_skip(counts: Any, cause: Any) -> Any:

@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.base import Weight, name_of, wide_dtype
+from kerasmp.backend.base import Weight, wide_dtype
 from kerasmp.backend.keras_private import decays, moments
 from kerasmp.backend.nested import has_replaced_methods
 from kerasmp.loss_scale import FixedLossScale
@@ -61,12 +61,15 @@ class Fused:
         known = type(inner) in _classes() and _largest_of(schedule) <= LARGEST_SCALE
         return cls(inner) if backend.current().FUSED and known else None
 
-    def suited(self, grads: Sequence[Any], variables: Sequence[Any]) -> Fused | None:
+    def suited(
+        self, grads: Sequence[Any], variables: Sequence[Any], dtypes: Sequence[str]
+    ) -> Fused | None:
         """Return the update for these, or None if the optimizer would do more to them, or other.
 
         Args:
             grads: The gradients, one or None for each variable.
             variables: The variables.
+            dtypes: Theirs.
         """
         inner = self.inner
         room = backend.current()
@@ -75,9 +78,11 @@ class Fused:
             or (inner.use_ema or inner.gradient_accumulation_steps or inner.clipnorm)
             or (inner.clipvalue or getattr(inner, "amsgrad", False))
             or has_replaced_methods(inner)
+            or not all(isinstance(v, keras.Variable) for v in variables)
         ):
             return None
-        takes = tuple(_suits(g, v) for g, v in zip(grads, variables, strict=True))
+        lie_well = room.suits_kernels(grads, variables)
+        takes = tuple(map(_suits, grads, variables, dtypes, lie_well))
         # What Keras is given goes by no norm of others, and is not all None.
         apart = not inner.global_clipnorm and all(g is not None for g in grads)
         if all(takes) or (any(takes) and apart and room.updates_apart()):
@@ -94,10 +99,11 @@ class Fused:
             divisor = divisor * ops.maximum(norm / inner.global_clipnorm, 1.0)
         decay = rate * inner.weight_decay if inner.weight_decay else None
         pairs = list(zip(step.grads, step.variables, self.takes, strict=True))
+        taken = [(g, v) for g, v, takes in pairs if takes]
+        kept = moments(inner, [v for _, v in taken])
         weights = [
-            Weight(v, g, moments(inner, v), decay if decays(inner, v) else None)
-            for g, v, taken in pairs
-            if taken
+            Weight(v, g, of_v, decay if decays(inner, v) else None)
+            for (g, v), of_v in zip(taken, kept, strict=True)
         ]
         if isinstance(inner, keras.optimizers.SGD):
             room.sgd(weights, rate / divisor, inner.momentum, applied, nesterov=inner.nesterov)
@@ -118,13 +124,12 @@ class Fused:
         )
 
 
-def _suits(gradient: Any, variable: Any) -> bool:
+def _suits(gradient: Any, variable: Any, dtype: str, lies_well: bool) -> bool:  # noqa: FBT001 - for `map`
     """Return whether Keras would do to a variable nothing but what the update does."""
     return (
-        isinstance(variable, keras.Variable)
-        and name_of(variable.dtype) == "float32"
+        lies_well
+        and dtype == "float32"
         and variable.constraint is None
         and not getattr(variable, "overwrite_with_gradient", False)
-        and backend.current().suits_kernels(gradient, variable)
         and wide_dtype(gradient) == "float32"
     )

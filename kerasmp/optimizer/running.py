@@ -67,15 +67,16 @@ def taken(optimizer: LossScaleOptimizer, grads: Sequence[Any], variables: Sequen
     optimizer.build(variables)
     optimizer.pending.unscaled.drop(*place)
     grads, losses = room.agreed(grads, variables, optimizer.pending.losses.take(*place))
+    dtypes = room.dtypes_of(variables)
     fused = optimizer.fused_update
     if fused is not None:
-        fused = fused.suited(grads, variables)
+        fused = fused.suited(grads, variables, dtypes)
     # A cast gives TensorFlow a tensor: the variable itself it would read for each gradient.
     scale = ops.ones(()) if unscaled else ops.cast(optimizer.dynamic_scale, "float32")
     each = "each" if any(inner.clipnorm for inner in inside) else None
     clips = "all" if any(inner.global_clipnorm for inner in inside) else each
     places = optimizer.places_of(variables)
-    return Step(grads, variables, places, scale, unscaled, losses, clips, fused)
+    return Step(grads, variables, dtypes, places, scale, unscaled, losses, clips, fused)
 
 
 def run(optimizer: LossScaleOptimizer, step: Step) -> None:
@@ -175,8 +176,8 @@ def _update(inner: Any, step: Step, applied: Any) -> None:
         # Keras's accumulators have the dtype of their variable and take no other.
         room = backend.current()
         updates = [
-            None if u is None else room.with_values(u, ops.cast(room.dense_values(u), v.dtype))
-            for u, v in zip(updates, step.variables, strict=True)
+            None if u is None else room.with_values(u, ops.cast(room.dense_values(u), dtype))
+            for u, dtype in zip(updates, step.dtypes, strict=True)
         ]
     inner.apply(updates, step.variables)
 

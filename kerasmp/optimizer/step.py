@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.base import name_of, wide_dtype
+from kerasmp.backend.base import wide_dtype
 from kerasmp.optimizer.causes import all_finite, cause_of
 from kerasmp.optimizer.counters import APPLIED, skipped_last, with_skip
 from kerasmp.optimizer.measures import MEASURES
@@ -28,6 +28,7 @@ class Step:
     Attributes:
         grads: One gradient, or None, for each variable.
         variables: The variables that they belong to.
+        dtypes: Keras's name of the dtype of each variable.
         positions: The place of each variable among those that the optimizer was built with.
         scale: What the gradients are to be divided by, a float32 scalar.
         unscaled: Whether they are those of the unscaled loss already; `scale` is 1 then.
@@ -39,6 +40,7 @@ class Step:
 
     grads: Sequence[Any]
     variables: Sequence[Any]
+    dtypes: Sequence[str]
     positions: Sequence[int]
     scale: Any
     unscaled: bool
@@ -89,9 +91,9 @@ def all_gradients_finite(step: Step) -> tuple[Any, Callable[[], Any]]:
 
 def _ask(step: Step, question: Callable[..., Any]) -> Any:
     room = backend.current()
-    pairs = [(g, v) for g, v in zip(step.grads, step.variables, strict=True) if g is not None]
+    pairs = [(g, d) for g, d in zip(step.grads, step.dtypes, strict=True) if g is not None]
     values = [room.dense_values(g) for g, _ in pairs] or [ops.zeros((1,))]  # of a frozen model
-    kept = [name_of(v.dtype) for _, v in pairs] or ["float32"]
+    kept = [d for _, d in pairs] or ["float32"]
     dtypes = [k if k == "float16" else wide_dtype(g) for g, k in zip(values, kept, strict=True)]
     return question(values, dtypes, step.scale, norm=step.clips)
 
@@ -123,8 +125,7 @@ def _after_update(schedule: LossScale, state: State, step: Step) -> State:
     def counted() -> dict[str, Any]:
         return before | {"step_counter": before["step_counter"] + 1}
 
-    only_counts = schedule.only_counts(before) if backend.current().BRANCHES else None
-    after = moved() if only_counts is None else ops.cond(only_counts, counted, moved)
+    after = backend.current().short_cut(before, schedule.only_counts, counted, moved)
     return state._replace(
         schedule=after, counts=state.counts + ops.array(APPLIED, state.counts.dtype)
     )

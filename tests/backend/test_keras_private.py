@@ -218,6 +218,14 @@ def test_during_fit_the_optimizers_values_are_beside_its_variables():
     assert keras_private.optimizer_in_fit(model) == []
 
 
+def test_what_holds_variables_are_their_values():
+    first, second = keras.Variable([1.0]), keras.Variable([2.0])
+    assert keras_private.held([first, second]) == [first.value, second.value]
+    other = keras.ops.ones((1,))
+    with keras.StatelessScope(state_mapping=[(second, other)]):
+        assert keras_private.held([first, second])[1] is other
+
+
 def test_no_other_room_imports_keras_privates():
     offenders = []
     for path in PACKAGE.rglob("*.py"):

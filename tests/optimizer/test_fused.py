@@ -308,6 +308,17 @@ def test_what_lies_in_memory_in_another_order_is_not_mixed_up():
         np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rate", [2.0**-27, 1e-14])
+def test_a_small_rate_keeps_its_digits(rate):
+    moments = []
+    for wrap, scale in ((lambda inner: inner, 1.0), (LossScaleOptimizer, SCALE)):
+        inner = o.SGD(rate * SCALE, momentum=0.9)
+        optimizer = wrap(inner, loss_scale=SCALE) if scale > 1 else wrap(inner)
+        optimizer.apply(tensors(np.full((3,), 0.3 * scale, "float32")), [keras.Variable([0.0] * 3)])
+        moments.append(numpy(inner.momentums))
+    np.testing.assert_allclose(moments[1], moments[0], rtol=2e-7)
+
+
 @pytest.mark.backend("torch")
 @pytest.mark.parametrize("make", by_name(FUSED, ["Adam", "momentum", "clipped"]))
 def test_torchs_pure_step_is_the_eager_one(make):
