@@ -81,8 +81,17 @@ class Fused:
             or not all(isinstance(v, keras.Variable) for v in variables)
         ):
             return None
-        lie_well = room.suits_kernels(grads, variables)
-        takes = tuple(map(_suits, grads, variables, dtypes, lie_well))
+        # Where Keras would do to a variable nothing but what the update does.
+        takes = tuple(
+            suits
+            and dtype == "float32"
+            and v.constraint is None
+            and not getattr(v, "overwrite_with_gradient", False)
+            and wide_dtype(g) == "float32"
+            for g, v, dtype, suits in zip(
+                grads, variables, dtypes, room.suits_kernels(grads, variables), strict=True
+            )
+        )
         # What Keras is given goes by no norm of others, and is not all None.
         apart = not inner.global_clipnorm and all(g is not None for g in grads)
         if all(takes) or (any(takes) and apart and room.updates_apart()):
@@ -102,7 +111,7 @@ class Fused:
         taken = [(g, v) for g, v, takes in pairs if takes]
         kept = moments(inner, [v for _, v in taken])
         weights = [
-            Weight(v, g, of_v, decay if decays(inner, v) else None)
+            Weight(v, g, of_v, decay if decay is not None and decays(inner, v) else None)
             for (g, v), of_v in zip(taken, kept, strict=True)
         ]
         if isinstance(inner, keras.optimizers.SGD):
@@ -122,14 +131,3 @@ class Fused:
         inner.iterations.assign_add(
             1 if applied is None else ops.cast(applied, inner.iterations.dtype)
         )
-
-
-def _suits(gradient: Any, variable: Any, dtype: str, lies_well: bool) -> bool:  # noqa: FBT001 - for `map`
-    """Return whether Keras would do to a variable nothing but what the update does."""
-    return (
-        lies_well
-        and dtype == "float32"
-        and variable.constraint is None
-        and not getattr(variable, "overwrite_with_gradient", False)
-        and wide_dtype(gradient) == "float32"
-    )

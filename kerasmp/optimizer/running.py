@@ -120,7 +120,8 @@ def pure(
             mapping = list(zip(touched, values, strict=True))
             with keras.StatelessScope(state_mapping=mapping) as scope:
                 if applied:
-                    _update(*((inner, step) if by is None else clipped(inner, step, by)), None)
+                    taking = (inner, step) if by is None else clipped(inner, step, by)
+                    _update(*taking, None)
                 _advance(optimizer, step, None if applied else finite(), applied=applied)
             return [scope.get_current_value(v) for v in touched]
 
