@@ -252,6 +252,10 @@ class Backend(Protocol):
         """Return the gradients and the losses as all replicas see them."""
         return grads, losses
 
+    def is_traced(self) -> bool:
+        """Return whether a function is traced here, which will run again without this code."""
+        return False
+
     def bakes_in(self, value: Any) -> bool:  # noqa: ARG002 - for those that do
         """Return whether a traced function that reads `value` here keeps it for all its calls."""
         return False

@@ -19,11 +19,15 @@ class Call:
         model: The model.
         by_keras: Whether Keras's own step has its part in it.
         losses: The unscaled losses that its metrics were given, in order.
+        scaled: The optimizers that it has asked for their scale.
+        unscaled: Those that have taken its gradients for those of an unscaled loss.
     """
 
     model: Any
     by_keras: bool = False
     losses: list[Any] = dataclasses.field(default_factory=list)
+    scaled: list[Any] = dataclasses.field(default_factory=list)
+    unscaled: list[Any] = dataclasses.field(default_factory=list)
 
 
 # Replicas of MirroredStrategy have a thread each, and so each a context of its own.
@@ -33,6 +37,11 @@ _RUNNING: contextvars.ContextVar[tuple[Call, ...]] = contextvars.ContextVar("_RU
 def running(model: Any) -> Call | None:
     """Return the train step of a model that runs here, or None."""
     return next((call for call in _RUNNING.get() if call.model is model), None)
+
+
+def innermost() -> Call | None:
+    """Return the train step that runs here and in which no other one runs, or None."""
+    return next(reversed(_RUNNING.get()), None)
 
 
 @contextlib.contextmanager

@@ -145,6 +145,10 @@ class Jax(Backend):
         """Return what tells this replica and this trace from others; eager code has its own."""
         return None, get_opaque_trace_state(convention="flax")
 
+    def is_traced(self) -> bool:
+        """Return whether a function is traced here, which will run again without this code."""
+        return self.bakes_in(0.0)
+
     def bakes_in(self, scale: Any) -> bool:
         """Return whether a traced function that reads `scale` here keeps it for all its calls."""
         # Under jit alone does JAX trace what depends on no argument; grad and vmap just compute it.

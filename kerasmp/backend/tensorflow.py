@@ -140,6 +140,10 @@ class TensorFlow(Backend):
         graph = None if tf.executing_eagerly() else weakref.ref(tf.compat.v1.get_default_graph())
         return replica if isinstance(replica, int) else None, graph
 
+    def is_traced(self) -> bool:
+        """Return whether a graph is made here."""
+        return not tf.executing_eagerly()
+
     def refuse_pure_step(self) -> None:
         """Raise where a step cannot be a pure function: always."""
         raise LossScaleError(

@@ -21,6 +21,7 @@ from kerasmp.model.saved import take_up, with_extras, without_extras
 from kerasmp.model.steps import no_step_is_nan, note_kerass_own
 from kerasmp.model.turning import class_between, loader, ours_for
 from kerasmp.optimizer import LossScaleOptimizer
+from kerasmp.optimizer.scaled import note_successor
 from kerasmp.policy import Policy, global_policy
 from kerasmp.policy.follow import PoliciesToFollow, RulesToFollow
 
@@ -218,6 +219,7 @@ class Model(keras.Model):
             LossScaleWarning: If it is given stock Keras's `LossScaleOptimizer`.
         """
         self._auto_scale_loss = auto_scale_loss
+        note_successor(self)
         optimizer = keras.optimizers.get(optimizer)
         if self._must_wrap(optimizer):
             optimizer = LossScaleOptimizer(optimizer)

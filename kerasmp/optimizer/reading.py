@@ -14,6 +14,7 @@ from kerasmp.optimizer.counters import COUNTERS, skipped_in_all
 from kerasmp.optimizer.counters import consecutive_skips as in_a_row
 from kerasmp.optimizer.counters import skipped_last as was_skipped
 from kerasmp.optimizer.fused import Fused
+from kerasmp.optimizer.scaled import note_reading
 from kerasmp.optimizer.unscaled import refuse_baking
 
 if TYPE_CHECKING:
@@ -38,11 +39,25 @@ def _counts(optimizer: LossScaleOptimizer) -> Any:
     return np.zeros(len(COUNTERS), "int64")
 
 
+def dynamic_scale(optimizer: LossScaleOptimizer) -> Any:
+    """The scalar variable that holds the current scale; there is none before `build`."""
+    if "scale_variable" not in vars(optimizer):
+        raise AttributeError("There is no dynamic_scale before the optimizer is built.")
+    note_reading(optimizer, "a read of `dynamic_scale`")
+    return optimizer.scale_variable
+
+
+def keep_dynamic_scale(optimizer: LossScaleOptimizer, variable: Any) -> None:
+    """Keep the variable where a step of ours reads it; Keras and TensorFlow have tracked it."""
+    object.__setattr__(optimizer, "scale_variable", variable)
+
+
 def loss_scale(optimizer: LossScaleOptimizer) -> float:
     """The current scale; reading it waits for the device, use `dynamic_scale` in a step.
 
     Settable, within the schedule's bounds; the schedule then starts anew from there.
     """
+    note_reading(optimizer, "a read of `loss_scale`")
     if not optimizer.built:
         return optimizer.schedule.initial_scale
     return float(_read(optimizer, "dynamic_scale"))
@@ -130,6 +145,7 @@ def accumulated_steps(optimizer: LossScaleOptimizer) -> int | None:
 
 def initial_scale(optimizer: LossScaleOptimizer) -> float:
     """The schedule's first scale."""
+    note_reading(optimizer, "a read of `initial_scale`")
     return optimizer.schedule.initial_scale
 
 

@@ -16,6 +16,7 @@ from kerasmp.optimizer import step as pure_step
 from kerasmp.optimizer.causes import Forgetful, LossNotes
 from kerasmp.optimizer.clipping import clipped, divisors
 from kerasmp.optimizer.compiled_steps import CompiledSteps, kept_by_a_trace, rates_now, with_rates
+from kerasmp.optimizer.scaled import is_scaled
 from kerasmp.optimizer.step import (
     State,
     Step,
@@ -56,14 +57,16 @@ def taken(optimizer: LossScaleOptimizer, grads: Sequence[Any], variables: Sequen
         variables: The variables.
 
     Raises:
-        LossScaleError: If the inner optimizer scales too, or the gradients are not those that were
-            unscaled.
+        LossScaleError: If the inner optimizer scales too, the gradients are not those that were
+            unscaled, or it cannot be known whether their loss was scaled.
     """
     inside = optimizers_in(optimizer.inner_optimizer)
     arguments.refuse_second_scale(inside)
     room = backend.current()
     place = room.place()
-    unscaled = optimizer.pending.unscaled.look(*place, number_of(grads))
+    by_hand = optimizer.pending.unscaled.look(*place, number_of(grads))
+    scaled = is_scaled(optimizer)
+    unscaled = by_hand or not scaled
     optimizer.build(variables)
     optimizer.pending.unscaled.drop(*place)
     grads, losses = room.agreed(grads, variables, optimizer.pending.losses.take(*place))
@@ -72,11 +75,11 @@ def taken(optimizer: LossScaleOptimizer, grads: Sequence[Any], variables: Sequen
     if fused is not None:
         fused = fused.suited(grads, variables, dtypes)
     # A cast gives TensorFlow a tensor: the variable itself it would read for each gradient.
-    scale = ops.ones(()) if unscaled else ops.cast(optimizer.dynamic_scale, "float32")
+    scale = ops.ones(()) if unscaled else ops.cast(optimizer.scale_variable, "float32")
     each = "each" if any(inner.clipnorm for inner in inside) else None
     clips = "all" if any(inner.global_clipnorm for inner in inside) else each
     places = optimizer.places_of(variables)
-    return Step(grads, variables, dtypes, places, scale, unscaled, losses, clips, fused)
+    return Step(grads, variables, dtypes, places, scale, scaled, unscaled, losses, clips, fused)
 
 
 def run(optimizer: LossScaleOptimizer, step: Step) -> None:
@@ -215,7 +218,7 @@ def _run_compiled(optimizer: LossScaleOptimizer, step: Step) -> None:
         return pure(optimizer, with_rates(inner, rates), this, touched, values)
 
     # Made anew each time, the step would be compiled each time.
-    key = (step.unscaled, tuple(step.positions), kept_by_a_trace(inner))
+    key = (step.scaled, step.unscaled, tuple(step.positions), kept_by_a_trace(inner))
     compiled = optimizer.pending.compiled.get(key, lambda: backend.current().compiled(take))
     given = {"grads": step.grads, "losses": step.losses, "scale": step.scale}
     rates = rates_now(learning_rate_functions(inner))

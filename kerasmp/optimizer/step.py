@@ -31,6 +31,7 @@ class Step:
         dtypes: Keras's name of the dtype of each variable.
         positions: The place of each variable among those that the optimizer was built with.
         scale: What the gradients are to be divided by, a float32 scalar.
+        scaled: Whether their loss was scaled; else the schedule has no part in the step, and stays.
         unscaled: Whether they are those of the unscaled loss already; `scale` is 1 then.
         losses: The losses, as far as they are known; any that is not finite is to blame.
         clips: Whether "each" is clipped by its norm, or "all" by theirs, which must be finite then;
@@ -43,6 +44,7 @@ class Step:
     dtypes: Sequence[str]
     positions: Sequence[int]
     scale: Any
+    scaled: bool
     unscaled: bool
     losses: Sequence[Any]
     clips: str | None
@@ -110,9 +112,12 @@ def next_state(
         finite: What `finite_gradients` returned; of a step that was applied it may be None.
         applied: Whether it was applied, or skipped.
     """
-    if applied:
-        return _after_update(schedule, state, step)
-    return _after_skip(schedule, state, step, finite)
+    after = (
+        _after_update(schedule, state, step)
+        if applied
+        else _after_skip(schedule, state, step, finite)
+    )
+    return after if step.scaled else after._replace(schedule=state.schedule)
 
 
 def _after_update(schedule: LossScale, state: State, step: Step) -> State:

@@ -15,6 +15,7 @@ from kerasmp.optimizer import arguments, by_hand, reading, running, saved
 from kerasmp.optimizer.advancing import include_skips
 from kerasmp.optimizer.counters import COUNTERS
 from kerasmp.optimizer.fused import Fused
+from kerasmp.optimizer.scaled import note_scaling
 from kerasmp.optimizer.unscaled import refuse_baking
 
 if TYPE_CHECKING:
@@ -163,7 +164,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def schedule_variables(self) -> dict[str, Any]:
         """Return the variables that hold the schedule's state, by its keys."""
-        return {key: getattr(self, _VARIABLE_NAMES.get(key, key)) for key in self.schedule.init()}
+        keys = self.schedule.init()
+        return {key: self.scale_variable if key == "scale" else getattr(self, key) for key in keys}
 
     def state_variables(self) -> list[Any]:
         """Return those, and the counters."""
@@ -202,7 +204,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def scale_here(self, what: str) -> Any:
         """Return the scale for `what`, as code that may be traced sees it."""
-        scale = self.dynamic_scale.value if self.built else self.schedule.initial_scale
+        note_scaling(self, what)
+        scale = self.scale_variable.value if self.built else self.schedule.initial_scale
         refuse_baking(
             scale,
             what,
@@ -238,7 +241,12 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
         Raises:
             LossScaleError: If numbers of gradients and variables differ, variables are missing or
-                every gradient is None, or if the inner optimizer got a `loss_scale_factor`.
+                every gradient is None, or if the inner optimizer got a `loss_scale_factor`. In the
+                train step of a model of ours also if it cannot know whether the loss was scaled.
+
+        Warns:
+            LossScaleWarning: If such a train step has scaled no loss. The gradients are taken as
+                they are, and the schedule stays as it is.
         """
         grads = list(grads)
         given = None if trainable_variables is None else list(trainable_variables)
@@ -291,6 +299,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     # --------------------------------------------------------------- reading
 
+    dynamic_scale = property(reading.dynamic_scale, reading.keep_dynamic_scale)
     loss_scale = scale = property(reading.loss_scale, saved.start_anew)
     skipped_steps = property(reading.skipped_steps)
     applied_steps = property(reading.applied_steps)

@@ -81,3 +81,62 @@ class WithOwnStep(OwnStep, mp.Sequential):
 
 # In place of kerasmp, where a network is made of a module's classes.
 MODULE = types.SimpleNamespace(Sequential=WithOwnStep)
+
+
+class _Bare:
+    """A step that knows nothing of loss scaling, as in Keras's guides, until it is told to."""
+
+    def to_differentiate(self, loss):
+        return loss
+
+
+class BareTensorFlowStep(_Bare):
+    def train_step(self, data):
+        loss, gradients = self.loss_and_gradients(*data)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+    def loss_and_gradients(self, x, y):
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=y, y_pred=self(x, training=True))
+            scaled = self.to_differentiate(loss)
+        return loss, tape.gradient(scaled, self.trainable_variables)
+
+
+class BareTorchStep(_Bare):
+    def train_step(self, data):
+        loss, gradients = self.loss_and_gradients(*data)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+    def loss_and_gradients(self, x, y):
+        self.zero_grad()
+        loss = self.compute_loss(y=y, y_pred=self(x, training=True))
+        self.to_differentiate(loss).backward()
+        return loss.detach(), [v.value.grad for v in self.trainable_variables]
+
+
+class BareJaxStep(_Bare):
+    def train_step(self, state, data):
+        trainable, others, of_optimizer, of_metrics = state
+        loss, gradients = self.loss_and_gradients(trainable, others, of_optimizer, *data)
+        trainable, of_optimizer = self.optimizer.stateless_apply(of_optimizer, gradients, trainable)
+        return {"loss": loss}, (trainable, others, of_optimizer, of_metrics)
+
+    def loss_and_gradients(self, trainable, others, of_optimizer, x, y):
+        import jax
+
+        def scaled_loss(trainable):
+            y_pred, _ = self.stateless_call(trainable, others, x, training=True)
+            loss = self.compute_loss(y=y, y_pred=y_pred)
+            mapping = list(zip(self.optimizer.variables, of_optimizer, strict=True))
+            with keras.StatelessScope(mapping):
+                return self.to_differentiate(loss), loss
+
+        (_, loss), gradients = jax.value_and_grad(scaled_loss, has_aux=True)(trainable)
+        return loss, gradients
+
+
+BareStep = {"tensorflow": BareTensorFlowStep, "jax": BareJaxStep, "torch": BareTorchStep}[BACKEND]

@@ -1,0 +1,143 @@
+"""Whether a train step has scaled its loss: `apply` must know what its gradients are of."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from kerasmp import backend
+from kerasmp.backend.calls import innermost
+from kerasmp.errors import LossScaleError, LossScaleWarning
+from kerasmp.loss_scale import FixedLossScale, NoLossScale
+
+if TYPE_CHECKING:
+    from kerasmp.optimizer.wrapper import LossScaleOptimizer
+
+# Optimizers that were asked for their scale, and models that they were the optimizer of. What was
+# traced then, an inner function say, may scale a loss again without a word to us, also by the scale
+# of another optimizer that is its argument. No attributes: a step sets none, since another thread
+# may be using them.
+_HAVE_SCALED: weakref.WeakSet[Any] = weakref.WeakSet()
+# Optimizers whose user was told that the step scales no loss.
+_TOLD: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def note_scaling(optimizer: LossScaleOptimizer, what: str) -> None:
+    """Note that an optimizer's scale is asked for, to scale a loss or gradients by it.
+
+    Outside of a train step only what is traced counts: it may run within one.
+
+    Args:
+        optimizer: The optimizer.
+        what: What asks, for the message.
+
+    Raises:
+        LossScaleError: If the step has applied gradients that were taken for unscaled ones.
+    """
+    if _is_always_1(optimizer):
+        return
+    call = innermost()
+    if call is None:
+        if backend.current().is_traced():
+            _HAVE_SCALED.add(optimizer)
+        return
+    if _holds(call.unscaled, optimizer):
+        raise LossScaleError(
+            "apply cannot know whether its gradients are those of a scaled loss.",
+            received=f"{what} after an apply of the same step, which found that no loss was scaled",
+            expected="the loss scaled before gradients are applied",
+            fix="Call scale_loss earlier in the train step than apply.",
+        )
+    if not _holds(call.scaled, optimizer):
+        call.scaled.append(optimizer)
+        _HAVE_SCALED.add(optimizer)
+
+
+def note_reading(optimizer: LossScaleOptimizer, what: str) -> None:
+    """Note that an optimizer's scale is read, maybe to scale a loss by hand.
+
+    After the gradients were applied it is for the logs.
+
+    Args:
+        optimizer: The optimizer.
+        what: What is read, for the message.
+    """
+    call = innermost()
+    if call is None or not _holds(call.unscaled, optimizer):
+        note_scaling(optimizer, what)
+
+
+def is_scaled(optimizer: LossScaleOptimizer) -> bool:
+    """Return whether gradients that are applied now are to be divided by the scale.
+
+    They are not if a train step of a model of ours applies them, and nothing has ever asked the
+    optimizer for its scale.
+
+    Args:
+        optimizer: The optimizer.
+
+    Raises:
+        LossScaleError: If the step has asked other optimizers only.
+
+    Warns:
+        LossScaleWarning: Once for each optimizer whose loss is not scaled.
+    """
+    call = innermost()
+    if call is None or _is_always_1(optimizer):
+        return True
+    if optimizer in _HAVE_SCALED:
+        _HAVE_SCALED.add(call.model)
+        return True
+    if optimizer not in _TOLD:
+        if call.scaled:
+            raise LossScaleError(
+                "apply cannot know whether its gradients are those of a scaled loss.",
+                received=f"gradients for {optimizer.name!r} in a step that has scaled a loss by "
+                f"{', '.join(repr(other.name) for other in call.scaled)} alone",
+                expected="the loss scaled by the optimizer that applies its gradients",
+                fix="Call scale_loss of each optimizer, and apply to it the gradients of that. One "
+                "loss for several optimizers needs one LossScaleOptimizer around a "
+                "keras.optimizers.MultiOptimizer. One that shall scale nothing is "
+                "LossScaleOptimizer(..., loss_scale=None).",
+            )
+        if call.model in _HAVE_SCALED:  # by what was traced for an optimizer of before
+            return True
+        _TOLD.add(optimizer)
+        _warn(optimizer, call.model)
+    call.unscaled.append(optimizer)
+    return False
+
+
+def note_successor(model: Any) -> None:
+    """Note that a model gets another optimizer, whose gradients may be scaled as those before."""
+    if getattr(model, "optimizer", None) in _HAVE_SCALED:
+        _HAVE_SCALED.add(model)
+
+
+def _warn(optimizer: LossScaleOptimizer, model: Any) -> None:
+    scaling = "scaled = self.optimizer.scale_loss(loss)"
+    if backend.current().PURE:
+        how = (
+            "In the function that is differentiated, write `with keras.StatelessScope(list(zip("
+            f"self.optimizer.variables, optimizer_variables))): {scaling}` and return `scaled`"
+        )
+    else:
+        how = f"Write `{scaling}` and differentiate `scaled`"
+    warnings.warn(
+        f"The train step of {model.name!r} scales no loss, so {optimizer.name!r} takes its "
+        "gradients as they are, and small ones of float16 layers become 0. "
+        f"{how}; the loss itself stays for metrics and logs. If it shall not be scaled, compile "
+        "with kerasmp.LossScaleOptimizer(optimizer, loss_scale=None).",
+        LossScaleWarning,
+        stacklevel=2,
+    )
+
+
+def _is_always_1(optimizer: LossScaleOptimizer) -> bool:
+    schedule = optimizer.schedule
+    return isinstance(schedule, NoLossScale | FixedLossScale) and schedule.initial_scale == 1
+
+
+def _holds(optimizers: list[Any], optimizer: Any) -> bool:
+    return any(each is optimizer for each in optimizers)

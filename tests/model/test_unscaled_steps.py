@@ -1,0 +1,269 @@
+"""A train step that scales no loss trains as without loss scaling; one that does is never mistaken.
+
+Each test compares with a model whose optimizer scales nothing, `loss_scale=None`.
+"""
+
+import contextlib
+
+import keras
+import numpy as np
+import pytest
+from helpers.marks import full
+from helpers.networks import X, Y
+from helpers.own_steps import BareStep
+
+import kerasmp as mp
+
+BACKEND = keras.backend.backend()
+SOME = {"batch_size": 16, "shuffle": False, "verbose": 0}
+
+
+def network(*bases, dtype="mixed_float16"):
+    """Return a model of a class with these bases."""
+    keras.utils.set_random_seed(0)
+    layers = [keras.Input((4,)), keras.layers.Dense(3, "tanh", dtype=dtype), keras.layers.Dense(2)]
+    return type("Own", bases, {})(layers)
+
+
+def compiled(model, loss_scale, **how):
+    """Compile a model, without XLA's seconds, with an optimizer that is built."""
+    optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(0.1), loss_scale=loss_scale)
+    optimizer.build(model.trainable_variables)
+    model.compile(optimizer, "mse", **({"jit_compile": BACKEND == "jax"} | how))
+    return model
+
+
+def fitted(model, loss_scale, x=X, y=Y, **how):
+    """Train a model for an epoch, and return its weights."""
+    compiled(model, loss_scale, **how).fit(x, y, **SOME)
+    return model.get_weights()
+
+
+def assert_same(weights, wanted):
+    for each, other in zip(weights, wanted, strict=True):
+        np.testing.assert_allclose(each, other, rtol=1e-3, atol=1e-4)
+
+
+def times(said):
+    """Return how often kerasmp has warned."""
+    return sum(each.category is mp.errors.LossScaleWarning for each in said)
+
+
+def test_is_trained_without_scaling_and_said_once():
+    wanted = fitted(network(BareStep, mp.Sequential), None)
+    model = network(BareStep, mp.Sequential)
+    schedule = mp.DynamicLossScale(growth_interval=2)
+    x = np.concatenate([X, np.full_like(X[:16], np.inf)])
+    with pytest.warns(mp.errors.LossScaleWarning, match=r"optimizer\.scale_loss\(loss\)") as said:
+        weights = fitted(model, schedule, x, np.concatenate([Y, Y[:16]]))
+    assert times(said) == 1
+    model.make_train_function(force=True)
+    model.fit(x[-16:], Y[:16], **SOME)
+    for each, other in zip(weights, wanted, strict=True):
+        np.testing.assert_array_equal(each, other)
+    # Steps are counted and skipped; the schedule, which had no part in them, stays.
+    optimizer = model.optimizer
+    assert (optimizer.applied_steps, optimizer.skipped_steps) == (4, 2)
+    assert optimizer.loss_scale == schedule.initial_scale
+    assert int(optimizer.step_counter) == 0
+
+
+def test_of_a_converted_model_too():
+    wanted = fitted(network(BareStep, mp.Sequential), None)
+    model = network(BareStep, keras.Sequential, dtype="float32")
+    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=BACKEND == "jax")
+    mp.convert(model, "mixed_float16")
+    assert model.optimizer.loss_scale == 2.0**15
+    with pytest.warns(mp.errors.LossScaleWarning, match="scales no loss"):
+        model.fit(X, Y, **SOME)
+    assert_same(model.get_weights(), wanted)
+
+
+def by_scale_loss(self, loss):
+    return self.optimizer.scale_loss(loss)
+
+
+def as_in_keras_2(self, loss):
+    return self.optimizer.get_scaled_loss(loss)
+
+
+def by_hand(self, loss):
+    return loss * self.optimizer.dynamic_scale
+
+
+def in_parts(self, loss):
+    return self.optimizer.scale_loss(loss / 4) + self.optimizer.scale_loss(3 * loss / 4)
+
+
+HOW = {
+    "tensorflow": [{"steps_per_execution": 2}, {"run_eagerly": True}, {"jit_compile": True}],
+    "jax": [{"steps_per_execution": 2}],
+    "torch": [],
+}[BACKEND]
+
+
+@pytest.mark.parametrize(
+    ("way", "how"),
+    [
+        (by_scale_loss, {}),
+        (by_hand, {}),
+        *(full(way, {}) for way in (as_in_keras_2, in_parts)),
+        *(full(by_scale_loss, how) for how in HOW),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or "-".join(value) or "fit",
+)
+def test_however_a_step_scales_its_gradients_are_unscaled(way, how):
+    wanted = fitted(network(BareStep, mp.Sequential), None)
+    scales = type("Scales", (BareStep,), {"to_differentiate": way})
+    assert_same(fitted(network(scales, mp.Sequential), 1024.0, **how), wanted)
+
+
+@pytest.mark.backend("tensorflow", "jax")
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("in a step", "traced"),
+        ("outside", "compiled anew"),
+        full("in a step", "compiled anew"),
+        full("outside", "traced"),
+    ],
+)
+def test_a_scale_in_a_function_that_was_traced_before_is_not_overlooked(first, then):
+    rest = (X, Y) if first == "outside" else (X[16:], Y[16:])
+    wanted = fitted(network(BareStep, mp.Sequential), None)
+    traced = []
+
+    class Scales(BareStep):
+        def to_differentiate(self, loss):
+            traced.append(loss)
+            return (by_hand if first == "outside" else by_scale_loss)(self, loss)
+
+        def loss_and_gradients(self, *args):
+            return inner(*args)
+
+    model = compiled(network(Scales, mp.Sequential), 1024.0)
+    written = BareStep.loss_and_gradients.__get__(model)
+    if BACKEND == "jax":
+        import jax
+
+        inner = jax.jit(written)
+    else:
+        import tensorflow as tf
+
+        inner = tf.function(written)
+    if first == "outside":
+        of_model = (model.trainable_variables, model.non_trainable_variables)
+        state = (*of_model, model.optimizer.variables) if BACKEND == "jax" else ()
+        values = [[v.value for v in variables] for variables in state]
+        inner(*values, *map(keras.ops.convert_to_tensor, (X[:16], Y[:16])))
+    else:
+        model.fit(X[:16], Y[:16], **SOME)
+    before = len(traced)
+    if then == "traced":
+        model.make_train_function(force=True)
+    else:
+        former = model.optimizer  # keeps the scale that the function captured
+        assert compiled(model, 1024.0).optimizer is not former
+    model.fit(*rest, **SOME)
+    assert len(traced) == before  # no word of the scale reached us
+    assert_same(model.get_weights(), wanted)
+
+
+@pytest.mark.backend("tensorflow", "torch")
+def test_gradients_of_earlier_steps_are_unscaled_where_the_step_itself_scales_nothing():
+    wanted = fitted(network(BareStep, mp.Sequential), None, X[:16], Y[:16])
+
+    class Delayed(BareStep):
+        """Applies in each step the gradients of the step before."""
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.held = []
+
+        def train_step(self, data):
+            if self.held:
+                self.optimizer.apply(self.held, self.trainable_variables)
+                return {"loss": self.held[0][0, 0]}
+            loss, gradients = self.loss_and_gradients(*data)
+            self.held.extend(gradients)
+            return {"loss": loss}
+
+        to_differentiate = by_scale_loss
+
+    model = network(Delayed, mp.Sequential)
+    how = {"run_eagerly": True} if BACKEND == "tensorflow" else {}
+    assert_same(fitted(model, 1024.0, X[:32], Y[:32], **how), wanted)
+
+
+@pytest.mark.backend("tensorflow", "torch")
+def test_a_loss_that_is_scaled_after_gradients_were_applied_is_an_error():
+    class Late(BareStep):
+        def train_step(self, data):
+            logs = super().train_step(data)
+            self.optimizer.scale_loss(logs["loss"])
+            return logs
+
+    model = network(Late, mp.Sequential)
+    with (
+        pytest.warns(mp.errors.LossScaleWarning, match="scales no loss"),
+        pytest.raises(mp.errors.LossScaleError, match="Call scale_loss earlier in the train step"),
+    ):
+        fitted(model, 1024.0)
+
+
+def test_the_scale_may_be_read_for_the_logs_after_the_gradients_were_applied():
+    class Logs(BareStep):
+        def train_step(self, *args):
+            result = super().train_step(*args)
+            logs, state = result if BACKEND == "jax" else (result, None)
+            reading = contextlib.nullcontext()
+            if state:
+                pairs = zip(self.optimizer.variables, state[2], strict=True)
+                reading = keras.StatelessScope(list(pairs))
+            with reading:
+                logs["scale"] = self.optimizer.dynamic_scale + 0
+            return (logs, state) if state else logs
+
+    wanted = network(BareStep, mp.Sequential)
+    fitted(wanted, None)
+    wanted.fit(X, Y, **SOME)
+    model = network(Logs, mp.Sequential)
+    with pytest.warns(mp.errors.LossScaleWarning, match="scales no loss"):
+        fitted(model, 1024.0)
+    model.make_train_function(force=True)
+    assert model.fit(X, Y, **SOME).history["scale"] == [1024.0]
+    assert_same(model.get_weights(), wanted.get_weights())
+
+
+@pytest.mark.backend("tensorflow", "torch")
+@pytest.mark.parametrize("scaled_by", ["both", "neither", "one"])
+def test_of_two_optimizers_each_scales_for_itself(scaled_by):
+    class Two(BareStep):
+        """Trains its first layer and its head by an optimizer each."""
+
+        def train_step(self, data):
+            parts = [(self.optimizer, self.layers[0]), (self.head_optimizer, self.layers[1])]
+            loss, gradients = self.loss_and_gradients(*data)
+            for (optimizer, layer), some in zip(parts, (gradients[:2], gradients[2:]), strict=True):
+                factor = optimizer.scale_loss(1.0) if scaled_by == "both" else 1.0
+                optimizer.apply([g * factor for g in some], layer.trainable_variables)
+            return {"loss": loss}
+
+        def to_differentiate(self, loss):
+            return self.optimizer.scale_loss(loss) if scaled_by == "one" else loss
+
+    model = network(Two, mp.Sequential)
+    model.head_optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(0.1), loss_scale=512.0)
+    model.head_optimizer.build(model.layers[1].trainable_variables)
+    optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(0.1), loss_scale=1024.0)
+    optimizer.build(model.layers[0].trainable_variables)
+    model.compile(optimizer, "mse", jit_compile=False)
+    if scaled_by == "one":
+        with pytest.raises(mp.errors.LossScaleError, match="Call scale_loss of each optimizer"):
+            model.fit(X, Y, **SOME)
+        return
+    warning = pytest.warns(mp.errors.LossScaleWarning, match="scales no loss")
+    with warning if scaled_by == "neither" else contextlib.nullcontext() as said:
+        model.fit(X, Y, **SOME)
+    assert times(said or ()) == (2 if scaled_by == "neither" else 0)
+    assert_same(model.get_weights(), fitted(network(BareStep, mp.Sequential), None))
