@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 __all__ = [
+    "RESULT_OR_LOGS",
     "UPDATE_METRICS",
     "AutocastScope",
     "Functional",
@@ -120,6 +121,9 @@ def weights_and_averages(optimizer: Any) -> list[tuple[Any, Any]]:
 # On JAX, what Keras's train step updates the metrics by. A guard of ours takes the loss from it,
 # which publicly is seen only where it is differentiated.
 UPDATE_METRICS = "_update_metrics_variables"
+# What makes the logs of an epoch of those of its last step and of the metrics. Publicly there are
+# the metrics alone, which say 0 of nothing.
+RESULT_OR_LOGS = "_get_metrics_result_or_logs"
 
 
 def moments(optimizer: Any, variables: Sequence[Any]) -> list[tuple[Any, ...]]:

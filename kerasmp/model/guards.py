@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kerasmp.backend.keras_private import UPDATE_METRICS
+from kerasmp.backend.keras_private import RESULT_OR_LOGS, UPDATE_METRICS
 from kerasmp.model.float32 import float32_predictions
-from kerasmp.model.steps import guarded, losses_noted
+from kerasmp.model.steps import guarded, losses_noted, numbers_of_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,6 +16,7 @@ _GUARDS: dict[str, Callable[[Any], Any]] = {
     "compute_loss": float32_predictions,
     "compute_metrics": float32_predictions,
     UPDATE_METRICS: losses_noted,
+    RESULT_OR_LOGS: numbers_of_batch,
 }
 _MARK = "_kerasmp_guarded"
 

@@ -67,9 +67,30 @@ def note_kerass_own(model: Any) -> None:
 def no_step_is_nan(model: Any) -> bool:
     """Return whether metrics over no step are to be NaN: where Keras's own steps are guarded.
 
-    Not within the step: the logs of one bad batch must not stop TerminateOnNaN's good run.
+    Not within the step, whose logs have the numbers of its batch then.
     """
     return model in _BY_KERAS and not running(model)
+
+
+def numbers_of_batch(result_or_logs: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the method that makes logs of an epoch, which has no 0 for an average over nothing.
+
+    The metric was never asked, or every step of the epoch was skipped: the logs of the last step
+    say what they know.
+    """
+
+    @functools.wraps(result_or_logs)
+    def metrics_result_or_logs(model: Any, logs: Any) -> Any:
+        result = result_or_logs(model, logs)
+        if result is logs or model in _BY_KERAS:
+            return result
+        counts = _counts(model)
+        return {
+            key: _unless_of_nothing(counts.get(key), value, logs[key])
+            for key, value in result.items()
+        }
+
+    return metrics_result_or_logs
 
 
 def _run(call: Call, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -100,21 +121,36 @@ def _logs(model: Any, logs: Any, skipped: Any, *, by_keras: bool) -> Any:
     """
     if not isinstance(logs, dict):
         return logs
-    after = model.get_metrics_result()
-    if by_keras:
-        return {key: after.get(key, value) for key, value in logs.items()}
-    # What is averaged over nothing was never asked, or no step was good yet: NaN says more than 0.
-    counts = {m.name: m.count for m in model.metrics if isinstance(m, keras.metrics.Mean)}
+    after, counts = model.get_metrics_result(), _counts(model)
+    all_alike = counts.get("loss") if by_keras else None
 
     def put_back(key: str, value: Any) -> Any:
         if isinstance(value, dict):  # of Keras's metric that holds those of `compile`
             return {key: put_back(key, inner) for key, inner in value.items()}
-        return _put_back(skipped, after[key], value, counts.get(key)) if key in after else value
+        if key not in after:
+            return value
+        # No step was good yet, or the metric was never asked: the number of this batch is true.
+        known = _unless_of_nothing(counts.get(key, all_alike), after[key], value)
+        return known if by_keras else keras.ops.where(skipped, known, value)
 
     return {key: put_back(key, value) for key, value in logs.items()}
 
 
-def _put_back(skipped: Any, after: Any, value: Any, count: Any) -> Any:
-    if count is not None:
-        skipped = keras.ops.logical_and(skipped, keras.ops.greater(count, 0))
-    return keras.ops.where(skipped, after, value)
+def _counts(model: Any) -> dict[str, Any]:
+    """Return over how much those metrics average that do, by the names of their results."""
+    counts: dict[str, Any] = {}
+    for metric in model.metrics:
+        means = [
+            each
+            for each in (metric, *getattr(metric, "metrics", ()))  # those of `compile` are in one
+            if isinstance(each, keras.metrics.Mean)
+        ]
+        if means:
+            names = [metric.name] if means[0] is metric else metric.result()
+            counts |= dict.fromkeys(names, sum(each.count for each in means))
+    return counts
+
+
+def _unless_of_nothing(count: Any, average: Any, other: Any) -> Any:
+    """Return an average, or the other number if it is over nothing; `count` may be None."""
+    return average if count is None else keras.ops.where(count > 0, average, other)

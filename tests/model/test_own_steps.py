@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers.marks import full
 from helpers.networks import X, Y, sequential
-from helpers.own_steps import OwnStep
+from helpers.own_steps import BareStep, OwnStep
 
 import kerasmp as mp
 
@@ -112,6 +112,47 @@ def test_a_number_of_the_batch_is_not_taken_for_the_metric_of_its_name():
     model = Raw([keras.Input((4,)), keras.layers.Dense(2, dtype="mixed_float16")])
     model.compile(mp.LossScaleOptimizer("sgd", loss_scale=64.0), "mse", metrics=["mae"])
     assert model.fit(GOOD_X, GOOD_Y, verbose=0).history["loss"][0] > 0
+
+
+class WithTracker(OwnStep, mp.Sequential):
+    """Averages the loss in a metric of its own."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.tracker = keras.metrics.Mean(name="loss")
+
+    @property
+    def metrics(self):
+        return [self.tracker]
+
+
+class OfTheBatch(BareStep, mp.Sequential):
+    """Returns the loss of the batch; the metric of that name is never asked."""
+
+    def to_differentiate(self, loss):
+        return self.optimizer.scale_loss(loss)
+
+
+@pytest.mark.parametrize("kind", [WithTracker, OfTheBatch, mp.Sequential], ids=_name)
+def test_no_step_is_no_perfect_loss(kind):
+    model = kind([keras.Input((4,)), keras.layers.Dense(2, dtype="mixed_float16")])
+    # The loss is finite, its gradients are not.
+    optimizer = mp.LossScaleOptimizer("sgd", loss_scale=2.0**40)
+    how = {"metrics": ["mae"]} if kind is mp.Sequential else {}
+    model.compile(optimizer, "mse", jit_compile=keras.backend.backend() == "jax", **how)
+    seen = []
+    see = keras.callbacks.LambdaCallback(on_train_batch_end=lambda _, logs: seen.append(dict(logs)))
+    of_epochs = model.fit(
+        GOOD_X, GOOD_Y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0, callbacks=[see]
+    ).history
+    assert optimizer.skipped_steps == len(seen) == 8
+    errors = (model.predict(GOOD_X, verbose=0) - GOOD_Y).reshape(4, -1)
+    true = {"loss": np.square(errors).mean(1), "mae": np.abs(errors).mean(1)}
+    for name, values in of_epochs.items():
+        found = [float(logs[name]) for logs in seen]
+        np.testing.assert_allclose(found, np.tile(true[name], 2), rtol=1e-3)
+        wanted = np.nan if kind is mp.Sequential else true[name][-1]
+        np.testing.assert_allclose(values, wanted, rtol=1e-3)
 
 
 @pytest.mark.backend("tensorflow", "torch")
