@@ -45,6 +45,13 @@ def test_so_is_it_where_gradients_are_unscaled_by_hand_and_in_a_train_step_of_th
     assert_skipped_everywhere(own_step, 2, bad_batch.SCALE)
 
 
+def test_a_step_that_scales_no_loss_is_told_from_one_that_does():
+    (wanted, _), *others = processes.call("helpers.mirrored:own_steps", replicas=2)
+    assert [times for _, times in others] == [1, 0]
+    for weights, _ in others:
+        np.testing.assert_allclose(weights, wanted, rtol=1e-3, atol=1e-4)
+
+
 # Collectives of eager code clash with those of a graph before it: a process for each.
 @pytest.mark.parametrize("replicas", [2, 4])
 def test_the_same_in_an_eager_fit(replicas):

@@ -3,6 +3,8 @@
 `train` runs in a process of its own: see `helpers.processes`.
 """
 
+import warnings
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -17,7 +19,10 @@ from helpers.bad_batch import (
     outcome,
     targets,
 )
+from helpers.own_steps import BareStep
 from keras import ops
+
+import kerasmp as mp
 
 
 def strategy_on(replicas):
@@ -119,3 +124,31 @@ def train(replicas, cases, where):
         clean, *bad = runs(strategy, feeds=[batches(row, value) for row in rows], **case)
         results.append({"clean": clean, "bad": bad})
     return results
+
+
+class _Scales(BareStep):
+    def to_differentiate(self, loss):
+        return self.optimizer.scale_loss(loss)
+
+
+def own_steps(replicas):
+    """Train by a step that scales no loss, with and without a scale, and by one that scales it.
+
+    Returns:
+        For each the weights, and how often kerasmp has warned.
+    """
+    strategy, outcomes = strategy_on(replicas), []
+    data = np.linspace(-1, 1, 64, dtype="float32").reshape(16, 4)
+    for step, scale in ((BareStep, None), (BareStep, 1024.0), (_Scales, 1024.0)):
+        keras.utils.set_random_seed(0)
+        layers = [keras.Input((4,)), keras.layers.Dense(2, dtype="mixed_float16")]
+        with strategy.scope():
+            model = type("Own", (step, mp.Sequential), {})(layers)
+            optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(0.1), loss_scale=scale)
+            model.compile(optimizer, "mse", jit_compile=False)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", mp.errors.LossScaleWarning)
+            model.fit(data, data[:, :2], batch_size=8, shuffle=False, verbose=0)
+        times = sum(each.category is mp.errors.LossScaleWarning for each in said)
+        outcomes.append((flat(model.get_weights()), times))
+    return outcomes
