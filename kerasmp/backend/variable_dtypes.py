@@ -25,7 +25,7 @@ def takes_dtype(variable: Any, dtype: str) -> bool:
     Seeds and counters do not. A float dtype that `add_weight` was given cannot be told from that of
     the policy.
     """
-    return variable.dtype in _FLOATS and variable.dtype != dtype
+    return variable.dtype in _FLOATS and dtype in _FLOATS and variable.dtype != dtype
 
 
 def set_variable_dtype(variable: Any, dtype: str) -> Callable[[], None]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kerasmp.backend.keras_private import RESULT_OR_LOGS, UPDATE_METRICS
 from kerasmp.model.float32 import float32_predictions
+from kerasmp.model.saved import adding_extras, taking_up_extras, taking_up_layers
 from kerasmp.model.steps import guarded, losses_noted, numbers_of_batch
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ _GUARDS: dict[str, Callable[[Any], Any]] = {
     "compute_metrics": float32_predictions,
     UPDATE_METRICS: losses_noted,
     RESULT_OR_LOGS: numbers_of_batch,
+    "get_config": adding_extras,
+    "from_config": taking_up_extras,
+    "build_from_config": taking_up_layers,
 }
 _MARK = "_kerasmp_guarded"
 
@@ -29,6 +33,6 @@ def with_guards(cls: T) -> T:
         method = getattr(cls, name, None)
         if method is not None and not hasattr(method, _MARK):
             guarding = guard(method)
-            setattr(guarding, _MARK, True)
+            setattr(getattr(guarding, "__func__", guarding), _MARK, True)  # of a class method, too
             setattr(cls, name, guarding)
     return cls

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 
@@ -17,13 +17,16 @@ from kerasmp.model.guards import with_guards
 from kerasmp.model.hints import dtype_hints
 from kerasmp.model.inference import refuse_training
 from kerasmp.model.own_optimizers import warn_of_unscaled
-from kerasmp.model.saved import take_up, with_extras, without_extras
+from kerasmp.model.saved import warn_if_untold
 from kerasmp.model.steps import no_step_is_nan, note_kerass_own
 from kerasmp.model.turning import class_between, loader, ours_for
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.optimizer.scaled import note_successor
 from kerasmp.policy import Policy, global_policy
-from kerasmp.policy.follow import PoliciesToFollow, RulesToFollow
+from kerasmp.policy.follow import RulesToFollow
+
+if TYPE_CHECKING:
+    from kerasmp.model.saved import LayersToFollow
 
 # Not an attribute of the model: a step sets none, since another thread may be using it.
 _LOOKED_FOR_LATE_LAYERS: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -67,7 +70,7 @@ class Model(keras.Model):
     _output_dtype: str | None = None
     _keeps_layer_policies = False  # whether files say the policy of each layer, inner ones too
     # None: those of a model that was turned into ours.
-    _rules: RulesToFollow | PoliciesToFollow = RulesToFollow(Policy("float32"))
+    _rules: RulesToFollow | LayersToFollow = RulesToFollow(Policy("float32"))
     _for_inference = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -129,24 +132,32 @@ class Model(keras.Model):
             return outputs
         return keras.tree.map_structure(functools.partial(cast, dtype=self._output_dtype), outputs)
 
+    # What is around these three, and around those of a subclass, keeps what Keras would lose.
     def get_config(self) -> dict[str, Any]:
         """Return the parent's config, and what else a model of ours has to keep."""
-        return with_extras(super().get_config(), self)
+        return dict(super().get_config())
 
     @classmethod
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> Any:
         """Return the model that `get_config` described."""
-        config, extras = without_extras(config)
-        model = super().from_config(config, custom_objects=custom_objects)
-        take_up(model, extras)
-        return model
+        return super().from_config(config, custom_objects=custom_objects)
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         """Build the model; layers that come only now follow what the file says of them."""
         super().build_from_config(config)
-        self._take_up_layers()
+
+    def save_assets(self, dir_path: str) -> None:
+        """Save nothing; `save` asks for it, and `save_weights` does not.
+
+        Warns:
+            PolicyWarning: If the file tells nothing of the policies of this model.
+        """
+        warn_if_untold(self)
+        parents = getattr(super(), "save_assets", None)  # a mixin of the user's may have one
+        if parents is not None:
+            parents(dir_path)
 
     @classmethod
     def from_keras(cls, model: Any, *, auto_scale_loss: bool = True) -> Any:

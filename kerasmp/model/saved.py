@@ -3,17 +3,88 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import warnings
+import weakref
 from typing import TYPE_CHECKING, Any
 
+import keras
+
+from kerasmp.backend.keras_graph import policy_of, set_policy
+from kerasmp.backend.keras_private import flatten_layers, own_variables
+from kerasmp.backend.variable_dtypes import set_variable_dtype, takes_dtype
+from kerasmp.errors import PolicyError, PolicyWarning
 from kerasmp.layers.from_stock import turn_to_safe
-from kerasmp.policy.follow import PoliciesToFollow
+from kerasmp.policy.apply import apply
+from kerasmp.policy.follow import build_by_call
 from kerasmp.policy.layer_policies import LayerPolicies
+from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
+
+    from kerasmp.policy.assign import Assignment
 
 # One key for all: a user's class need not know what is in it.
 KEY = "kerasmp"
+# What a file says of layers.
+_OF_LAYERS = ("layer_policies", "input_policies", "variable_dtypes", "built", "layers_may_differ")
+# Files have all that their layers are made of; others are made by a constructor.
+_REBUILT = ("keras", __name__.partition(".")[0])
+# Models of which a config tells that was asked for since they were last saved.
+_TOLD: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def adding_extras(get_config: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """Return a model's `get_config`, a user's too, with what Keras would lose added.
+
+    A user's need not call that of the parent.
+
+    Args:
+        get_config: The method.
+    """
+
+    @functools.wraps(get_config)
+    def with_them(self: Any) -> dict[str, Any]:
+        return with_extras(get_config(self), self)
+
+    return with_them
+
+
+def taking_up_extras(from_config: Any) -> Any:
+    """Return a class method `from_config`, a user's too, that takes up what `adding_extras` added.
+
+    Args:
+        from_config: The method, as the class has it.
+    """
+    of_class = getattr(from_config, "__func__", None) or (
+        lambda _, *args, **kwargs: from_config(*args, **kwargs)
+    )
+
+    @functools.wraps(of_class)
+    def without_them(cls: Any, config: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        rest, extras = without_extras(config)
+        model = of_class(cls, rest, *args, **kwargs)
+        if _is_ours(model):
+            take_up(model, extras)
+        return model
+
+    return classmethod(without_them)
+
+
+def taking_up_layers(build_from_config: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """Return a `build_from_config`, after which layers that come only now follow the file.
+
+    Args:
+        build_from_config: The method.
+    """
+
+    @functools.wraps(build_from_config)
+    def and_follow(self: Any, config: Any) -> None:
+        build_from_config(self, config)
+        self._take_up_layers()
+
+    return and_follow
 
 
 def with_extras(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
@@ -28,9 +99,13 @@ def with_extras(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
         extras["output_dtype"] = model._output_dtype  # noqa: SLF001
     if model._for_inference:  # noqa: SLF001
         extras["for_inference"] = True
-    if model._keeps_layer_policies:  # noqa: SLF001
-        waiting = getattr(model._rules, "waiting", None)  # noqa: SLF001 - loaded, and not yet built
-        extras["layer_policies"] = str(waiting or LayerPolicies.of(model))
+    waiting = getattr(model._rules, "waiting", None)  # noqa: SLF001 - loaded, and not yet built
+    if waiting:
+        extras |= waiting
+    elif model._keeps_layer_policies or _has_users_layers(model):  # noqa: SLF001
+        extras |= _of_layers(model)
+    inside = flatten_layers(model) if "layer_policies" in extras else [model]
+    _TOLD.update(each for each in inside if _is_ours(each))
     return {**config, KEY: extras} if extras else dict(config)
 
 
@@ -55,17 +130,167 @@ def take_up(model: Any, extras: Mapping[str, Any]) -> None:
     model._for_inference = extras.get("for_inference", False)  # noqa: SLF001
     if "layer_policies" not in extras:
         return
-    model._keeps_layer_policies = True  # noqa: SLF001
-    policies = LayerPolicies.parse(extras["layer_policies"])
-    model._rules = PoliciesToFollow(  # noqa: SLF001
-        policies,
-        turn=_turn,
-        variables_follow=model._for_inference,  # noqa: SLF001
+    model._keeps_layer_policies = not extras.get("layers_may_differ")  # noqa: SLF001
+    model._rules = LayersToFollow(extras)  # noqa: SLF001
+    if model.built or not extras.get("built", True):
+        model._rules.follow_now(model)  # noqa: SLF001
+
+
+class LayersToFollow:
+    """The policies and variables of one model's layers when it was saved; to be followed once.
+
+    Args:
+        extras: What `without_extras` returned.
+    """
+
+    def __init__(self, extras: Mapping[str, Any]) -> None:
+        self.waiting = {name: extras[name] for name in _OF_LAYERS if name in extras}
+
+    def follow(self, model: Any, *inputs: Any) -> None:
+        """Give the layers what they had, if the model is built.
+
+        Args:
+            model: The model.
+            *inputs: What it is about to be called with; builds the model where it is not built.
+        """
+        if not self.waiting:
+            return
+        build_by_call(model, inputs)
+        # Keras says that it has built the model of a file only afterwards.
+        if model.built or all(part.built for part in flatten_layers(model) if part is not model):
+            self.follow_now(model)
+
+    def follow_now(self, model: Any) -> None:
+        """Give the layers what they had.
+
+        Args:
+            model: The model.
+
+        Raises:
+            PolicyError: If its layers are not those that were saved, and it was converted.
+
+        Warns:
+            PolicyWarning: If they are not, and it was not.
+        """
+        text = self.waiting["layer_policies"]
+        try:
+            rows = _assigned(model, LayerPolicies.parse(text))
+        except PolicyError as error:
+            if not self.waiting.get("layers_may_differ"):
+                raise
+            _warn_of_others(model, text, error)
+        else:
+            apply(model, rows, variables_follow=True)
+            _variables_follow(rows, self._variable_dtypes(model))
+            for layer, policy in zip(
+                _inputs(model), self.waiting.get("input_policies", ()), strict=False
+            ):
+                set_policy(layer, keras.dtype_policies.get(policy))
+            _refuse_training_inside(model)
+        self.waiting = {}
+
+    def _variable_dtypes(self, model: Any) -> Mapping[str, list[str]] | None:
+        """Return those that are not the policy's; None where nobody has written them down."""
+        unknown: dict[str, list[str]] | None = {} if model._for_inference else None  # noqa: SLF001 - ours
+        return self.waiting.get("variable_dtypes", unknown)
+
+
+def _assigned(model: Any, policies: LayerPolicies) -> list[Assignment]:
+    """Return what layers are assigned, once what the class has made of stock ones is ours again."""
+    ours = policies.ours_in(model)
+    turn_to_safe(model, contextlib.ExitStack(), only=ours)
+    for part in flatten_layers(model):
+        if id(part) in ours and isinstance(part, keras.Model):
+            type(model).from_keras(part)
+    return policies.assign(model, names_may_be_lost=True)
+
+
+def _warn_of_others(model: Any, text: str, error: PolicyError) -> None:
+    """Warn that a model's layers are not those of the file, unless it makes no difference."""
+    written = {line.rpartition(": ")[2] for line in text.splitlines()}
+    if len(written | {row.policy for row in LayerPolicies.of(model)}) > 1:
+        warnings.warn(
+            f'The policies of the layers of "{model.name}" cannot be restored: its class makes '
+            f"other layers now than the file tells of. Received: {error.received}. Expected: "
+            f"{error.expected}. Layers keep the policies that the constructor gives them. Make all "
+            "of them in the constructor or in `build`; or load the file under the policy that the "
+            "model was made under, with kerasmp.policy_scope(policy).",
+            PolicyWarning,
+            stacklevel=2,
+        )
+
+
+def warn_if_untold(model: Any) -> None:
+    """Warn if a model is being saved inside another one whose config tells nothing of it.
+
+    Args:
+        model: The model of ours that is inside.
+
+    Warns:
+        PolicyWarning: If it was converted, or follows rules.
+    """
+    if model in _TOLD:
+        _TOLD.discard(model)
+    elif model._keeps_layer_policies:  # noqa: SLF001 - its own room
+        warnings.warn(
+            f'The file tells nothing of the policies of "{model.name}": it is inside a model whose '
+            "class makes it again when it is loaded, as its constructor does. Convert the model "
+            "that is saved, kerasmp.convert(model, kerasmp.LayerPolicies.of(model)), or convert "
+            "the part again after loading.",
+            PolicyWarning,
+            stacklevel=2,
+        )
+
+
+def _is_ours(layer: Any) -> bool:
+    return hasattr(layer, "_keeps_layer_policies")
+
+
+def _has_users_layers(model: Any) -> bool:
+    return any(
+        type(layer).__module__.partition(".")[0] not in _REBUILT for layer in flatten_layers(model)
     )
-    if model.built:
-        model._rules.follow(model)  # noqa: SLF001
 
 
-def _turn(model: Any, policies: LayerPolicies) -> None:
-    """Turn what a user's class has made of stock layers, where the file had ours."""
-    turn_to_safe(model, contextlib.ExitStack(), only=policies.ours_in(model))
+def _of_layers(model: Any) -> dict[str, Any]:
+    policies = LayerPolicies.of(model)
+    found: dict[str, Any] = {
+        "layer_policies": str(policies),
+        "input_policies": [policy_of(layer).name for layer in _inputs(model)],
+        "variable_dtypes": {
+            str(number): dtypes
+            for number, row in enumerate(policies.assign(model))
+            if (dtypes := [v.dtype for v in own_variables(row.layer)])
+            and set(dtypes) != {keras.dtype_policies.get(row.after).variable_dtype}
+        },
+    }
+    if not model.built:
+        found["built"] = False
+    if not model._keeps_layer_policies:  # noqa: SLF001 - ours
+        found["layers_may_differ"] = True  # it has been loaded so far, whichever they were
+    return found
+
+
+def _inputs(model: Any) -> list[Any]:
+    """Return what `LayerPolicies` has not: whatever their policy, inputs have the data's dtype."""
+    return [x for x in flatten_layers(model) if isinstance(x, keras.layers.InputLayer)]
+
+
+def _variables_follow(rows: Iterable[Assignment], written: Mapping[str, list[str]] | None) -> None:
+    """Give variables the dtypes of the file; their values come from it later."""
+    if written is None:
+        return
+    for number, row in enumerate(rows):
+        variables = own_variables(row.layer)
+        policys = keras.dtype_policies.get(row.after).variable_dtype
+        dtypes = written.get(str(number), [policys] * len(variables))
+        for variable, dtype in zip(variables, dtypes, strict=False):
+            if takes_dtype(variable, dtype):
+                set_variable_dtype(variable, dtype)
+
+
+def _refuse_training_inside(model: Any) -> None:
+    """Let models of ours inside refuse, too, as after the conversion."""
+    for part in flatten_layers(model):
+        if model._for_inference and _is_ours(part) and part is not model:  # noqa: SLF001 - ours
+            part._for_inference = any(v.dtype in HALVES for v in part.variables)  # noqa: SLF001

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kerasmp.model.saved import KEY, take_up, without_extras
+from kerasmp.model.guards import with_guards
+from kerasmp.model.saved import without_extras
 from kerasmp.optimizer import LossScaleOptimizer
 
 if TYPE_CHECKING:
@@ -53,19 +54,25 @@ def class_between(theirs: Any, ours: Any, turn: Callable[[Any], Any]) -> Any:
     """
 
     def get_config(self: Any) -> dict[str, Any]:
-        config, extras = without_extras(super(between, self).get_config())
+        config, _ = without_extras(super(between, self).get_config())
         stock = {
             "module": theirs.__module__,
             "class_name": theirs.__name__,
             "registered_name": keras.saving.get_registered_name(theirs),
             "config": config,
         }
-        return {"stock": stock, KEY: extras}
+        return {"stock": stock}
+
+    def reduce(self: Any) -> tuple[Any, ...]:
+        load, *rest = super(between, self).__reduce__()
+        # Pickle finds by their names what it calls, and `theirs` alone has one: it loads alike.
+        return getattr(theirs, load.__name__), *rest
 
     names = {
         "__module__": theirs.__module__,
         "__qualname__": theirs.__qualname__,
         "__doc__": theirs.__doc__,
+        "__reduce__": reduce,
         "get_config": get_config,
         "from_config": _loading(turn),
     }
@@ -81,14 +88,13 @@ def loader(turn: Callable[[Any], Any]) -> Any:
         turn: As for `class_between`.
     """
     never_saved: dict[str, Any] = {"get_config": lambda _: {}}  # Keras asks for it
-    return _in_files(type("Turned", (), never_saved | {"from_config": _loading(turn)}))
+    turned = type("Turned", (), never_saved | {"from_config": _loading(turn)})
+    return _in_files(with_guards(turned))
 
 
 def _loading(turn: Callable[[Any], Any]) -> Any:
     def from_config(_: Any, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        model = turn(keras.saving.deserialize_keras_object(config["stock"], custom_objects))
-        take_up(model, config.get(KEY, {}))
-        return model
+        return turn(keras.saving.deserialize_keras_object(config["stock"], custom_objects))
 
     return classmethod(from_config)
 

@@ -15,6 +15,7 @@ from kerasmp.policy.safe import is_ours
 
 _INDENT = "  "
 _OURS = "kerasmp>"  # before the names under which Keras knows our classes
+_TURNED = "kerasmp>Turned"  # any user's class of models that was turned into one of ours
 _LINE = re.compile(r"( *)(.*) \(([^()]*)\): (\S+)")
 _EXPECTED = '"name (Class): policy" in each line, two blanks further in for what a layer holds'
 
@@ -95,11 +96,13 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
             raise PolicyError("There is no line in the text.", expected=_EXPECTED)
         return cls(rows)
 
-    def assign(self, model: Any) -> list[Assignment]:
+    def assign(self, model: Any, *, names_may_be_lost: bool = False) -> list[Assignment]:
         """Decide as `kerasmp.policy.assign.assign` does, from these policies.
 
         Args:
             model: A built model.
+            names_may_be_lost: Whether a layer may have another name where no layer has that of the
+                text: a user's `get_config` need not write it into files.
 
         Returns:
             One row for the model and for each layer in it.
@@ -108,10 +111,13 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
             PolicyError: If the model's layers are not those that the policies are of.
         """
         present = list(_with_depths(model))
+        names = {_plain(layer.name) for layer, _, _ in present}
         for wanted, (layer, place, depth) in zip(self, present, strict=False):
-            found = (depth, _plain(layer.name), _class_name(layer))
+            same = _plain(layer.name) == _plain(wanted.name) or (
+                names_may_be_lost and _plain(wanted.name) not in names
+            )
             # What the model itself is called, and whether it is one of ours, is the same to us.
-            if depth and found != (wanted.depth, _plain(wanted.name), wanted.class_name):
+            if depth and not (same and depth == wanted.depth and _is_a(layer, wanted.class_name)):
                 raise _misfit(str(wanted).strip(), f'"{place.path}" ({_class_name(layer)})')
         if len(present) > len(self):
             layer, place, _ = present[len(self)]
@@ -149,6 +155,18 @@ def _with_depths(model: Any) -> Any:
 
 def _class_name(layer: Any) -> str:
     return str(keras.saving.get_registered_name(type(layer)))
+
+
+def _is_a(layer: Any, class_name: str) -> bool:
+    """Return whether a layer is of a class, or a model of what it is without us or with us."""
+    found = _class_name(layer)
+    if found == class_name or not isinstance(layer, keras.Model):
+        return found == class_name
+    return _TURNED in {found, class_name} or _stock(found) == _stock(class_name)
+
+
+def _stock(class_name: str) -> str:
+    return class_name.removeprefix(_OURS).replace("FunctionalModel", "Functional")
 
 
 def _plain(name: str) -> str:

@@ -1,0 +1,266 @@
+"""A file keeps policies and variables of all layers, whatever a class's own `get_config` leaves."""
+
+import itertools
+import pickle
+
+import keras
+import numpy as np
+import pytest
+from helpers.flattened import flatten_layers
+from helpers.marks import few
+
+import kerasmp as mp
+
+layers = keras.layers
+X = np.random.default_rng(0).normal(size=(2, 6, 4)).astype("float32")
+
+CONFIGS = {
+    "with_supers": lambda own, supers: {**supers(), **own},
+    "alone": lambda own, _: own,
+    "with_some_of_supers": lambda own, supers: {**own, "name": supers()["name"]},
+}
+
+
+@keras.saving.register_keras_serializable("own_configs")
+class Block(layers.Layer):
+    """A user's layer that makes others, and keeps neither its policy nor its name."""
+
+    def __init__(self, units=4, name="block"):
+        super().__init__(name=name)
+        self.units = units
+        self.wide = layers.Dense(units)
+        self.scores = layers.Softmax()
+
+    def build(self, shape):
+        self.wide.build(shape)
+
+    def call(self, x):
+        return self.scores(self.wide(x))
+
+    def get_config(self):
+        return {"units": self.units}
+
+
+@keras.saving.register_keras_serializable("own_configs")
+class Asking(layers.Layer):
+    """A user's layer whose weight has a dtype of its own."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones", dtype="float32")
+
+    def call(self, x):
+        return x * keras.ops.cast(self.scale, x.dtype)
+
+
+def of_inputs(units):
+    inputs = keras.Input((6, 4))
+    x = layers.Flatten()(Asking()(Block()(inputs)))
+    return {"inputs": inputs, "outputs": layers.Dense(units)(x)}
+
+
+def of_layers(self, units):
+    self.block, self.asking, self.flatten = Block(), Asking(), layers.Flatten()
+    self.top = layers.Dense(units)
+
+
+def users_class(parent, config, kind, arguments):
+    """Return a user's class of models: its kind of `get_config`, and of constructor."""
+
+    class Users(parent):
+        def __init__(self, units=3, **more):
+            if kind == "graph":
+                super().__init__(**of_inputs(units), **more)
+            else:
+                super().__init__(**more)
+                of_layers(self, units)
+            self.units = units
+
+        def get_config(self):
+            return CONFIGS[config]({"units": self.units}, super().get_config)
+
+    if kind != "graph":
+        Users.call = lambda self, x: self.top(self.flatten(self.asking(self.block(x))))
+
+    class Strict(Users):
+        def __init__(self, units=3):
+            super().__init__(units)
+
+        @classmethod
+        def from_config(cls, config):
+            return cls(config["units"])
+
+    return {"kwargs": Users, "strict": Strict}[arguments]
+
+
+PARENTS = {"keras": keras.Model, "ours": mp.Model}
+CASES = {
+    "-".join(case): case
+    for case in itertools.product(
+        PARENTS, CONFIGS, ("subclassed", "graph", "nested"), ("kwargs", "strict")
+    )
+}
+CLASSES = {
+    name: keras.saving.register_keras_serializable("own_configs", name)(
+        users_class(PARENTS[parent], *case)
+    )
+    for name, (parent, *case) in CASES.items()
+}
+OURS = [name for name in CASES if name.startswith("ours")]
+QUICK = ["ours-alone-nested-kwargs"]
+
+
+def made(case):
+    model = CLASSES[case]()
+    if "nested" in case:
+        inputs = keras.Input((6, 4))
+        x = Block(name="first")(inputs)
+        model = PARENTS[CASES[case][0]](inputs, layers.Dense(3)(model(x)))
+    model(X)
+    return model
+
+
+def assert_same(loaded, model):
+    """The same policies, variables and outputs, to the last bit."""
+    for one, other in zip(flatten_layers(loaded), flatten_layers(model), strict=True):
+        assert (type(one).__name__, one.dtype_policy) == (type(other).__name__, other.dtype_policy)
+    for one, other in zip(loaded.weights, model.weights, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (one, other)))
+    np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+
+
+def saved_and_loaded(model, folder, policy="float32"):
+    model.save(folder / "model.keras")
+    with mp.policy_scope(policy):
+        return keras.models.load_model(folder / "model.keras")
+
+
+@pytest.mark.parametrize("case", few(CASES, [*QUICK, "keras-alone-subclassed-strict"]))
+def test_a_converted_model(case, tmp_path):
+    model = made(case)
+    mp.convert(model, "mixed_bfloat16")
+    assert_same(saved_and_loaded(model, tmp_path), model)
+    mp.convert(model, "float16", variables="float16", safe_layers=True)
+    loaded = saved_and_loaded(model, tmp_path, "mixed_bfloat16")
+    assert_same(loaded, model)
+    assert "float16" in {v.dtype for v in loaded.weights}
+    loaded.compile("sgd", "mse")
+    with pytest.raises(mp.errors.PolicyError, match="inference alone"):
+        loaded.fit(X, np.zeros((2, 3)), verbose=0)
+    assert_same(saved_and_loaded(loaded, tmp_path), model)
+
+
+@pytest.mark.parametrize("case", few(OURS, QUICK))
+@pytest.mark.parametrize("policy", few(["mixed_float16", "float16", "float32"], ["float16"]))
+def test_a_model_that_was_made_under_a_policy(policy, case, tmp_path):
+    with mp.policy_scope(policy):
+        model = made(case)
+    assert_same(saved_and_loaded(model, tmp_path, "mixed_bfloat16"), model)
+
+
+def test_a_model_without_call_that_is_never_built(tmp_path):
+    with mp.policy_scope("mixed_float16"):
+        model = Pair(8)
+    assert not model.built
+    with pytest.warns(UserWarning, match="not yet been built"):
+        model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert [x.compute_dtype for x in flatten_layers(loaded)] == [
+        x.compute_dtype for x in flatten_layers(model)
+    ]
+
+
+@keras.saving.register_keras_serializable("own_configs")
+class Pair(mp.Model):
+    """A generator and a discriminator."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.units = units
+        self.generator = keras.Sequential([keras.Input((4,)), layers.Dense(units)])
+        self.discriminator = keras.Sequential([keras.Input((units,)), layers.Dense(1)])
+
+    def get_config(self):
+        return {"units": self.units}
+
+
+def test_a_model_inside_that_was_converted_before(tmp_path):
+    model = made("keras-alone-nested-kwargs")
+    outer = Holding(3)
+    outer(X)
+    mp.convert(outer.inner, "mixed_bfloat16")
+    mp.convert(outer.other, "mixed_bfloat16")
+    mp.convert(outer, "float16", variables="float16")
+    assert_same(pickle.loads(pickle.dumps(outer)), outer)
+    loaded = saved_and_loaded(outer, tmp_path)
+    assert_same(loaded, outer)
+    loaded.inner.compile("sgd", "mse")
+    with pytest.raises(mp.errors.PolicyError, match="inference alone"):
+        loaded.inner.fit(X, np.zeros((2, 3)), verbose=0)
+    mp.convert(next(x for x in model.layers if isinstance(x, keras.Model)))
+    assert_same(saved_and_loaded(model, tmp_path), model)  # its holder is stock, and has its config
+
+
+def test_a_part_that_a_stock_model_will_make_as_it_was_is_said(tmp_path):
+    outer = Holding(3)
+    outer(X)
+    mp.convert(outer.inner)
+    outer.save_weights(tmp_path / "model.weights.h5")
+    with pytest.warns(mp.errors.PolicyWarning, match="tells nothing of the policies of .strict"):
+        outer.save(tmp_path / "model.keras")
+    mp.convert(outer, mp.LayerPolicies.of(outer))
+    assert_same(saved_and_loaded(outer, tmp_path), outer)
+
+
+@keras.saving.register_keras_serializable("own_configs")
+class Holding(keras.Model):
+    """A user's model that makes others."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.units = units
+        self.inner = CLASSES["keras-alone-subclassed-strict"](units)
+        self.other = keras.Sequential([layers.Dense(4)])
+
+    def call(self, x):
+        return self.inner(self.other(x))
+
+    def get_config(self):
+        return {"units": self.units}
+
+
+def test_other_layers_than_those_of_the_file_are_said(tmp_path):
+    with mp.policy_scope("mixed_float16"):
+        model = Changing()
+    model(X[:, 0])
+    Changing.parts = 2
+    try:
+        model.save(tmp_path / "model.keras")
+        with pytest.warns(mp.errors.PolicyWarning, match="cannot be restored.*no further layer"):
+            keras.models.load_model(tmp_path / "model.keras")
+        with mp.policy_scope("mixed_float16"):
+            keras.models.load_model(tmp_path / "model.keras")  # where it makes no difference
+        mp.convert(model, "mixed_bfloat16")
+        model.save(tmp_path / "model.keras")
+        with pytest.raises(mp.errors.PolicyError, match="layers differ"):
+            keras.models.load_model(tmp_path / "model.keras")
+    finally:
+        Changing.parts = 1
+
+
+@keras.saving.register_keras_serializable("own_configs")
+class Changing(mp.Model):
+    """A user's model whose class makes more layers than it did."""
+
+    parts = 1
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(2)
+        self.more = [layers.ReLU() for _ in range(self.parts - 1)]
+
+    def call(self, x):
+        return self.dense(x)
+
+    def get_config(self):
+        return {}
