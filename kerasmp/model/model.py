@@ -16,7 +16,7 @@ from kerasmp.model.float32 import at_least_float32, cast, widen_activity_regular
 from kerasmp.model.guards import with_guards
 from kerasmp.model.hints import dtype_hints
 from kerasmp.model.inference import refuse_training
-from kerasmp.model.own_optimizers import warn_of_unscaled
+from kerasmp.model.own_optimizers import is_of_file, warn_of_unscaled
 from kerasmp.model.saved import warn_if_untold
 from kerasmp.model.steps import no_step_is_nan, note_kerass_own
 from kerasmp.model.turning import class_between, loader, ours_for
@@ -365,13 +365,19 @@ class Model(keras.Model):
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile with what `get_compile_config` returned."""
-        if type(self).compile is not Model.compile:
+        own = type(self).compile is not Model.compile
+        if own:
             # A user's own compile takes arguments that Keras cannot know; the parent says so.
             super().compile_from_config(config)
-            return
-        self.compile(**keras.saving.deserialize_keras_object(config))
+            self._auto_scale_loss = config.get("auto_scale_loss", True)
+            if self.compiled and self._must_wrap(self.optimizer):  # by its constructor
+                self.optimizer = ours_for(self.optimizer, self.trainable_variables)
+        else:
+            self.compile(**keras.saving.deserialize_keras_object(config))
         if self._for_inference:
             self.optimizer = None  # as in the model that was saved
+        elif own and not is_of_file(self, config):
+            return
         elif self.built and self.optimizer is not None:
             self.optimizer.build(self.trainable_variables)
 

@@ -11,6 +11,8 @@ from kerasmp.backend.keras_private import float16_layers
 from kerasmp.backend.nested import optimizers_in
 from kerasmp.errors import LossScaleWarning
 
+_NUMBERED = ("name", "shared_object_id")  # in configs
+
 
 def optimizers_of(model: Any) -> dict[str, Any]:
     """Return the optimizer of a model, and those that a user's own `compile` has kept on it."""
@@ -58,3 +60,39 @@ def warn_of_unscaled(model: Any) -> None:
             LossScaleWarning,
             stacklevel=3,
         )
+
+
+def is_of_file(model: Any, config: Any) -> bool:
+    """Return whether a model whose constructor compiles it has got the optimizer of its file.
+
+    Args:
+        model: A loaded model of ours whose class has a `compile` of its own.
+        config: What the file says that it was compiled with.
+
+    Warns:
+        LossScaleWarning: If it has got another one.
+    """
+    saved, present = config.get("optimizer"), getattr(model, "optimizer", None)
+    if not model.compiled or present is None or not saved:
+        return False  # Keras says that it was not compiled
+    if _settings(saved) == _settings(keras.saving.serialize_keras_object(present)):
+        return True
+    inner = saved["config"].get("inner_optimizer", saved)["class_name"]
+    found = type(getattr(present, "inner_optimizer", present)).__name__
+    warnings.warn(
+        f'"{model.name}" is compiled by its own class, so that the optimizer of the file, its '
+        f"settings and its state are left out: it was {inner}, and now it is the class's {found}. "
+        "To go on where the file stops, call model.compile with an optimizer as it was, then "
+        "model.optimizer.build(model.trainable_variables), then model.load_weights(path) of the "
+        "same file.",
+        LossScaleWarning,
+        stacklevel=3,
+    )
+    return False
+
+
+def _settings(config: Any) -> Any:
+    """Return a config without what Keras numbers."""
+    if isinstance(config, dict):
+        return {key: _settings(config[key]) for key in config if key not in _NUMBERED}
+    return [_settings(part) for part in config] if isinstance(config, (list, tuple)) else config

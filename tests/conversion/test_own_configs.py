@@ -264,3 +264,72 @@ class Changing(mp.Model):
 
     def get_config(self):
         return {}
+
+
+@keras.saving.register_keras_serializable("own_configs")
+class Backbone(keras.Model):
+    """A model with the habits of KerasHub's backbones."""
+
+    def __init__(self, units=4, dtype=None, **more):
+        inputs = keras.Input((6, 4))
+        x = layers.Softmax(dtype=dtype)(layers.Dense(units, dtype=dtype)(inputs))
+        super().__init__(inputs, x, **more)
+        if dtype is not None:
+            self.dtype_policy = keras.dtype_policies.get(dtype)
+        self.units = units
+
+    def get_config(self):
+        dtype = keras.dtype_policies.serialize(self.dtype_policy)
+        config = {"name": self.name, "trainable": self.trainable, "dtype": dtype}
+        return {**config, "units": self.units}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**{**config, "dtype": keras.dtype_policies.get(config["dtype"])})
+
+
+@keras.saving.register_keras_serializable("own_configs")
+class Task(keras.Model):
+    """A model with the habits of KerasHub's tasks, which compile themselves."""
+
+    def __init__(self, backbone, **more):
+        dtype = backbone.dtype_policy
+        x = layers.Dense(3, dtype=dtype)(layers.Flatten(dtype=dtype)(backbone(backbone.input)))
+        super().__init__(backbone.input, x, **more)
+        self.backbone = backbone
+        self.compile()
+
+    def compile(self, optimizer="auto", loss="mse", **more):
+        super().compile("adam" if optimizer == "auto" else optimizer, loss, **more)
+
+    def get_config(self):
+        return {"backbone": keras.layers.serialize(self.backbone), "name": self.name}
+
+    @classmethod
+    def from_config(cls, config):
+        config["backbone"] = keras.layers.deserialize(config["backbone"])
+        return cls(**config)
+
+
+@pytest.mark.filterwarnings("ignore:`compile..` was not called as part of model loading")
+@pytest.mark.filterwarnings("ignore:The saved state of .* is left out")
+def test_a_task_that_compiles_itself_says_that_its_optimizer_is_another(tmp_path):
+    model = Task(Backbone())
+    mp.convert(model.backbone, "mixed_bfloat16")
+    mp.convert(model)
+    model.compile(mp.LossScaleOptimizer("sgd", loss_scale=64.0))
+    model.fit(X, np.zeros((2, 3)), verbose=0)
+    said = "it was SGD, and now it is the class's Adam.*load_weights"
+    with pytest.warns(mp.errors.LossScaleWarning, match=said):
+        loaded = saved_and_loaded(model, tmp_path)
+    assert_same(loaded, model)
+    loaded.compile(mp.LossScaleOptimizer("sgd", loss_scale=64.0))
+    loaded.optimizer.build(loaded.trainable_variables)
+    loaded.load_weights(tmp_path / "model.keras")
+    assert loaded.optimizer.applied_steps == 1
+    model.compile()
+    model.fit(X, np.zeros((2, 3)), verbose=0)
+    loaded = saved_and_loaded(model, tmp_path)  # the class compiles it as it was
+    assert loaded.optimizer.applied_steps == 1
+    mp.convert(model, "float16", variables="float16")
+    assert_same(saved_and_loaded(model, tmp_path), model)
