@@ -11,6 +11,7 @@ from kerasmp.errors import ArgumentError
 from kerasmp.ops.attention import (
     attend,
     attention_scores,
+    both,
     causal_mask,
     dot_product_attention,
 )
@@ -49,6 +50,15 @@ class _WideScores(_Base):
             return _CAUSAL
         return super()._compute_attention_mask(query, value, **masks)
 
+    def _causal_too(self, mask: Any, query: Any, key: Any) -> Any:
+        """Return a mask, None for none, made causal.
+
+        Keras 3.15 leaves it to `_compute_attention` where nothing else is masked, as others may.
+        """
+        if mask is None and len(query.shape) == _SEQUENCES + 1:
+            return _CAUSAL
+        return both(mask, causal_mask(query, key))
+
     def _attend(  # noqa: PLR0913 - two signatures of Keras's meet here
         self,
         query: Any,
@@ -63,7 +73,8 @@ class _WideScores(_Base):
         """Return the attended values, and the weights if they are asked for."""
         if return_scores and self._flash_attention:
             raise ArgumentError(
-                "Returning attention scores is not supported when flash attention is enabled.",
+                "Returning attention scores is not supported when flash attention is enabled. "
+                "Please disable flash attention to access attention scores.",
                 received="return_attention_scores=True, flash_attention=True",
                 expected="one of them",
                 fix="Leave flash_attention at None.",
@@ -155,8 +166,11 @@ class MultiHeadAttention(_WideScores, keras.layers.MultiHeadAttention):
         attention_mask: Any = None,
         training: bool | None = None,  # noqa: FBT001
         return_attention_scores: bool = False,  # noqa: FBT001, FBT002 - Keras's signature
+        use_causal_mask: bool = False,  # noqa: FBT001, FBT002
     ) -> tuple[Any, Any]:
         scale = self.key_dim**-0.5
+        if use_causal_mask:
+            attention_mask = self._causal_too(attention_mask, query, key)
         if len(query.shape) > _SEQUENCES + 1:
             return self._attend_over_axes(query, key, value, attention_mask, scale, training)
         return self._attend(
@@ -234,14 +248,17 @@ class GroupedQueryAttention(_WideScores, keras.layers.GroupQueryAttention):
     ('float16', (1, 3, 8))
     """
 
-    def _compute_attention(
+    def _compute_attention(  # noqa: PLR0913, PLR0917
         self,
         query: Any,
         key: Any,
         value: Any,
         attention_mask: Any = None,
         training: bool | None = None,  # noqa: FBT001
+        use_causal_mask: bool = False,  # noqa: FBT001, FBT002
     ) -> tuple[Any, Any]:
+        if use_causal_mask:
+            attention_mask = self._causal_too(attention_mask, query, key)
         return self._attend(
             query,
             key,

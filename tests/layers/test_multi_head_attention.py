@@ -228,6 +228,38 @@ def test_a_subclass_that_computes_attention_itself_is_given_a_mask():
     assert tuple(masks[0].shape) == (1, QUERIES, KEYS)
 
 
+MASK = {"attention_mask": np.random.default_rng(0).random((1, QUERIES, KEYS)) < 0.7}
+SCORES = {"return_attention_scores": True}
+
+
+@pytest.mark.parametrize(
+    ("pair", "call"),
+    [
+        (MULTI, {}),
+        (GROUP, MASK | SCORES),
+        full(MULTI, MASK),
+        full(MULTI, MASK | SCORES),
+        full(GROUP, MASK),
+        full(GROUP, SCORES),
+    ],
+)
+def test_a_subclass_may_ask_for_causality_where_it_computes_attention(pair, call):
+    """As Keras 3.15 may be asked for it there, beside a mask and alone."""
+
+    class Own(pair[0]):
+        def _compute_attention(self, *tensors, **more):
+            return super()._compute_attention(*tensors, **more, use_causal_mask=True)
+
+    query, value, _ = drawn()
+    own, plain = made(Own), made(pair[0])
+    for layer in (own, plain):
+        layer.build(query.shape, value.shape)
+    own.set_weights(plain.get_weights())
+    got, want = own(query, value, **call), plain(query, value, **call, use_causal_mask=True)
+    for one, other in zip(keras.tree.flatten(got), keras.tree.flatten(want), strict=True):
+        np.testing.assert_allclose(numpy_of(one), numpy_of(other), atol=1e-3)
+
+
 GATE, WINDOW = {"use_gate": True}, {"sliding_window": 2}
 
 
