@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
 from keras import ops
 
 from kerasmp.backend import current
@@ -19,16 +20,26 @@ class WideBias:
             kwargs["autocast"] = False
         return super().add_weight(*args, **kwargs)  # type: ignore[misc]  # the layer mixed in has it
 
-    def _activated(self, outputs: Any) -> Any:
-        """Cast to the compute dtype, and activate that.
+    def _activated(self, outputs: Any, dtype: str) -> Any:
+        """Cast to `dtype`, and activate that.
 
         An activation in float32 would keep float32 tensors for the backward pass. It comes after
         the cast here, and not within Keras's `call` for which it would have to be taken away: other
         threads may call the layer.
         """
         layer: Any = self
-        outputs = ops.cast(outputs, layer.compute_dtype)
+        outputs = ops.cast(outputs, dtype)
         return outputs if layer.activation is None else layer.activation(outputs)
+
+    def _dtype_of(self, inputs: Any) -> str:
+        """Return the dtype of the outputs.
+
+        Keras casts inputs to the compute dtype. But TimeDistributed casts them to its own, in which
+        its outputs are to be, and then calls `call` itself.
+        """
+        layer: Any = self
+        dtype = keras.backend.standardize_dtype(inputs.dtype)
+        return dtype if keras.backend.is_float_dtype(dtype) else str(layer.compute_dtype)
 
 
 class WideConvolution(WideBias):
@@ -37,13 +48,14 @@ class WideConvolution(WideBias):
     def call(self, inputs: Any) -> Any:
         """Convolve `inputs`; see the class in Keras."""
         layer: Any = self
-        dtype = current().convolution_dtype(layer.compute_dtype)
+        given = self._dtype_of(inputs)
+        dtype = current().convolution_dtype(given)
         # LoRA gives a kernel in the compute dtype, whatever is asked for.
-        if dtype == layer.compute_dtype or getattr(layer, "lora_enabled", False):
-            return self._activated(self._with_bias(inputs))
+        if dtype == given or getattr(layer, "lora_enabled", False):
+            return self._activated(self._with_bias(inputs), given)
         with AutocastScope(dtype):
             outputs = self._with_bias(ops.cast(inputs, dtype))
-        return self._activated(outputs)
+        return self._activated(outputs, given)
 
     def _with_bias(self, inputs: Any) -> Any:
         layer: Any = self
@@ -106,7 +118,7 @@ class WideProduct(WideBias):
         outputs = self._product(inputs)
         if layer.bias is not None:
             outputs = ops.add(outputs, layer.bias)
-        return self._activated(outputs)
+        return self._activated(outputs, self._dtype_of(inputs))
 
     def _product(self, inputs: Any) -> Any:
         raise NotImplementedError

@@ -156,6 +156,29 @@ def test_lora(name):
     assert keras.backend.standardize_dtype(ours(x).dtype) == "float16"
 
 
+# Under TimeDistributed Keras gives a layer inputs in the dtype of that, and has `call` use them.
+@pytest.mark.parametrize(
+    ("name", "outer", "inner"),
+    [
+        ("Dense", "mixed_float16", "float32"),
+        ("Conv1D", "mixed_float16", "float32"),
+        ("Dense", "float32", "mixed_bfloat16"),
+        full("Conv1D", "float32", "mixed_float16"),
+        full("EinsumDense", "mixed_bfloat16", "mixed_float16"),
+    ],
+)
+def test_within_time_distributed_the_outputs_have_its_dtype(name, outer, inner):
+    x = np.random.default_rng(2).normal(size=(2, *small(name))).astype("float16")
+    got, want = (
+        keras.layers.TimeDistributed(layer, dtype=outer)
+        for layer in small_pair(name, inner, inner, activation="relu")
+    )
+    outputs = got(x)
+    symbol = got.compute_output_spec(keras.KerasTensor(x.shape))
+    assert keras.backend.standardize_dtype(outputs.dtype) == symbol.dtype
+    np.testing.assert_allclose(numpy_of(outputs), numpy_of(want(x)), rtol=2e-2, atol=2e-2)
+
+
 INT8, FLOAT8 = "int8_from_mixed_bfloat16", "float8_from_mixed_float16"
 
 
