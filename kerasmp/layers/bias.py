@@ -9,6 +9,7 @@ from keras import ops
 
 from kerasmp.backend import current
 from kerasmp.backend.keras_private import AutocastScope
+from kerasmp.layers.quantizing import QuantizesAsStock
 
 
 class WideBias:
@@ -109,12 +110,15 @@ class WideSeparableConvolution(WideConvolution):
         )
 
 
-class WideProduct(WideBias):
+class WideProduct(QuantizesAsStock, WideBias):
     """The same for layers that multiply matrices, which can be quantized too."""
 
-    def call(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: ARG002, FBT001 - Keras's
+    def call(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: FBT001 - Keras's
         """Multiply `inputs` by the kernel; see the class in Keras."""
         layer: Any = self
+        if layer.quantization_mode is not None:
+            # TimeDistributed calls this itself, and in Keras takes an int8 kernel for a float one.
+            return ops.cast(self.quantized_call(inputs, training=training), self._dtype_of(inputs))
         outputs = self._product(inputs)
         if layer.bias is not None:
             outputs = ops.add(outputs, layer.bias)

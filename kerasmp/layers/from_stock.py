@@ -19,6 +19,7 @@ from kerasmp.backend import current
 from kerasmp.backend.keras_graph import policy_of, refresh_symbolic_dtypes
 from kerasmp.backend.keras_private import autocasts, own_variables, set_autocast
 from kerasmp.layers.bias import WideBias
+from kerasmp.layers.quantizing import QuantizesAsStock, without_type_check
 from kerasmp.ops.precision import wide_dtype
 from kerasmp.policy.apply import renew_statistics
 from kerasmp.policy.places import Place, places
@@ -179,6 +180,8 @@ def _turn(layer: Any, ours: type, holders: Counter[int], undo: Undo) -> None:
         if holders[id(variable)] == 1 and autocasts(variable):
             undo.callback(set_autocast, variable, to=True)
             set_autocast(variable, to=False)
+    if isinstance(layer, QuantizesAsStock):
+        _set(layer, "quantize", without_type_check(layer.quantize), undo)
     if isinstance(layer, layers.ActivityRegularization):
         # The name keeps Keras from counting this one among the layers it has to name.
         like = type(layer)(layer.l1, layer.l2, name=layer.name)

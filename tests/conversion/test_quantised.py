@@ -60,6 +60,16 @@ def test_a_converted_model_is_quantised_as_one_in_float32_is(mode, policy):
     assert 0 < error(model.predict(X, verbose=0), exact) < 4 * STEP[mode]
 
 
+def test_safe_layers_are_quantised_but_for_the_head():
+    model, exact = build(), build().predict(X, verbose=0)
+    mp.convert(model, "mixed_bfloat16", safe_layers=True)
+    with pytest.warns(UserWarning, match="Layer DenseHead does not have a `quantize`"):
+        model.quantize("int8")
+    assert [type(layer).__module__ for layer in model.layers[:2]] == ["kerasmp.layers.dense"] * 2
+    assert [layer.quantization_mode for layer in model.layers] == ["int8", "int8", None]
+    assert 0 < error(model.predict(X, verbose=0), exact) < 4 * STEP["int8"]
+
+
 @pytest.mark.full
 def test_keras_itself_does_not_quantise_float16_layers_to_int8():
     model = build()

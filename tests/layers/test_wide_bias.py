@@ -156,6 +156,33 @@ def test_lora(name):
     assert keras.backend.standardize_dtype(ours(x).dtype) == "float16"
 
 
+def quantized(layer, mode):
+    layer.quantize(mode)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("Dense", "int8"),
+        ("EinsumDense", "int4"),
+        *[full(n, m) for n, m in (("Dense", "int4"), ("EinsumDense", "int8"))],
+        *[full(n, "float8") for n in ("Dense", "EinsumDense")],
+    ],
+)
+def test_it_is_quantized_as_the_stock_layer_is(name, mode):
+    x = np.random.default_rng(2).normal(size=small(name)).astype("float32")
+    pair = small_pair(name, "float32", "float32", activation="tanh")
+    ours, stock = (quantized(layer, mode) for layer in pair)
+    assert ours.dtype_policy.name == stock.dtype_policy.name
+    np.testing.assert_array_equal(numpy_of(ours(x)), numpy_of(stock(x)))
+    # Of a subclass with a `call` of its own nobody knows what to do.
+    other = type("Own", (type(ours),), {}).from_config({**ours.get_config(), "dtype": "float32"})
+    other.build(small(name))
+    with pytest.raises(NotImplementedError, match="Own does not have a `quantize` method"):
+        other.quantize(mode)
+
+
 # Under TimeDistributed Keras gives a layer inputs in the dtype of that, and has `call` use them.
 @pytest.mark.parametrize(
     ("name", "outer", "inner"),
@@ -177,6 +204,14 @@ def test_within_time_distributed_the_outputs_have_its_dtype(name, outer, inner):
     symbol = got.compute_output_spec(keras.KerasTensor(x.shape))
     assert keras.backend.standardize_dtype(outputs.dtype) == symbol.dtype
     np.testing.assert_allclose(numpy_of(outputs), numpy_of(want(x)), rtol=2e-2, atol=2e-2)
+
+
+def test_within_time_distributed_it_is_still_quantized():
+    """Stock Keras multiplies by an int8 kernel there as if it held the numbers themselves."""
+    dense = quantized(small_pair("Dense", "float32", "float32")[0], "int8")
+    x = np.random.default_rng(2).normal(size=small("Dense")).astype("float32")
+    outputs = keras.layers.TimeDistributed(dense)(x)
+    np.testing.assert_allclose(numpy_of(outputs), numpy_of(dense(x)), rtol=1e-6)
 
 
 INT8, FLOAT8 = "int8_from_mixed_bfloat16", "float8_from_mixed_float16"
