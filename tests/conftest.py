@@ -71,7 +71,7 @@ def _version(text):
 
 # Keras ships its own tests since this version only.
 if _version(keras.__version__) < (3, 15, 1):
-    collect_ignore.append("optimizer/test_keras_own_tests.py")
+    collect_ignore += ["layers/test_keras_own_layer_tests.py", "optimizer/test_keras_own_tests.py"]
 
 
 def _belongs_here(item):
