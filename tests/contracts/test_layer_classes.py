@@ -1,5 +1,7 @@
 """Which layers there are, of Keras and of ours: each has a case, each of ours a stock base."""
 
+import inspect
+
 import keras
 import pytest
 from helpers.layer_cases import CASES, OURS, STOCK
@@ -21,6 +23,26 @@ def test_each_of_ours_is_a_subclass_of_the_stock_layer_of_its_name():
         assert issubclass(ours, stock), name
         assert ours is not stock, name
     assert not [name for name in WITHOUT_A_TWIN if hasattr(keras.layers, name)]
+
+
+def missing(own, stock):
+    """Return the parameters that a method of a stock layer takes and ours does not."""
+    taken, wanted = (inspect.signature(method).parameters for method in (own, stock))
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        return []
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [name for name, p in wanted.items() if name not in taken and p.kind not in several]
+
+
+def test_a_method_of_ours_takes_what_that_of_the_stock_layer_takes():
+    for name in set(mp.layers.__all__) - WITHOUT_A_TWIN:
+        stock, ours = (getattr(room, name) for room in (keras.layers, mp.layers))
+        for method in {
+            x for base in ours.__mro__ if "kerasmp" in base.__module__ for x in vars(base)
+        }:
+            pair = [getattr(cls, method, None) for cls in (ours, stock)]
+            if all(map(inspect.isfunction, pair)):
+                assert not missing(*pair), f"{name}.{method}"
 
 
 @pytest.mark.parametrize("name", OURS)
