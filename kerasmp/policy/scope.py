@@ -7,16 +7,16 @@ so there is no second state that could disagree with Keras's.
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from typing import TYPE_CHECKING
 
 import keras
 
-from kerasmp.errors import PolicyWarning
+from kerasmp.errors import PolicyError, PolicyWarning
 from kerasmp.policy.policy import Policy, PolicyLike
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
 _ORIGIN = "_kerasmp_policy"
@@ -83,7 +83,8 @@ def policy_scope(policy: PolicyLike) -> AbstractContextManager[Policy]:
         policy: A policy, or anything that `Policy` accepts. It is checked before the block.
 
     Returns:
-        A context manager that gives the block the policy.
+        A context manager that gives the block the policy. It can be entered again, also inside of
+        itself, and decorate functions.
 
     Raises:
         PolicyError: If it does not exist or Keras cannot express it.
@@ -99,18 +100,32 @@ def policy_scope(policy: PolicyLike) -> AbstractContextManager[Policy]:
     """
     checked = Policy(policy)
     _warn(checked)
-    return _scope(checked)
+    return _Scope(checked)
 
 
-@contextlib.contextmanager
-def _scope(policy: Policy) -> Iterator[Policy]:
-    before = keras.config.dtype_policy()
-    _apply(policy)
-    try:
-        yield policy
-    finally:
+class _Scope(contextlib.ContextDecorator, threading.local):
+    """What `policy_scope` returns; what was before belongs to the thread, as the policy does."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._before: list[keras.DTypePolicy] = []
+
+    def __enter__(self) -> Policy:
+        before = keras.config.dtype_policy()
+        _apply(self._policy)
+        self._before.append(before)
+        return self._policy
+
+    def __exit__(self, *_: object) -> None:
+        if not self._before:
+            raise PolicyError(
+                "The scope was not entered, and cannot be left.",
+                received=f"__exit__ of policy_scope({self._policy!r})",
+                expected="__enter__ before it",
+                fix="Write `with policy_scope(policy):`.",
+            )
         # The same object, not an equal one: it may carry what Keras cannot express.
-        keras.config.set_dtype_policy(before)
+        keras.config.set_dtype_policy(self._before.pop())
 
 
 def _apply(policy: Policy) -> None:

@@ -196,3 +196,23 @@ def test_a_saved_model_keeps_its_dtypes(tmp_path):
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     dtypes = [(layer.variable_dtype, layer.compute_dtype) for layer in loaded.layers]
     assert dtypes == [("float32", "float16"), ("float32", "float32")]
+
+
+@pytest.mark.unit
+def test_one_scope_is_entered_again_and_inside_of_itself():
+    before = keras.config.dtype_policy()
+    scope = policy_scope("mixed_float16")
+    for _ in range(2):
+        with scope, policy_scope("float64"), scope as policy:
+            assert global_policy() == policy == Policy("mixed_float16")
+        assert keras.config.dtype_policy() is before
+
+    @scope
+    def compute_dtype(again):
+        inside = global_policy().compute_dtype
+        return [inside, *(compute_dtype(again=False) if again else [])]
+
+    assert compute_dtype(again=True) == ["float16", "float16"]
+    assert keras.config.dtype_policy() is before
+    with pytest.raises(PolicyError, match=r"not entered.*Received: .*Expected: .*Write `with"):
+        scope.__exit__(None, None, None)
