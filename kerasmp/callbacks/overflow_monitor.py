@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import numbers
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ class OverflowMonitor(keras.callbacks.Callback):
             scale at its floor with a streak counts too.
 
     Raises:
-        LossScaleError: For an argument that is less than 1.
+        LossScaleError: For an argument that is less than 1, or a streak above `stalled`.
         ArgumentTypeError: For an argument that is no integer.
         NotCompiledError: When training begins on a model without an optimizer.
 
@@ -82,9 +83,17 @@ class OverflowMonitor(keras.callbacks.Callback):
         self.check_every = _at_least_one("check_every", check_every)
         self.streak = _at_least_one("streak", streak)
         self.stalled = _at_least_one("stalled", stalled)
+        if self.streak > self.stalled:
+            raise LossScaleError(
+                "A streak is what comes before a stall, and would never be told.",
+                received=f"streak={streak!r}, stalled={stalled!r}",
+                expected="streak <= stalled",
+                fix="Lower streak, or raise stalled.",
+            )
         self._source: Any = None
         self._watched: Any = None
         self._told: set[Finding] = set()
+        self._epoch_first_step, self._next_check = 0, self.check_every
         # The last batches that ended, in any order: Keras may have a few dozen threads tell us.
         self._ends: collections.deque[int] = collections.deque(maxlen=256)
 
@@ -94,7 +103,9 @@ class OverflowMonitor(keras.callbacks.Callback):
         if optimizer is None:
             raise NotCompiledError(
                 "OverflowMonitor has nothing to watch.",
-                received=f'model "{self.model.name}" without an optimizer',
+                received="no model"
+                if self.model is None
+                else f'model "{self.model.name}" without an optimizer',
                 expected="a compiled model",
                 fix="Call model.compile(optimizer=kerasmp.LossScaleOptimizer(...), ...) first.",
             )
@@ -203,18 +214,18 @@ def _streak_message(now: Reading, culprits: list[str], by_loss: int) -> str:
         f"the loss scale is now {now.loss_scale:g}.{_through(culprits)}"
         f"{_by_loss(by_loss)} A dynamic scale that starts too high comes down in a few steps: if "
         "so, lower its initial_scale. A fixed scale must be lowered by hand. Otherwise look for "
-        "inf or NaN in this data."
+        f"inf or NaN in this data.{_sums(now, by_loss)}"
     )
 
 
 def _stalled_message(now: Reading, culprits: list[str], by_loss: int) -> str:
-    where = ", and no lower one would help" if now.at_floor else ""
+    where = ", and its schedule lets it sink no further" if now.at_floor else ""
     return (
         f"Training has stalled: the last {now.in_a_row} steps were skipped and no weight has "
         f"changed; the loss scale is {now.loss_scale:g}{where}.{_through(culprits)}"
-        f"{_by_loss(by_loss)} Check the inputs and labels for inf and NaN, lower the learning "
-        'rate, and run the layers that overflow in float32, with dtype="float32" or '
-        "kerasmp.layers.WithDtype."
+        f"{_by_loss(by_loss)}{_sums(now, by_loss)} Check the inputs and labels for "
+        "inf and NaN, lower the learning rate, and run the layers that overflow in float32, with "
+        'dtype="float32" or kerasmp.layers.WithDtype.'
     )
 
 
@@ -228,13 +239,24 @@ def _by_loss(count: int) -> str:
     return f" In {count} of this epoch's steps the loss itself was inf or NaN: no scale helps."
 
 
+def _sums(now: Reading, by_loss: int) -> str:
+    """Return what helps where gradients are beyond float16 at a scale that makes nothing larger."""
+    if by_loss >= now.in_a_row or not (now.at_floor or now.loss_scale <= 1):
+        return ""
+    lower = " Or give the schedule a lower min_scale." if now.at_floor else ""
+    return (
+        " If the loss is a sum over the batch, or sample weights are large, gradients are too: "
+        f"take means.{lower}"
+    )
+
+
 def _few(names: list[str]) -> str:
     shown = ", ".join(names[:3])
     return f"{shown}, ..." if len(names) > len(names[:3]) else shown
 
 
 def _at_least_one(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ArgumentTypeError(
             f"`{name}` is no integer.",
             received=f"{value!r} of type {type(value).__name__}",
@@ -248,4 +270,4 @@ def _at_least_one(name: str, value: Any) -> int:
             expected="an integer of at least 1",
             fix="The default is right for most models.",
         )
-    return value
+    return int(value)

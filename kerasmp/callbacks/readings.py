@@ -108,7 +108,7 @@ class StockSource(Source):
             applied=applied,
             skipped=steps - applied,
             in_a_row=self._in_a_row,
-            at_floor=scale <= 1.0,  # it has no floor; below 1 nothing is scaled up any more
+            at_floor=False,  # it has no floor
         )
 
     def culprits(self) -> list[str]:

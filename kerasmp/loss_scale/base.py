@@ -94,6 +94,17 @@ class LossScale(abc.ABC):
         """
         return None
 
+    def read(self, state: State) -> tuple[Any, State]:
+        """Return the scale of a state within the bounds, and all of it as tensors; for `update`.
+
+        Raises:
+            LossScaleError: If the state lacks a key of `init`.
+            ArgumentTypeError: If it is no dict.
+        """
+        validation.complete(self, state)
+        tensors = {key: ops.convert_to_tensor(value) for key, value in state.items()}
+        return self.bounded(state["scale"]), tensors
+
     def bounded(self, scale: Any) -> Any:
         """Return `scale` as a float32 scalar from `min_scale` to `max_scale`.
 
@@ -124,7 +135,23 @@ class LossScale(abc.ABC):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Return the schedule that `get_config` described."""
+        """Return the schedule that `get_config` described.
+
+        Raises:
+            LossScaleError: If it holds what is no setting of the schedule.
+            ArgumentTypeError: If it is no dict.
+        """
+        config = validation.mapping("The configuration", config)
+        data: Any = cls
+        known = [f.name for f in dataclasses.fields(data)] if _is_data(cls) else [*config]
+        unknown = [name for name in config if name not in known]
+        if unknown:
+            raise LossScaleError(
+                f"{cls.__name__} has no such settings.",
+                received=", ".join(map(repr, unknown)),
+                expected=f"some of {', '.join(known)}",
+                fix=did_you_mean(str(unknown[0]), known) or "get_config() returns what it takes.",
+            )
         return cls(**config)
 
     def check(self, value: Any) -> float:
@@ -142,6 +169,11 @@ class LossScale(abc.ABC):
                 fix="Choose a value inside, or a schedule with other bounds.",
             )
         return number
+
+
+def _is_data(cls: type) -> bool:
+    """Return whether a class itself is a dataclass, and takes its fields."""
+    return "__dataclass_fields__" in vars(cls)
 
 
 def either(condition: Any, yes: Any, no: Any) -> Any:

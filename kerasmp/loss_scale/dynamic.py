@@ -11,9 +11,7 @@ from keras import ops
 
 from kerasmp.loss_scale import validation
 from kerasmp.loss_scale.base import LossScale, State, either
-
-# So many times smaller after a run of overflows: more than a search for the scale needs.
-SLUMP = 256.0
+from kerasmp.loss_scale.slump import FLOOR, ONE, QUICK, is_slump, level_before
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -41,9 +39,12 @@ class DynamicLossScale(LossScale):
             fairseq; default 0, every overflow counts.
         recovery_interval: After a slump, overflows in a row that took the scale to 1/256 or less,
             it grows after this many good steps if that is fewer than `growth_interval`, until it
-            is back where it was or the next overflow. Default 20. None climbs as slowly as ever,
-            as Keras, PyTorch and apex do.
-        min_scale: The floor, default 1.
+            is back where it was or the next overflow. Default 20. Below 1 any fall is a slump, and
+            each good step makes up for an overflow; if none had to be made up for, the scale
+            grows after this many, until a growth overflows. None climbs as slowly as ever, as
+            Keras, PyTorch and apex do.
+        min_scale: The floor, default 2**-14. Sums over a batch, or large sample weights, may need
+            a scale far below 1.
         max_scale: The ceiling, default 2**24.
 
     Raises:
@@ -68,11 +69,11 @@ class DynamicLossScale(LossScale):
     backoff_factor: float = 0.5
     growth_interval: int = 2000
     hysteresis: int = 1
-    min_scale: float = 1.0
+    min_scale: float = FLOOR
     max_scale: float = 2.0**24
     consecutive_hysteresis: bool = False
     tolerance: float = 0.0
-    recovery_interval: int | None = 20
+    recovery_interval: int | None = QUICK
 
     def __post_init__(self) -> None:
         checked = {
@@ -124,12 +125,13 @@ class DynamicLossScale(LossScale):
         scale = state["scale"]
         inside = (scale >= self.min_scale) & (scale <= self.max_scale)
         quiet = inside & (state["step_counter"] < self.growth_interval - 1)
-        return quiet if self.recovery_interval is None else quiet & (state["recover_to"] == 0.0)
+        if self.recovery_interval is None:
+            return quiet
+        return quiet & (scale >= ONE) & (state["recover_to"] == 0.0)
 
     def update(self, state: State, finite: Any) -> State:
         """Return the state after a step; see the class for the rule."""
-        scale = self.bounded(state["scale"])
-        state = {key: ops.convert_to_tensor(value) for key, value in state.items()}
+        scale, state = self.read(state)
         if self.hysteresis > 1:
             # What was saved by a schedule with another hysteresis must not be worth more here.
             state["hysteresis_left"] = ops.clip(state["hysteresis_left"], 0, self.hysteresis)
@@ -145,13 +147,21 @@ class DynamicLossScale(LossScale):
         interval: Any = self.growth_interval
         if self.recovery_interval is not None:
             target = self._recovering_to(state["recover_to"], scale)
-            quick = min(self.recovery_interval, self.growth_interval)
-            # Both as tensors: two Python numbers would not have the counter's dtype.
-            quick, slow = (ops.full_like(good_steps, n) for n in (quick, self.growth_interval))
-            interval = ops.where(target > 0, quick, slow)
+            recovering, below = target > scale, scale < ONE
+            # As tensors: two Python numbers would not have the counter's dtype.
+            quick, slow = (
+                ops.full_like(good_steps, n)
+                for n in (min(self.recovery_interval, self.growth_interval), self.growth_interval)
+            )
+            hurried = ops.where(below, none + 1, quick)
+            # Where a growth has just overflowed below 1, the target is the scale itself.
+            patient = ops.where(ops.logical_and(below, target == 0.0), quick, slow)
+            interval = ops.where(recovering, hurried, patient)
         grow = good_steps >= interval
         # Growing may overflow float32 at a ceiling near its maximum: the minimum mends that.
         higher = ops.minimum(scale * self.growth_factor, self.max_scale)
+        if self.recovery_interval is not None:
+            higher = ops.where(recovering, ops.minimum(higher, target), higher)
         after["scale"] = ops.where(grow, higher, scale)
         after["step_counter"] = ops.where(grow, none, good_steps)
         if self.hysteresis > 1:
@@ -164,7 +174,9 @@ class DynamicLossScale(LossScale):
             after["steps_since_change"] = ops.where(grow, none, state["steps_since_change"] + 1)
             after["overflows_since_change"] = ops.where(grow, none, state["overflows_since_change"])
         if self.recovery_interval is not None:
-            after["recover_to"] = ops.where(after["scale"] < target, target, 0.0)
+            holds = ops.logical_and(below, ops.logical_not(grow))
+            kept = ops.logical_or(after["scale"] < target, holds)
+            after["recover_to"] = ops.where(kept, target, 0.0)
         return after
 
     def _after_bad(self, state: State, scale: Any) -> State:
@@ -186,16 +198,19 @@ class DynamicLossScale(LossScale):
         after["scale"] = either(back_off, lower, scale)
         if self.recovery_interval is not None:
             before = state["recover_to"]
-            after["recover_to"] = ops.where(before < 0, before, -scale)
+            level = level_before(scale, lower, state["step_counter"], before)
+            after["recover_to"] = ops.where(before < 0, before, -level)
         return after
 
     def _recovering_to(self, stored: Any, scale: Any) -> Any:
         """Return the scale that a recovery ends at; 0 if there is none.
 
-        During a run of overflows the scale that it began at is stored as a negative number: only
-        the good step after it can tell how deep the slump was.
+        During a run of overflows the scale before it is stored as a negative number: only the good
+        step after it can tell how deep the slump was. One that equals the scale is kept below 1.
         """
-        deep = ops.logical_and(stored < 0, scale * SLUMP <= -stored)
-        target = ops.where(stored < 0, ops.where(deep, -stored, 0.0), stored)
+        kept = ops.logical_or(
+            is_slump(scale, -stored), ops.logical_and(scale < ONE, scale == -stored)
+        )
+        target = ops.where(stored < 0, ops.where(kept, -stored, 0.0), stored)
         # A target beyond the ceiling, of a schedule with a higher one, would never be reached.
         return ops.minimum(target, self.max_scale)

@@ -10,6 +10,7 @@ from keras import ops
 
 from kerasmp.loss_scale import validation
 from kerasmp.loss_scale.base import LossScale, State, either
+from kerasmp.loss_scale.slump import FLOOR
 
 # The exponent at which float16 overflows.
 LARGEST_EXPONENT = 16.0
@@ -24,15 +25,16 @@ class LogMaxLossScale(LossScale):
     The logarithm (base 2) of the largest gradient is taken as normally distributed. Its running
     mean m and standard deviation s give the scale 2**(16 - (m + deviations * s)), rounded down to a
     power of two so that scaling stays exact. An overflow, of which only a bound is known, counts as
-    a maximum of 2**16 / scale, and the scale is halved at least. A step whose gradients are all
-    zero says nothing and changes nothing.
+    a maximum of 2**16 / scale; not so if the step before it overflowed too, or on the way up, so
+    that a run of bad data counts once. It halves the scale at least. A good step doubles it at
+    most. A step whose gradients are all zero says nothing and changes nothing.
 
     Args:
         initial_scale: The first scale, default 32768.
         deviations: Standard deviations kept free, default 3.09: one overflow in a thousand steps.
         mean_decay: Of the running mean, between 0 and 1, default 0.99.
         variance_decay: Of the running variance, between 0 and 1, default 0.999.
-        min_scale: The floor, default 1.
+        min_scale: The floor, default 2**-14.
         max_scale: The ceiling, default 2**24.
 
     Raises:
@@ -55,7 +57,7 @@ class LogMaxLossScale(LossScale):
     deviations: float = 3.09
     mean_decay: float = 0.99
     variance_decay: float = 0.999
-    min_scale: float = 1.0
+    min_scale: float = FLOOR
     max_scale: float = 2.0**24
 
     def __post_init__(self) -> None:
@@ -82,17 +84,20 @@ class LogMaxLossScale(LossScale):
             gradient_max: Scalar, the largest absolute value of the unscaled gradients; 0, the
                 default, if it is not known.
         """
-        scale = self.bounded(state["scale"])
-        state = {key: ops.convert_to_tensor(value) for key, value in state.items()}
+        scale, state = self.read(state)
         largest = ops.convert_to_tensor(gradient_max, dtype="float32")
         at_least = LARGEST_EXPONENT - _log2(scale)
         exponent = either(finite, _log2(ops.where(largest > 0, largest, 1.0)), at_least)
-        known = either(finite, largest > 0, ops.ones_like(largest > 0))
 
         fast, slow = self.mean_decay, self.variance_decay
         # Running moments never forget an inf or NaN that was loaded: they begin anew then.
         sound = ops.isfinite(sum(state[key] for key in _MOMENTS))
         state |= {key: ops.where(sound, state[key], 0.0) for key in _MOMENTS}
+        # On the way up to what the moments allow, an overflow tells of bad data and not of the size
+        # of gradients: as a maximum it would be far too large.
+        there = self._proposed(state) <= scale
+        counts = ops.logical_and(state["step_counter"] > 0, there)
+        known = either(finite, largest > 0, counts)
         seen = {
             "mean": _moved(state["mean"], exponent, fast),
             "mean_weight": _moved(state["mean_weight"], 1.0, fast),
@@ -100,24 +105,28 @@ class LogMaxLossScale(LossScale):
             "square": _moved(state["square"], exponent * exponent, slow),
             "slow_weight": _moved(state["slow_weight"], 1.0, slow),
         }
-        proposed = self.bounded(2.0 ** ops.floor(self._exponent(seen)))
+        proposed = self._proposed(seen)
         lower = ops.maximum(scale * 0.5, self.min_scale)
+        higher = ops.minimum(scale * 2.0, self.max_scale)
         count = state["step_counter"]
         return {
             "scale": ops.where(
-                known, either(finite, proposed, ops.minimum(proposed, lower)), scale
+                known,
+                ops.minimum(proposed, either(finite, higher, lower)),
+                either(finite, scale, lower),
             ),
             "step_counter": either(finite, count + 1, ops.zeros_like(count)),
             **{key: ops.where(known, value, state[key]) for key, value in seen.items()},
         }
 
-    def _exponent(self, seen: State) -> Any:
-        """Return the logarithm of the scale that these moments allow."""
+    def _proposed(self, seen: State) -> Any:
+        """Return the scale that these moments allow; the floor where there are none."""
         slow_mean = seen["slow_mean"] / seen["slow_weight"]
         variance = seen["square"] / seen["slow_weight"] - slow_mean * slow_mean
         mean = seen["mean"] / seen["mean_weight"]
         spread = ops.sqrt(ops.maximum(variance, 0.0))
-        return LARGEST_EXPONENT - (mean + self.deviations * spread)
+        exponent = LARGEST_EXPONENT - (mean + self.deviations * spread)
+        return self.bounded(2.0 ** ops.floor(exponent))
 
 
 def _log2(value: Any) -> Any:

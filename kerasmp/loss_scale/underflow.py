@@ -11,11 +11,15 @@ from keras import ops
 
 from kerasmp.loss_scale import validation
 from kerasmp.loss_scale.base import LossScale, State, either
+from kerasmp.loss_scale.slump import FLOOR, ONE, QUICK, is_slump, level_before
 
 # A growth was worth it if it took away this part of the share at least.
 WORTH = 0.1
 # So nearly all values are zero that nothing can be told from the share: only a growth will show.
 ALL = 0.999
+# What `steps_to_wait` is while overflows follow each other, and while the scale comes back after
+# them; `underflow_before` is the scale to come back to then.
+FALLING, RETURNING = -2, -1
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -28,7 +32,8 @@ class UnderflowLossScale(LossScale):
     averaged over `window` good steps. Above `max_underflow` the scale grows. If the share has then
     not fallen by a tenth, the zeros are of another making (of a ReLU, of padding), and the scale
     stays until the share changes by a tenth. An overflow backs off, and for `growth_interval` good
-    steps after it nothing grows.
+    steps after it nothing grows; but after a slump, overflows in a row that took the scale to 1/256
+    or less, or any fall below 1, each good step makes up for one of them.
 
     Measuring costs a pass over the gradients in each step.
 
@@ -40,7 +45,7 @@ class UnderflowLossScale(LossScale):
         growth_factor: More than 1, default 2.
         backoff_factor: Between 0 and 1, default 0.5.
         growth_interval: Good steps after an overflow before the scale may grow, default 2000.
-        min_scale: The floor, default 1.
+        min_scale: The floor, default 2**-14.
         max_scale: The ceiling, default 2**24.
 
     Raises:
@@ -69,7 +74,7 @@ class UnderflowLossScale(LossScale):
     growth_factor: float = 2.0
     backoff_factor: float = 0.5
     growth_interval: int = 2000
-    min_scale: float = 1.0
+    min_scale: float = FLOOR
     max_scale: float = 2.0**24
 
     def __post_init__(self) -> None:
@@ -117,39 +122,60 @@ class UnderflowLossScale(LossScale):
             underflow: Scalar from 0 to 1, the share of gradient values that were flushed to zero;
                 0, the default, if it is not known.
         """
-        scale = self.bounded(state["scale"])
-        state = {key: ops.convert_to_tensor(value) for key, value in state.items()}
+        scale, state = self.read(state)
         none = ops.zeros_like(state["step_counter"])
         good = self._after_good(state, scale, ops.convert_to_tensor(underflow, dtype="float32"))
+        lower = ops.maximum(scale * self.backoff_factor, self.min_scale)
+        wait, before = state["steps_to_wait"], state["underflow_before"]
+        target = ops.where(wait == RETURNING, before, 0.0)
+        level = level_before(scale, lower, state["step_counter"], target)
         bad = {
-            "scale": ops.maximum(scale * self.backoff_factor, self.min_scale),
+            "scale": lower,
             "step_counter": none,
             "underflow_sum": 0.0,
-            "underflow_before": 0.0,
-            "steps_to_wait": none + self.growth_interval,
+            "underflow_before": ops.where(wait == FALLING, before, level),
+            "steps_to_wait": none + FALLING,
         }
         return {key: either(finite, good[key], bad[key]) for key in good}
 
     def _after_good(self, state: State, scale: Any, underflow: Any) -> State:
         steps = state["step_counter"] + 1
         none = ops.zeros_like(steps)
-        waiting = ops.maximum(state["steps_to_wait"] - 1, none)
+        wait = state["steps_to_wait"]
+        level = ops.minimum(state["underflow_before"], self.max_scale)
+        fell = wait == FALLING
+        back = ops.logical_or(
+            ops.logical_and(fell, is_slump(scale, level)),
+            ops.logical_and(wait == RETURNING, scale < level),
+        )
+        # After the overflow, and after the return. Below 1 that is over as soon as it is back.
+        rest = ops.where(level < scale, none, none + self.growth_interval)
+        wait = ops.where(fell, rest, wait)
+        waiting = ops.maximum(wait - 1, none)
         # A broken sum that was loaded must not last longer than its window.
         total = state["underflow_sum"] + underflow
-        share = ops.where(ops.isfinite(total), total / self.window, 0.0)
-        before = state["underflow_before"]
+        # Below 1 overflows leave no time for a long one, where data are bad now and then.
+        window = ops.where(scale < ONE, none + min(self.window, QUICK), none + self.window)
+        share = ops.where(ops.isfinite(total), total / ops.cast(window, "float32"), 0.0)
+        before = ops.where(state["steps_to_wait"] < 0, 0.0, level)
         # Not "has it fallen": a share that has risen belongs to other gradients than before.
         changed = ops.logical_not(ops.abs(share - before) < WORTH * before)
-        full = steps % self.window == 0
+        full = steps % window == 0
         grow = ops.logical_and(
             ops.logical_and(full, waiting == 0),
             ops.logical_and(share > self.max_underflow, ops.logical_or(changed, share > ALL)),
         )
         higher = ops.minimum(scale * self.growth_factor, self.max_scale)
+        returned = ops.minimum(higher, level)
+        there = ops.logical_not(returned < level)
+        rest = ops.where(returned <= ONE, none, none + self.growth_interval)
+        moved = ops.logical_or(back, grow)
         return {
-            "scale": ops.where(grow, higher, scale),
-            "step_counter": ops.where(grow, none, steps),
-            "underflow_sum": ops.where(full, 0.0, total),
-            "underflow_before": ops.where(grow, share, before),
-            "steps_to_wait": waiting,
+            "scale": ops.where(back, returned, ops.where(grow, higher, scale)),
+            "step_counter": ops.where(moved, none, steps),
+            "underflow_sum": ops.where(ops.logical_or(back, full), 0.0, total),
+            "underflow_before": ops.where(
+                back, ops.where(there, 0.0, level), ops.where(grow, share, before)
+            ),
+            "steps_to_wait": ops.where(back, ops.where(there, rest, none + RETURNING), waiting),
         }

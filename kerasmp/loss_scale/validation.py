@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from kerasmp.errors import LossScaleError
+from kerasmp.errors import ArgumentTypeError, LossScaleError
 
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 LARGEST_SCALE = float(np.finfo(np.float32).max)
@@ -41,10 +42,13 @@ def scale(name: str, value: Any) -> float:
 
 
 def factor(name: str, value: Any, low: float, high: float, fix: str) -> float:
-    """Return `value` as a finite float strictly between `low` and `high`."""
-    expected = f"a finite number between {low:g} and {high:g}, both excluded"
+    """Return `value` as a float strictly between `low` and `high`, also once it is a float32."""
+    expected = f"a finite float32 number between {low:g} and {high:g}, both excluded"
     number = _real(name, value, expected, fix)
-    if not (math.isfinite(number) and low < number < high):
+    # The scale is one: what is rounded to a bound there would never move it, or for ever.
+    with np.errstate(over="ignore", under="ignore"):
+        held = float(np.float32(number))
+    if not (math.isfinite(held) and low < held < high and abs(held) >= SMALLEST_SCALE):
         raise LossScaleError(
             f"`{name}` cannot be used.", received=repr(value), expected=expected, fix=fix
         )
@@ -83,6 +87,31 @@ def switch(name: str, value: Any) -> bool:
             fix="Pass True or False.",
         )
     return bool(value)
+
+
+def mapping(what: str, value: Any) -> dict[str, Any]:
+    """Return a configuration or a state as a dict."""
+    if not isinstance(value, Mapping):
+        raise ArgumentTypeError(
+            f"{what} is no dict.",
+            received=f"{value!r} of type {type(value).__name__}",
+            expected="a dict",
+            fix="get_config() and init() return such.",
+        )
+    return dict(value)
+
+
+def complete(schedule: Any, state: Any) -> None:
+    """Check that a state has all that the schedule keeps."""
+    known = mapping("The state", state)
+    missing = [key for key in schedule.init() if key not in known]
+    if missing:
+        raise LossScaleError(
+            "The state is not one of this schedule.",
+            received=f"{sorted(map(str, known))}, without {missing}",
+            expected=f"the keys {sorted(schedule.init())}",
+            fix=f"{type(schedule).__name__}.init() returns the first one, and update the next.",
+        )
 
 
 def enclosed(schedule: Any) -> None:

@@ -31,7 +31,7 @@ def test_a_streak_and_then_a_stall_are_told_once_each(told):
     kernel, bias = (variable.path for variable in model.trainable_variables)
     for message in (streak, stalled):
         assert f"not finite: the gradients of {kernel}, {bias}." in message
-    assert "no lower one would help" not in stalled
+    assert "min_scale" not in stalled
 
 
 def test_a_streak_at_the_floor_is_a_stall_at_once(told):
@@ -41,7 +41,21 @@ def test_a_streak_at_the_floor_is_a_stall_at_once(told):
     fit(model, "h" * 10, [OverflowMonitor(3)])
     (message,) = told()
     assert message.startswith("Training has stalled: the last 10 steps")
-    assert "the loss scale is 2, and no lower one would help" in message
+    assert "the loss scale is 2, and its schedule lets it sink no further." in message
+    assert "take means. Or give the schedule a lower min_scale." in message
+
+
+def test_a_streak_that_goes_below_one_names_sums(told):
+    def finite_without_a_gradient(_, output):
+        return keras.ops.mean(keras.ops.sqrt(0.0 * output))
+
+    optimizer = LossScaleOptimizer("sgd", loss_scale=DynamicLossScale(8.0))
+    fit(make(optimizer, loss=finite_without_a_gradient), "g" * 10, [OverflowMonitor(3)])
+    (message,) = told()
+    assert "the loss scale is now 0.0078125." in message
+    assert message.startswith("The last 10 training steps were skipped")
+    assert "If the loss is a sum over the batch" in message
+    assert "min_scale" not in message
 
 
 def test_each_fit_warns_anew(told):

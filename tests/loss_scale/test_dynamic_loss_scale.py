@@ -28,8 +28,9 @@ class Machine:
         self.quiet = 0
         self.allowance = s.hysteresis
         self.since = []  # whether each step since the scale last moved was an overflow
-        self.slump_began = None  # the scale at the first overflow of the present run
+        self.fell_from = None  # the scale that was right before the present run of overflows
         self.goal = None  # the scale that a recovery leads back to
+        self.settled = False  # below 1, where the next higher scale has just overflowed
 
     def step(self, finite):
         with np.errstate(over="ignore", under="ignore"):
@@ -37,32 +38,41 @@ class Machine:
             self._good() if finite else self._bad()
 
     def _bad(self):
-        self.quiet = 0
-        self.goal = None
-        if self.slump_began is None:
-            self.slump_began = self.scale
+        lower = max(self.scale * np.float32(self.s.backoff_factor), np.float32(self.s.min_scale))
+        if self.fell_from is None:
+            self.fell_from = self.scale
+            if lower < 1 and self.quiet == 0:  # it had just grown
+                # On the way back from 1 or more it is tried once more before it settles.
+                again = self.goal is not None and self.goal >= 1
+                self.fell_from = lower / np.float32(2) if again else lower
+        self.quiet, self.goal, self.settled = 0, None, False
         self.allowance = max(0, self.allowance - 1)
         share = np.float32(sum(self.since)) / np.float32(len(self.since))
         if self.allowance == 0 and share >= np.float32(self.s.tolerance):
-            lower = self.scale * np.float32(self.s.backoff_factor)
-            self.scale = max(lower, np.float32(self.s.min_scale))
+            self.scale = lower
             self.since = []
 
     def _good(self):
-        if self.slump_began is not None and self.scale * np.float32(256) <= self.slump_began:
-            self.goal = self.slump_began
-        self.slump_began = None
-        hurry = self.goal is not None and self.s.recovery_interval is not None
+        hurries = self.s.recovery_interval is not None
+        if self.fell_from is not None:
+            factor = np.float32(256) if self.scale >= 1 else np.float32(1)
+            if self.scale < self.fell_from and self.scale * factor <= self.fell_from:
+                self.goal = self.fell_from
+            self.settled = self.scale < 1 and self.scale == self.fell_from
+        self.fell_from = None
         patience = self.s.growth_interval
-        if hurry:
+        if hurries and self.goal is not None:
+            patience = min(patience, self.s.recovery_interval) if self.scale >= 1 else 1
+        elif hurries and self.scale < 1 and not self.settled:
             patience = min(patience, self.s.recovery_interval)
         self.quiet += 1
         if self.s.consecutive_hysteresis:
             self.allowance = self.s.hysteresis
         if self.quiet >= patience:
-            higher = self.scale * np.float32(self.s.growth_factor)
-            self.scale = min(higher, np.float32(self.s.max_scale))
-            self.quiet = 0
+            higher = min(self.scale * np.float32(self.s.growth_factor), self.s.max_scale)
+            self.scale = min(higher, self.goal) if hurries and self.goal else higher
+            self.scale = np.float32(self.scale)
+            self.quiet, self.settled = 0, False
             self.allowance = self.s.hysteresis
             self.since = []
         if self.goal is not None and self.scale >= self.goal:
@@ -76,13 +86,15 @@ class Machine:
             state["steps_since_change"] = len(self.since)
             state["overflows_since_change"] = sum(self.since)
         if self.s.recovery_interval:
-            state["recover_to"] = float(self.goal or -(self.slump_began or 0.0))
+            settled = self.scale if self.settled else 0.0
+            state["recover_to"] = float(self.goal or settled or -(self.fell_from or 0.0))
         return state
 
 
 @st.composite
 def schedules(draw):
-    scale = st.floats(TINY, LARGEST, width=32)
+    around_one = st.sampled_from([2.0**-9, 0.25, 0.5, 1.0, 2.0, 2.0**9])
+    scale = st.floats(TINY, LARGEST, width=32) | around_one
     low, first, high = sorted(draw(st.tuples(scale, scale, scale)))
     return DynamicLossScale(
         initial_scale=first,
@@ -109,6 +121,8 @@ def _numbers(state):
 @example(DynamicLossScale(growth_interval=1, initial_scale=LARGEST, max_scale=LARGEST), [True])
 @example(DynamicLossScale(recovery_interval=1), [True] + [False] * 9 + [True] * 12)
 @example(DynamicLossScale(recovery_interval=1), [False] * 9 + [True] * 3 + [False] + [True] * 3)
+@example(DynamicLossScale(2.0), [False] * 4 + [True] * 2 + [False] + [True] * 21 + [False, True])
+@example(DynamicLossScale(2.0, growth_factor=4.0), [False] * 4 + [True] * 3)
 @example(DynamicLossScale(tolerance=0.25), [True] * 4 + [False, True] * 6)
 @example(DynamicLossScale(hysteresis=2, growth_interval=2), [False, True, False, True, True, False])
 def test_follows_the_same_rule_as_an_independent_state_machine(schedule, steps):
@@ -136,7 +150,7 @@ def test_the_defaults_are_the_documented_ones():
         "backoff_factor": 0.5,
         "growth_interval": 2000,
         "hysteresis": 1,
-        "min_scale": 1.0,
+        "min_scale": 2.0**-14,
         "max_scale": 16777216.0,
         "consecutive_hysteresis": False,
         "tolerance": 0.0,
@@ -184,11 +198,11 @@ def test_a_first_search_for_the_scale_costs_one_overflow_more_than_without_recov
 
 @settings(max_examples=20, deadline=None)
 @given(steps=st.lists(st.sampled_from([[True], [True, True], [False], [False] * 7]), max_size=12))
-def test_short_of_a_slump_the_default_is_the_rule_of_keras(steps):
+def test_short_of_a_slump_and_down_to_one_the_default_is_the_rule_of_keras(steps):
     """Seven overflows in a row are a scale of 1/128."""
     sequence = [finite for part in steps for finite in (*part, True)]
-    plain = DynamicLossScale(growth_interval=3, recovery_interval=None)
-    default = DynamicLossScale(growth_interval=3, recovery_interval=1)
+    plain = DynamicLossScale(min_scale=1.0, growth_interval=3, recovery_interval=None)
+    default = DynamicLossScale(min_scale=1.0, growth_interval=3, recovery_interval=1)
     assert _scales(default, sequence) == _scales(plain, sequence)
 
 
@@ -260,7 +274,7 @@ def test_refuses_the_value_and_says_received_expected_and_fix(name, value):
 @pytest.mark.parametrize(
     "settings_",
     [
-        {"initial_scale": 0.5},
+        {"initial_scale": 2.0**-15},
         {"initial_scale": 2.0**25},
         {"min_scale": 2.0**16},
         {"max_scale": 2.0},
@@ -273,7 +287,7 @@ def test_refuses_bounds_that_do_not_enclose_the_initial_scale(settings_):
 
 
 @pytest.mark.parametrize("cls", [DynamicLossScale, LogMaxLossScale, UnderflowLossScale])
-@pytest.mark.parametrize(("scale", "bound"), [(2.0**30, "max_scale"), (2.0**-3, "min_scale")])
+@pytest.mark.parametrize(("scale", "bound"), [(2.0**30, "max_scale"), (2.0**-15, "min_scale")])
 def test_what_that_error_proposes_works(cls, scale, bound):
     with pytest.raises(LossScaleError) as caught:
         cls(initial_scale=scale)

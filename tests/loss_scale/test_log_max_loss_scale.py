@@ -38,6 +38,10 @@ def test_an_overflow_at_least_halves_the_scale_and_moves_the_mean():
     assert after["step_counter"] == 0
 
 
+def test_a_good_step_at_most_doubles_the_scale():
+    assert _run(LogMaxLossScale(8.0), [2.0**-8])["scale"] == 16.0
+
+
 def test_a_step_of_zeros_changes_nothing_but_the_counter():
     before = _run(LogMaxLossScale(), [2.0, 8.0])
     after = _run(LogMaxLossScale(), [2.0, 8.0, 0.0])
@@ -45,13 +49,13 @@ def test_a_step_of_zeros_changes_nothing_but_the_counter():
 
 
 def test_overflows_from_the_first_step_on_sink_to_the_floor_and_gradients_lift_it_again():
-    assert _run(LogMaxLossScale(), [None] * 40)["scale"] == 1.0
-    assert _run(LogMaxLossScale(), [None] * 3 + [2.0**-8] * 3000)["scale"] >= 2.0**20
+    assert _run(LogMaxLossScale(), [None] * 40)["scale"] == 2.0**-14
+    assert _run(LogMaxLossScale(), [None] * 3 + [2.0**-8] * 20)["scale"] >= 2.0**20
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("deviations", 0), ("mean_decay", 1.0), ("variance_decay", 0), ("initial_scale", 0.5)],
+    [("deviations", 0), ("mean_decay", 1.0), ("variance_decay", 0), ("initial_scale", 2.0**-15)],
 )
 def test_refuses_what_cannot_work(name, value):
     with pytest.raises(LossScaleError, match=r"Received: .*Expected: "):

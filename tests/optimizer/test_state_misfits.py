@@ -132,12 +132,13 @@ def test_a_scale_from_a_list_is_brought_inside_the_bounds():
 
 def test_a_scale_from_a_file_is_brought_inside_the_bounds():
     optimizer = stepped(ours())
-    for scale, inside in {np.inf: 2.0**24, 1e-30: 1.0, 0.0: 1.0, np.nan: 2.0**15}.items():
+    for scale, inside in {np.inf: 2.0**24, 1e-30: FLOOR, 0.0: FLOOR, np.nan: 2.0**15}.items():
         optimizer.load_own_variables({**saved(optimizer), "dynamic_scale": np.float32(scale)})
         assert optimizer.loss_scale == inside
 
 
-RUINED = [(0.0, 1.0), (np.inf, 2.0**24), (np.nan, 2.0**15)]
+FLOOR = DynamicLossScale().min_scale
+RUINED = [(0.0, FLOOR), (np.inf, 2.0**24), (np.nan, 2.0**15)]
 
 
 @pytest.mark.parametrize(("scale", "inside"), few(RUINED, RUINED[:1]))

@@ -1,0 +1,98 @@
+"""Scales below 1: where gradients need one it stays there, and bad data does not leave it there."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+from kerasmp.loss_scale import DynamicLossScale, LogMaxLossScale, UnderflowLossScale
+
+pytestmark = pytest.mark.unit
+
+FLOOR, NEED = 2.0**-14, 2.0**-7
+each_schedule = pytest.mark.parametrize(
+    "cls", [DynamicLossScale, LogMaxLossScale, UnderflowLossScale]
+)
+
+
+def run(schedule, steps, bad=(), need=np.inf):
+    """Return the scale after each step, and how many overflowed.
+
+    Args:
+        schedule: The schedule.
+        steps: Their number.
+        bad: Those whose gradients are NaN at any scale.
+        need: The scale above which all others overflow. Below 2, many values are flushed to zero.
+    """
+    state, scales, overflows = schedule.init(), [], 0
+    for step in range(steps):
+        scale = float(ops.convert_to_numpy(state["scale"]))
+        finite = step not in bad and scale <= need
+        known = {
+            "gradient_max": 65504 / min(need, 2.0**15),
+            "underflow": 1.0 if scale < min(need, 2.0) else 0.0,
+        }
+        measured = {name: known[name] if finite else 0.0 for name in schedule.measures}
+        state = schedule.update(state, finite, **measured)
+        scales.append(float(ops.convert_to_numpy(state["scale"])))
+        overflows += not finite
+    return scales, overflows
+
+
+@each_schedule
+def test_after_a_stretch_of_bad_data_the_scale_is_back_above_one_at_once(cls):
+    scales, _ = run(cls(), 120, bad=range(20, 60))
+    assert scales[59] == FLOOR
+    assert min(scales[74:]) >= 1.0
+    assert scales[-1] >= 2.0**2
+
+
+@each_schedule
+@pytest.mark.parametrize("between", [range(65, 66), range(65, 105)], ids=len)
+def test_bad_data_on_the_way_back_does_not_leave_it_there(cls, between):
+    scales, _ = run(cls(), 400, bad=[*range(20, 60), *between])
+    assert scales[-1] >= 1.0
+
+
+@each_schedule
+def test_what_needs_a_scale_far_below_one_gets_it_and_hardly_pays(cls):
+    scales, overflows = run(cls(), 400, need=NEED)
+    assert overflows <= 22 + 2
+    assert set(scales[-300:]) <= {NEED, NEED / 2}
+
+
+@each_schedule
+@pytest.mark.parametrize("every", [5, 25])
+def test_bad_batches_now_and_then_do_not_wear_it_down(cls, every):
+    scales, _ = run(cls(2.0), 16 * every, bad=range(every - 1, 16 * every, every))
+    assert min(scales) >= 0.5
+    assert max(scales[-every:]) >= 1.0
+
+
+@each_schedule
+def test_nor_where_a_scale_below_one_is_needed(cls):
+    steps = 400
+    bad = range(49, steps, 50)
+    scales, overflows = run(cls(1.0), steps, bad, NEED)
+    assert min(scales[50:]) >= NEED / 4
+    assert np.median(scales) >= NEED / 2
+    assert overflows <= 7 + 3 * len(bad)
+
+
+@each_schedule
+def test_nor_do_bad_batches_at_random(cls):
+    bad = set(np.flatnonzero(np.random.default_rng(0).random(600) < 0.05))
+    scales, _ = run(cls(2.0), 600, bad)
+    assert min(scales) >= 2.0**-5
+    assert np.median(scales) >= 0.5
+
+
+@pytest.mark.parametrize("cls", [DynamicLossScale, UnderflowLossScale])
+def test_another_growth_than_its_backoff_does_not_overshoot_again_and_again(cls):
+    _, overflows = run(cls(1.0, growth_factor=4.0), 200, need=NEED)
+    assert overflows <= 7 + 6
+
+
+def test_a_configuration_of_before_keeps_the_floor_that_it_names():
+    config = {**DynamicLossScale().get_config(), "min_scale": 1.0}
+    scales, _ = run(DynamicLossScale.from_config(config), 40, bad=range(40))
+    assert scales[-1] == 1.0
