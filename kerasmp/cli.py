@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from kerasmp.errors import KerasMPError, MissingDependencyError
+from kerasmp.errors import ArgumentError, KerasMPError, MissingDependencyError
 
 try:
     import typer
@@ -41,6 +41,15 @@ def main() -> None:
 
         Console(stderr=True).print("Error:", str(error), style="red", markup=False, highlight=False)
         sys.exit(2 if isinstance(error, ValueError) else 1)
+
+
+def _nothing(option: str, given: str, expected: str) -> ArgumentError:
+    return ArgumentError(
+        f"`--{option}` names nothing.",
+        received=repr(given),
+        expected=expected,
+        fix=f"Leave --{option} out for its default.",
+    )
 
 
 def _print_version(wanted: bool) -> None:  # noqa: FBT001 - Typer calls it
@@ -85,13 +94,16 @@ def demo(  # noqa: PLR0913 - one argument for each option
         ),
     ] = "kerasmp_digits",
     data_dir: Annotated[
-        Path | None, typer.Option(help="Folder with prepared data sets. [default: tfds's own]")
+        str | None,
+        typer.Option(metavar="PATH", help="Folder with prepared data sets. [default: tfds's own]"),
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 12,
     policies: Annotated[
         str, typer.Option(help="Names of policies, separated by commas. [default: all]")
     ] = "",
-    output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("kerasmp-demo"),
+    output: Annotated[
+        str, typer.Option(metavar="PATH", help="Folder for the report.")
+    ] = "kerasmp-demo",
     seed: Annotated[int, typer.Option(help="Decides weights and order of the images.")] = 0,
     limit: Annotated[
         int | None, typer.Option(help="Use at most so many training and test images.")
@@ -107,15 +119,21 @@ def demo(  # noqa: PLR0913 - one argument for each option
     from kerasmp.demo import DemoSettings, run_demo
     from kerasmp.report import ProgressDisplay, check_folder, demo_table, write_demo
 
+    for option, given in {"dataset": dataset, "data-dir": data_dir, "output": output}.items():
+        if given is not None and not given.strip():
+            raise _nothing(option, given, "a name" if option == "dataset" else "a folder")
+    names = tuple(name.strip() for name in policies.split(",") if name.strip())
+    if policies and not names:
+        raise _nothing("policies", policies, "names, separated by commas")
     settings = DemoSettings(
         dataset=dataset,
-        data_dir=data_dir,
+        data_dir=None if data_dir is None else Path(data_dir),
         epochs=epochs,
-        policies=tuple(name.strip() for name in policies.split(",") if name.strip()),
+        policies=names,
         seed=seed,
         limit=limit,
     )
-    folder = check_folder(output)
+    folder = check_folder(Path(output))
     console = Console()
     with ProgressDisplay(console) as display:
         result = run_demo(settings, progress=display)

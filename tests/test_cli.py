@@ -122,10 +122,17 @@ def test_demo_from_digits_to_report(call, tmp_path):
         (("--seed", "-1"), 2, "`seed` is too small. Received: -1. Expected: an integer >= 0."),
         (("--limit", "0"), 2, "`limit` is too small."),
         (("--epochs", "many"), 2, "Invalid value for '--epochs'"),
+        (("--policies", ","), 2, "`--policies` names nothing. Received: ','. Expected: names"),
+        (("--policies", " , "), 2, "`--policies` names nothing."),
+        (("--output", ""), 2, "`--output` names nothing. Received: ''. Expected: a folder."),
+        (("--output", " "), 2, "`--output` names nothing."),
+        (("--data-dir", ""), 2, "`--data-dir` names nothing."),
+        (("--dataset", ""), 2, "`--dataset` names nothing. Received: ''. Expected: a name."),
     ],
 )
 def test_wrong_usage_is_told_without_a_traceback(call, tmp_path, arguments, code, message):
     refused(call, tmp_path, arguments, code, message)
+    assert list(tmp_path.iterdir()) == []
 
 
 @on_tensorflow  # which tensorflow-datasets imports
@@ -166,8 +173,9 @@ def test_the_options_defaults_are_those_of_the_settings(call, tmp_path, monkeypa
         raise kerasmp.errors.DatasetError("enough")
 
     monkeypatch.setattr("kerasmp.demo.run_demo", work)
-    assert call("demo", "--output", tmp_path)[0] == 1
+    assert call("demo", "--output", tmp_path / "new" / "folder")[0] == 1
     assert asked == [DemoSettings()]
+    assert list(tmp_path.iterdir()) == []  # of a demo that could not start
 
 
 @pytest.mark.unit

@@ -166,6 +166,14 @@ class DemoSettings:
             raise DemoError("`seed` is too large.", received=f"{self.seed}", expected="< 2**32")
         if self.limit is not None:
             _at_least("limit", self.limit, 1)
+        given: Any = self.policies
+        if isinstance(given, str) or not all(isinstance(name, str) for name in given):
+            raise ArgumentTypeError(
+                "`policies` is no tuple of names.",
+                received=repr(given),
+                expected="names of recipes in a tuple",
+                fix='For example policies=("mixed_float16",).',
+            )
         recipes_named(self.policies)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import tempfile
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def check_folder(folder: Path) -> Path:
-    """Create a folder if need be, and make sure that it can be written; call this before the work.
+    """Make sure that a folder can be created and written; call this before the work.
 
     Args:
-        folder: The folder.
+        folder: The folder. Where there was none, there is none afterwards.
 
     Returns:
         The folder, with the user's home filled in.
@@ -31,12 +32,17 @@ def check_folder(folder: Path) -> Path:
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise _cannot_write(folder, NotADirectoryError(errno.ENOTDIR, "it is a file"))
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise _cannot_write(folder, error) from error
+    finally:
+        for each in made:
+            with contextlib.suppress(OSError):
+                each.rmdir()
     return folder
 
 
@@ -54,6 +60,7 @@ def write_demo(result: DemoResult, folder: Path) -> tuple[Path, Path]:
         OutputError: If a file cannot be written.
     """
     folder = check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     texts = {
         folder / "report.html": demo_html(result),
         folder / "results.json": json.dumps(plain(result), indent=1, allow_nan=False) + "\n",

@@ -140,5 +140,8 @@ def test_a_folder_that_cannot_be_written(tmp_path, place):
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_a_folder_that_can_be_written_stays_empty(tmp_path):
-    assert list(check_folder(tmp_path / "a" / "b").iterdir()) == []
+def test_a_folder_that_can_be_written_is_not_there_before_a_report(tmp_path):
+    (tmp_path / "kept").mkdir()
+    assert check_folder(tmp_path / "kept" / "a" / "b") == tmp_path / "kept" / "a" / "b"
+    check_folder(tmp_path / "kept")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "kept"]
