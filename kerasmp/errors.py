@@ -87,6 +87,29 @@ class LossScaleWarning(KerasMPWarning):
     """Loss scaling is missing, stuck or about to lose something."""
 
 
+def refuse_no_bool(name: str, value: object) -> None:
+    """Raise unless an argument is True or False: a text such as "no" would count as True.
+
+    Args:
+        name: The argument.
+        value: What it was given; NumPy's bool will do.
+
+    Raises:
+        ArgumentTypeError: If it is no bool.
+
+    Example:
+
+    >>> refuse_no_bool("dry_run", True)
+    """
+    if type(value).__name__ not in {"bool", "bool_"}:
+        raise ArgumentTypeError(
+            f"`{name}` is a switch.",
+            received=f"{value!r} of type {type(value).__name__}",
+            expected="True or False",
+            fix="Pass True or False.",
+        )
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a hint that names the nearest known word, or an empty string.
 

@@ -156,6 +156,25 @@ class Backend(Protocol):
         """Return Keras's name of the dtype of each variable."""
         return [name_of(v.dtype) for v in variables]
 
+    def shapes_of(self, variables: Sequence[Any]) -> list[Any]:
+        """Return the shape of each variable, to be compared with that of its gradient."""
+        return [v.shape for v in variables]
+
+    def is_variable(self, value: Any) -> bool:
+        """Return whether an optimizer can update it."""
+        return isinstance(value, keras.Variable)
+
+    @abstractmethod
+    def is_gradient(self, gradient: Any, shape: Any) -> bool:
+        """Return whether something is, as it is, a gradient of that shape; None is any shape.
+
+        No for what is one only once it is converted or broadcast.
+        """
+
+    def static_shape(self, values: Tensor) -> tuple[int | None, ...] | None:
+        """Return the shape of a tensor as far as it is known, or None."""
+        return tuple(values.shape)
+
     def short_cut(
         self,
         state: dict[str, Tensor],  # noqa: ARG002 - where branches are cheap

@@ -141,6 +141,11 @@ class Jax(Backend):
         plain = jnp.all(jnp.isfinite(raw)) & (scale >= 1)
         return jax.lax.cond(plain, lambda: (raw / scale).astype(raw.dtype), divided)
 
+    def is_gradient(self, gradient: Any, shape: Any) -> bool:
+        """Return whether something is, as it is, a gradient of that shape; None is any shape."""
+        is_real = isinstance(gradient, jax.Array) and jnp.issubdtype(gradient.dtype, jnp.floating)
+        return is_real and (shape is None or gradient.shape == shape)
+
     def place(self) -> tuple[Any, Any]:
         """Return what tells this replica and this trace from others; eager code has its own."""
         return None, get_opaque_trace_state(convention="flax")

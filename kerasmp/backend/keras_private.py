@@ -38,6 +38,7 @@ __all__ = [
     "functional_init_arguments",
     "held",
     "learning_rate_functions",
+    "learning_rate_numbers",
     "learning_rate_schedules",
     "losses_kept",
     "moments",
@@ -46,6 +47,7 @@ __all__ = [
     "set_autocast",
     "states_of",
     "steps_of",
+    "unchanged_if_it_fails",
     "weights_and_averages",
     "with_mask_of",
 ]
@@ -170,6 +172,44 @@ def steps_of(optimizer: Any) -> int:
 def decays(optimizer: Any, variable: Any) -> bool:
     """Return whether an optimizer's weight decay applies to a variable; it may be left out."""
     return optimizer.weight_decay is not None and bool(optimizer._use_weight_decay(variable))  # noqa: SLF001
+
+
+def learning_rate_numbers(optimizer: Any) -> list[float]:
+    """Return the learning rates that are numbers, of an optimizer and of those inside of it.
+
+    Publicly a schedule would be asked for the one of now. In a trace none can be read.
+    """
+    found = []
+    for inside in optimizers_in(optimizer):
+        rate = inside._learning_rate  # noqa: SLF001 - see above
+        if isinstance(rate, keras.Variable):
+            with contextlib.suppress(Exception):  # each framework has its own for a trace
+                found.append(float(keras.ops.convert_to_numpy(rate)))
+    return found
+
+
+@contextlib.contextmanager
+def unchanged_if_it_fails(optimizers: Sequence[Any]) -> Iterator[None]:
+    """Take back all that building optimizers has made, where that fails.
+
+    Publicly an optimizer only gets variables, and none is ever taken from it.
+    """
+    kept = [
+        (each, dict(vars(each)), len(each._variables), dict(each._trainable_variables_indices))  # noqa: SLF001
+        for each in optimizers
+    ]
+    try:
+        yield
+    except BaseException:  # an interrupt, too
+        for each, attributes, number, places in kept:
+            for variable in each._variables[number:]:  # noqa: SLF001
+                each._untrack_variable(variable)  # noqa: SLF001
+            for name in vars(each).keys() - attributes.keys():
+                del vars(each)[name]
+            vars(each).update(attributes)
+            each._trainable_variables_indices.clear()  # noqa: SLF001
+            each._trainable_variables_indices.update(places)  # noqa: SLF001
+        raise
 
 
 def learning_rate_schedules(optimizer: Any) -> list[tuple[Any, Any]]:

@@ -67,6 +67,21 @@ class TensorFlow(Backend):
         """Return the numbers of a gradient; those of `IndexedSlices` without densifying them."""
         return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
 
+    def is_variable(self, value: Any) -> bool:
+        """Return whether an optimizer can update it."""
+        return isinstance(value, (keras.Variable, tf.Variable))
+
+    def is_gradient(self, gradient: Any, shape: Any) -> bool:
+        """Return whether something is, as it is, a gradient of that shape; None is any shape."""
+        if isinstance(gradient, tf.IndexedSlices):
+            return bool(gradient.dtype.is_floating)
+        is_real = isinstance(gradient, tf.Tensor) and gradient.dtype.is_floating
+        return is_real and (shape is None or gradient.shape == shape)
+
+    def static_shape(self, values: Any) -> tuple[int | None, ...] | None:
+        """Return the shape of a tensor as far as it is known, or None."""
+        return None if values.shape.rank is None else tuple(values.shape)
+
     def with_values(self, gradient: Any, values: Any) -> Any:
         """Return `gradient` with other numbers at the same places."""
         if isinstance(gradient, tf.IndexedSlices):

@@ -66,6 +66,15 @@ class Torch(Backend):
         """Let no gradients be recorded; all else is eager."""
         return torch.no_grad()
 
+    def shapes_of(self, variables: Sequence[Any]) -> list[Any]:
+        """Return the shape of each variable, to be compared with that of its gradient."""
+        return [v.shape for v in held(variables)]
+
+    def is_gradient(self, gradient: Any, shape: Any) -> bool:
+        """Return whether something is, as it is, a gradient of that shape; None is any shape."""
+        is_real = type(gradient) is torch.Tensor and gradient.is_floating_point()
+        return is_real and (shape is None or gradient.shape == shape)
+
     def dtypes_of(self, variables: Sequence[Any]) -> list[str]:
         """Return Keras's name of the dtype of each variable."""
         return [name_of(v.dtype) for v in held(variables)]

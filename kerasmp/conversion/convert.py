@@ -25,7 +25,7 @@ from kerasmp.conversion.inference import (
 )
 from kerasmp.conversion.kept import kept_tensors, narrow_inputs
 from kerasmp.conversion.report import ConversionReport, ConvertedLayer
-from kerasmp.errors import ArgumentTypeError, PolicyError
+from kerasmp.errors import ArgumentTypeError, PolicyError, refuse_no_bool
 from kerasmp.layers.from_stock import turn_to_safe
 from kerasmp.policy import Policy
 from kerasmp.policy.apply import apply, put_back
@@ -80,7 +80,7 @@ def convert(  # noqa: PLR0913 - all but two have to be named
         PolicyError: If the policy does not exist, two rules disagree, a pattern matches no layer,
             the model is not built, weights would have to change to a dtype that was not asked for,
             or a weight would become inf in it.
-        ArgumentTypeError: If `model` is no Keras model.
+        ArgumentTypeError: If `model` is no Keras model, or a switch no bool.
         Exception: Whatever the model raises when it is called on `sample`.
 
     Warns:
@@ -98,6 +98,8 @@ def convert(  # noqa: PLR0913 - all but two have to be named
     ['float32', 'float32']
     """
     _check(model)
+    refuse_no_bool("safe_layers", safe_layers)
+    refuse_no_bool("dry_run", dry_run)
     check_asked(variables)
     _refuse_beside_text(policy, rules, safe_layers=safe_layers)
     wanted: Policy | LayerPolicies = (

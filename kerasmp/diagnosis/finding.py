@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from kerasmp.errors import ArgumentError, ArgumentTypeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +38,15 @@ class Finding:
     reason: str
     remedy: str
 
+    def __post_init__(self) -> None:
+        if self.severity not in SEVERITIES:
+            raise ArgumentError(
+                "A finding has no such severity.",
+                received=repr(self.severity),
+                expected=f"one of {', '.join(SEVERITIES)}",
+                fix='What makes training go wrong is an "error".',
+            )
+
     def __str__(self) -> str:
         return f"{self.severity:7} {self.place}  [{self.rule}] {self.reason} {self.remedy}"
 
@@ -54,6 +65,16 @@ class LintReport:
     """
 
     findings: tuple[Finding, ...]
+
+    def __post_init__(self) -> None:
+        given: Any = self.findings
+        if not isinstance(given, tuple) or not all(isinstance(each, Finding) for each in given):
+            raise ArgumentTypeError(
+                "A report is made of findings.",
+                received=f"{given!r:.100} of type {type(given).__name__}",
+                expected="a tuple of Finding objects",
+                fix="kerasmp.lint(model) returns a report.",
+            )
 
     @property
     def errors(self) -> tuple[Finding, ...]:

@@ -7,11 +7,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from kerasmp.backend.keras_graph import symbolic_dtypes
+from kerasmp.backend.keras_graph import graph_of, symbolic_dtypes
 from kerasmp.backend.keras_private import losses_kept
 from kerasmp.diagnosis import data, dtypes, outputs, sizes, source, traced, training
 from kerasmp.diagnosis.finding import Finding, LintReport, sorted_report
-from kerasmp.errors import ArgumentTypeError
+from kerasmp.errors import ArgumentError, ArgumentTypeError
 
 
 def lint(model: Any, x: Any = None) -> LintReport:
@@ -31,6 +31,7 @@ def lint(model: Any, x: Any = None) -> LintReport:
 
     Raises:
         ArgumentTypeError: If `model` is no Keras model.
+        ArgumentError: If `x` is no batch.
 
     Example:
 
@@ -49,11 +50,42 @@ def lint(model: Any, x: Any = None) -> LintReport:
             fix="Pass the model, and a batch of its input after it.",
         )
     if x is not None:
-        x = keras.tree.map_structure(np.asarray, x)
+        given, x = x, keras.tree.map_structure(np.asarray, x)
+        arrays = keras.tree.flatten(x)
+        if not arrays or not all(array.ndim for array in arrays):
+            raise ArgumentError(
+                "`x` is no batch.",
+                received=f"{given!r:.100} of type {type(given).__name__}",
+                expected="arrays whose first axis is the batch",
+                fix="Pass what model.predict_on_batch takes.",
+            )
+        _refuse_other_inputs(model, arrays)
         if not model.built:
             model(x)
     with losses_kept(model):
         return sorted_report(_findings(model, x))
+
+
+def _refuse_other_inputs(model: Any, arrays: list[Any]) -> None:
+    """Raise where a batch cannot be one for the inputs that a model has."""
+    graph = graph_of(model)
+    wanted = [tuple(tensor.shape) for tensor in graph.inputs] if graph is not None else None
+    found = [array.shape for array in arrays]
+    fits = wanted is None or (
+        len(wanted) == len(found)
+        and all(
+            len(one) != len(other)  # for which Keras may have or drop an axis
+            or all(a in {None, b} for a, b in zip(one, other, strict=True))
+            for one, other in zip(wanted, found, strict=True)
+        )
+    )
+    if not fits or any(array.dtype.kind == "c" for array in arrays):
+        raise ArgumentError(
+            "`x` is no batch for this model.",
+            received=", ".join(f"{array.dtype} of shape {array.shape}" for array in arrays),
+            expected="real numbers" if fits else f"arrays of the shapes {wanted}",
+            fix="Pass what model.predict_on_batch takes.",
+        )
 
 
 def _findings(model: Any, x: Any) -> list[Finding]:

@@ -9,7 +9,8 @@ import keras
 from keras import ops
 
 from kerasmp.backend.keras_private import flatten_layers
-from kerasmp.errors import PolicyError
+from kerasmp.errors import PolicyError, did_you_mean
+from kerasmp.policy.spec import DTYPES
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -35,7 +36,8 @@ class WithDtype(keras.layers.Wrapper):
         That of the layer.
 
     Raises:
-        PolicyError: If `layer` is built and its variables have another dtype than the policy's.
+        PolicyError: If `layer` is built and its variables have another dtype than the policy's, or
+            if `output_dtype` is no float dtype.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -57,6 +59,13 @@ class WithDtype(keras.layers.Wrapper):
     def __init__(
         self, layer: Any, dtype: Any = "float32", output_dtype: str | None = None, **kwargs: Any
     ) -> None:
+        if output_dtype is not None and output_dtype not in DTYPES:
+            raise PolicyError(
+                "Outputs cannot be cast to this.",
+                received=f"output_dtype={output_dtype!r}",
+                expected=f"{', '.join(DTYPES)} or None",
+                fix=did_you_mean(str(output_dtype), DTYPES) or "None leaves them as they are.",
+            )
         super().__init__(layer, dtype=dtype, **kwargs)
         wanted = self.variable_dtype
         # The variables themselves: a part may differ from the whole, and seeds are no floats.

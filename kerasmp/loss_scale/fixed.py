@@ -13,9 +13,10 @@ from kerasmp.loss_scale.base import LossScale, State, either
 
 
 def _hold(schedule: LossScale, state: State, finite: Any) -> State:
-    counter = ops.convert_to_tensor(state["step_counter"])
+    scale, state = schedule.read(state)
+    counter = state["step_counter"]
     return {
-        "scale": schedule.bounded(state["scale"]),
+        "scale": scale,
         "step_counter": either(finite, counter + 1, ops.zeros_like(counter)),
     }
 

@@ -11,7 +11,7 @@ import keras
 
 from kerasmp import backend
 from kerasmp.backend.keras_private import Functional, float16_layers, functional_init_arguments
-from kerasmp.errors import ArgumentTypeError, LossScaleWarning
+from kerasmp.errors import ArgumentTypeError, LossScaleWarning, refuse_no_bool
 from kerasmp.model.float32 import at_least_float32, cast, widen_activity_regularizers
 from kerasmp.model.guards import with_guards
 from kerasmp.model.hints import dtype_hints
@@ -196,6 +196,7 @@ class Model(keras.Model):
                 expected="a keras.Model",
                 fix="Put layers into a keras.Sequential first.",
             )
+        refuse_no_bool("auto_scale_loss", auto_scale_loss)
         if not isinstance(model, Model):
             object.__setattr__(model, "__class__", _ours_of(model))
             widen_activity_regularizers(model)
@@ -229,9 +230,10 @@ class Model(keras.Model):
         Warns:
             LossScaleWarning: If it is given stock Keras's `LossScaleOptimizer`.
         """
+        refuse_no_bool("auto_scale_loss", auto_scale_loss)
+        optimizer = keras.optimizers.get(optimizer)
         self._auto_scale_loss = auto_scale_loss
         note_successor(self)
-        optimizer = keras.optimizers.get(optimizer)
         if self._must_wrap(optimizer):
             optimizer = LossScaleOptimizer(optimizer)
         elif isinstance(optimizer, keras.optimizers.LossScaleOptimizer) and not isinstance(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import keras
 from keras import ops
 
 from kerasmp.backend import current
-from kerasmp.errors import ArgumentError
+from kerasmp.errors import ArgumentError, refuse_no_bool
 from kerasmp.ops.precision import wide_dtype
 from kerasmp.ops.softmax import hide
 
@@ -59,7 +60,8 @@ def dot_product_attention(  # noqa: PLR0913, PLR0917 - Keras's signature
 
     Raises:
         ArgumentError: If an input does not have four dimensions, or heads do not divide or have no
-            static number.
+            static number, or `scale` or the soft cap is no such number.
+        ArgumentTypeError: If a switch is no bool.
 
     References:
         Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs/1706.03762.
@@ -106,6 +108,11 @@ class DotProductAttention(keras.Operation):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        refuse_no_bool("is_causal", is_causal)
+        if flash_attention is not None:
+            refuse_no_bool("flash_attention", flash_attention)
+        _check_number("scale", scale, above=-math.inf)
+        _check_number("attn_logits_soft_cap", attn_logits_soft_cap, above=0.0)
         self.scale = scale
         self.is_causal = is_causal
         self.flash_attention = flash_attention
@@ -233,6 +240,18 @@ def _common_dtype(*tensors: Any) -> str:
     dtypes = {keras.backend.standardize_dtype(x.dtype) for x in tensors}
     # result_type() knows no float64 on JAX and torch.
     return dtypes.pop() if len(dtypes) == 1 else str(keras.backend.result_type(*dtypes))
+
+
+def _check_number(name: str, value: Any, above: float) -> None:
+    """Raise for a number that makes no scores; a tensor may come, too."""
+    is_text = isinstance(value, str | bytes | bool)
+    if is_text or (isinstance(value, numbers.Real) and not above < float(value) < math.inf):
+        raise ArgumentError(
+            f"`{name}` cannot be used.",
+            received=repr(value),
+            expected="a finite number" + (" above 0" if above == 0 else ""),
+            fix="None is the default.",
+        )
 
 
 def _check_shapes(query: Any, key: Any, value: Any) -> None:

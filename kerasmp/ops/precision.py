@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import keras
 from keras import ops
 
+from kerasmp.errors import ArgumentTypeError
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -40,7 +42,25 @@ def as_tensors(x: Any) -> Any:
     >>> len(as_tensors([1.0, 2.0, 3.0]).shape)
     1
     """
-    return x if all(map(_is_tensor, _leaves(x))) else ops.convert_to_tensor(x)
+    leaves = _leaves(x)
+    return x if leaves and all(map(_is_tensor, leaves)) else _tensor_of(x)
+
+
+def _tensor_of(x: Any) -> Any:
+    """Return a tensor of numbers, or tell that there are none."""
+    try:
+        tensor = ops.convert_to_tensor(x)
+        if "string" not in keras.backend.standardize_dtype(tensor.dtype):  # only TensorFlow's
+            return tensor
+        error = None
+    except Exception as raised:  # noqa: BLE001 - each framework has errors of its own for it
+        error = raised
+    raise ArgumentTypeError(
+        "No tensor can be made of this.",
+        received=f"{x!r:.100} of type {type(x).__name__}",
+        expected="a tensor, an array, a number or a list of numbers",
+        fix="A structure may hold tensors alone.",
+    ) from error
 
 
 def widen(tensors: Any) -> Any:
@@ -151,6 +171,9 @@ def in_float32(function: F) -> F:
     Returns:
         The function with the same arguments, whose results have the shapes they had.
 
+    Raises:
+        ArgumentTypeError: If it is no function.
+
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
         section 3.3 (what arithmetic float16 may do).
@@ -162,9 +185,18 @@ def in_float32(function: F) -> F:
     >>> float(variance(x))
     22496.0
     """
+    if not callable(function):
+        raise ArgumentTypeError(
+            "Only a function can be made to compute in float32.",
+            received=f"{function!r} of type {type(function).__name__}",
+            expected="a function of tensors",
+            fix="in_float32(function)(x) calls it.",
+        )
 
     @functools.wraps(function)
     def wide(*args: Any, **kwargs: Any) -> Any:
+        if not args and _first_parameter(function) not in kwargs:
+            return function(**kwargs)  # and Python says what is missing
         x, *others = args or (kwargs.pop(_first_parameter(function)),)
         x = as_tensors(x)
         dtype = _leaves(x)[0].dtype
@@ -175,7 +207,7 @@ def in_float32(function: F) -> F:
 
 
 def _first_parameter(function: Callable[..., Any]) -> str:
-    return next(iter(inspect.signature(function).parameters))
+    return next(iter(inspect.signature(function).parameters), "")
 
 
 def _leaves(x: Any) -> list[Any]:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
+from keras import ops
 
+from kerasmp import backend
+from kerasmp.backend.base import name_of
+from kerasmp.backend.keras_private import learning_rate_numbers
 from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning
-from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale, resolve
+from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale, resolve, validation
+from kerasmp.optimizer.measures import MEASURES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+_SHOWN = 100  # characters of a value in a message
+_PARTS = {"schedule": "schedule", "inner_optimizer": "inner optimizer"}
+_SWITCHES = ("skips_advance_schedules", "fused")
 
 # What older files hold in the wrapper's config although it never had an effect there.
 INNER_ARGUMENTS = {
@@ -64,6 +76,194 @@ def names(variables: Sequence[Any]) -> str:
     return ", ".join(str(getattr(v, "path", None) or getattr(v, "name", v)) for v in variables)
 
 
+def listed(what: str, values: Any) -> list[Any]:
+    """Return what stands for a list as one.
+
+    Args:
+        what: What it is, for the message.
+        values: A list, or anything that gives one value after the other.
+
+    Raises:
+        ArgumentTypeError: If it does not; a dict does, but gives its keys.
+    """
+    try:
+        if isinstance(values, str | bytes | Mapping | keras.Variable):
+            raise TypeError  # noqa: TRY301 - as all else that is no list
+        return list(values)
+    except TypeError as error:
+        raise ArgumentTypeError(
+            f"`{what}` is no list.",
+            received=f"{_shown(values)} of type {type(values).__name__}",
+            expected="a list",
+            fix="Of a dict pass list(values.values()); put a single one into a list.",
+        ) from error
+
+
+def variables_in(what: str, values: Any) -> list[Any]:
+    """Return the variables in what stands for a list of them.
+
+    Args:
+        what: What it is, for the message.
+        values: A list of variables.
+
+    Raises:
+        ArgumentTypeError: If it is no list, or something in it no variable.
+    """
+    variables = listed(what, values)
+    for variable in variables:
+        if not backend.current().is_variable(variable):
+            raise ArgumentTypeError(
+                f"Something in `{what}` is no variable.",
+                received=f"{_shown(variable)} of type {type(variable).__name__}",
+                expected="keras.Variable objects",
+                fix="model.trainable_variables is such a list.",
+            )
+    return variables
+
+
+def pairs_in(grads_and_vars: Any) -> tuple[list[Any], list[Any]]:
+    """Return the gradients and the variables of what `apply_gradients` was given.
+
+    Args:
+        grads_and_vars: Pairs.
+
+    Raises:
+        ArgumentTypeError: If it is no list, or something in it no pair.
+    """
+    pairs = [
+        pair if isinstance(pair, tuple | list) else (pair,)
+        for pair in listed("grads_and_vars", grads_and_vars)
+    ]
+    for pair in pairs:
+        if len(pair) != 2:  # noqa: PLR2004 - a pair
+            raise ArgumentTypeError(
+                "Something in `grads_and_vars` is no pair.",
+                received=f"{_shown(pair)} of {len(pair)}",
+                expected="(gradient, variable) pairs",
+                fix="zip(grads, model.trainable_variables) gives such.",
+            )
+    return [gradient for gradient, _ in pairs], [variable for _, variable in pairs]
+
+
+def gradients(grads: Sequence[Any], variables: Sequence[Any] | None = None) -> list[Any]:
+    """Return gradients as tensors, those of variables in their shapes.
+
+    What Keras takes for a gradient is taken: lists, numbers, arrays, and what broadcasts.
+
+    Args:
+        grads: One gradient, or None, for each variable.
+        variables: The variables; None where they are not known.
+
+    Raises:
+        LossScaleError: If one cannot be the gradient of its variable.
+    """
+    room = backend.current()
+    known = [None] * len(grads) if variables is None else variables
+    shapes = known if variables is None else room.shapes_of(variables)
+    return [
+        g if g is None or room.is_gradient(g, shape) else _gradient(g, v, shape)
+        for g, v, shape in zip(grads, known, shapes, strict=True)
+    ]
+
+
+def _gradient(given: Any, variable: Any, shape: Any) -> Any:
+    room = backend.current()
+    values = room.dense_values(given)
+    tensor = real_tensor(
+        "A gradient", values, "" if variable is None else f" for {names([variable])}"
+    )
+    if values is not given:
+        return given  # sparse: its rows find their places by themselves
+    if not keras.backend.is_float_dtype(name_of(tensor.dtype)):
+        tensor = ops.cast(tensor, "float32")
+    if shape is None:
+        return tensor
+    wanted: Any = tuple(shape)
+    found: Any = room.static_shape(tensor)
+    if found is None or (
+        len(found) == len(wanted)
+        and all(a in {None, b} for a, b in zip(found, wanted, strict=True))
+    ):
+        return tensor
+    try:
+        broadcasts = np.broadcast_shapes(found, wanted) == wanted
+    except (TypeError, ValueError):
+        broadcasts = False
+    if not broadcasts:
+        raise LossScaleError(
+            "A gradient does not have the shape of its variable.",
+            received=f"{found} for {names([variable])} of shape {wanted}",
+            expected=f"a gradient of shape {wanted}",
+            fix="Pass gradients and variables in the same order.",
+        )
+    return ops.broadcast_to(tensor, wanted)
+
+
+def real_tensor(what: str, value: Any, of: str = "") -> Any:
+    """Return a tensor of real numbers, of whatever Keras makes one of.
+
+    Args:
+        what: What it is, for the message.
+        value: The value.
+        of: What it belongs to, for the message.
+
+    Raises:
+        LossScaleError: If it is no tensor of numbers, or one of complex numbers.
+    """
+    try:
+        tensor = ops.convert_to_tensor(value)
+        dtype = "symbol" if isinstance(tensor, keras.KerasTensor) else name_of(tensor.dtype)
+    except Exception as error:  # each framework has errors of its own for it
+        raise _no_numbers(what, f"{_shown(value)} of type {type(value).__name__}{of}") from error
+    if dtype.startswith("complex"):
+        raise LossScaleError(
+            f"{what} is complex, and a step would lose its imaginary part.",
+            received=f"{dtype}{of}",
+            expected="real numbers",
+            fix="Make the loss real, by keras.ops.real or keras.ops.absolute.",
+        )
+    if not dtype.startswith(("float", "bfloat", "int", "uint", "bool")):
+        raise _no_numbers(what, f"{dtype}{of}")
+    return tensor
+
+
+def _no_numbers(what: str, received: str) -> LossScaleError:
+    return LossScaleError(
+        f"{what} is no tensor of numbers.",
+        received=received,
+        expected="a tensor, an array, a number or a list of numbers",
+        fix="Pass what the framework gives as gradient or loss.",
+    )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def refuse_rate(value: Any) -> None:
+    """Raise for a learning rate that is no number; schedules, functions and tensors may come.
+
+    Args:
+        value: The learning rate.
+
+    Raises:
+        LossScaleError: If it is inf, NaN, text, None or a bool.
+    """
+    if isinstance(value, str | bytes | bool | np.bool_ | Mapping) or value is None:
+        shown = f"{value!r} of type {type(value).__name__}"
+    elif isinstance(value, numbers.Real) and not np.isfinite(float(value)):
+        shown = repr(value)
+    else:
+        return
+    raise LossScaleError(
+        "The learning rate cannot be used.",
+        received=shown,
+        expected="a finite number, or a keras.optimizers.schedules.LearningRateSchedule",
+        fix="The usual first try for Adam is 1e-3.",
+    )
+
+
 def refuse_no_gradient(grads: Sequence[Any]) -> None:
     """Raise if there are gradients and all of them are None.
 
@@ -94,7 +294,9 @@ def variables_of(optimizer: Any, grads: Sequence[Any], given: Sequence[Any] | No
         LossScaleError: If they do not match, nothing could be applied, or the optimizer does not
             know the variables.
     """
-    if given is None and not optimizer.built:
+    if not optimizer.built and given is not None:
+        variables_in("trainable_variables", given)
+    elif given is None and not optimizer.built:
         raise LossScaleError(
             "The optimizer does not know which variables the gradients belong to.",
             received="gradients alone, and an optimizer that is not built",
@@ -113,7 +315,7 @@ def variables_of(optimizer: Any, grads: Sequence[Any], given: Sequence[Any] | No
     if optimizer.built:
         try:
             optimizer._check_variables_are_known(variables)  # noqa: SLF001 - see keras_private
-        except ValueError as error:
+        except (AttributeError, ValueError) as error:  # TensorFlow asks for what a variable has
             raise LossScaleError(
                 "Unknown variable: the optimizer was built with others.",
                 received=names(variables),
@@ -124,7 +326,7 @@ def variables_of(optimizer: Any, grads: Sequence[Any], given: Sequence[Any] | No
     return variables
 
 
-def refuse_stateless(optimizer: Any, state: Sequence[Any], grads: Any, weights: Any) -> None:
+def refuse_stateless(optimizer: Any, state: Any, grads: Any, weights: Any) -> list[Any]:
     """Raise unless a pure step can be made of these; see `LossScaleOptimizer.stateless_apply`.
 
     Args:
@@ -133,8 +335,12 @@ def refuse_stateless(optimizer: Any, state: Sequence[Any], grads: Any, weights: 
         grads: Gradients.
         weights: Values of the variables that it was built with.
 
+    Returns:
+        The gradients, as tensors.
+
     Raises:
-        LossScaleError: If it is not built, or numbers of values differ.
+        LossScaleError: If it is not built, numbers of values differ, or a gradient cannot be one.
+        ArgumentTypeError: If one of them is no list.
     """
     if not optimizer.built:
         raise LossScaleError(
@@ -149,7 +355,7 @@ def refuse_stateless(optimizer: Any, state: Sequence[Any], grads: Any, weights: 
         ("trainable_variables", weights, number),
         ("grads", grads, number),
     ):
-        if len(values) != expected:
+        if len(listed(what, values)) != expected:
             raise LossScaleError(
                 f"`{what}` does not match the built optimizer.",
                 received=f"{len(values)} values",
@@ -157,6 +363,7 @@ def refuse_stateless(optimizer: Any, state: Sequence[Any], grads: Any, weights: 
                 fix="Pass one value for each variable, in the order they were built with.",
             )
     refuse_no_gradient(grads)
+    return gradients(list(grads), optimizer.target_variables)
 
 
 def refuse_setting(optimizer: Any, name: str, value: Any) -> None:
@@ -168,15 +375,25 @@ def refuse_setting(optimizer: Any, name: str, value: Any) -> None:
         value: What it is set to.
 
     Raises:
-        LossScaleError: For a schedule after `build`, and for what belongs to the inner optimizer.
+        LossScaleError: For a schedule or an inner optimizer after `build`, for a switch that is no
+            bool, and for what belongs to the inner optimizer.
+        ArgumentTypeError: For a schedule or an inner optimizer that is none.
     """
-    if name == "schedule" and getattr(optimizer, "built", False):
+    if name in _PARTS and getattr(optimizer, "built", False):
         raise LossScaleError(
-            "The state and the steps compiled so far belong to the schedule that there is.",
-            received=f"optimizer.schedule = {value!r} after build",
-            expected="another schedule before build",
-            fix="Set optimizer.loss_scale, or make a new optimizer with loss_scale=<schedule>.",
+            f"The state and the steps compiled so far belong to the {_PARTS[name]} that there is.",
+            received=f"optimizer.{name} = {value!r} after build",
+            expected=f"another {_PARTS[name]} before build",
+            fix="Set optimizer.loss_scale, or make a new optimizer with loss_scale=<schedule>."
+            if name == "schedule"
+            else "Make a new LossScaleOptimizer around it.",
         )
+    if name == "schedule":
+        usable(value)
+    if name == "inner_optimizer" and name in vars(optimizer):
+        inner(value)
+    if name in _SWITCHES:
+        validation.switch(name, value)
     if "inner_optimizer" not in vars(optimizer):  # the parent class has these settings too
         return
     if name == "loss_scale_factor":
@@ -236,7 +453,8 @@ def inner(optimizer: Any) -> Any:
         optimizer: A Keras optimizer or its name.
 
     Raises:
-        LossScaleError: For an unknown name, or an optimizer that scales already.
+        LossScaleError: For an unknown name, an optimizer that scales already, or a learning rate
+            that is inf or NaN.
         ArgumentTypeError: For anything else.
     """
     if isinstance(optimizer, str):
@@ -263,7 +481,76 @@ def inner(optimizer: Any) -> Any:
             expected="a keras.optimizers.Optimizer or its name",
             fix='For example LossScaleOptimizer("adam").',
         )
+    for rate in learning_rate_numbers(optimizer):
+        refuse_rate(rate)
     return optimizer
+
+
+def usable(schedule: Any) -> None:
+    """Raise unless a schedule, a user's own perhaps, can scale a loss.
+
+    One of the user's own is tried at its first state: a step that finds out would be too late.
+
+    Args:
+        schedule: The schedule.
+
+    Raises:
+        ArgumentTypeError: If it is none.
+        LossScaleError: If it lacks a setting, or its `init` or `update` return no state.
+    """
+    if not isinstance(schedule, LossScale):
+        raise ArgumentTypeError(
+            "`schedule` is no schedule.",
+            received=f"{schedule!r} of type {type(schedule).__name__}",
+            expected="a LossScale",
+            fix="For a fixed scale take FixedLossScale(number).",
+        )
+    if type(schedule).__module__.partition(".")[0] == "kerasmp":
+        return
+    unknown = [name for name in schedule.measures if name not in MEASURES]
+    if unknown:
+        raise _no_rule(schedule, f"measures = {schedule.measures!r}", f"names among {[*MEASURES]}")
+    for name in ("initial_scale", "min_scale", "max_scale"):
+        if not hasattr(schedule, name):
+            raise _no_rule(schedule, f"no attribute `{name}`", f"a number `{name}`")
+        validation.scale(name, getattr(schedule, name))
+    validation.enclosed(schedule)
+    first = schedule.init()
+    if not isinstance(first, Mapping) or not {"scale", "step_counter"} <= {*first}:
+        raise _no_rule(schedule, f"{first!r} from init", 'a dict with "scale" and "step_counter"')
+    for key, value in first.items():
+        kind = {"step_counter": numbers.Integral}.get(key, numbers.Real)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise _no_rule(schedule, f"{key!r}: {value!r} from init", "Python numbers")
+    validation.scale("scale", first["scale"])
+    for finite in (True, False):
+        measured = dict.fromkeys(schedule.measures, 0.5 if finite else 0.0)
+        _check_state(schedule, first, schedule.update(dict(first), finite, **measured), finite)
+
+
+def _check_state(schedule: LossScale, first: Any, after: Any, finite: bool) -> None:  # noqa: FBT001 - one caller
+    call = f"update(init(), finite={finite})"
+    if not isinstance(after, Mapping):
+        raise _no_rule(schedule, f"{after!r} from {call}", "a dict")
+    missing = [key for key in first if key not in after]
+    if missing:
+        raise _no_rule(schedule, f"no {missing} from {call}", f"the keys {[*first]}")
+    scale = real_tensor("The scale", after["scale"], f" from {call}")
+    try:
+        value = ops.convert_to_numpy(scale)
+    except Exception:  # noqa: BLE001 - of a trace, in which no number is known
+        return
+    if value.shape != () or not 0.0 < float(value) < math.inf:
+        raise _no_rule(schedule, f"the scale {after['scale']!r} from {call}", "a number above 0")
+
+
+def _no_rule(schedule: LossScale, received: str, expected: str) -> LossScaleError:
+    return LossScaleError(
+        f"{type(schedule).__name__} is no schedule that could scale a loss.",
+        received=received,
+        expected=expected,
+        fix="See kerasmp.LossScale for what a schedule is made of.",
+    )
 
 
 def schedule(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kerasmp import backend
+from kerasmp.optimizer import arguments
 from kerasmp.optimizer.unscaled import belonging_to, divided, number_of
 
 if TYPE_CHECKING:
@@ -50,9 +51,12 @@ def get_unscaled_gradients(
     Raises:
         LossScaleError: If it was called before without an `apply` in between, or it cannot
             know the variables where that matters. Also while JAX traces a step, outside a
-            `keras.StatelessScope` that holds `variables`.
+            `keras.StatelessScope` that holds `variables`; and for what is no gradient.
+        ArgumentTypeError: If what is given is no list.
     """
-    grads = list(grads)
+    grads = arguments.gradients(arguments.listed("grads", grads))
+    if trainable_variables is not None:
+        trainable_variables = arguments.listed("trainable_variables", trainable_variables)
     scale = self.scale_here("get_unscaled_gradients")
     known = self.target_variables if self.built else ()
     variables = belonging_to(grads, trainable_variables, known)

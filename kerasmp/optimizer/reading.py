@@ -9,6 +9,7 @@ from keras import ops
 
 from kerasmp.backend.keras_private import steps_of
 from kerasmp.backend.nested import optimizers_in
+from kerasmp.errors import LossScaleError
 from kerasmp.optimizer.causes import CAUSES
 from kerasmp.optimizer.counters import COUNTERS, skipped_in_all
 from kerasmp.optimizer.counters import consecutive_skips as in_a_row
@@ -84,7 +85,18 @@ def last_step_skipped(optimizer: LossScaleOptimizer) -> bool:
 
 
 def skipped_last(self: LossScaleOptimizer) -> Any:
-    """Return `last_step_skipped` as a scalar bool tensor, without waiting for the device."""
+    """Return `last_step_skipped` as a scalar bool tensor, without waiting for the device.
+
+    Raises:
+        LossScaleError: If the optimizer is not built.
+    """
+    if not self.built:
+        raise LossScaleError(
+            "The optimizer has no counters yet.",
+            received="skipped_last() of an optimizer that is not built",
+            expected="a built optimizer",
+            fix="Call build(model.trainable_variables) first.",
+        )
     return was_skipped(self.counts_variable)
 
 

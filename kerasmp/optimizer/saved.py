@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from keras import ops
 
-from kerasmp.errors import LossScaleError, LossScaleWarning
+from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning
+from kerasmp.loss_scale import FixedLossScale
+from kerasmp.optimizer.arguments import listed
 from kerasmp.optimizer.counters import COUNTERS
 from kerasmp.optimizer.fused import LARGEST_SCALE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from kerasmp.loss_scale import LossScale
     from kerasmp.optimizer.wrapper import LossScaleOptimizer
 
 Assignments = list[tuple[Any, Any]]
@@ -92,8 +96,21 @@ def start_anew(optimizer: LossScaleOptimizer, scale: float) -> None:
         variable.assign(first[key])
 
 
+def schedule_now(optimizer: LossScaleOptimizer) -> LossScale:
+    """Return the schedule; a fixed one of the scale that it was set to by hand."""
+    schedule = optimizer.schedule
+    if not isinstance(schedule, FixedLossScale) or not optimizer.built:
+        return schedule
+    try:
+        scale = schedule.check(optimizer.loss_scale)
+    except Exception:  # noqa: BLE001 - no number in a trace, nor on JAX in `fit`; or a broken one
+        return schedule
+    return dataclasses.replace(schedule, scale=scale)
+
+
 def set_list(optimizer: LossScaleOptimizer, weights: Sequence[Any]) -> None:
     """See `LossScaleOptimizer.set_weights`."""
+    weights = listed("weights", weights)
     if not optimizer.built:
         raise LossScaleError(
             "`weights` cannot be set yet, the optimizer is not built.",
@@ -109,7 +126,17 @@ def load(optimizer: LossScaleOptimizer, store: Any) -> bool:
 
     Returns:
         Whether the inner optimizer has its state already, or must not get one.
+
+    Raises:
+        ArgumentTypeError: If it is no store.
     """
+    if not hasattr(store, "keys"):
+        raise ArgumentTypeError(
+            "`store` holds no values by name.",
+            received=f"{store!r} of type {type(store).__name__}",
+            expected="a dict, or what Keras's loader passes",
+            fix="save_own_variables(store) fills one.",
+        )
     try:
         if optimizer.built:
             assign(optimizer, in_file(optimizer, store))
@@ -190,8 +217,9 @@ def in_list(optimizer: LossScaleOptimizer, values: Sequence[Any], what: str) -> 
 def _checked(pairs: Assignments, what: str) -> Assignments:
     pairs = [(variable, np.asarray(value)) for variable, value in pairs]
     for variable, value in pairs:
-        whole = "int" in str(variable.dtype)
-        if value.shape != tuple(variable.shape) or (whole and value.dtype.kind not in "iu"):
+        # ml_dtypes's kind is V.
+        kinds = "iu" if "int" in str(variable.dtype) else "biufV"
+        if value.shape != tuple(variable.shape) or value.dtype.kind not in kinds:
             raise _misfit(
                 what,
                 f"{value.dtype} of shape {value.shape} for {variable.path}",

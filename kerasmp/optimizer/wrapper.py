@@ -8,8 +8,9 @@ import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.keras_private import weights_and_averages
+from kerasmp.backend.keras_private import unchanged_if_it_fails, weights_and_averages
 from kerasmp.backend.nested import optimizers_in
+from kerasmp.errors import LossScaleError
 from kerasmp.loss_scale import validation
 from kerasmp.optimizer import arguments, by_hand, reading, running, saved
 from kerasmp.optimizer.advancing import include_skips
@@ -128,9 +129,17 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
         Args:
             var_list: The trainable variables, in the order of the gradients.
+
+        Raises:
+            ArgumentTypeError: If it is no list of variables.
         """
         if self.built:
             return
+        var_list = arguments.variables_in("var_list", var_list)
+        with unchanged_if_it_fails(optimizers_in(self)):
+            self._build(var_list)
+
+    def _build(self, var_list: list[Any]) -> None:
         inner, room = self.inner_optimizer, backend.current()
         room.sum_once(optimizers_in(inner))
         with keras.name_scope(self.name):
@@ -194,10 +203,10 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
         Raises:
             LossScaleError: While JAX traces a step, outside a `keras.StatelessScope` that holds
-                `variables`: the scale would be baked in.
+                `variables`: the scale would be baked in. Also if the loss is no real tensor.
         """
+        loss = ops.cast(arguments.real_tensor("The loss", loss), "float32")
         scale = self.scale_here("scale_loss")
-        loss = ops.cast(loss, "float32")
         if backend.current().LOSS_MEETS_APPLY:
             self.note_loss(loss)
         return ops.multiply(loss, scale)
@@ -223,6 +232,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         Args:
             loss: The unscaled loss, of any shape. Of several losses noted, all must be finite.
         """
+        loss = arguments.real_tensor("The loss", loss)
         # Nobody differentiates the note, and torch would keep the graph behind it.
         self.pending.losses.add(*backend.current().place(), ops.stop_gradient(loss))
 
@@ -240,28 +250,34 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 `build`.
 
         Raises:
-            LossScaleError: If numbers of gradients and variables differ, variables are missing or
-                every gradient is None, or if the inner optimizer got a `loss_scale_factor`. In the
-                train step of a model of ours also if it cannot know whether the loss was scaled.
+            LossScaleError: If numbers of gradients and variables differ, variables are missing,
+                every gradient is None or one does not fit its variable, or if the inner optimizer
+                got a `loss_scale_factor`. In the train step of a model of ours also if it cannot
+                know whether the loss was scaled.
+            ArgumentTypeError: If what is given is no list, or something in it no variable.
 
         Warns:
             LossScaleWarning: If such a train step has scaled no loss. The gradients are taken as
                 they are, and the schedule stays as it is.
         """
-        grads = list(grads)
-        given = None if trainable_variables is None else list(trainable_variables)
+        grads = arguments.listed("grads", grads)
+        given = (
+            None
+            if trainable_variables is None
+            else arguments.listed("trainable_variables", trainable_variables)
+        )
         if not grads and not given:
             return
         variables = arguments.variables_of(self, grads, given)
         # What is wrong is told before anything is made, taken or changed.
         backend.current().refuse_no_replica()
+        grads = arguments.gradients(grads, variables)
         running.run(self, running.taken(self, grads, variables))
 
     @backend.as_written
     def apply_gradients(self, grads_and_vars: Any) -> Any:
         """Apply `(gradient, variable)` pairs; returns `iterations`, as tf.keras does."""
-        pairs = list(grads_and_vars)
-        self.apply([g for g, _ in pairs], [v for _, v in pairs])
+        self.apply(*arguments.pairs_in(grads_and_vars))
         return self.iterations
 
     def stateless_apply(
@@ -285,11 +301,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 gradient is None. Always on TensorFlow, as of a plain Keras optimizer.
         """
         backend.current().refuse_pure_step()
-        arguments.refuse_stateless(self, optimizer_variables, grads, trainable_variables)
+        grads = arguments.refuse_stateless(self, optimizer_variables, grads, trainable_variables)
         touched = [*self._trainable_variables, *self.variables]
         values = [*trainable_variables, *optimizer_variables]
         with keras.StatelessScope(state_mapping=list(zip(touched, values, strict=True))):
-            step = running.taken(self, list(grads), self._trainable_variables)
+            step = running.taken(self, grads, self._trainable_variables)
         new = running.pure(self, self.inner_optimizer, step, touched, values)
         number = len(self._trainable_variables)
         return new[:number], new[number:]
@@ -333,6 +349,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     @learning_rate.setter
     def learning_rate(self, value: Any) -> None:
+        arguments.refuse_rate(value)
         self.inner_optimizer.learning_rate = value
         if self.skips_advance_schedules:
             include_skips(self)
@@ -390,7 +407,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return {
             "name": self.name,
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
-            "loss_scale": keras.saving.serialize_keras_object(self.schedule),
+            "loss_scale": keras.saving.serialize_keras_object(saved.schedule_now(self)),
             "skips_advance_schedules": self.skips_advance_schedules,
             **({} if self.fused else {"fused": False}),
         }
@@ -400,7 +417,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> Self:
         """Return the optimizer that `get_config`, ours or stock Keras's, described."""
-        config = dict(config)
+        config = validation.mapping("The configuration", config)
+        if "inner_optimizer" not in config:
+            raise LossScaleError(
+                "The configuration names no inner optimizer.",
+                received=f"the keys {sorted(map(str, config))}",
+                expected='what get_config() returns, with "inner_optimizer"',
+                fix="LossScaleOptimizer(optimizer) wraps one.",
+            )
         for key in ("inner_optimizer", "loss_scale"):
             if isinstance(config.get(key), dict):
                 config[key] = keras.saving.deserialize_keras_object(

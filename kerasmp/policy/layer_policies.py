@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Self
 
 import keras
 
@@ -16,7 +17,7 @@ from kerasmp.policy.safe import is_ours
 _INDENT = "  "
 _OURS = "kerasmp>"  # before the names under which Keras knows our classes
 _TURNED = "kerasmp>Turned"  # any user's class of models that was turned into one of ours
-_LINE = re.compile(r"( *)(.*) \(([^()]*)\): (\S+)")
+_LINE = re.compile(r"((?:  )*)(\S.*) \(([^()]+)\): (\S+)")
 _EXPECTED = '"name (Class): policy" in each line, two blanks further in for what a layer holds'
 
 
@@ -60,12 +61,27 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
 
     __slots__ = ()
 
+    def __new__(cls, policies: Iterable[LayerPolicy] = ()) -> Self:  # noqa: D102 - the class says it
+        rows = tuple(policies) if isinstance(policies, Iterable) else (policies,)
+        wrong = [row for row in rows if not isinstance(row, LayerPolicy)]
+        if wrong:
+            raise ArgumentTypeError(
+                "Layer policies are made of rows.",
+                received=f"{wrong[0]!r}, a {type(wrong[0]).__name__}",
+                expected="LayerPolicy rows",
+                fix="LayerPolicies.parse(text) reads a text, and LayerPolicies.of(model) a model.",
+            )
+        return super().__new__(cls, rows)
+
     @classmethod
     def of(cls, model: Any) -> LayerPolicies:
         """Return the policies that a model's layers have now.
 
         Args:
             model: A built model.
+
+        Raises:
+            ArgumentTypeError: If `model` is no Keras model or layer.
         """
         return cls(
             LayerPolicy(depth, layer.name, _class_name(layer), policy_of(layer).name)
@@ -93,7 +109,12 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
         lines = enumerate(text.splitlines(), 1)
         rows = [_read(n, line) for n, line in lines if line.strip() and line[0] != "#"]
         if not rows:
-            raise PolicyError("There is no line in the text.", expected=_EXPECTED)
+            raise PolicyError(
+                "There is no line in the text.",
+                received=repr(text),
+                expected=_EXPECTED,
+                fix="print(report.layer_policies) shows such a text.",
+            )
         return cls(rows)
 
     def assign(self, model: Any, *, names_may_be_lost: bool = False) -> list[Assignment]:
@@ -109,6 +130,7 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
 
         Raises:
             PolicyError: If the model's layers are not those that the policies are of.
+            ArgumentTypeError: If `model` is no Keras model or layer.
         """
         present = list(_with_depths(model))
         names = {_plain(layer.name) for layer, _, _ in present}
@@ -146,6 +168,13 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
 
 
 def _with_depths(model: Any) -> Any:
+    if not isinstance(model, keras.Layer):
+        raise ArgumentTypeError(
+            "Only the layers of a Keras model have policies.",
+            received=f"{model!r}, a {type(model).__name__}",
+            expected="a keras.Model",
+            fix="Pass the model itself.",
+        )
     depths = {id(None): -1}
     for layer, place in places(model):
         depths[id(layer)] = depths[id(place.holder)] + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,7 +14,7 @@ from kerasmp.policy import rules as rules_
 from kerasmp.policy import spec as spec_
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 PolicyLike: TypeAlias = "Policy | keras.DTypePolicy | str"
 RuleSetLike: TypeAlias = "Mapping[str | type, PolicyLike] | str | None"
@@ -164,8 +165,17 @@ class Policy:
             An equal policy.
 
         Raises:
-            PolicyError: If a class in the rules is not known in this process.
+            PolicyError: If it is no such dict, or a class in its rules is not known in this
+                process.
         """
+        known = isinstance(config, Mapping) and "spec" in config and {*config} <= {"spec", "rules"}
+        if not known:
+            raise PolicyError(
+                "A policy cannot be made from this.",
+                received=repr(config),
+                expected='a dict with "spec", and "rules" where there are any',
+                fix="Policy.get_config() returns one.",
+            )
         return cls(config["spec"], rules=rules_.from_config(config.get("rules", ())))
 
     def __str__(self) -> str:

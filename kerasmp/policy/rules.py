@@ -114,8 +114,21 @@ def from_config(config: Iterable[Mapping[str, str]]) -> list[str | dict[Key, str
         Rules as a user would give them.
 
     Raises:
-        PolicyError: If a layer class is not known in this process.
+        PolicyError: If it is no such list, or a layer class is not known in this process.
     """
+    kinds = ({"set"}, {"path", "policy"}, {"layer", "policy"})
+    if not isinstance(config, list | tuple) or not all(
+        isinstance(rule, Mapping)
+        and {*rule} in kinds
+        and all(isinstance(value, str) for value in rule.values())
+        for rule in config
+    ):
+        raise PolicyError(
+            "These are no rules of a policy's configuration.",
+            received=repr(config),
+            expected='a list of dicts with "set", or with "path" or "layer" and "policy", of text',
+            fix="Policy.get_config() returns such.",
+        )
     return [
         rule["set"]
         if "set" in rule
@@ -162,7 +175,7 @@ def _check_name(name: str) -> None:
             "Unknown rule set.",
             received=repr(name),
             expected=_EXPECTED,
-            fix=did_you_mean(name, [SAFE]),
+            fix=did_you_mean(name, [SAFE]) or f'rules="{SAFE}" is the only one.',
         )
 
 
@@ -184,6 +197,13 @@ def _key(key: object) -> Key:
             received=repr(key),
             expected=_EXPECTED,
             fix='For example "head/.*" or keras.layers.Softmax.',
+        )
+    if not key.strip():
+        raise PolicyError(
+            "The layer path pattern of a rule is empty, and would match no layer.",
+            received=repr(key),
+            expected="a pattern for re.fullmatch on the layer's path",
+            fix='".*" matches every layer.',
         )
     try:
         re.compile(key)

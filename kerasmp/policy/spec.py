@@ -19,6 +19,7 @@ _EXPECTED = (
     f"one of {', '.join((*NAMES, AUTO))}, a quantised name such as int8_from_float32, "
     'or "variable=float32,compute=float16,output=float32"'
 )
+_USUAL = 'The usual one is "mixed_float16".'
 
 
 class Spec(NamedTuple):
@@ -72,7 +73,7 @@ def parse(text: str) -> Spec:
         "Unknown policy name.",
         received=repr(text),
         expected=_EXPECTED,
-        fix=did_you_mean(text, (*NAMES, AUTO)),
+        fix=did_you_mean(text, (*NAMES, AUTO)) or _USUAL,
     )
 
 
@@ -110,7 +111,7 @@ def _split(text: str) -> dict[str, str]:
                 "Unknown part of a policy.",
                 received=f"{item.strip()!r} in {text!r}",
                 expected=" or ".join(f"{part}=DTYPE" for part in PARTS),
-                fix=did_you_mean(key, PARTS),
+                fix=did_you_mean(key, PARTS) or _USUAL,
             )
         if key in parts:
             raise PolicyError(
@@ -129,7 +130,7 @@ def _dtype(value: str, item: str) -> str:
             "Unknown dtype in a policy.",
             received=repr(item),
             expected=f"one of {', '.join(DTYPES)}",
-            fix=did_you_mean(value, DTYPES),
+            fix=did_you_mean(value, DTYPES) or _USUAL,
         )
     return value
 

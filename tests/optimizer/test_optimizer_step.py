@@ -250,6 +250,16 @@ class TestSettingTheScale:
             optimizer.loss_scale = value
         assert optimizer.loss_scale == 2.0**15
 
+    def test_a_fixed_one_is_in_the_configuration_too(self):
+        optimizer = self._built(loss_scale=0.25)
+        optimizer.loss_scale = 64.0
+        again = LossScaleOptimizer.from_config(optimizer.get_config())
+        assert again.schedule == FixedLossScale(64.0)
+        assert optimizer.schedule == FixedLossScale(0.25)
+        optimizer.dynamic_scale.assign(np.nan)
+        again = LossScaleOptimizer.from_config(optimizer.get_config())
+        assert again.schedule == FixedLossScale(0.25)
+
     def test_ends_a_recovery(self):
         optimizer = self._built()
         optimizer.recover_to.assign(2.0**15)
