@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning
-from kerasmp.loss_scale import FixedLossScale
+from kerasmp.loss_scale import FixedLossScale, validation
 from kerasmp.optimizer.arguments import listed
 from kerasmp.optimizer.counters import COUNTERS
 from kerasmp.optimizer.fused import LARGEST_SCALE
@@ -94,6 +94,24 @@ def start_anew(optimizer: LossScaleOptimizer, scale: float) -> None:
     first = optimizer.schedule.init() | {"scale": number}
     for key, variable in optimizer.schedule_variables().items():
         variable.assign(first[key])
+
+
+def configuration(given: Any) -> dict[str, Any]:
+    """Return what `get_config` returned as a dict that may be changed.
+
+    Raises:
+        ArgumentTypeError: If it is no dict.
+        LossScaleError: If it names no inner optimizer.
+    """
+    config = validation.mapping("The configuration", given)
+    if "inner_optimizer" not in config:
+        raise LossScaleError(
+            "The configuration names no inner optimizer.",
+            received=f"the keys {sorted(map(str, config))}",
+            expected='what get_config() returns, with "inner_optimizer"',
+            fix="LossScaleOptimizer(optimizer) wraps one.",
+        )
+    return config
 
 
 def schedule_now(optimizer: LossScaleOptimizer) -> LossScale:

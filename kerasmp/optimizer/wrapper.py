@@ -8,23 +8,17 @@ import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.keras_private import unchanged_if_it_fails, weights_and_averages
+from kerasmp.backend.keras_private import unchanged_if_it_fails
 from kerasmp.backend.nested import optimizers_in
-from kerasmp.errors import LossScaleError
 from kerasmp.loss_scale import validation
-from kerasmp.optimizer import arguments, by_hand, reading, running, saved
+from kerasmp.optimizer import arguments, building, by_hand, reading, running, saved
 from kerasmp.optimizer.advancing import include_skips
-from kerasmp.optimizer.counters import COUNTERS
 from kerasmp.optimizer.fused import Fused
 from kerasmp.optimizer.scaled import note_scaling
 from kerasmp.optimizer.unscaled import refuse_baking
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-# Keras's own names for the state of a schedule; other keys keep theirs.
-_VARIABLE_NAMES = {"scale": "dynamic_scale"}
-_STOCK_ORDER = ("step_counter", "scale")
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -137,39 +131,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             return
         var_list = arguments.variables_in("var_list", var_list)
         with unchanged_if_it_fails(optimizers_in(self)):
-            self._build(var_list)
-
-    def _build(self, var_list: list[Any]) -> None:
-        inner, room = self.inner_optimizer, backend.current()
-        room.sum_once(optimizers_in(inner))
-        with keras.name_scope(self.name):
-            # TensorFlow's checkpoints go by position too: what stock Keras has comes first, in its
-            # order, and what depends on the schedule last.
-            state = self.schedule.init()
-            for key in _STOCK_ORDER:
-                self._add_state(key, state.pop(key))
-            self.counts_variable = self.add_variable(
-                shape=(len(COUNTERS),), dtype="int", initializer="zeros", name="counts"
-            )
-            self.nonfinite_counts_variable = self.add_variable(
-                shape=(len(var_list),), dtype="int", initializer="zeros", name="nonfinite_counts"
-            )
-            for key, value in state.items():
-                self._add_state(key, value)
-            if not inner.built:
-                inner.build(var_list)
-            # Keras's averages begin as zeros and take the weights at the first update. Until then,
-            # if steps are skipped, SwapEMAWeights would put zeros into the model.
-            for variable, average in weights_and_averages(inner):
-                room.start_as(average, variable)
-        keras.optimizers.Optimizer.build(self, var_list)
-
-    def _add_state(self, key: str, value: float) -> None:
-        name = _VARIABLE_NAMES.get(key, key)
-        dtype = "float32" if isinstance(value, float) else "int"
-        first = keras.initializers.Constant(value)
-        variable = self.add_variable(shape=(), dtype=dtype, initializer=first, name=name)
-        setattr(self, name, variable)
+            building.add_variables(self, var_list)
+            keras.optimizers.Optimizer.build(self, var_list)
 
     def schedule_variables(self) -> dict[str, Any]:
         """Return the variables that hold the schedule's state, by its keys."""
@@ -417,14 +380,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> Self:
         """Return the optimizer that `get_config`, ours or stock Keras's, described."""
-        config = validation.mapping("The configuration", config)
-        if "inner_optimizer" not in config:
-            raise LossScaleError(
-                "The configuration names no inner optimizer.",
-                received=f"the keys {sorted(map(str, config))}",
-                expected='what get_config() returns, with "inner_optimizer"',
-                fix="LossScaleOptimizer(optimizer) wraps one.",
-            )
+        config = saved.configuration(config)
         for key in ("inner_optimizer", "loss_scale"):
             if isinstance(config.get(key), dict):
                 config[key] = keras.saving.deserialize_keras_object(

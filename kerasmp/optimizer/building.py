@@ -1,0 +1,60 @@
+"""The variables that the wrapped optimizer adds when it is built."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from kerasmp import backend
+from kerasmp.backend.keras_private import weights_and_averages
+from kerasmp.backend.nested import optimizers_in
+from kerasmp.optimizer.counters import COUNTERS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kerasmp.optimizer.wrapper import LossScaleOptimizer
+
+# Keras's own names for the state of a schedule; other keys keep theirs.
+_VARIABLE_NAMES = {"scale": "dynamic_scale"}
+_STOCK_ORDER = ("step_counter", "scale")
+
+
+def add_variables(optimizer: LossScaleOptimizer, variables: Sequence[Any]) -> None:
+    """Give an optimizer its scaling state, and build the one inside it.
+
+    Args:
+        optimizer: The optimizer.
+        variables: The trainable variables.
+    """
+    inner, room = optimizer.inner_optimizer, backend.current()
+    room.sum_once(optimizers_in(inner))
+    with keras.name_scope(optimizer.name):
+        # TensorFlow's checkpoints go by position too: what stock Keras has comes first, in its
+        # order, and what depends on the schedule last.
+        state = optimizer.schedule.init()
+        for key in _STOCK_ORDER:
+            _add_state(optimizer, key, state.pop(key))
+        optimizer.counts_variable = optimizer.add_variable(
+            shape=(len(COUNTERS),), dtype="int", initializer="zeros", name="counts"
+        )
+        optimizer.nonfinite_counts_variable = optimizer.add_variable(
+            shape=(len(variables),), dtype="int", initializer="zeros", name="nonfinite_counts"
+        )
+        for key, value in state.items():
+            _add_state(optimizer, key, value)
+        if not inner.built:
+            inner.build(variables)
+        # Keras's averages begin as zeros and take the weights at the first update. Until then, if
+        # steps are skipped, SwapEMAWeights would put zeros into the model.
+        for variable, average in weights_and_averages(inner):
+            room.start_as(average, variable)
+
+
+def _add_state(optimizer: LossScaleOptimizer, key: str, value: float) -> None:
+    name = _VARIABLE_NAMES.get(key, key)
+    dtype = "float32" if isinstance(value, float) else "int"
+    first = keras.initializers.Constant(value)
+    variable = optimizer.add_variable(shape=(), dtype=dtype, initializer=first, name=name)
+    setattr(optimizer, name, variable)
