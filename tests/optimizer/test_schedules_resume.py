@@ -38,9 +38,7 @@ class Drifting(mp.LossScale):
 # Each with what of its state must not be, at the stop, as it was at the start.
 SCHEDULES = {
     "recovering": (
-        mp.DynamicLossScale(
-            2.0**12, backoff_factor=2.0**-8, min_scale=2.0**-10, recovery_interval=2
-        ),
+        mp.DynamicLossScale(2.0**16, backoff_factor=2.0**-8, recovery_interval=2),
         {"scale", "step_counter", "recover_to"},
     ),
     "tolerant": (
