@@ -17,7 +17,7 @@ from kerasmp.model.guards import with_guards
 from kerasmp.model.hints import dtype_hints
 from kerasmp.model.inference import refuse_training
 from kerasmp.model.own_optimizers import is_of_file, warn_of_unscaled
-from kerasmp.model.saved import warn_if_untold
+from kerasmp.model.saved import warn_if_untold, warn_of_no_variables
 from kerasmp.model.steps import no_step_is_nan, note_kerass_own
 from kerasmp.model.turning import class_between, loader, ours_for
 from kerasmp.optimizer import LossScaleOptimizer
@@ -158,6 +158,15 @@ class Model(keras.Model):
         parents = getattr(super(), "save_assets", None)  # a mixin of the user's may have one
         if parents is not None:
             parents(dir_path)
+
+    def set_state_tree(self, state_tree: dict[str, Any]) -> None:
+        """Give variables the values of a tree by their paths; OrbaxCheckpoint loads so.
+
+        Warns:
+            KerasMPWarning: If there is no variable for some of them.
+        """
+        super().set_state_tree(state_tree)
+        warn_of_no_variables(self, state_tree)
 
     @classmethod
     def from_keras(cls, model: Any, *, auto_scale_loss: bool = True) -> Any:

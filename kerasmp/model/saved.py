@@ -13,7 +13,7 @@ import keras
 from kerasmp.backend.keras_graph import policy_of, set_policy
 from kerasmp.backend.keras_private import flatten_layers, own_variables
 from kerasmp.backend.variable_dtypes import set_variable_dtype, takes_dtype
-from kerasmp.errors import PolicyError, PolicyWarning
+from kerasmp.errors import KerasMPWarning, PolicyError, PolicyWarning
 from kerasmp.layers.from_stock import turn_to_safe
 from kerasmp.policy.apply import apply
 from kerasmp.policy.follow import build_by_call
@@ -21,7 +21,7 @@ from kerasmp.policy.layer_policies import LayerPolicies
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from kerasmp.policy.assign import Assignment
 
@@ -240,6 +240,40 @@ def warn_if_untold(model: Any) -> None:
             PolicyWarning,
             stacklevel=2,
         )
+
+
+def warn_of_no_variables(model: Any, state_tree: Mapping[str, Any]) -> None:
+    """Warn of values that no variable of a model has taken: Keras goes by paths, and says nothing.
+
+    A Sequential's paths are others once it is loaded, and Keras numbers automatic names anew.
+
+    Args:
+        model: The model.
+        state_tree: What its `set_state_tree` was given.
+
+    Warns:
+        KerasMPWarning: If there are any.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    variables = [*model.variables, *model.metrics_variables, *getattr(optimizer, "variables", ())]
+    known = {variable.path for variable in variables}
+    lost = [path for tree in state_tree.values() for path in _paths(tree) if path not in known]
+    if lost:
+        warnings.warn(
+            f'"{model.name}" has no variables for {len(lost)} values of its saved state, which are '
+            f"left out: {lost[0]} is the first. Keras goes by the paths of variables here, which "
+            "are others now. Save the model as `.keras`, which goes by its structure.",
+            KerasMPWarning,
+            stacklevel=3,
+        )
+
+
+def _paths(tree: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _paths(value, f"{above}{name}/")
+        else:
+            yield f"{above}{name}"
 
 
 def _is_ours(layer: Any) -> bool:

@@ -153,6 +153,21 @@ def test_a_compile_of_the_users_own_is_left_to_the_user(tmp_path):
         keras.models.load_model(tmp_path / "model.keras")
 
 
+def test_a_state_for_which_there_are_no_variables_is_said():
+    def build(name):
+        dense = keras.layers.Dense(2, name=name)
+        model = mp.Sequential([keras.Input((4,)), dense], name="net")
+        model.compile(keras.optimizers.SGD(name="sgd"), "mse")
+        return model
+
+    one, other = build("one"), build("other")
+    one.set_state_tree(one.get_state_tree())
+    before = other.get_weights()
+    with pytest.warns(mp.errors.KerasMPWarning, match="2 values .* left out: net/one/.*`.keras`"):
+        other.set_state_tree(one.get_state_tree())
+    np.testing.assert_array_equal(other.get_weights()[0], before[0])
+
+
 @pytest.mark.parametrize("dtype", ["mixed_float16", full("mixed_bfloat16")])
 def test_metrics_see_float32_predictions(dtype):
     seen = []
