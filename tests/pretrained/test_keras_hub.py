@@ -123,3 +123,40 @@ def test_t5_overflows_in_float16_as_stock_does_and_a_rule_mends_it():
     model = with_head(backbone)
     mp.convert(model, rules=["safe", {attention: "float32"}])
     assert train(model, x)
+
+
+# Their `get_config` leaves out the policies of layers, and a task compiles itself.
+@pytest.mark.parametrize("build", [bert, gpt2])
+def test_files_bring_back_policies_and_half_precision_variables(build, tmp_path):
+    backbone, x = made(build)
+    for policy, variables in (("mixed_float16", None), ("float16", "float16")):
+        mp.convert(backbone, policy, variables=variables)
+        backbone.save(tmp_path / "model.keras")
+        assert_same(keras.models.load_model(tmp_path / "model.keras"), backbone, x)
+
+
+@pytest.mark.backend("tensorflow")  # whose data pipeline KerasHub's tasks take
+@pytest.mark.filterwarnings("ignore:`compile..` was not called as part of model loading")
+@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed, but will be ignored")
+@pytest.mark.filterwarnings("ignore:The saved state of .* is left out")
+def test_a_task_brings_back_its_own_optimizer_alone(tmp_path):
+    backbone, x = made(bert)
+    task = made(lambda models: models.BertTextClassifier(backbone, num_classes=2))
+    mp.convert(task)
+    task.fit(x, np.arange(4) % 2, verbose=0)
+    task.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert_same(loaded, task, x)
+    assert loaded.optimizer.applied_steps + loaded.optimizer.skipped_steps == 1
+    task.compile(mp.LossScaleOptimizer("sgd"))
+    task.save(tmp_path / "model.keras")
+    with pytest.warns(mp.errors.LossScaleWarning, match="it was SGD, and now it is the class's"):
+        keras.models.load_model(tmp_path / "model.keras")
+
+
+def assert_same(loaded, model, x):
+    pairs = zip(flatten_layers(loaded), flatten_layers(model), strict=True)
+    assert all(one.dtype_policy == other.dtype_policy for one, other in pairs)
+    assert [v.dtype for v in loaded.weights] == [v.dtype for v in model.weights]
+    for one, other in zip(predictions(loaded, x), predictions(model, x), strict=True):
+        np.testing.assert_array_equal(one, other)
