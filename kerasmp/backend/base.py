@@ -86,7 +86,10 @@ class Backend(Protocol):
 
     NARROW_SUMS: bool = False
     """Whether the gradient of what is broadcast, or used in each step of a loop, is summed in its
-    own dtype, and not in float32."""
+    own dtype, and not in float32. Not of all that is broadcast, perhaps, nor in each dtype."""
+
+    NARROW_GRU: bool = False
+    """Whether Keras has a loop of its own for a GRU, no cuDNN, that sums gradients so."""
 
     LAYERS_KEEP_DTYPES: bool = True
     """Whether a traced layer inside another one reads its variables as its policy says."""
@@ -113,6 +116,18 @@ class Backend(Protocol):
     def recurrence_dtype(self, dtype: str) -> str:
         """Return the dtype for a whole LSTM or GRU that computes in `dtype`."""
         return dtype
+
+    def add_bias(self, outputs: Tensor, bias: Any) -> Tensor:
+        """Return a sum, for whose gradient the one of the outputs is summed in float32.
+
+        Args:
+            outputs: What a layer has computed so far.
+            bias: A tensor or variable of a shape that broadcasts to theirs; where `NARROW_SUMS`, as
+                it is, and not cast to their dtype.
+        """
+        if self.NARROW_SUMS:
+            bias = ops.cast(bias, wide_dtype(bias))
+        return ops.add(outputs, bias)
 
     @abstractmethod
     def matmul_wide(self, left: Tensor, right: Tensor, dtype: str) -> Tensor:

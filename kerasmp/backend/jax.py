@@ -34,6 +34,7 @@ class Jax(Backend):
     LOSS_MEETS_APPLY = False
     # The gradient of what is broadcast or used in each step of a loop is summed in its own dtype.
     NARROW_SUMS = True
+    NARROW_GRU = True
     PURE = True
     KEEPS_QUOTIENTS = True
     PRODUCTS = tuple(

@@ -36,10 +36,23 @@ MIXED_DTYPES = re.compile(
 )
 
 
+@tf.custom_gradient
+def _add_bias(outputs: Any, bias: Any) -> Any:
+    def gradient(upstream: Any) -> tuple[Any, Any]:
+        shape = [1] * (len(outputs.shape) - len(bias.shape)) + bias.shape.as_list()
+        axes = [axis for axis, size in enumerate(shape) if size == 1]
+        summed = tf.reduce_sum(tf.cast(upstream, "float32"), axes)
+        return upstream, tf.cast(tf.reshape(summed, bias.shape), bias.dtype)
+
+    return keras.ops.add(outputs, tf.cast(bias, outputs.dtype)), gradient
+
+
 class TensorFlow(Backend):
     """See `Backend`."""
 
     FUSED = True
+    # In bfloat16 that of a vector along the last axis, in float16 of nearly any other.
+    NARROW_SUMS = True
     # Keras's method that sums gradients over replicas; tests/backend tells when it moves.
     REDUCTION = "_all_reduce_sum_gradients"
     PRODUCTS = (
@@ -62,6 +75,20 @@ class TensorFlow(Backend):
         """
         on_cpu = dtype == "float16" and not tf.config.list_logical_devices("GPU")
         return "float32" if on_cpu else dtype
+
+    def add_bias(self, outputs: Any, bias: Any) -> Any:
+        """Return a sum, for whose gradient the one of the outputs is summed in float32.
+
+        The sum itself is that of stock Keras: without XLA a sum in float32 would take three passes.
+        """
+        if not isinstance(outputs, tf.Tensor) or outputs.dtype not in {tf.float16, tf.bfloat16}:
+            return super().add_bias(outputs, bias)
+        bias = tf.convert_to_tensor(bias)
+        size = bias.shape.num_elements()
+        if outputs.dtype == tf.float16 and size == bias.shape[-1] == outputs.shape[-1]:
+            # TensorFlow's own kernel for the gradient of a vector sums float16 in float32.
+            return keras.ops.add(outputs, tf.cast(bias, outputs.dtype))
+        return _add_bias(outputs, bias)
 
     def dense_values(self, gradient: Any) -> Any:
         """Return the numbers of a gradient; those of `IndexedSlices` without densifying them."""

@@ -40,9 +40,10 @@ class Torch(Backend):
     def recurrence_dtype(self, dtype: str) -> str:
         """Return the dtype for a whole LSTM or GRU that computes in `dtype`.
 
-        torch's own loop for the CPU sums the gradients of kernels in float16 over the time steps.
+        torch's own loop for the CPU sums the gradients of kernels over the time steps in `dtype`.
         """
-        return "float32" if dtype == "float16" and not torch.cuda.is_available() else dtype
+        narrow = dtype in {"float16", "bfloat16"} and not torch.cuda.is_available()
+        return "float32" if narrow else dtype
 
     def matmul_wide(self, left: Any, right: Any, dtype: str) -> Any:
         """Return the matrix product in `dtype`, without rounding it to that of the factors."""

@@ -13,10 +13,10 @@ from kerasmp.layers.quantizing import QuantizesAsStock
 
 
 class WideBias:
-    """Adds the bias in float32 where the backend would sum its gradient in the compute dtype."""
+    """Adds the bias so that its gradient is summed in float32, whatever the compute dtype."""
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
-        """Add a weight; the bias is not cast if adding it in float32 is what sums in float32."""
+        """Add a weight; the bias is not cast where its gradient would then be summed in half."""
         if kwargs.get("name") == "bias" and current().NARROW_SUMS:
             kwargs["autocast"] = False
         return super().add_weight(*args, **kwargs)  # type: ignore[misc]  # the layer mixed in has it
@@ -65,7 +65,7 @@ class WideConvolution(WideBias):
             return outputs
         shape = [1] * len(outputs.shape)
         shape[-1 if layer.data_format == "channels_last" else 1] = -1
-        return ops.add(outputs, ops.reshape(layer.bias, shape))
+        return current().add_bias(outputs, ops.reshape(layer.bias, shape))
 
     def _convolved(self, inputs: Any) -> Any:
         layer: Any = self
@@ -121,7 +121,7 @@ class WideProduct(QuantizesAsStock, WideBias):
             return ops.cast(self.quantized_call(inputs, training=training), self._dtype_of(inputs))
         outputs = self._product(inputs)
         if layer.bias is not None:
-            outputs = ops.add(outputs, layer.bias)
+            outputs = current().add_bias(outputs, layer.bias)
         return self._activated(outputs, self._dtype_of(inputs))
 
     def _product(self, inputs: Any) -> Any:

@@ -19,9 +19,10 @@ from kerasmp.layers.bias import (
 class Conv1D(WideConvolution, keras.layers.Conv1D):
     """`keras.layers.Conv1D` whose gradients are summed in float32.
 
-    On JAX the gradient of the bias, a sum over all positions, is summed in float32, in stock Keras
-    in float16. On TensorFlow without a GPU the convolution runs in float32, since float16 kernels
-    for the CPU lose accuracy in the gradients, and time.
+    The gradient of the bias, a sum over all positions, is summed in float32; in stock Keras in the
+    compute dtype on JAX, and in bfloat16 on TensorFlow. Under "mixed_float16" on TensorFlow without
+    a GPU the convolution runs in float32, since float16 kernels for the CPU lose accuracy in the
+    gradients, and time.
 
     Args:
         filters: Number of channels of the output.
@@ -61,9 +62,10 @@ class Conv1D(WideConvolution, keras.layers.Conv1D):
 class Conv2D(WideConvolution, keras.layers.Conv2D):
     """`keras.layers.Conv2D` whose gradients are summed in float32.
 
-    On JAX the gradient of the bias, a sum over all positions, is summed in float32, in stock Keras
-    in float16. On TensorFlow without a GPU the convolution runs in float32, since float16 kernels
-    for the CPU lose accuracy in the gradients, and time.
+    The gradient of the bias, a sum over all positions, is summed in float32; in stock Keras in the
+    compute dtype on JAX, and in bfloat16 on TensorFlow. Under "mixed_float16" on TensorFlow without
+    a GPU the convolution runs in float32, since float16 kernels for the CPU lose accuracy in the
+    gradients, and time.
 
     Args:
         filters: Number of channels of the output.
@@ -93,9 +95,10 @@ class Conv2D(WideConvolution, keras.layers.Conv2D):
 class Conv3D(WideConvolution, keras.layers.Conv3D):
     """`keras.layers.Conv3D` whose gradients are summed in float32.
 
-    On JAX the gradient of the bias, a sum over all positions, is summed in float32, in stock Keras
-    in float16. On TensorFlow without a GPU the convolution runs in float32, since float16 kernels
-    for the CPU lose accuracy in the gradients, and time.
+    The gradient of the bias, a sum over all positions, is summed in float32; in stock Keras in the
+    compute dtype on JAX, and in bfloat16 on TensorFlow. Under "mixed_float16" on TensorFlow without
+    a GPU the convolution runs in float32, since float16 kernels for the CPU lose accuracy in the
+    gradients, and time.
 
     Args:
         filters: Number of channels of the output.
@@ -125,9 +128,10 @@ class Conv3D(WideConvolution, keras.layers.Conv3D):
 class Conv1DTranspose(WideTransposedConvolution, keras.layers.Conv1DTranspose):
     """`keras.layers.Conv1DTranspose` whose gradients are summed in float32.
 
-    On JAX the gradient of the bias, a sum over all positions, is summed in float32, in stock Keras
-    in float16. On TensorFlow without a GPU the convolution runs in float32, since float16 kernels
-    for the CPU lose accuracy in the gradients, and time.
+    The gradient of the bias, a sum over all positions, is summed in float32; in stock Keras in the
+    compute dtype on JAX, and in bfloat16 on TensorFlow. Under "mixed_float16" on TensorFlow without
+    a GPU the convolution runs in float32, since float16 kernels for the CPU lose accuracy in the
+    gradients, and time.
 
     Args:
         filters: Number of channels of the output.
@@ -157,9 +161,10 @@ class Conv1DTranspose(WideTransposedConvolution, keras.layers.Conv1DTranspose):
 class Conv2DTranspose(WideTransposedConvolution, keras.layers.Conv2DTranspose):
     """`keras.layers.Conv2DTranspose` whose gradients are summed in float32.
 
-    On JAX the gradient of the bias, a sum over all positions, is summed in float32, in stock Keras
-    in float16. On TensorFlow without a GPU the convolution runs in float32, since float16 kernels
-    for the CPU lose accuracy in the gradients, and time.
+    The gradient of the bias, a sum over all positions, is summed in float32; in stock Keras in the
+    compute dtype on JAX, and in bfloat16 on TensorFlow. Under "mixed_float16" on TensorFlow without
+    a GPU the convolution runs in float32, since float16 kernels for the CPU lose accuracy in the
+    gradients, and time.
 
     Args:
         filters: Number of channels of the output.
@@ -189,9 +194,10 @@ class Conv2DTranspose(WideTransposedConvolution, keras.layers.Conv2DTranspose):
 class Conv3DTranspose(WideTransposedConvolution, keras.layers.Conv3DTranspose):
     """`keras.layers.Conv3DTranspose` whose gradients are summed in float32.
 
-    On JAX the gradient of the bias, a sum over all positions, is summed in float32, in stock Keras
-    in float16. On TensorFlow without a GPU the convolution runs in float32, since float16 kernels
-    for the CPU lose accuracy in the gradients, and time.
+    The gradient of the bias, a sum over all positions, is summed in float32; in stock Keras in the
+    compute dtype on JAX, and in bfloat16 on TensorFlow. Under "mixed_float16" on TensorFlow without
+    a GPU the convolution runs in float32, since float16 kernels for the CPU lose accuracy in the
+    gradients, and time.
 
     Args:
         filters: Number of channels of the output.
@@ -221,9 +227,10 @@ class Conv3DTranspose(WideTransposedConvolution, keras.layers.Conv3DTranspose):
 class DepthwiseConv1D(WideDepthwiseConvolution, keras.layers.DepthwiseConv1D):
     """`keras.layers.DepthwiseConv1D` whose gradients are summed in float32.
 
-    On JAX the gradient of the bias, a sum over all positions, is summed in float32, in stock Keras
-    in float16. On TensorFlow without a GPU the convolution runs in float32, since float16 kernels
-    for the CPU lose accuracy in the gradients, and time.
+    The gradient of the bias, a sum over all positions, is summed in float32; in stock Keras in the
+    compute dtype on JAX, and in bfloat16 on TensorFlow. Under "mixed_float16" on TensorFlow without
+    a GPU the convolution runs in float32, since float16 kernels for the CPU lose accuracy in the
+    gradients, and time.
 
     Args:
         kernel_size: Length of the window, or one for each axis.
@@ -252,9 +259,10 @@ class DepthwiseConv1D(WideDepthwiseConvolution, keras.layers.DepthwiseConv1D):
 class DepthwiseConv2D(WideDepthwiseConvolution, keras.layers.DepthwiseConv2D):
     """`keras.layers.DepthwiseConv2D` whose gradients are summed in float32.
 
-    On JAX the gradient of the bias, a sum over all positions, is summed in float32, in stock Keras
-    in float16. On TensorFlow without a GPU the convolution runs in float32, since float16 kernels
-    for the CPU lose accuracy in the gradients, and time.
+    The gradient of the bias, a sum over all positions, is summed in float32; in stock Keras in the
+    compute dtype on JAX, and in bfloat16 on TensorFlow. Under "mixed_float16" on TensorFlow without
+    a GPU the convolution runs in float32, since float16 kernels for the CPU lose accuracy in the
+    gradients, and time.
 
     Args:
         kernel_size: Length of the window, or one for each axis.
@@ -284,9 +292,10 @@ class DepthwiseConv2D(WideDepthwiseConvolution, keras.layers.DepthwiseConv2D):
 class SeparableConv1D(WideSeparableConvolution, keras.layers.SeparableConv1D):
     """`keras.layers.SeparableConv1D` whose gradients are summed in float32.
 
-    On JAX the gradient of the bias, a sum over all positions, is summed in float32, in stock Keras
-    in float16. On TensorFlow without a GPU the convolution runs in float32, since float16 kernels
-    for the CPU lose accuracy in the gradients, and time.
+    The gradient of the bias, a sum over all positions, is summed in float32; in stock Keras in the
+    compute dtype on JAX, and in bfloat16 on TensorFlow. Under "mixed_float16" on TensorFlow without
+    a GPU the convolution runs in float32, since float16 kernels for the CPU lose accuracy in the
+    gradients, and time.
 
     Args:
         filters: Number of channels of the output.
@@ -316,9 +325,10 @@ class SeparableConv1D(WideSeparableConvolution, keras.layers.SeparableConv1D):
 class SeparableConv2D(WideSeparableConvolution, keras.layers.SeparableConv2D):
     """`keras.layers.SeparableConv2D` whose gradients are summed in float32.
 
-    On JAX the gradient of the bias, a sum over all positions, is summed in float32, in stock Keras
-    in float16. On TensorFlow without a GPU the convolution runs in float32, since float16 kernels
-    for the CPU lose accuracy in the gradients, and time.
+    The gradient of the bias, a sum over all positions, is summed in float32; in stock Keras in the
+    compute dtype on JAX, and in bfloat16 on TensorFlow. Under "mixed_float16" on TensorFlow without
+    a GPU the convolution runs in float32, since float16 kernels for the CPU lose accuracy in the
+    gradients, and time.
 
     Args:
         filters: Number of channels of the output.

@@ -19,6 +19,8 @@ from kerasmp.backend import current
 from kerasmp.backend.keras_graph import policy_of, refresh_symbolic_dtypes
 from kerasmp.backend.keras_private import autocasts, own_variables, set_autocast
 from kerasmp.layers.bias import WideBias
+from kerasmp.layers.projection import EinsumDense as Projection
+from kerasmp.layers.projection import projections_in
 from kerasmp.layers.quantizing import QuantizesAsStock, without_type_check
 from kerasmp.ops.precision import wide_dtype
 from kerasmp.policy.apply import renew_statistics
@@ -45,10 +47,11 @@ def turn_to_safe(model: Any, undo: Undo, only: Container[int] | None = None) -> 
 
     Meant are layers at any depth whose class is exactly a stock one, up to those that are quantised
     or inside `kerasmp.layers.WithDtype`, and those that attention, or a subclass of LSTM or GRU,
-    makes for itself. A stock Dense that makes the model's outputs becomes a `DenseHead`, unless
-    the model's own constructor would make it a Dense again. Stock activations inside become those
-    of `kerasmp.ops`, except for recurrent ones. Weights stay the variables that they are. Steps
-    that are compiled go on with what it was: to forget them is the caller's.
+    makes for itself; the projections of attention are turned with it. A stock Dense that makes the
+    model's outputs becomes a `DenseHead`, unless the model's own constructor would make it a Dense
+    again. Stock activations inside become those of `kerasmp.ops`, except for recurrent ones and for
+    those that attention has. Weights stay the variables that they are. Steps that are compiled go
+    on with what it was: to forget them is the caller's.
 
     Args:
         model: A model. What is not built yet has no parts that could be found.
@@ -85,6 +88,12 @@ def turn_to_safe(model: Any, undo: Undo, only: Container[int] | None = None) -> 
     for layer, ours in todo:
         names[id(layer)] = type(layer).__name__
         _turn(layer, ours, holders, undo)
+        if isinstance(layer, ATTENTION):
+            for part in projections_in(layer):
+                if policy_of(part).quantization_mode is not None:
+                    continue
+                names[id(part)] = type(part).__name__
+                _turn(part, Projection, holders, undo)
     if widens:
         refresh_symbolic_dtypes(model)
     return names
@@ -188,7 +197,7 @@ def _turn(layer: Any, ours: type, holders: Counter[int], undo: Undo) -> None:
         _set(layer, "activity_regularizer", like.activity_regularizer, undo)
     if layer.compute_dtype != computed_in:  # Normalization's
         renew_statistics(layer)
-    if not isinstance(layer, (*_ACTIVATED_IN_FLOAT32, *_RECURRENT)):
+    if not isinstance(layer, (*_ACTIVATED_IN_FLOAT32, *_RECURRENT, Projection)):
         _activate_safely(layer, undo)
 
 

@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from kerasmp.errors import ArgumentError
+from kerasmp.layers.projection import turn_projections
 from kerasmp.ops.attention import (
     attend,
     attention_scores,
@@ -37,6 +38,11 @@ class _WideScores(_Base):
     `_compute_attention_mask` the one that makes what it is given. `tests/backend` tells when they
     or the attributes read here move.
     """
+
+    def build(self, query_shape: Any, value_shape: Any, key_shape: Any = None) -> None:
+        """Make the projections, whose bias gradients are summed in float32."""
+        super().build(query_shape, value_shape, key_shape)
+        turn_projections(self)
 
     def _compute_attention_mask(self, query: Any, value: Any, **masks: Any) -> Any:
         window = getattr(self, "sliding_window", getattr(self, "_sliding_window", None))
@@ -122,9 +128,10 @@ class MultiHeadAttention(_WideScores, keras.layers.MultiHeadAttention):
     The stock layer computes the products of queries and keys in float16, where large ones
     overflow to NaN and others lose digits, and on some paths the softmax too. Here the projections,
     which is where the time goes, are in the compute dtype, and what is between them is rounded to
-    it once, at the end. No mask can overflow, and a query that may see no key gets zeros and gives
-    zero gradients, where stock Keras averages over all keys. Under a causal mask alone, and where
-    there is no mask, flash attention is used if the device has it, as in stock Keras.
+    it once, at the end. The gradients of their biases are summed in float32. No mask can overflow,
+    and a query that may see no key gets zeros and gives zero gradients, where stock Keras averages
+    over all keys. Under a causal mask alone, and where there is no mask, flash attention is used if
+    the device has it, as in stock Keras.
 
     Args:
         num_heads: Number of heads.

@@ -67,8 +67,9 @@ class LSTM(keras.layers.LSTM, RNN):
 
     In stock Keras a layer of 32 steps under "mixed_float16" casts its kernels and bias 33 times
     over. Here they are cast once, and the inputs are multiplied by their kernel in one product for
-    all steps, unless there is dropout. Gradients of kernels are summed over the steps in float32.
-    Where Keras finds cuDNN, it is used as in stock Keras.
+    all steps, unless there is dropout. Between the products all is float32; gradients of kernels
+    are summed over the steps, and those of the bias over steps and batch, in float32. Where Keras
+    finds cuDNN, it is used as in stock Keras.
 
     Args:
         units: Size of the output.
@@ -114,8 +115,9 @@ class GRU(keras.layers.GRU, RNN):
 
     In stock Keras a layer of 32 steps under "mixed_float16" casts its kernels and bias 33 times
     over. Here they are cast once, and the inputs are multiplied by their kernel in one product for
-    all steps, unless there is dropout or `reset_after=False`. Gradients of kernels are summed over
-    the steps in float32. Where Keras finds cuDNN, it is used as in stock Keras.
+    all steps, unless there is dropout. Between the products all is float32; gradients of kernels
+    are summed over the steps, and those of the bias over steps and batch, in float32. Where Keras
+    finds cuDNN, it is used as in stock Keras.
 
     Args:
         units: Size of the output, which is the state.
@@ -151,8 +153,8 @@ class GRU(keras.layers.GRU, RNN):
         training: bool = False,  # noqa: FBT001, FBT002 - Keras's
     ) -> Any:
         """Run the cell over the time steps; see `keras.layers.RNN`."""
-        if current().NARROW_SUMS and self.cell.compute_dtype != self.cell.variable_dtype:
-            # Keras has a loop of its own here, no cuDNN, that sums gradients in float16.
+        if current().NARROW_GRU and self.cell.compute_dtype != self.cell.variable_dtype:
+            # Keras has a loop of its own here, no cuDNN, that sums gradients in the compute dtype.
             mask = mask[0] if keras.tree.is_nested(mask) else mask
             return RNN.inner_loop(self, sequences, initial_state, mask, training)
         return _widened(self, super().inner_loop, (sequences, initial_state), mask, training)

@@ -20,11 +20,13 @@ class _Early(NamedTuple):
     """What a loop knows of a cell before its first step.
 
     Args:
-        weights: By name, what was read of each: as it is, and in the compute dtype.
+        kernels: By name, what was read of each: as it is, and in the compute dtype.
+        bias: What was read of it, as it is; None without one.
         projected: Whether `inputs` of `call` are the product of the inputs and the kernel.
     """
 
-    weights: dict[str, tuple[Any, Any]]
+    kernels: dict[str, tuple[Any, Any]]
+    bias: Any
     projected: bool = False
 
 
@@ -57,8 +59,8 @@ def _cast_before(master: Any, cast: Any) -> tuple[Any, Any]:
     return cast, gradient
 
 
-class _Weight:
-    """A cell's weight: the variable; in a loop, what was read of it before."""
+class _Kernel:
+    """A cell's kernel: the variable; in a loop, what was read of it before."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -72,16 +74,19 @@ class _Weight:
         if self.name not in vars(cell):
             raise AttributeError(self.name)  # not built
         known = _EARLY.get().get(id(cell))
-        early = known.weights.get(self.name) if known else None
+        early = known.kernels.get(self.name) if known else None
         return vars(cell)[self.name] if early is None else ops.custom_gradient(_cast_before)(*early)
 
 
 class EarlyCast:
-    """What both cells share: weights that a loop reads once, and the loop's way to do so."""
+    """What both cells share: weights that a loop reads once, and the loop's way to do so.
 
-    kernel = _Weight()
-    recurrent_kernel = _Weight()
-    bias = _Weight()
+    Products are in the compute dtype, and what is between them is in float32: so is the gradient of
+    the bias, a sum over the batch.
+    """
+
+    kernel = _Kernel()
+    recurrent_kernel = _Kernel()
 
     @contextlib.contextmanager
     def read_early(self) -> Iterator[None]:
@@ -90,15 +95,11 @@ class EarlyCast:
         if cell.compute_dtype == cell.variable_dtype:
             yield
             return
-        early = {}
-        for name in ("kernel", "recurrent_kernel", "bias"):
-            variable = vars(cell)[name]
-            if variable is None:
-                continue
-            with AutocastScope(None):
-                master = ops.copy(variable)  # a tensor; convert_to_tensor may hand on the variable
-            early[name] = (master, ops.cast(master, cell.compute_dtype))
-        with _known(cell, _Early(early)):
+        kernels = {}
+        for name in ("kernel", "recurrent_kernel"):
+            master = _as_it_is(vars(cell)[name])
+            kernels[name] = (master, ops.cast(master, cell.compute_dtype))
+        with _known(cell, _Early(kernels, _as_it_is(cell.bias))):
             yield
 
     @contextlib.contextmanager
@@ -109,25 +110,26 @@ class EarlyCast:
         """
         cell: Any = self
         dropping = training and cell.dropout > 0
-        if dropping or cell.compute_dtype == cell.variable_dtype or not self._can_project():
+        if dropping or cell.compute_dtype == cell.variable_dtype:
             yield sequences
             return
         projected = ops.matmul(ops.cast(sequences, cell.compute_dtype), cell.kernel)
         with _known(cell, _EARLY.get()[id(cell)]._replace(projected=True)):
             yield projected
 
-    def _can_project(self) -> bool:
-        cell: Any = self
-        return bool(cell.implementation == 2)  # noqa: PLR2004 - Keras's number for one product
-
     def call(self, inputs: Any, states: Any, training: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's
         """Return the output of one step and the new states, in the compute dtype."""
         cell: Any = self
+        if cell.compute_dtype == cell.variable_dtype:
+            return super().call(inputs, states, training=training)  # type: ignore[misc]  # the layer mixed in has it
         known = _EARLY.get().get(id(cell))
-        if known and known.projected:
-            results = self._step(self._wide(inputs), states)
-        else:
-            results = super().call(inputs, states, training=training)  # type: ignore[misc]  # the layer mixed in has it
+        if not (known and known.projected):
+            dropping = training and 0 < cell.dropout < 1
+            mask = cell.get_dropout_mask(inputs) if dropping else None
+            inputs = _product(inputs, cell.kernel, mask)
+        dropping = training and 0 < cell.recurrent_dropout < 1
+        mask = cell.get_recurrent_dropout_mask(_first(states)) if dropping else None
+        results = self._step(self._wide(inputs), states, mask)
         return keras.tree.map_structure(lambda x: ops.cast(x, cell.compute_dtype), results)
 
     def _wide(self, tensor: Any) -> Any:
@@ -136,11 +138,39 @@ class EarlyCast:
 
     def _wide_bias(self) -> Any:
         """Return the bias as it is, in float32: so is the sum that is its gradient."""
-        return _EARLY.get()[id(self)].weights["bias"][0]
+        cell: Any = self
+        known = _EARLY.get().get(id(cell))
+        return known.bias if known else _as_it_is(cell.bias)
 
-    def _step(self, projected: Any, states: Any) -> Any:
-        """Do a step whose gates are float32, from the inputs' product and the old states."""
+    def _step(self, projected: Any, states: Any, mask: Any) -> Any:
+        """Do a step whose gates are float32.
+
+        Args:
+            projected: The product of the inputs and their kernel.
+            states: The old states, in the compute dtype.
+            mask: What the old output is multiplied by before its product: None, or as Keras makes
+                them, one for each gate or one for all.
+        """
         raise NotImplementedError
+
+
+def _as_it_is(variable: Any) -> Any:
+    """Return what a variable holds, as a tensor in the variable's dtype; None for None."""
+    with AutocastScope(None):  # convert_to_tensor may hand on the variable
+        return None if variable is None else ops.copy(variable)
+
+
+def _first(states: Any) -> Any:
+    return keras.tree.flatten(states)[0]  # a GRU's may be one tensor, or a list of it
+
+
+def _product(inputs: Any, kernel: Any, mask: Any) -> Any:
+    """Return the product of inputs, of which some are dropped, and the kernels of all gates."""
+    if not isinstance(mask, list):
+        return ops.matmul(inputs if mask is None else inputs * mask, kernel)
+    kernels = ops.split(kernel, len(mask), axis=-1)
+    products = [ops.matmul(inputs * m, k) for m, k in zip(mask, kernels, strict=True)]
+    return ops.concatenate(products, axis=-1)
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -169,9 +199,9 @@ class LSTMCell(EarlyCast, keras.layers.LSTMCell):
     True
     """
 
-    def _step(self, projected: Any, states: Any) -> Any:
+    def _step(self, projected: Any, states: Any, mask: Any) -> Any:
         output, carry = states
-        gates = projected + self._wide(ops.matmul(output, self.recurrent_kernel))
+        gates = projected + self._wide(_product(output, self.recurrent_kernel, mask))
         if self.use_bias:
             gates = gates + self._wide_bias()
         enter, forget, candidate, leave = ops.split(gates, 4, axis=-1)
@@ -207,19 +237,28 @@ class GRUCell(EarlyCast, keras.layers.GRUCell):
     True
     """
 
-    def _can_project(self) -> bool:
-        return bool(self.reset_after) and super()._can_project()
-
-    def _step(self, projected: Any, states: Any) -> Any:
-        (state,) = keras.tree.flatten(states)
-        recurrent = self._wide(ops.matmul(state, self.recurrent_kernel))
-        if self.use_bias:
+    def _step(self, projected: Any, states: Any, mask: Any) -> Any:
+        state = _first(states)
+        of_gates, of_candidate = mask, None
+        kernel = self.recurrent_kernel
+        if not self.reset_after:  # the candidate has a product of its own, of what is reset
+            kernel, last = ops.split(kernel, [2 * self.units], axis=-1)
+            of_gates, of_candidate = (mask[:2], mask[2]) if mask else (None, None)
+        recurrent = self._wide(_product(state, kernel, of_gates))
+        if self.use_bias and self.reset_after:
             of_inputs, of_state = ops.unstack(self._wide_bias())
             projected, recurrent = projected + of_inputs, recurrent + of_state
+        elif self.use_bias:
+            projected = projected + self._wide_bias()
         update, reset, candidate = ops.split(projected, 3, axis=-1)
-        old_update, old_reset, old_candidate = ops.split(recurrent, 3, axis=-1)
-        update = self.recurrent_activation(update + old_update)
-        reset = self.recurrent_activation(reset + old_reset)
-        candidate = self.activation(candidate + reset * old_candidate)
+        old = ops.split(recurrent, 3 if self.reset_after else 2, axis=-1)
+        update = self.recurrent_activation(update + old[0])
+        reset = self.recurrent_activation(reset + old[1])
+        if self.reset_after:
+            candidate = self.activation(candidate + reset * old[2])
+        else:
+            was_reset = ops.cast(reset * self._wide(state), self.compute_dtype)
+            product = self._wide(_product(was_reset, last, of_candidate))
+            candidate = self.activation(candidate + product)
         state = update * self._wide(state) + (1 - update) * candidate
         return state, [state] if keras.tree.is_nested(states) else state

@@ -1,0 +1,31 @@
+"""The projections of attention, which Keras makes of its own EinsumDense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from kerasmp.backend import current
+from kerasmp.backend.keras_private import flatten_layers, set_autocast
+from kerasmp.layers import dense
+
+
+class EinsumDense(dense.EinsumDense):
+    """Ours, under Keras's name: texts of policies have that, written before these were ours."""
+
+
+def projections_in(attention: Any) -> list[Any]:
+    """Return the projections inside a layer of attention that are Keras's own."""
+    return [x for x in flatten_layers(attention)[1:] if type(x) is keras.layers.EinsumDense]
+
+
+def turn_projections(attention: Any) -> None:
+    """Let the projections of attention that was just built be ours.
+
+    Its constructor and `build` offer no other class than Keras's own.
+    """
+    for projection in projections_in(attention):
+        projection.__class__ = EinsumDense
+        if projection.bias is not None and current().NARROW_SUMS:
+            set_autocast(projection.bias, to=False)

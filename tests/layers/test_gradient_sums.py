@@ -1,0 +1,157 @@
+"""Gradients that are sums over a batch are summed in float32, whichever half precision there is.
+
+In bfloat16 a sum of ones stops at 256, in float16 at 2048.
+"""
+
+import keras
+import numpy as np
+import pytest
+from helpers import gradients
+from helpers.marks import few, full, full_on, in_each_way
+
+from kerasmp import layers
+
+ROWS = 4096
+BOTH = pytest.mark.parametrize("dtype", ["mixed_bfloat16", full("mixed_float16")])
+STEPS, IMAGE, VOLUME = (64, 64, 2), (4, 32, 32, 2), (1, 16, 16, 16, 2)
+WINDOW = {"kernel_size": 1}
+# Of each: the class, its arguments, the shape of the inputs, and the axes that the sum is over.
+SUMS = {
+    "Dense": ("Dense", {"units": 2}, (ROWS, 2), 0),
+    "Dense-steps": ("Dense", {"units": 2}, STEPS, (0, 1)),
+    "EinsumDense": (
+        "EinsumDense",
+        {"equation": "abc,cde->abde", "output_shape": (64, 2, 3), "bias_axes": "de"},
+        STEPS,
+        (0, 1),
+    ),
+    "EinsumDense-first": (
+        "EinsumDense",
+        {"equation": "abc,cd->abd", "output_shape": (2, 1), "bias_axes": "b"},
+        (ROWS, 2, 2),
+        (0, 2),
+    ),
+    "Conv1D": ("Conv1D", {"filters": 2, **WINDOW}, STEPS, (0, 1)),
+    "Conv2D": ("Conv2D", {"filters": 2, **WINDOW}, IMAGE, (0, 1, 2)),
+    "Conv3D": ("Conv3D", {"filters": 2, **WINDOW}, VOLUME, (0, 1, 2, 3)),
+    "Conv1DTranspose": ("Conv1DTranspose", {"filters": 2, **WINDOW}, STEPS, (0, 1)),
+    "Conv2DTranspose": ("Conv2DTranspose", {"filters": 2, **WINDOW}, IMAGE, (0, 1, 2)),
+    "Conv3DTranspose": ("Conv3DTranspose", {"filters": 2, **WINDOW}, VOLUME, (0, 1, 2, 3)),
+    "DepthwiseConv1D": ("DepthwiseConv1D", WINDOW, STEPS, (0, 1)),
+    "DepthwiseConv2D": ("DepthwiseConv2D", WINDOW, IMAGE, (0, 1, 2)),
+    "SeparableConv1D": ("SeparableConv1D", {"filters": 2, **WINDOW}, STEPS, (0, 1)),
+    "SeparableConv2D": ("SeparableConv2D", {"filters": 2, **WINDOW}, IMAGE, (0, 1, 2)),
+}
+
+
+def upstreams(shape):
+    """Yield gradients of outputs: ones, and numbers of both signs that half precision holds."""
+    yield np.ones(shape)
+    yield np.random.default_rng(0).integers(-16, 17, shape) / 16
+
+
+def error(found, wanted):
+    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+
+
+@in_each_way
+@BOTH
+@pytest.mark.parametrize("name", few(SUMS, ["Dense", "Conv2D"]))
+def test_the_gradient_of_a_bias_is_a_float32_sum(name, dtype, mode):
+    cls, arguments, shape, axes = SUMS[name]
+    layer = getattr(layers, cls)(**arguments, dtype=dtype)
+    layer.build(shape)
+    run = gradients.compile_(layer, [layer.bias], mode)
+    inputs = [np.zeros(shape, "float16")]
+    for upstream in upstreams(layer.compute_output_shape(shape)):
+        _, found = run(inputs, [upstream])
+        wanted = np.sum(upstream, axes).reshape(layer.bias.shape)
+        assert error(found[-1], wanted) < 2.0**-9
+
+
+# Layers whose gradients are no plain sums: their arguments, and the shape of the inputs.
+OTHERS = {
+    "LSTM": ({"units": 2}, (ROWS, 2, 3)),
+    "LSTM-one-by-one": ({"units": 2, "implementation": 1}, (ROWS, 2, 3)),
+    "GRU": ({"units": 2, "reset_after": False}, (ROWS, 2, 3)),
+    "GRU-unrolled": ({"units": 2, "reset_after": False, "unroll": True}, (ROWS, 1, 3)),
+    "MultiHeadAttention": ({"num_heads": 2, "key_dim": 2}, (64, 64, 3)),
+    "GroupQueryAttention": (
+        {"num_query_heads": 2, "num_key_value_heads": 1, "head_dim": 2},
+        (64, 64, 3),
+    ),
+}
+
+
+def called(layer, x):
+    return layer(x, x) if "Attention" in type(layer).__name__ else layer(x)
+
+
+def gradients_of_biases(layer, shape, weights, mode):
+    """Return the gradients of all biases, for outputs of ones, by path."""
+    called(layer, keras.Input(batch_shape=shape))
+    for variable, value in zip(layer.trainable_variables, weights or [], strict=bool(weights)):
+        variable.assign(value)
+    biases = [v for v in layer.trainable_variables if v.name == "bias"]
+    run = gradients.compile_(lambda x: called(layer, x), biases, mode)
+    x = np.random.default_rng(0).integers(-8, 9, shape) / 8
+    _, found = run([x.astype("float16")], None)
+    names = [v.path.partition("/")[2] for v in biases]
+    return dict(zip(names, found[-len(biases) :], strict=True))
+
+
+@full_on("jax")
+@in_each_way
+@BOTH
+@pytest.mark.parametrize("name", few(OTHERS, ["GRU-unrolled", "MultiHeadAttention"]))
+def test_so_it_is_where_a_layer_has_products_inside(name, dtype, mode):
+    arguments, shape = OTHERS[name]
+    cls = name.partition("-")[0]
+    stock = getattr(keras.layers, cls)(**arguments, dtype="float32")
+    called(stock, keras.Input(batch_shape=shape))
+    random = np.random.default_rng(1)
+    weights = [random.integers(-8, 9, v.shape) / 16 for v in stock.trainable_variables]
+    wanted = gradients_of_biases(stock, shape, weights, mode)
+    ours = getattr(layers, cls)(**arguments, dtype=dtype)
+    for path, found in gradients_of_biases(ours, shape, weights, mode).items():
+        if not path.startswith("key/"):  # a bias of all keys changes no attention
+            assert error(found, wanted[path]) < 2.0**-6, path
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("cls", ["Dense", "EinsumDense"])
+def test_a_layer_of_ours_is_quantized_as_a_stock_one(cls):
+    arguments, x = {
+        "Dense": ({"units": 3}, np.ones((2, 8), "float32")),
+        "EinsumDense": (
+            {"equation": "ab,bc->ac", "output_shape": (3,), "bias_axes": "c"},
+            np.ones((2, 8), "float32"),
+        ),
+    }[cls]
+    found = []
+    for room in (layers, keras.layers):
+        keras.utils.set_random_seed(0)
+        layer = getattr(room, cls)(**arguments, dtype="mixed_bfloat16")
+        layer(x)
+        layer.quantize("int8")
+        assert layer.quantization_mode == "int8"
+        found.append(gradients.numpy(layer(x)))
+    np.testing.assert_allclose(*found, rtol=2.0**-7)
+
+
+class Derived(layers.Dense):
+    pass
+
+
+def test_a_class_derived_from_ours_is_not():
+    layer = Derived(3)
+    layer.build((1, 4))
+    with pytest.raises(NotImplementedError, match="quantize"):
+        layer.quantize("int8")
+
+
+def test_a_projection_of_attention_is_named_as_in_stock_keras():
+    """Texts of policies that were written before have Keras's name."""
+    layer = layers.MultiHeadAttention(2, 2)
+    layer.build((1, 3, 4), (1, 3, 4))
+    assert keras.saving.get_registered_name(type(layer.query_dense)) == "EinsumDense"
