@@ -1,8 +1,11 @@
 """What kerasmp's layers cost in float16: a forward and a backward pass, stock Keras's and ours.
 
+Of an Embedding, a whole step with SGD, where its table is changed.
+
 KERAS_BACKEND=tensorflow python benchmarks/layers.py --jit no
 KERAS_BACKEND=tensorflow python benchmarks/layers.py --jit yes
 KERAS_BACKEND=jax python benchmarks/layers.py
+KERAS_BACKEND=torch python benchmarks/layers.py Embedding
 """
 
 import argparse
@@ -15,10 +18,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasmp import layers
+from kerasmp import Sequential, layers
 
 # Name: class, arguments, shape of the inputs, passes in a round.
 CASES = {
+    "Embedding": ("Embedding", {"input_dim": 1_000_000, "output_dim": 64}, (4096,), 5),
     "LSTM": ("LSTM", {"units": 128, "return_sequences": True}, (16, 64, 64), 3),
     "GRU": ("GRU", {"units": 128, "return_sequences": True}, (16, 64, 64), 3),
     "GRU, wide": ("GRU", {"units": 256, "return_sequences": True}, (16, 64, 256), 2),
@@ -117,6 +121,16 @@ def _jax(layer, jit):  # noqa: ARG001 - JAX has no other way
     return lambda x: jax.block_until_ready(step(x, [v.value for v in variables]))
 
 
+def stepping(layer, batch, repeats, *, jit):
+    """Return a function that trains an embedding for a few steps."""
+    model = Sequential([keras.Input((), dtype="int32"), layer])
+    jit = jit or keras.backend.backend() == "jax"
+    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=jit)
+    ids = np.random.default_rng(0).integers(0, layer.input_dim, batch * repeats)
+    wanted = np.ones((len(ids), layer.output_dim), "float32")
+    return lambda: model.fit(ids, wanted, batch_size=batch, shuffle=False, verbose=0)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; default all")
@@ -126,11 +140,14 @@ def main():
     jit = arguments.jit == "yes"
     for case in arguments.cases or CASES:
         name, settings, shape, repeats = CASES[case]
+        how = {"repeats": repeats, "jit": jit}
         x = np.random.default_rng(0).normal(size=shape).astype("float16")
-        compared = {
-            f"{label} {name}": passing(built(module, name, settings, shape), x, repeats, jit=jit)
-            for label, module in (("stock", keras.layers), ("kerasmp", layers))
-        }
+        compared = {}
+        for label, module in (("stock", keras.layers), ("kerasmp", layers)):
+            layer = built(module, name, settings, shape)
+            compared[f"{label} {name}"] = (
+                stepping(layer, *shape, **how) if name == "Embedding" else passing(layer, x, **how)
+            )
         way = ", XLA" if jit or keras.backend.backend() == "jax" else ""
         interleaved.report(f"{case}{way}", interleaved.measure(compared, arguments.rounds))
 

@@ -18,7 +18,7 @@ from kerasmp.errors import BackendError
 if TYPE_CHECKING:
     from kerasmp.backend.base import Backend
 
-__all__ = ["as_written", "current", "multiplies_mixed"]
+__all__ = ["as_written", "current", "multiplies_mixed", "sums_rows_narrowly"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _CLASSES = {"tensorflow": "TensorFlow", "jax": "Jax", "torch": "Torch"}
@@ -44,6 +44,15 @@ def multiplies_mixed() -> bool:
     """Return whether a product takes a float32 tensor and a float16 one; also without a backend."""
     name: str = keras.backend.backend()
     return name != "torch"
+
+
+def sums_rows_narrowly() -> bool:
+    """Return whether a row that is taken twice has a gradient summed in the dtype of the table.
+
+    Also without a backend.
+    """
+    name: str = keras.backend.backend()
+    return name != "tensorflow"
 
 
 def as_written(function: _F) -> _F:

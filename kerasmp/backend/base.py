@@ -129,6 +129,10 @@ class Backend(Protocol):
             bias = ops.cast(bias, wide_dtype(bias))
         return ops.add(outputs, bias)
 
+    def rows(self, table: Any, ids: Tensor) -> Tensor:
+        """Return the rows of a table, a variable or a tensor, of which no copy is made."""
+        return ops.take(table, ids, axis=0)
+
     @abstractmethod
     def matmul_wide(self, left: Tensor, right: Tensor, dtype: str) -> Tensor:
         """Return the matrix product in `dtype`, without rounding it to that of the factors."""

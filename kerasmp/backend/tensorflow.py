@@ -90,6 +90,16 @@ class TensorFlow(Backend):
             return keras.ops.add(outputs, tf.cast(bias, outputs.dtype))
         return _add_bias(outputs, bias)
 
+    def rows(self, table: Any, ids: Any) -> Any:
+        """Return the rows of a table, a variable or a tensor, of which no copy is made.
+
+        Keras reads the whole variable, so that the update which follows has to copy it.
+        """
+        if not isinstance(ids, tf.Tensor):  # Keras knows sparse and ragged ones
+            return super().rows(table, ids)
+        held = table.value if isinstance(table, keras.Variable) else table
+        return tf.gather(held, tf.where(ids < 0, ids + table.shape[0], ids))
+
     def dense_values(self, gradient: Any) -> Any:
         """Return the numbers of a gradient; those of `IndexedSlices` without densifying them."""
         return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient

@@ -26,6 +26,9 @@ from kerasmp.layers.dense import (
     Dense,
     EinsumDense,
 )
+from kerasmp.layers.embedding import (
+    Embedding,
+)
 from kerasmp.layers.head import (
     DenseHead,
 )
@@ -95,6 +98,7 @@ __all__ = [
     "DepthwiseConv2D",
     "Dot",
     "EinsumDense",
+    "Embedding",
     "GRUCell",
     "GlobalAveragePooling1D",
     "GroupQueryAttention",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 
-from kerasmp.backend import multiplies_mixed
+from kerasmp.backend import multiplies_mixed, sums_rows_narrowly
 from kerasmp.backend.keras_graph import children
 
 if TYPE_CHECKING:
@@ -149,6 +149,10 @@ def _interpolates(layer: Any, _: Place) -> bool:
     )
 
 
+def _takes_rows(layer: Any, _: Place) -> bool:
+    return isinstance(layer, layers.Embedding) and sums_rows_narrowly()
+
+
 def _ends_in_probabilities(layer: Any, _: Place) -> bool:
     return isinstance(layer, ACTIVATED) and activation_name(layer) in PROBABILITIES
 
@@ -245,5 +249,11 @@ RULES = (
         "20",
         "under TensorFlow's XLA its gradient mixes two dtypes, which is an error",
         _interpolates,
+    ),
+    SafeRule(
+        "embedding",
+        "21",
+        "the gradient of an id that a batch has many times is summed in half precision",
+        _takes_rows,
     ),
 )

@@ -6,7 +6,7 @@ In bfloat16 a sum of ones stops at 256, in float16 at 2048.
 import keras
 import numpy as np
 import pytest
-from helpers import gradients
+from helpers import gradients, traced_casts
 from helpers.marks import few, full, full_on, in_each_way
 
 from kerasmp import layers
@@ -118,10 +118,75 @@ def test_so_it_is_where_a_layer_has_products_inside(name, dtype, mode):
             assert error(found, wanted[path]) < 2.0**-6, path
 
 
+# ------------------------------------------------------------------------------------ embeddings
+
+IDS = np.array([[0, 1] * 2048, [2, 0] * 2048], "int32")
+
+
+def embedding(dtype="mixed_bfloat16", **arguments):
+    layer = layers.Embedding(4, 3, dtype=dtype, **arguments)
+    layer.build()
+    return layer
+
+
+@in_each_way
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
+def test_the_gradient_of_a_row_is_a_float32_sum(dtype, mode):
+    layer = embedding(dtype)
+    run = gradients.compile_(layer, [layer.embeddings], mode)
+    for upstream in upstreams((*IDS.shape, 3)):
+        wanted = np.zeros((4, 3))
+        np.add.at(wanted, IDS, upstream)
+        _, (found,) = run([IDS], [upstream])
+        assert error(found, wanted) < 2.0**-20
+
+
+def test_no_copy_is_made_of_the_table():
+    """What is cast are the rows that are taken."""
+    layer = embedding("mixed_float16")
+    if keras.backend.backend() == "torch":
+        outputs = layer(IDS)
+        assert outputs.grad_fn.next_functions[0][0].name() == "EmbeddingBackward0"
+    else:
+        assert traced_casts.count(layer, IDS, [layer.embeddings.shape]) == (0, 0)
+
+
+@pytest.mark.backend("tensorflow")
+def test_gradients_of_a_table_stay_sparse():
+    import tensorflow as tf
+
+    layer = embedding()
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(layer(IDS))
+    gradient = tape.gradient(loss, layer.embeddings.value)
+    assert isinstance(gradient, tf.IndexedSlices)
+    assert gradient.values.dtype == "float32"
+
+
+def test_lora_is_summed_and_saved_in_float32():
+    layer = embedding("mixed_bfloat16", lora_rank=2)
+    table, a, b = (
+        np.random.default_rng(i).normal(size=v.shape) for i, v in enumerate(layer.weights)
+    )
+    layer.set_weights([table, a, b])
+    wanted = table + a @ b
+    np.testing.assert_allclose(gradients.numpy(layer.embeddings), wanted, rtol=1e-6)
+    store = {}
+    layer.save_own_variables(store)
+    np.testing.assert_allclose(gradients.numpy(store["0"]), wanted, rtol=1e-6)
+    run = gradients.compile_(layer, layer.trainable_variables, "quick")
+    _, (of_a, of_b) = run([IDS], None)
+    counts = np.array([4096, 2048, 2048, 0])[:, None]
+    ones = np.ones((1, 3))
+    np.testing.assert_allclose(of_a, counts * ones @ b.T, rtol=1e-5)
+    np.testing.assert_allclose(of_b, (a * counts).sum(0)[:, None] * ones, rtol=1e-5)
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("cls", ["Dense", "EinsumDense"])
+@pytest.mark.parametrize("cls", ["Embedding", "Dense", "EinsumDense"])
 def test_a_layer_of_ours_is_quantized_as_a_stock_one(cls):
     arguments, x = {
+        "Embedding": ({"input_dim": 4, "output_dim": 3}, IDS),
         "Dense": ({"units": 3}, np.ones((2, 8), "float32")),
         "EinsumDense": (
             {"equation": "ab,bc->ac", "output_shape": (3,), "bias_axes": "c"},
@@ -139,13 +204,13 @@ def test_a_layer_of_ours_is_quantized_as_a_stock_one(cls):
     np.testing.assert_allclose(*found, rtol=2.0**-7)
 
 
-class Derived(layers.Dense):
+class Derived(layers.Embedding):
     pass
 
 
 def test_a_class_derived_from_ours_is_not():
-    layer = Derived(3)
-    layer.build((1, 4))
+    layer = Derived(4, 3)
+    layer.build()
     with pytest.raises(NotImplementedError, match="quantize"):
         layer.quantize("int8")
 

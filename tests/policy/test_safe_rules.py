@@ -121,6 +121,13 @@ CASES = {
         [lambda: relu_after(layers.SpectralNormalization(layers.Dense(2)), (4,))],
         [lambda: relu_after(layers.TimeDistributed(layers.Dense(2)), (4, 2))],
     ),
+    "embedding": (
+        [lambda: relu_after(layers.Embedding(4, 2), (3,))],
+        [
+            lambda: relu_after(mp.layers.Embedding(4, 2), (3,)),
+            lambda: relu_after(layers.Dense(2), (3,)),
+        ],
+    ),
     "interpolation": (
         [
             lambda: relu_after(layers.UpSampling2D(interpolation="bilinear"), (4, 4, 2)),

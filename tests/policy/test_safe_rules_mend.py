@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers import gradients
 from helpers.marks import full, marks_on
 from helpers.networks import relu_after
 
@@ -136,6 +137,21 @@ def test_spectral_normalization_keeps_its_float32_kernel():
 
     assert is_rounded(kernel(None))
     assert not is_rounded(kernel("safe"))
+
+
+@pytest.mark.backend("jax", "torch")
+@pytest.mark.parametrize("name", {"Embedding", "ReversibleEmbedding"} & {*dir(layers)})
+def test_the_gradient_of_a_row_is_not_summed_in_float16(name):
+    def gradient(rules):
+        model = relu_after(getattr(layers, name)(3, 1), (4096,))
+        mp.convert(model, "mixed_float16", rules=rules)
+        layer = third_from_the_end(model)
+        run = gradients.compile_(layer, [layer.embeddings], "quick")
+        _, (found,) = run([np.zeros((1, 4096), "int32")], None)
+        return found[0, 0]
+
+    assert gradient(None) == 2048
+    assert gradient("safe") == 4096
 
 
 @pytest.mark.parametrize("fused", [True, full(False)])
