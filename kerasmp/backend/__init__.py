@@ -18,7 +18,13 @@ from kerasmp.errors import BackendError
 if TYPE_CHECKING:
     from kerasmp.backend.base import Backend
 
-__all__ = ["as_written", "current", "multiplies_mixed", "sums_rows_narrowly"]
+__all__ = [
+    "as_written",
+    "compares_in_float32",
+    "current",
+    "multiplies_mixed",
+    "sums_rows_narrowly",
+]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _CLASSES = {"tensorflow": "TensorFlow", "jax": "Jax", "torch": "Torch"}
@@ -53,6 +59,18 @@ def sums_rows_narrowly() -> bool:
     """
     name: str = keras.backend.backend()
     return name != "tensorflow"
+
+
+def compares_in_float32(value: Any) -> bool:
+    """Return whether Keras compares a narrower tensor with `value` in float32.
+
+    Args:
+        value: A number, or an array of them. JAX and torch go by the tensor where it is a number of
+            Python's, and torch where it is any number.
+    """
+    shape = getattr(value, "shape", None)
+    on_jax = keras.backend.backend() == "jax" and shape is not None
+    return keras.backend.backend() == "tensorflow" or on_jax or bool(shape)
 
 
 def as_written(function: _F) -> _F:

@@ -73,6 +73,39 @@ def has_mask(tensor: Any) -> bool:
     return getattr(tensor, "_keras_mask", None) is not None
 
 
+def mask_operations(layer: Any) -> list[tuple[Any, Any]]:
+    """Return what graphs keep of the mask of a Masking, for each of its calls with symbols.
+
+    Where the layer after it has the same dtype, Keras hands it the mask that was computed with the
+    symbols, and in each run computes that again by these operations: the layer is not asked.
+
+    Returns:
+        Pairs of the cast of the input, None if there is none, and the comparison with the value.
+    """
+    found = []
+    for node in layer._inbound_nodes:  # noqa: SLF001 - no public way to the calls
+        mask = getattr(node.output_tensors[0], "_keras_mask", None)
+        if isinstance(mask, keras.KerasTensor):
+            comparison = _node_of(_node_of(mask).input_tensors[0])
+            compared = comparison.input_tensors[0]
+            is_cast = compared is not node.input_tensors[0]
+            found.append((producer(compared) if is_cast else None, comparison.operation))
+    return found
+
+
+def _node_of(tensor: Any) -> Any:
+    history = tensor._keras_history  # noqa: SLF001 - see `producer`
+    return history.operation._inbound_nodes[history.node_index]  # noqa: SLF001
+
+
+def renew_mask_casts(layer: Any) -> None:
+    """Let the casts that graphs keep of a stock Masking follow its present policy."""
+    for cast, _ in mask_operations(layer):
+        if type(cast).__name__ == "Cast":
+            cast.dtype = layer.compute_dtype
+            cast._auto_config = type(cast._auto_config)(dtype=cast.dtype)  # noqa: SLF001 - for files
+
+
 def symbolic_dtypes(model: Any) -> dict[int, str]:
     """Return the dtype that each tensor of a model's graph has under its layers' present policies.
 

@@ -45,6 +45,7 @@ __all__ = [
     "optimizer_in_fit",
     "own_variables",
     "set_autocast",
+    "set_keras_mask",
     "states_of",
     "steps_of",
     "unchanged_if_it_fails",
@@ -60,6 +61,7 @@ _FRAMES = 8
 # Functional: the class of `keras.Model(inputs, outputs)` has no public name, and a model of ours
 # that is built from inputs and outputs must inherit from it. functional_init_arguments: what
 # tells `keras.Model` that it was given inputs and outputs; a copy of it could come to differ.
+# set_keras_mask: how stock Masking leaves on its outputs the mask that it found.
 
 
 def with_mask_of(tensor: Any, other: Any) -> Any:

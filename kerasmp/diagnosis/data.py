@@ -13,6 +13,7 @@ from kerasmp.backend.keras_private import flatten_layers
 from kerasmp.diagnosis.finding import Finding
 from kerasmp.diagnosis.sizes import MULTIPLE
 from kerasmp.policy.places import HANDING_ON
+from kerasmp.policy.safe import is_ours, loses_mask_value
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ def findings(model: Any, x: Any) -> Iterator[Finding]:
     arrays = keras.tree.flatten(x)
     graph = graph_of(model)
     for number, array in enumerate(arrays):
-        largest = np.max(np.abs(array), initial=0.0) if array.dtype.kind in "fiu" else 0.0
-        if largest > LARGEST and _reaches_float16(model, graph, number, len(arrays)):
+        largest = _largest(array)
+        if largest > LARGEST and _reaches_float16(model, graph, number, arrays):
             name = graph.inputs[number].name if graph is not None else str(number)
             yield Finding(
                 "error",
@@ -54,6 +55,20 @@ def findings(model: Any, x: Any) -> Iterator[Finding]:
         )
 
 
+def _largest(array: Any) -> float:
+    return float(np.max(np.abs(array), initial=0.0)) if array.dtype.kind in "fiu" else 0.0
+
+
+def _unmasked(array: Any, layer: Any) -> Any:
+    """Return what is left of an array where a layer makes zeros of masked steps."""
+    if not isinstance(layer, keras.layers.Masking) or (
+        not is_ours(layer) and loses_mask_value(layer.mask_value, "float16")
+    ):
+        return array
+    same = array.astype("float32") == np.asarray(layer.mask_value, "float32")
+    return array[~np.all(same, axis=-1)]
+
+
 def _computes_in_float16(operation: Any) -> bool:
     return (
         isinstance(operation, keras.Layer)
@@ -62,9 +77,9 @@ def _computes_in_float16(operation: Any) -> bool:
     )
 
 
-def _reaches_float16(model: Any, graph: Any, number: int, count: int) -> bool:
-    """Return whether an input arrives at a float16 layer before any layer in float32."""
-    if graph is None or len(graph.inputs) != count:
+def _reaches_float16(model: Any, graph: Any, number: int, arrays: list[Any]) -> bool:
+    """Return whether a large input arrives at a float16 layer before any layer in float32."""
+    if graph is None or len(graph.inputs) != len(arrays):
         return str(model.compute_dtype) == "float16"  # a model casts what its `call` is given
     if graph.inputs[number].dtype == "float16":
         return True
@@ -78,10 +93,13 @@ def _reaches_float16(model: Any, graph: Any, number: int, count: int) -> bool:
             nested = graph_of(layer)
             if nested is not None:
                 place = next(i for i, each in enumerate(call.inputs) if each is tensor)
-                if _reaches_float16(layer, nested, place, len(call.inputs)):
+                inside = [arrays[number]] * len(call.inputs)
+                if _reaches_float16(layer, nested, place, inside):
                     return True
-            elif _computes_in_float16(layer):
+            elif _computes_in_float16(layer) and (
+                _largest(_unmasked(arrays[number], layer)) > LARGEST
+            ):
                 return True
             elif not isinstance(layer, keras.Layer) or isinstance(layer, HANDING_ON):
-                waiting += call.outputs
+                waiting += [t for t in call.outputs if keras.backend.is_float_dtype(t.dtype)]
     return False

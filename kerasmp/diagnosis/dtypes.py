@@ -13,12 +13,14 @@ from kerasmp.backend.keras_private import flatten_layers
 from kerasmp.diagnosis.finding import Finding
 from kerasmp.policy import Policy, global_policy
 from kerasmp.policy.assign import assign
+from kerasmp.policy.places import places
 from kerasmp.policy.safe import (
     ACTIVATED,
     PROBABILITIES,
     UNSAFE_ACTIVATIONS,
     activation_name,
     is_ours,
+    loses_mask_value,
 )
 from kerasmp.policy.spec import HALVES
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 _EXACT = {"float16": 2**11, "bfloat16": 2**8}
 # Safe rules whose layers go on training, with a lower loss scale or less accuracy in the tails.
 _BEARABLE = ("activation", "probabilities")
+# Those of which other findings say more.
+_TOLD_APART = ("head", "mask-value")
 
 
 def findings(model: Any, dtypes: dict[int, str]) -> list[Finding]:
@@ -41,6 +45,7 @@ def findings(model: Any, dtypes: dict[int, str]) -> list[Finding]:
     return [
         *_unsafe_layers(model),
         *_unsafe_activations(model),
+        *_mask_values(model, dtypes),
         *_masters(model),
         *_vanishing_epsilons(model),
         *_float_ids(model, dtypes),
@@ -60,7 +65,7 @@ def _unsafe_layers(model: Any) -> Iterator[Finding]:
         rule, colon, reason = row.reason.removeprefix('"safe", ').partition(": ")
         if row.layer.compute_dtype != "float16" or row.after != "float32" or not colon:
             continue
-        if rule != "head":  # of which we can say more
+        if rule not in _TOLD_APART:
             yield Finding(
                 "hint" if rule in _BEARABLE else "warning",
                 row.path,
@@ -87,6 +92,33 @@ def _unsafe_activations(model: Any) -> Iterator[Finding]:
                 f'In float16, the gradient of "{name}" overflows, or is computed from the rounded '
                 "output.",
                 f"Give it activation=kerasmp.ops.{name}.",
+            )
+
+
+def _mask_values(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
+    """Yield stock Masking that looks for a value which the inputs have lost where they come in."""
+    given: dict[int, set[str]] = {}
+    for call in _all_calls(model):
+        come = {dtypes.get(id(each), each.dtype) for each in call.inputs}
+        given.setdefault(id(call.operation), set()).update(come)
+    rounded: dict[int, set[str]] = {id(None): set()}  # to what those that hold a layer round
+    for layer, place in places(model):
+        to = rounded[id(place.holder)]
+        if layer.autocast and graph_of(layer) is None:  # a model with a graph casts no inputs
+            to = to | {str(layer.compute_dtype)}
+        rounded[id(layer)] = to
+        if not isinstance(layer, keras.layers.Masking) or is_ours(layer):
+            continue
+        halves = sorted(to | given.get(id(layer), set()))
+        half = next((h for h in halves if loses_mask_value(layer.mask_value, h)), None)
+        if half is not None:
+            yield Finding(
+                "error",
+                place.path,
+                "mask-value",
+                f"Its mask value {layer.mask_value} is another number in {half}, in which its "
+                "inputs come: no step is masked.",
+                "Use kerasmp.layers.Masking, or convert with safe_layers=True.",
             )
 
 

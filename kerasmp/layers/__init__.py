@@ -32,6 +32,9 @@ from kerasmp.layers.embedding import (
 from kerasmp.layers.head import (
     DenseHead,
 )
+from kerasmp.layers.masking import (
+    Masking,
+)
 from kerasmp.layers.merging import (
     Average,
     Dot,
@@ -103,6 +106,7 @@ __all__ = [
     "GlobalAveragePooling1D",
     "GroupQueryAttention",
     "LSTMCell",
+    "Masking",
     "MultiHeadAttention",
     "Normalization",
     "PReLU",

@@ -16,13 +16,14 @@ import keras
 
 from kerasmp import layers, ops
 from kerasmp.backend import current
-from kerasmp.backend.keras_graph import policy_of, refresh_symbolic_dtypes
+from kerasmp.backend.keras_graph import mask_operations, policy_of, refresh_symbolic_dtypes
 from kerasmp.backend.keras_private import autocasts, own_variables, set_autocast
 from kerasmp.layers.bias import WideBias
+from kerasmp.layers.masking import as_it_comes, differs
 from kerasmp.layers.projection import EinsumDense as Projection
 from kerasmp.layers.projection import projections_in
 from kerasmp.layers.quantizing import QuantizesAsStock, without_type_check
-from kerasmp.ops.precision import wide_dtype
+from kerasmp.ops.precision import OneNode, wide_dtype
 from kerasmp.policy.apply import renew_statistics
 from kerasmp.policy.places import Place, places
 from kerasmp.policy.safe import ATTENTION
@@ -195,10 +196,24 @@ def _turn(layer: Any, ours: type, holders: Counter[int], undo: Undo) -> None:
         # The name keeps Keras from counting this one among the layers it has to name.
         like = type(layer)(layer.l1, layer.l2, name=layer.name)
         _set(layer, "activity_regularizer", like.activity_regularizer, undo)
+    if isinstance(layer, layers.Masking):
+        _set(layer, "autocast", False, undo)
+        for cast, comparison in mask_operations(layer):
+            _compute_by(differs, comparison, undo)
+            if cast is not None:
+                _compute_by(as_it_comes, cast, undo)
     if layer.compute_dtype != computed_in:  # Normalization's
         renew_statistics(layer)
     if not isinstance(layer, (*_ACTIVATED_IN_FLOAT32, *_RECURRENT, Projection)):
         _activate_safely(layer, undo)
+
+
+def _compute_by(function: Callable[..., Any], operation: Any, undo: Undo) -> None:
+    """Let an operation that is a node of a graph, and no layer, compute something else."""
+    for name, value in (("function", function), ("narrow", None)):
+        undo.callback(vars(operation).pop, name)
+        vars(operation)[name] = value
+    _set(operation, "__class__", OneNode, undo)
 
 
 def _never_cast(layer: Any) -> list[Any]:

@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kerasmp.backend.keras_graph import policy_of, refresh_symbolic_dtypes, set_policy
+from kerasmp.backend.keras_graph import (
+    policy_of,
+    refresh_symbolic_dtypes,
+    renew_mask_casts,
+    set_policy,
+)
 from kerasmp.errors import PolicyError
 
 if TYPE_CHECKING:
@@ -87,6 +92,8 @@ def _renew(model: Any, changed: list[Any]) -> None:
     for layer in changed:
         if isinstance(layer, keras.layers.Normalization):
             renew_statistics(layer)
+        elif isinstance(layer, keras.layers.Masking):
+            renew_mask_casts(layer)
     refresh_symbolic_dtypes(model)
 
 

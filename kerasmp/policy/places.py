@@ -36,12 +36,14 @@ class Place(NamedTuple):
         holder: The layer or model that holds it; None for the model itself.
         final: Whether the model's outputs come from it.
         masked: Whether a mask comes with its input; None where no graph tells.
+        half: The half precision that the policy would have it compute in, "" for none.
     """
 
     path: str
     holder: Any = None
     final: bool = False
     masked: bool | None = None
+    half: str = ""
 
 
 def places(model: Any) -> Iterator[tuple[Any, Place]]:

@@ -11,9 +11,11 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
+import numpy as np
 
-from kerasmp.backend import multiplies_mixed, sums_rows_narrowly
+from kerasmp.backend import compares_in_float32, multiplies_mixed, sums_rows_narrowly
 from kerasmp.backend.keras_graph import children
+from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,6 +112,25 @@ def activation_name(layer: Any) -> str:
     return "linear" if activation is None else str(getattr(activation, "__name__", ""))
 
 
+def loses_mask_value(value: Any, half: str) -> bool:
+    """Return whether stock Masking looks for a value among inputs that are rounded to another one.
+
+    Args:
+        value: The mask value.
+        half: The dtype that the inputs are rounded to.
+    """
+    number = keras.ops.convert_to_numpy(value)
+    if half not in HALVES or number.dtype.kind in "biu" or not compares_in_float32(value):
+        return False
+    wide = number.astype("float32")
+    if half == "bfloat16":  # which NumPy does not have: the first half of the bits
+        other = (wide.view("uint32") & 0xFFFF) != 0
+    else:
+        with np.errstate(over="ignore"):
+            other = wide.astype("float16") != wide
+    return bool(np.any(other & ~np.isnan(wide)))  # NaN is equal to nothing in any dtype
+
+
 def _is(*classes: type) -> Callable[[Any, Place], bool]:
     return lambda layer, _: isinstance(layer, classes)
 
@@ -159,6 +180,10 @@ def _ends_in_probabilities(layer: Any, _: Place) -> bool:
 
 def _is_unsafe_activation(layer: Any, _: Place) -> bool:
     return isinstance(layer, layers.Activation) and activation_name(layer) in UNSAFE_ACTIVATIONS
+
+
+def _masks_nothing(layer: Any, place: Place) -> bool:
+    return isinstance(layer, layers.Masking) and loses_mask_value(layer.mask_value, place.half)
 
 
 RULES = (
@@ -255,5 +280,11 @@ RULES = (
         "21",
         "the gradient of an id that a batch has many times is summed in half precision",
         _takes_rows,
+    ),
+    SafeRule(
+        "mask-value",
+        "24",
+        "its mask value is another number, and masks no step",
+        _masks_nothing,
     ),
 )

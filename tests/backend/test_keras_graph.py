@@ -34,6 +34,23 @@ def test_masks_are_seen():
     assert not keras_graph.has_mask(inputs)
 
 
+def test_what_a_graph_keeps_of_a_mask_is_found_with_the_cast_before_it():
+    inputs = keras.Input((4, 2))
+    masking = layers.Masking(0.1, dtype="mixed_float16")
+    masked = masking(inputs)
+    outputs = layers.LSTM(2, dtype="mixed_float16")(masked)
+    masking(keras.Input((4, 2), dtype="float16"))
+    (cast, comparison), (none, other) = keras_graph.mask_operations(masking)
+    assert (cast.dtype, none) == ("float16", None)
+    assert [type(each).__name__ for each in (comparison, other)] == ["NotEqual"] * 2
+    kept = [call.operation for call in keras_graph.calls(keras.Model(inputs, outputs))]
+    assert cast in kept  # LSTM is given the mask, and asks no layer for it
+    assert comparison in kept
+    masking.dtype_policy = "float32"
+    keras_graph.renew_mask_casts(masking)
+    assert (cast.dtype, cast.get_config()["dtype"]) == ("float32", "float32")
+
+
 def test_dtypes_follow_policies_and_leave_no_trace():
     built = model()
     last = built.get_layer("last")

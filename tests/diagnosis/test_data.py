@@ -52,6 +52,17 @@ def test_a_float32_layer_in_front_gives_peace():
 
 
 @pytest.mark.unit
+def test_steps_that_are_masked_before_they_are_rounded_do_not_count():
+    x = np.ones((8, 4, 8), "float32")
+    x[:, 2:] = -99999.0
+    # The graph hands LSTM the mask, which has no values.
+    model = made(lambda: mp.layers.Masking(-99999.0), lambda: layers.LSTM(8), shape=(4, 8))
+    assert not found(model, "input-range", x)
+    x[0, 0, 0] = -99999.0  # in a step that is not masked
+    assert found(model, "input-range", x)
+
+
+@pytest.mark.unit
 def test_only_the_input_that_is_too_large_is_named():
     small, large = keras.Input((8,), name="small"), keras.Input((8,), name="large")
     outputs = layers.Add(dtype="mixed_float16")([small, 2 * large])

@@ -72,6 +72,56 @@ def test_whole_numbers_few_ids_and_float32_are_in_peace():
     assert not found(embedding(5000, "float32"), "float-ids")
 
 
+# mask-value
+
+
+def masking(value, **arguments):
+    policy = arguments.pop("policy", "mixed_float16")
+    module = arguments.pop("module", layers)
+    part = lambda: module.Masking(value, name="masking")  # noqa: E731 - as the others
+    return made(part, shape=(4, 8), policy=policy, **arguments)
+
+
+class Masks(keras.Model):
+    def __init__(self, part, **settings):
+        super().__init__(**settings)
+        self.part = part
+
+    def call(self, inputs):
+        return self.part(inputs)
+
+
+@pytest.mark.backend("tensorflow")
+def test_a_mask_value_that_half_precision_does_not_hold_is_an_error():
+    for value, half in ((0.1, "float16"), (-5000.3, "bfloat16"), (-99999.0, "float16")):
+        each = only(masking(value, policy=f"mixed_{half}"), "mask-value")
+        assert (each.severity, each.place) == ("error", "masking")
+        assert f"{value} is another number in {half}" in each.reason
+        assert "kerasmp.layers.Masking" in each.remedy
+    # Where the layer itself rounds nothing, but what is around it does.
+    assert only(masking(0.1, policy="float32", dtype="float16"), "mask-value")
+    model = Masks(layers.Masking(0.1, dtype="float32"), dtype="mixed_float16")
+    assert only(model, "mask-value", np.ones((2, 4, 8), "float32"))
+
+
+@pytest.mark.backend("tensorflow")
+def test_mask_values_that_are_held_or_looked_for_in_float32_are_in_peace():
+    for value in (0.0, -0.5, 1000.5, -99999, float("nan")):
+        assert not found(masking(value), "mask-value")
+    assert not found(masking(0.1, policy="float32"), "mask-value")
+    assert not found(masking(0.1, module=mp.layers), "mask-value")
+    model = masking(0.1)
+    mp.convert(model)
+    assert not mp.lint(model)
+
+
+@pytest.mark.backend("jax", "torch")
+def test_where_keras_rounds_the_mask_value_too_nothing_is_said():
+    x = np.ones((8, 4, 8), "float32")
+    x[:, 2:] = -99999.0
+    assert not mp.lint(masking(-99999.0), x)
+
+
 # ignores-policy
 
 

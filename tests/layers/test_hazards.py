@@ -36,6 +36,7 @@ WITHOUT = {
     "Embedding": "only its gradient can be wrong, which is in test_gradient_sums.py",
     "GRUCell": "within GRU",
     "LSTMCell": "within LSTM",
+    "Masking": "its mask is right or not: layers/test_masking.py",
     "RNN": "LSTM and GRU are RNNs of their cells",
     "WithDtype": "gives a layer a dtype",
 }

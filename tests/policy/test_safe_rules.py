@@ -179,7 +179,41 @@ def test_what_it_leaves_alone(name, build):
 
 @pytest.mark.unit
 def test_every_rule_is_tested():
-    assert {rule.name for rule in RULES} == {*CASES, "head", "scores"}
+    assert {rule.name for rule in RULES} == {*CASES, *ON_ONE_BACKEND, "head", "scores"}
+
+
+# name of the rule: the backend on which stock Keras needs it, and the same as in CASES.
+ON_ONE_BACKEND = {
+    "mask-value": (
+        "tensorflow",
+        [lambda value=value: layers.Masking(value) for value in (0.1, -5000.3, -99999.0)],
+        [lambda value=value: layers.Masking(value) for value in (0.0, -0.5, 1000.5, -99999)]
+        + [lambda: mp.layers.Masking(0.1), lambda: layers.Masking(float("nan"))],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ON_ONE_BACKEND)
+def test_a_rule_of_one_backend_claims_there_alone(name):
+    backend, claimed, left = ON_ONE_BACKEND[name]
+    for make in claimed:
+        model = relu_after(make(), (4, 2))
+        row = row_of(model, third_from_the_end(model))
+        assert (name in row.reason) is (keras.backend.backend() == backend), row
+        assert (row.after == "float32") is (keras.backend.backend() == backend), row
+    for make in left:
+        model = relu_after(make(), (4, 2))
+        assert row_of(model, third_from_the_end(model)).after == "mixed_float16"
+
+
+@pytest.mark.backend("tensorflow")
+def test_what_bfloat16_alone_has_not_is_claimed_under_it_alone():
+    model = relu_after(layers.Masking(1000.5), (4, 2))
+    layer = third_from_the_end(model)
+    for half, after in (("float16", "mixed_float16"), ("bfloat16", "float32")):
+        policy = mp.Policy(f"mixed_{half}", rules="safe")
+        row = next(row for row in rows(model, policy) if row.layer is layer)
+        assert row.after == after
 
 
 @pytest.mark.parametrize("cls", [layers.MultiHeadAttention, layers.GroupQueryAttention])
