@@ -22,6 +22,8 @@ __all__ = [
     "as_written",
     "compares_in_float32",
     "current",
+    "drops_in_own_dtype",
+    "makes_noise_in_own_dtype",
     "multiplies_mixed",
     "sums_rows_narrowly",
 ]
@@ -71,6 +73,16 @@ def compares_in_float32(value: Any) -> bool:
     shape = getattr(value, "shape", None)
     on_jax = keras.backend.backend() == "jax" and shape is not None
     return keras.backend.backend() == "tensorflow" or on_jax or bool(shape)
+
+
+def drops_in_own_dtype() -> bool:
+    """Return whether dropout of a tensor draws numbers in the tensor's dtype."""
+    return bool(keras.backend.backend() == "tensorflow")
+
+
+def makes_noise_in_own_dtype() -> bool:
+    """Return whether normal numbers in half precision are made from uniform ones in it."""
+    return bool(keras.backend.backend() == "jax")
 
 
 def as_written(function: _F) -> _F:

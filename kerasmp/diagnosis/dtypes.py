@@ -16,11 +16,14 @@ from kerasmp.policy.assign import assign
 from kerasmp.policy.places import places
 from kerasmp.policy.safe import (
     ACTIVATED,
+    ATTENTION,
     PROBABILITIES,
     UNSAFE_ACTIVATIONS,
     activation_name,
+    drops_another_share,
     is_ours,
     loses_mask_value,
+    share_dropped,
 )
 from kerasmp.policy.spec import HALVES
 
@@ -31,8 +34,9 @@ if TYPE_CHECKING:
 _EXACT = {"float16": 2**11, "bfloat16": 2**8}
 # Safe rules whose layers go on training, with a lower loss scale or less accuracy in the tails.
 _BEARABLE = ("activation", "probabilities")
-# Those of which other findings say more.
-_TOLD_APART = ("head", "mask-value")
+# Those of which other findings say more, and those that hold in bfloat16 too.
+_TOLD_APART = ("head", "mask-value", "dropout")
+_IN_BFLOAT16 = ("noise",)
 
 
 def findings(model: Any, dtypes: dict[int, str]) -> list[Finding]:
@@ -46,6 +50,7 @@ def findings(model: Any, dtypes: dict[int, str]) -> list[Finding]:
         *_unsafe_layers(model),
         *_unsafe_activations(model),
         *_mask_values(model, dtypes),
+        *_dropout_rates(model),
         *_masters(model),
         *_vanishing_epsilons(model),
         *_float_ids(model, dtypes),
@@ -61,16 +66,18 @@ def is_custom(layer: Any) -> bool:
 
 
 def _unsafe_layers(model: Any) -> Iterator[Finding]:
-    for row in assign(model, Policy("mixed_float16", rules="safe")):
-        rule, colon, reason = row.reason.removeprefix('"safe", ').partition(": ")
-        if row.layer.compute_dtype != "float16" or row.after != "float32" or not colon:
-            continue
-        if rule not in _TOLD_APART:
+    for half in HALVES:
+        for row in assign(model, Policy(f"mixed_{half}", rules="safe")):
+            rule, colon, reason = row.reason.removeprefix('"safe", ').partition(": ")
+            if row.layer.compute_dtype != half or row.after != "float32" or not colon:
+                continue
+            if rule in _TOLD_APART or (half == "bfloat16" and rule not in _IN_BFLOAT16):
+                continue
             yield Finding(
                 "hint" if rule in _BEARABLE else "warning",
                 row.path,
                 "unsafe-layer",
-                f"In float16, {reason}.",
+                f"In {half}, {reason}.",
                 'Convert the model with kerasmp.convert, use rules="safe", or the layer of '
                 "kerasmp.layers.",
             )
@@ -120,6 +127,35 @@ def _mask_values(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
                 "inputs come: no step is masked.",
                 "Use kerasmp.layers.Masking, or convert with safe_layers=True.",
             )
+
+
+def _dropout_rates(model: Any) -> Iterator[Finding]:
+    for layer, place in places(model):
+        half = str(layer.compute_dtype)
+        looked_after = is_ours(place.holder) and isinstance(place.holder, ATTENTION)
+        if half not in HALVES or is_ours(layer) or looked_after:
+            continue
+        for rate in _rates(layer):
+            if drops_another_share(rate, half):
+                yield Finding(
+                    "warning",
+                    place.path,
+                    "dropout-rate",
+                    f"In {half} it drops {100 * share_dropped(rate, half):.3g} % and not "
+                    f"{100 * rate:.3g} %: there are few random numbers.",
+                    "Use the layer of kerasmp.layers, convert with safe_layers=True, or give it "
+                    'dtype="float32".',
+                )
+
+
+def _rates(layer: Any) -> list[float]:
+    """Return the rates at which a layer itself drops numbers of its compute dtype."""
+    if isinstance(layer, keras.layers.Dropout):
+        return [layer.rate]
+    if isinstance(layer, keras.layers.Attention):
+        return [layer.dropout]
+    # A cell: attention holds a Dropout, and LSTM and the like ask their cell.
+    return [layer.dropout, layer.recurrent_dropout] if "recurrent_dropout" in vars(layer) else []
 
 
 def _masters(model: Any) -> Iterator[Finding]:

@@ -43,6 +43,14 @@ from kerasmp.layers.multi_head_attention import (
     GroupQueryAttention,
     MultiHeadAttention,
 )
+from kerasmp.layers.noise import (
+    Dropout,
+    GaussianDropout,
+    GaussianNoise,
+    SpatialDropout1D,
+    SpatialDropout2D,
+    SpatialDropout3D,
+)
 from kerasmp.layers.normalization import (
     BatchNormalization,
 )
@@ -100,9 +108,12 @@ __all__ = [
     "DepthwiseConv1D",
     "DepthwiseConv2D",
     "Dot",
+    "Dropout",
     "EinsumDense",
     "Embedding",
     "GRUCell",
+    "GaussianDropout",
+    "GaussianNoise",
     "GlobalAveragePooling1D",
     "GroupQueryAttention",
     "LSTMCell",
@@ -113,6 +124,9 @@ __all__ = [
     "SeparableConv1D",
     "SeparableConv2D",
     "Softmax",
+    "SpatialDropout1D",
+    "SpatialDropout2D",
+    "SpatialDropout3D",
     "SpectralNormalization",
     "UnitNormalization",
     "WithDtype",

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import keras
 import numpy as np
 
-from kerasmp.backend import compares_in_float32, multiplies_mixed, sums_rows_narrowly
+from kerasmp.backend import (
+    compares_in_float32,
+    drops_in_own_dtype,
+    makes_noise_in_own_dtype,
+    multiplies_mixed,
+    sums_rows_narrowly,
+)
 from kerasmp.backend.keras_graph import children
 from kerasmp.policy.spec import HALVES
 
@@ -26,10 +32,16 @@ layers = keras.layers
 
 _PACKAGE = __name__.partition(".")[0]
 
+# As many uniform numbers are there in half precision, one step from each other.
+_UNIFORM = {"float16": 2**10, "bfloat16": 2**7}
+# How far off the share of what is dropped, or of what is kept, may be.
+_SHARE_OFF = 0.05
+
 # Up to this size the error of a float16 sum stays within four times the best possible one.
 LARGEST_WINDOW = 16
 
 ATTENTION = (layers.MultiHeadAttention, layers.GroupQueryAttention)
+NOISE = (layers.GaussianNoise, layers.GaussianDropout)
 POOLING = (layers.AveragePooling1D, layers.AveragePooling2D, layers.AveragePooling3D)
 ACTIVATED = (
     layers.Dense,
@@ -131,6 +143,29 @@ def loses_mask_value(value: Any, half: str) -> bool:
     return bool(np.any(other & ~np.isnan(wide)))  # NaN is equal to nothing in any dtype
 
 
+def share_dropped(rate: float, half: str) -> float:
+    """Return the share of its inputs that stock Keras drops in half precision.
+
+    Example:
+
+    >>> share_dropped(0.001, "bfloat16")
+    0.0078125
+    """
+    return math.ceil(rate * _UNIFORM[half]) / _UNIFORM[half]
+
+
+def drops_another_share(rate: float, half: str) -> bool:
+    """Return whether stock Keras drops, or keeps, another share in half precision than it should.
+
+    Args:
+        rate: What it should drop.
+        half: The dtype of the inputs.
+    """
+    if half not in HALVES or not drops_in_own_dtype():
+        return False
+    return abs(share_dropped(rate, half) - rate) > _SHARE_OFF * min(rate, 1 - rate)
+
+
 def _is(*classes: type) -> Callable[[Any, Place], bool]:
     return lambda layer, _: isinstance(layer, classes)
 
@@ -184,6 +219,14 @@ def _is_unsafe_activation(layer: Any, _: Place) -> bool:
 
 def _masks_nothing(layer: Any, place: Place) -> bool:
     return isinstance(layer, layers.Masking) and loses_mask_value(layer.mask_value, place.half)
+
+
+def _drops_another_share(layer: Any, place: Place) -> bool:
+    return isinstance(layer, layers.Dropout) and drops_another_share(layer.rate, place.half)
+
+
+def _makes_noise(layer: Any, _: Place) -> bool:
+    return isinstance(layer, NOISE) and makes_noise_in_own_dtype()
 
 
 RULES = (
@@ -286,5 +329,17 @@ RULES = (
         "24",
         "its mask value is another number, and masks no step",
         _masks_nothing,
+    ),
+    SafeRule(
+        "dropout",
+        "25",
+        "random numbers are so few that another share is dropped than the rate says",
+        _drops_another_share,
+    ),
+    SafeRule(
+        "noise",
+        "26",
+        "random numbers are few, and their mean is not what it should be",
+        _makes_noise,
     ),
 )

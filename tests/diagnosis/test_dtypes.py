@@ -122,6 +122,48 @@ def test_where_keras_rounds_the_mask_value_too_nothing_is_said():
     assert not mp.lint(masking(-99999.0), x)
 
 
+# dropout-rate
+
+
+@pytest.mark.backend("tensorflow")
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda: layers.Dropout(0.001, name="part"),
+        lambda: layers.Bidirectional(layers.GRU(4, dropout=0.001, name="part")),
+        lambda: layers.ConvLSTM1D(8, 2, recurrent_dropout=0.001, name="part"),
+    ],
+)
+def test_a_rate_at_which_too_many_are_dropped_is_a_warning(part):
+    shape = (4, 4, 8) if isinstance(part(), layers.ConvLSTM1D) else (4, 8)
+    each, *_ = found(made(part, shape=shape), "dropout-rate")
+    assert each.severity == "warning"
+    assert "part" in each.place
+    assert "drops 0.195 % and not 0.1 %" in each.reason
+
+
+@pytest.mark.backend("tensorflow")
+def test_usual_rates_and_layers_of_ours_are_in_peace():
+    attention = mp.layers.MultiHeadAttention(2, 4, dropout=0.001, dtype="mixed_float16")
+    inputs = keras.Input((4, 8))
+    inside = keras.Model(inputs, layers.Flatten()(attention(inputs, inputs)))
+    parts = [
+        lambda: layers.Dropout(0.1),
+        lambda: mp.layers.Dropout(0.001),
+        lambda: mp.layers.LSTM(8, dropout=0.001),
+    ]
+    for model in (inside, *(made(part, shape=(4, 8)) for part in parts)):
+        assert not found(model, "dropout-rate")
+    assert not found(made(lambda: layers.Dropout(0.001), policy="float32"), "dropout-rate")
+
+
+@pytest.mark.backend("jax")
+def test_noise_of_few_numbers_is_a_warning_in_bfloat16_too():
+    for half in ("float16", "bfloat16"):
+        model = made(lambda: layers.GaussianNoise(0.1), policy=f"mixed_{half}")
+        assert half in only(model, "unsafe-layer").reason
+
+
 # ignores-policy
 
 

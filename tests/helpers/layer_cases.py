@@ -37,6 +37,7 @@ WITHOUT = {
 }
 # Layers that augment images: they prepare data, nothing is trained through them.
 AUGMENTATION = "BaseImagePreprocessingLayer"
+# Their cases have a seed: without one, Keras on torch draws from torch's own generator.
 RANDOM = {"AlphaDropout", "Dropout", "GaussianDropout", "GaussianNoise"} | {
     f"SpatialDropout{n}D" for n in (1, 2, 3)
 }
@@ -124,7 +125,7 @@ CASES = {
     **_by_rank("AdaptiveMaxPooling{}D", output_size=2),
     **_merging("Add"),
     "AdditiveAttention": case(STEPS, STEPS, together=True, free=(0, 1)),
-    "AlphaDropout": case(FLAT, rate=0.5),
+    "AlphaDropout": case(FLAT, rate=0.5, seed=1),
     "Attention": case(STEPS, STEPS, together=True, free=(0, 1), use_scale=True),
     **_merging("Average"),
     **_by_rank("AveragePooling{}D", pool_size=2),
@@ -147,14 +148,14 @@ CASES = {
     "DepthwiseConv1D": case(BY_RANK[1], kernel_size=3, free=(0, 1)),
     "DepthwiseConv2D": case(IMAGE, kernel_size=3, free=(0, 1, 2)),
     "Dot": case(FLAT, FLAT, together=True, axes=1, normalize=True),
-    "Dropout": case(FLAT, rate=0.5),
+    "Dropout": case(FLAT, rate=0.5, seed=1),
     "ELU": case(FLAT),
     "EinsumDense": case(STEPS, equation="abc,cd->abd", output_shape=(5, 4), bias_axes="d"),
     "Embedding": case((4, 5), ids=7, input_dim=8, output_dim=3, free=(0, 1)),
     "Flatten": case(STEPS),
     "GRU": case(STEPS, units=3, free=(0, 1), **RECURRENT),
-    "GaussianDropout": case(FLAT, rate=0.5),
-    "GaussianNoise": case(FLAT, stddev=0.5),
+    "GaussianDropout": case(FLAT, rate=0.5, seed=1),
+    "GaussianNoise": case(FLAT, stddev=0.5, seed=1),
     **_by_rank("GlobalAveragePooling{}D"),
     **_by_rank("GlobalMaxPooling{}D"),
     "GroupNormalization": case(IMAGE, groups=3, free=(0, 1, 2)),
@@ -204,7 +205,7 @@ CASES = {
     "SeparableConv2D": case(IMAGE, filters=4, kernel_size=3, free=(0, 1, 2)),
     "SimpleRNN": case(STEPS, units=3, free=(0, 1), **RECURRENT),
     "Softmax": case(FLAT),
-    **_by_rank("SpatialDropout{}D", rate=0.5),
+    **_by_rank("SpatialDropout{}D", rate=0.5, seed=1),
     "SpectralNormalization": case(FLAT, make=_dense),
     **_merging("Subtract"),
     "TimeDistributed": case(STEPS, make=_dense),

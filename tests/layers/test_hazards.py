@@ -33,11 +33,17 @@ MECHANISMS = {
 LONG = {"GRU, 64 steps", "MultiHeadAttention, with scores, inputs of std 0.5, mean 30"}
 # Layers that need no entry of their own.
 WITHOUT = {
+    "Dropout": "random, as the next: layers/test_noise.py",
     "Embedding": "only its gradient can be wrong, which is in test_gradient_sums.py",
+    "GaussianDropout": "random",
+    "GaussianNoise": "random",
     "GRUCell": "within GRU",
     "LSTMCell": "within LSTM",
     "Masking": "its mask is right or not: layers/test_masking.py",
     "RNN": "LSTM and GRU are RNNs of their cells",
+    "SpatialDropout1D": "random",
+    "SpatialDropout2D": "random",
+    "SpatialDropout3D": "random",
     "WithDtype": "gives a layer a dtype",
 }
 

@@ -190,6 +190,17 @@ ON_ONE_BACKEND = {
         [lambda value=value: layers.Masking(value) for value in (0.0, -0.5, 1000.5, -99999)]
         + [lambda: mp.layers.Masking(0.1), lambda: layers.Masking(float("nan"))],
     ),
+    "dropout": (
+        "tensorflow",
+        [lambda: layers.Dropout(0.001), lambda: layers.SpatialDropout1D(0.9999)],
+        [lambda rate=rate: layers.Dropout(rate) for rate in (0.0, 0.1, 0.5, 1.0)]
+        + [lambda: mp.layers.Dropout(0.001), lambda: layers.AlphaDropout(0.001)],
+    ),
+    "noise": (
+        "jax",
+        [lambda: layers.GaussianNoise(0.1), lambda: layers.GaussianDropout(0.1)],
+        [lambda: mp.layers.GaussianNoise(0.1), lambda: layers.AlphaDropout(0.1)],
+    ),
 }
 
 
@@ -208,12 +219,13 @@ def test_a_rule_of_one_backend_claims_there_alone(name):
 
 @pytest.mark.backend("tensorflow")
 def test_what_bfloat16_alone_has_not_is_claimed_under_it_alone():
-    model = relu_after(layers.Masking(1000.5), (4, 2))
-    layer = third_from_the_end(model)
-    for half, after in (("float16", "mixed_float16"), ("bfloat16", "float32")):
-        policy = mp.Policy(f"mixed_{half}", rules="safe")
-        row = next(row for row in rows(model, policy) if row.layer is layer)
-        assert row.after == after
+    for make in (lambda: layers.Masking(1000.5), lambda: layers.Dropout(0.02)):
+        model = relu_after(make(), (4, 2))
+        layer = third_from_the_end(model)
+        for half, after in (("float16", "mixed_float16"), ("bfloat16", "float32")):
+            policy = mp.Policy(f"mixed_{half}", rules="safe")
+            row = next(row for row in rows(model, policy) if row.layer is layer)
+            assert row.after == after
 
 
 @pytest.mark.parametrize("cls", [layers.MultiHeadAttention, layers.GroupQueryAttention])
