@@ -197,15 +197,20 @@ def _turn(layer: Any, ours: type, holders: Counter[int], undo: Undo) -> None:
         like = type(layer)(layer.l1, layer.l2, name=layer.name)
         _set(layer, "activity_regularizer", like.activity_regularizer, undo)
     if isinstance(layer, layers.Masking):
-        _set(layer, "autocast", False, undo)
-        for cast, comparison in mask_operations(layer):
-            _compute_by(differs, comparison, undo)
-            if cast is not None:
-                _compute_by(as_it_comes, cast, undo)
+        _compare_unrounded(layer, undo)
     if layer.compute_dtype != computed_in:  # Normalization's
         renew_statistics(layer)
     if not isinstance(layer, (*_ACTIVATED_IN_FLOAT32, *_RECURRENT, Projection)):
         _activate_safely(layer, undo)
+
+
+def _compare_unrounded(layer: Any, undo: Undo) -> None:
+    """Let a Masking, and what a graph has made of it, compare inputs as they come."""
+    _set(layer, "autocast", False, undo)
+    for cast, comparison in mask_operations(layer):
+        _compute_by(differs, comparison, undo)
+        if cast is not None:
+            _compute_by(as_it_comes, cast, undo)
 
 
 def _compute_by(function: Callable[..., Any], operation: Any, undo: Undo) -> None:
