@@ -34,6 +34,7 @@ def test_masks_are_seen():
     assert not keras_graph.has_mask(inputs)
 
 
+@pytest.mark.keras("3.14")
 def test_what_a_graph_keeps_of_a_mask_is_found_with_the_cast_before_it():
     inputs = keras.Input((4, 2))
     masking = layers.Masking(0.1, dtype="mixed_float16")
