@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.flattened import flatten_layers
-from helpers.marks import few
+from helpers.marks import few, full_on
 
 import kerasmp as mp
 
@@ -126,7 +126,8 @@ def assert_same(loaded, model):
     for one, other in zip(loaded.weights, model.weights, strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (one, other)))
-    np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+    outputs = (keras.ops.cast(each(X), "float32") for each in (loaded, model))
+    np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, outputs))
 
 
 def saved_and_loaded(model, folder, policy="float32"):
@@ -135,6 +136,7 @@ def saved_and_loaded(model, folder, policy="float32"):
         return keras.models.load_model(folder / "model.keras")
 
 
+@full_on("jax")
 @pytest.mark.parametrize("case", few(CASES, [*QUICK, "keras-alone-subclassed-strict"]))
 def test_a_converted_model(case, tmp_path):
     model = made(case)
@@ -317,19 +319,20 @@ def test_a_task_that_compiles_itself_says_that_its_optimizer_is_another(tmp_path
     model = Task(Backbone())
     mp.convert(model.backbone, "mixed_bfloat16")
     mp.convert(model)
-    model.compile(mp.LossScaleOptimizer("sgd", loss_scale=64.0))
-    model.fit(X, np.zeros((2, 3)), verbose=0)
+    model.compile("sgd")
+    model.optimizer.build(model.trainable_variables)
+    model.optimizer.loss_scale = 32.0
     said = "it was SGD, and now it is the class's Adam.*load_weights"
     with pytest.warns(mp.errors.LossScaleWarning, match=said):
         loaded = saved_and_loaded(model, tmp_path)
     assert_same(loaded, model)
-    loaded.compile(mp.LossScaleOptimizer("sgd", loss_scale=64.0))
+    loaded.compile("sgd")
     loaded.optimizer.build(loaded.trainable_variables)
     loaded.load_weights(tmp_path / "model.keras")
-    assert loaded.optimizer.applied_steps == 1
+    assert loaded.optimizer.loss_scale == 32.0
     model.compile()
-    model.fit(X, np.zeros((2, 3)), verbose=0)
-    loaded = saved_and_loaded(model, tmp_path)  # the class compiles it as it was
-    assert loaded.optimizer.applied_steps == 1
+    model.optimizer.build(model.trainable_variables)
+    model.optimizer.loss_scale = 16.0
+    assert saved_and_loaded(model, tmp_path).optimizer.loss_scale == 16.0  # as the class has it
     mp.convert(model, "float16", variables="float16")
     assert_same(saved_and_loaded(model, tmp_path), model)
