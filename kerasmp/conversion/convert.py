@@ -24,6 +24,7 @@ from kerasmp.conversion.inference import (
     with_variables,
 )
 from kerasmp.conversion.kept import kept_tensors, narrow_inputs
+from kerasmp.conversion.order import begin
 from kerasmp.conversion.report import ConversionReport, ConvertedLayer
 from kerasmp.errors import ArgumentTypeError, PolicyError, refuse_no_bool
 from kerasmp.layers.from_stock import turn_to_safe
@@ -79,7 +80,7 @@ def convert(  # noqa: PLR0913 - all but two have to be named
     Raises:
         PolicyError: If the policy does not exist, two rules disagree, a pattern matches no layer,
             the model is not built, weights would have to change to a dtype that was not asked for,
-            or a weight would become inf in it.
+            a weight would become inf in it, or a policy would quantise a layer.
         ArgumentTypeError: If `model` is no Keras model, or a switch no bool.
         Exception: Whatever the model raises when it is called on `sample`.
 
@@ -114,13 +115,17 @@ def convert(  # noqa: PLR0913 - all but two have to be named
         replaced = _turn_layers(model, wanted, undo, all_of_them=safe_layers)
         rows, notes = _convert(model, wanted, variables, undo)
         costs = {} if sample is None else measure(model, sample)
+        policy = wanted if isinstance(wanted, Policy) else None
+        to = "the policies of a text" if policy is None else f'"{policy}"'
+        layers = [row.layer for row in rows]
         report = ConversionReport(
             model=model,
-            policy=wanted if isinstance(wanted, Policy) else None,
+            policy=policy,
             rows=[_converted(row, replaced, costs) for row in rows],
             layer_policies=LayerPolicies.of(model),
             notes=notes,
             undo=undo,
+            conversion=None if dry_run else begin(model, layers, to, undo),
         )
     except BaseException:  # an interrupt, too
         undo.close()
@@ -148,6 +153,7 @@ def _convert(
     else:
         rows = wanted.assign(model)
     rows = with_variables(rows, variables)
+    _refuse_quantising(rows)
     before = {id(row.layer): row.layer.compute_dtype for row in rows}
     undo.callback(put_back, model, apply(model, rows, variables_follow=True))
     changed = change_variables(rows, undo)
@@ -201,6 +207,31 @@ def _check(model: Any) -> None:
             expected="a built model",
             fix="Call it on a batch first, or build it under kerasmp.policy_scope(policy).",
         )
+
+
+def _refuse_quantising(rows: list[Assignment]) -> None:
+    """Raise where a policy would quantise weights, or take quantised ones for others.
+
+    Raises:
+        PolicyError: There. Nothing could bring back what rounding takes.
+    """
+    for row in rows:
+        have, want = (
+            keras.dtype_policies.get(name).quantization_mode for name in (row.before, row.after)
+        )
+        if have != want:
+            raise PolicyError(
+                "convert does not quantise: that rounds weights for good."
+                if have is None
+                else "The layer is quantised, and what that has rounded does not come back.",
+                received=f'"{row.path}" under "{row.before}", and "{row.after}" for it',
+                expected="a floating point policy"
+                if have is None
+                else f'a policy that keeps "{have}", or no rule for this layer',
+                fix=f'Convert to "mixed_bfloat16", say, and call model.quantize("{want}") then.'
+                if have is None
+                else "Load or build the model anew to have it in another one.",
+            )
 
 
 def _with_rules(policy: Policy, rules: RulesLike) -> Policy:

@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kerasmp.backend.keras_graph import policy_of
+from kerasmp.conversion.order import refuse_out_of_order
 from kerasmp.conversion.table import table
 from kerasmp.errors import PolicyError
 from kerasmp.policy.spec import HALVES
@@ -13,6 +14,7 @@ from kerasmp.policy.spec import HALVES
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from kerasmp.conversion.order import Conversion
     from kerasmp.policy import Policy
     from kerasmp.policy.layer_policies import LayerPolicies
 
@@ -55,6 +57,7 @@ class ConversionReport:
         layer_policies: The policies of all layers, as text that can be applied again.
         notes: What else there is to say, a sentence each.
         undo: What puts everything back.
+        conversion: What tells it from other conversions; None after a dry run.
     """
 
     def __init__(  # noqa: PLR0913 - one for each attribute
@@ -66,6 +69,7 @@ class ConversionReport:
         layer_policies: LayerPolicies,
         notes: Iterable[str] = (),
         undo: contextlib.ExitStack | None = None,
+        conversion: Conversion | None = None,
     ) -> None:
         self.model = model
         self.policy = policy
@@ -73,7 +77,7 @@ class ConversionReport:
         self.layer_policies = layer_policies
         self.notes = tuple(notes)
         self._undo = undo or contextlib.ExitStack()
-        self._restored = False
+        self._conversion = conversion
 
     @property
     def multiply_adds(self) -> Mapping[str, int] | None:
@@ -115,16 +119,17 @@ class ConversionReport:
     def restore(self) -> None:
         """Put everything back: policies, classes, variables' dtypes, optimizer; once.
 
-        Weights keep what training has made of them since. After a dry run, and a second time,
-        nothing happens.
+        Weights keep what training has made of them since. Of several conversions of a layer the
+        last one is to be undone first, also where its report was dropped. After a dry run nothing
+        happens.
 
         Raises:
-            PolicyError: If a layer was quantised since. Nothing has changed then.
+            PolicyError: If it was called before, if a later conversion comes first, or if a layer
+                was quantised since. Nothing has changed then.
         """
-        if self._restored:
-            return
-        self._refuse_quantised()
-        self._restored = True
+        if self._conversion is not None:
+            refuse_out_of_order(self._conversion, [row.layer for row in self.rows])
+            self._refuse_quantised()
         self._undo.pop_all().close()
 
     def _refuse_quantised(self) -> None:

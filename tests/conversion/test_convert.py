@@ -31,9 +31,43 @@ def test_weights_are_kept_and_restored_is_as_before(build):
     report.restore()
     np.testing.assert_array_equal(model.predict(X, verbose=0), before)
     assert [layer.dtype_policy for layer in flatten_layers(model)] == policies
-    mp.convert(model)
-    report.restore()  # a second time nothing happens
-    assert "float16" in {layer.compute_dtype for layer in flatten_layers(model)}
+
+
+def test_conversions_are_undone_once_and_the_last_one_first():
+    model = sequential()
+    model.compile("adam", "mse")
+    adam = model.optimizer
+    first = mp.convert(model)
+    second = mp.convert(model)  # of the same name: their numbers tell them apart
+    inner = mp.convert(model.layers[0], "mixed_bfloat16")
+    dry = mp.convert(model, "float32", dry_run=True)
+    for early in (first, second):
+        with pytest.raises(
+            mp.errors.PolicyError, match=r'first restore\(\) of conversion 1 of "dense'
+        ):
+            early.restore()
+    inner.restore()
+    with pytest.raises(mp.errors.PolicyError, match=r"\) of conversion 1 .*\) of conversion 2 of"):
+        first.restore()
+    assert isinstance(model.optimizer, mp.LossScaleOptimizer)
+    second.restore()
+    with pytest.raises(mp.errors.PolicyError, match=r"undone already.* conversion 2 of"):
+        second.restore()
+    for _ in range(2):
+        dry.restore()
+    assert model.layers[0].compute_dtype == "float16"
+    first.restore()
+    assert model.optimizer is adam
+    assert {layer.compute_dtype for layer in flatten_layers(model)} == {"float32"}
+
+
+def test_a_later_report_that_was_dropped_stands_in_the_way_all_the_same():
+    model = sequential()
+    first = mp.convert(model)
+    mp.convert(model, "mixed_bfloat16")
+    with pytest.raises(mp.errors.PolicyError, match=r'to "mixed_bfloat16".*If that report is gone'):
+        first.restore()
+    assert model.layers[0].compute_dtype == "bfloat16"
 
 
 def test_test_and_train_steps_follow_too():
@@ -71,8 +105,9 @@ def test_statistics_of_normalization_are_exact_after_any_way(given):
     exact = keras.ops.convert_to_numpy(layer(x))
     with np.errstate(over="ignore"):
         broken = mp.convert(model, rules=None)
-        mp.convert(model, rules="safe")
+        safe = mp.convert(model, rules="safe")
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(layer(x)), exact)
+        safe.restore()
         broken.restore()
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(layer(x)), exact)
 

@@ -92,6 +92,32 @@ def test_restoring_after_it_was_quantised_is_refused_and_changes_nothing():
     assert isinstance(model, mp.Sequential)
 
 
+@pytest.mark.parametrize(
+    ("policy", "rules", "dry_run"),
+    [
+        ("int8_from_float32", None, True),
+        ("mixed_bfloat16", {layers.Dense: "int8_from_mixed_bfloat16"}, False),
+    ],
+)
+def test_a_quantised_policy_is_refused_and_changes_nothing(policy, rules, dry_run):
+    model = build()
+    before, weights = str(mp.LayerPolicies.of(model)), model.get_weights()
+    with pytest.raises(mp.errors.PolicyError, match=r'not quantise.*model\.quantize\("int8"\)'):
+        mp.convert(model, policy, rules=rules, dry_run=dry_run)
+    assert str(mp.LayerPolicies.of(model)) == before
+    for one, wanted in zip(model.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(one, wanted)
+
+
+def test_a_rule_takes_no_quantised_weights_for_others():
+    model, _ = quantised("int8")
+    with pytest.raises(mp.errors.PolicyError, match=r"does not come back.*keeps \"int8\""):
+        mp.convert(model, rules={layers.Dense: "mixed_bfloat16"})
+    mp.convert(model, rules={layers.Dense: "int8_from_mixed_bfloat16"})
+    assert {layer.dtype_policy.name for layer in model.layers} == {"int8_from_mixed_bfloat16"}
+    assert np.isfinite(model.predict(X, verbose=0)).all()
+
+
 @pytest.mark.parametrize("mode", few(STEP, ["int8"]))
 def test_a_quantised_model_keeps_its_layers(mode):
     model, exact = quantised(mode)

@@ -1,0 +1,93 @@
+"""Which conversions of a layer stand: they are undone from the last one to the first."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from kerasmp.errors import PolicyError
+
+if TYPE_CHECKING:
+    import contextlib
+    from collections.abc import Iterable
+
+# Of each layer, from the first to the last. Kept apart from reports, which may be dropped: what
+# they have changed stands all the same.
+_STANDING: weakref.WeakKeyDictionary[Any, list[Conversion]] = weakref.WeakKeyDictionary()
+_NUMBERS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_ORDER = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Conversion:
+    """One conversion of a model.
+
+    Args:
+        model: The name of the model.
+        number: The how-manieth of this model it is, from 1.
+        policy: What it was converted to, in words.
+        order: Grows from one conversion to the next, of whichever model.
+    """
+
+    model: str
+    number: int
+    policy: str
+    order: int
+
+    def __str__(self) -> str:
+        return f'conversion {self.number} of "{self.model}", to {self.policy}'
+
+
+def begin(model: Any, layers: Iterable[Any], policy: str, undo: contextlib.ExitStack) -> Conversion:
+    """Note that a conversion of a model and its layers stands.
+
+    Args:
+        model: The model.
+        layers: All that it has in its hands, the model too.
+        policy: What it converts to, in words.
+        undo: Takes what notes that it stands no more.
+    """
+    _NUMBERS[model] = number = _NUMBERS.get(model, 0) + 1
+    conversion = Conversion(model.name, number, policy, next(_ORDER))
+    for layer in layers:
+        standing = _STANDING.setdefault(layer, [])
+        undo.callback(_end, standing, conversion)
+        standing.append(conversion)
+    return conversion
+
+
+def refuse_out_of_order(conversion: Conversion, layers: Iterable[Any]) -> None:
+    """Raise if a conversion is undone already, or has one of its layers changed by a later one.
+
+    Args:
+        conversion: The conversion.
+        layers: Its layers.
+
+    Raises:
+        PolicyError: Then.
+    """
+    standing = {each for layer in layers for each in _STANDING.get(layer, ())}
+    if conversion not in standing:
+        raise PolicyError(
+            "This conversion is undone already.",
+            received=f"a second restore() of {conversion}",
+            expected="one restore() of each report",
+            fix="Call convert again to convert again. What an earlier conversion has changed, its "
+            "own report restores.",
+        )
+    last = max(standing, key=lambda each: each.order)
+    if last is not conversion:
+        raise PolicyError(
+            "A later conversion has changed these layers again, and is to be undone first.",
+            received=f"restore() of {conversion}",
+            expected=f"first restore() of {last}",
+            fix="Call it on the report of that one. If that report is gone, there is no exact way "
+            'back: convert(model, "float32") lets everything compute in float32.',
+        )
+
+
+def _end(standing: list[Conversion], conversion: Conversion) -> None:
+    if conversion in standing:
+        standing.remove(conversion)
