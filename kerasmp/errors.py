@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+_LONGEST = 150  # so much of somebody else's message says what there is to say
+
 
 class KerasMPError(Exception):
     """Base of every exception that kerasmp raises.
@@ -120,3 +122,18 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(word, list(known), n=1)
     return f'Did you mean "{near[0]}"?' if near else ""
+
+
+def first_line(error: Exception) -> str:
+    r"""Return what somebody else's exception says, in one line that is not long.
+
+    Example:
+
+    >>> first_line(TypeError("x has type float32.\nIt was expected to be float16."))
+    'TypeError: x has type float32'
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    # Where TensorFlow's AutoGraph has put its traceback in front.
+    line = lines[-1] if lines[0].startswith("in user code") else lines[0]
+    name = "" if isinstance(error, KerasMPError) else f"{type(error).__name__}: "
+    return (name + line)[:_LONGEST].rstrip(" .:")

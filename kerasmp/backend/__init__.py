@@ -23,9 +23,11 @@ __all__ = [
     "compares_in_float32",
     "current",
     "drops_in_own_dtype",
+    "layers_without_kernel",
     "makes_noise_in_own_dtype",
     "multiplies_mixed",
     "sums_rows_narrowly",
+    "trace",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -83,6 +85,27 @@ def drops_in_own_dtype() -> bool:
 def makes_noise_in_own_dtype() -> bool:
     """Return whether normal numbers in half precision are made from uniform ones in it."""
     return bool(keras.backend.backend() == "jax")
+
+
+def layers_without_kernel(dtype: str) -> tuple[type, ...]:
+    """Return the stock layers that fail in a dtype on this backend; none without a backend.
+
+    Args:
+        dtype: "float16", say.
+    """
+    if keras.backend.backend() not in _CLASSES:
+        return ()
+    found = (getattr(keras.layers, name, None) for name in current().without_kernel(dtype))
+    return tuple(layer for layer in found if layer is not None)  # an older Keras lacks some
+
+
+def trace(call: Callable[..., Any], args: Any, kwargs: Any, *, backwards: bool) -> None:
+    """Trace a call as `Backend.trace` does; without a backend, as Keras does."""
+    if keras.backend.backend() in _CLASSES:
+        current().trace(call, args, kwargs, backwards=backwards)
+    else:
+        keras_private = importlib.import_module(f"{__name__}.keras_private")
+        keras_private.compute_output_spec(call, *args, **kwargs)
 
 
 def as_written(function: _F) -> _F:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import keras
 from keras import ops
 
+from kerasmp.backend.keras_private import compute_output_spec
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
@@ -113,6 +115,10 @@ class Backend(Protocol):
         """Return the dtype in which convolutions compute whose inputs have `dtype`."""
         return dtype
 
+    def without_kernel(self, dtype: str) -> tuple[str, ...]:  # noqa: ARG002 - for those that lack some
+        """Return the names of the stock layers that fail in a dtype, in a call or its gradient."""
+        return ()
+
     def recurrence_dtype(self, dtype: str) -> str:
         """Return the dtype for a whole LSTM or GRU that computes in `dtype`."""
         return dtype
@@ -151,6 +157,26 @@ class Backend(Protocol):
     @abstractmethod
     def mixes_dtypes(self, error: Exception) -> bool:
         """Return whether an error says that operands of different float dtypes met."""
+
+    def trace(
+        self,
+        call: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        *,
+        backwards: bool,  # noqa: ARG002 - where a gradient may lack what it needs
+    ) -> None:
+        """Trace a call, which changes nothing, and raise what it raises, or would when it runs.
+
+        The latter has the name of the operation, with those of the layers around it, as its note.
+
+        Args:
+            call: What is called: a layer, or a function that calls one.
+            args: Its positional arguments, with symbolic tensors in the place of tensors.
+            kwargs: Its other arguments, likewise.
+            backwards: Whether gradients of what it returns are traced, too.
+        """
+        compute_output_spec(call, *args, **kwargs)
 
     @abstractmethod
     def eagerly(self) -> AbstractContextManager[Any]:

@@ -5,11 +5,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 
-from kerasmp.backend.keras_private import Functional, flatten_layers
+from kerasmp.backend.keras_private import (
+    AutocastScope,
+    Functional,
+    flatten_layers,
+    traces_kept,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MAP = keras.dtype_policies.DTypePolicyMap
 
@@ -36,6 +44,16 @@ def children(layer: Any) -> list[Any]:
     Public `layers` exists on models alone, and not for the parts of wrappers or of attention.
     """
     return list(layer._flatten_layers(include_self=False, recursive=False))  # noqa: SLF001 - no public way
+
+
+def called_parts(model: Any) -> list[Any]:
+    """Return what calls begin with: the model, or its parts if it has no `call`, as with a GAN.
+
+    A part without one stands for its own parts.
+    """
+    if type(model).call not in {keras.Layer.call, keras.Model.call}:
+        return [model]
+    return [part for child in children(model) for part in called_parts(child)]
 
 
 def graph_of(model: Any) -> Any | None:
@@ -106,13 +124,15 @@ def renew_mask_casts(layer: Any) -> None:
             cast._auto_config = type(cast._auto_config)(dtype=cast.dtype)  # noqa: SLF001 - for files
 
 
-def symbolic_dtypes(model: Any) -> dict[int, str]:
+def symbolic_dtypes(model: Any, look: Callable[..., object] | None = None) -> dict[int, str]:
     """Return the dtype that each tensor of a model's graph has under its layers' present policies.
 
     Keras notes the dtypes when the layers are called, and never again.
 
     Args:
         model: A model; one without a graph has no tensors.
+        look: Is given each layer or operation, before it is called here, with symbolic arguments: a
+            tuple and a dict. What it changes of policies counts from there on.
 
     Returns:
         From `id(tensor)` to a dtype. Of a nested model's tensors, too.
@@ -123,7 +143,7 @@ def symbolic_dtypes(model: Any) -> dict[int, str]:
         if not inputs:
             now = [tensor.dtype for tensor in outputs]
         elif nested is not None:
-            inside = symbolic_dtypes(operation)
+            inside = symbolic_dtypes(operation, look)
             dtypes |= inside
             now = [inside[id(tensor)] for tensor in nested.outputs]
         elif not isinstance(operation, keras.Layer) and all(
@@ -131,26 +151,31 @@ def symbolic_dtypes(model: Any) -> dict[int, str]:
         ):
             now = [tensor.dtype for tensor in outputs]
         else:
-            now = _dtypes_of_call(operation, node, dtypes)
+            now = _dtypes_of_call(operation, node, dtypes, look)
         dtypes |= {id(tensor): dtype for tensor, dtype in zip(outputs, now, strict=True)}
     return dtypes
 
 
-def refresh_symbolic_dtypes(model: Any) -> None:
+def refresh_symbolic_dtypes(model: Any, look: Callable[..., object] | None = None) -> None:
     """Let the tensors of a model's graph say the dtypes that the layers' present policies give.
 
     A user's model has no graph, and may hold several.
+
+    Args:
+        model: A model.
+        look: As for `symbolic_dtypes`.
     """
-    for outermost in _outermost(model):
-        dtypes = symbolic_dtypes(outermost)
+    for outermost in outermost_graphs(model):
+        with traces_kept(outermost):
+            dtypes = symbolic_dtypes(outermost, look)
         for graph in _graphs(outermost):
             for call in calls(graph):
                 for tensor in call.outputs:
                     tensor._dtype = dtypes[id(tensor)]  # noqa: SLF001 - `dtype` refuses to be set
 
 
-def _outermost(model: Any) -> list[Any]:
-    """Return the models with a graph that no other graph calls."""
+def outermost_graphs(model: Any) -> list[Any]:
+    """Return the models with a graph that no other graph calls: the model itself, if it has one."""
     inside = flatten_layers(model)
     called = {id(call.operation) for layer in inside for call in calls(layer)}
     return [layer for layer in inside if graph_of(layer) is not None and id(layer) not in called]
@@ -181,7 +206,9 @@ def _graphs(model: Any) -> list[Any]:
     return [] if graph is None else [graph, *nested]
 
 
-def _dtypes_of_call(operation: Any, node: Any, dtypes: dict[int, str]) -> list[str]:
+def _dtypes_of_call(
+    operation: Any, node: Any, dtypes: dict[int, str], look: Callable[..., object] | None
+) -> list[str]:
     """Call once more on new symbolic tensors, and leave no trace of it."""
 
     def anew(value: Any) -> Any:
@@ -190,10 +217,14 @@ def _dtypes_of_call(operation: Any, node: Any, dtypes: dict[int, str]) -> list[s
         return keras.KerasTensor(value.shape, dtypes.get(id(value), value.dtype), value.sparse)
 
     args, kwargs = keras.tree.map_structure(anew, (node.arguments.args, node.arguments.kwargs))
+    if look is not None:
+        look(operation, args, kwargs)
     inbound = operation._inbound_nodes  # noqa: SLF001 - `layer.output` counts on one call each
     before = len(inbound)
     try:
-        outputs = operation(*args, **kwargs)
+        # With a scope around it, a layer reads variables that have another dtype in its own, too.
+        with AutocastScope("float32"):
+            outputs = operation(*args, **kwargs)
     finally:
         del inbound[before:]
     return [tensor.dtype for tensor in keras.tree.flatten(outputs)]

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import traceback
 from typing import TYPE_CHECKING, Any
 
 import keras
 from keras.optimizers.schedules import LearningRateSchedule
-from keras.src.backend import get_keras_mask, set_keras_mask
+from keras.src.backend import compute_output_spec, get_keras_mask, set_keras_mask
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.backend.common.variables import AutocastScope
 from keras.src.models.functional import Functional
@@ -31,12 +32,14 @@ __all__ = [
     "AutocastScope",
     "Functional",
     "autocasts",
+    "compute_output_spec",
     "decays",
     "enclosing_callback_list",
     "flatten_layers",
     "float16_layers",
     "functional_init_arguments",
     "held",
+    "layers_in",
     "learning_rate_functions",
     "learning_rate_numbers",
     "learning_rate_schedules",
@@ -48,8 +51,10 @@ __all__ = [
     "set_keras_mask",
     "states_of",
     "steps_of",
+    "traces_kept",
     "unchanged_if_it_fails",
     "weights_and_averages",
+    "whole_tracebacks",
     "with_mask_of",
 ]
 
@@ -62,6 +67,8 @@ _FRAMES = 8
 # that is built from inputs and outputs must inherit from it. functional_init_arguments: what
 # tells `keras.Model` that it was given inputs and outputs; a copy of it could come to differ.
 # set_keras_mask: how stock Masking leaves on its outputs the mask that it found.
+# compute_output_spec: traces any function and changes no state; publicly a layer is asked for its
+# outputs, and may answer without computing.
 
 
 def with_mask_of(tensor: Any, other: Any) -> Any:
@@ -273,6 +280,53 @@ def losses_kept(model: Any) -> Iterator[None]:
             layer._losses[:] = losses  # noqa: SLF001
             layer._loss_ids.clear()  # noqa: SLF001
             layer._loss_ids.update(ids)  # noqa: SLF001
+
+
+@contextlib.contextmanager
+def whole_tracebacks() -> Iterator[None]:
+    """Let exceptions keep the frames of Keras, and their messages as they were raised.
+
+    This is a setting of the thread.
+    """
+    filtered = keras.config.is_traceback_filtering_enabled()
+    keras.config.disable_traceback_filtering()
+    try:
+        yield
+    finally:
+        if filtered:
+            keras.config.enable_traceback_filtering()
+
+
+def layers_in(error: BaseException) -> list[Any]:
+    """Return the layers whose methods an exception came through, the innermost first, each once.
+
+    Args:
+        error: An exception that was raised inside of `whole_tracebacks`.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    found = [frame.f_locals.get("self") for frame in reversed(frames)]
+    return list({id(x): x for x in found if isinstance(x, keras.Layer)}.values())
+
+
+@contextlib.contextmanager
+def traces_kept(model: Any) -> Iterator[None]:
+    """Put back what symbolic calls leave in a model and its layers: losses, and attributes.
+
+    A user's layer may keep the scores of its last call, say.
+    """
+    before = [(layer, dict(vars(layer))) for layer in flatten_layers(model)]
+    try:
+        with losses_kept(model):
+            yield
+    finally:
+        for layer, attributes in before:
+            for name, value in list(vars(layer).items()):
+                if not keras.ops.is_tensor(value) or value is attributes.get(name):
+                    continue
+                if name in attributes:
+                    object.__setattr__(layer, name, attributes[name])
+                else:
+                    object.__delattr__(layer, name)
 
 
 def enclosing_callback_list() -> Any | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import math
 import re
 import weakref
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
+from tensorflow.python.framework import kernels, op_callbacks
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from kerasmp.backend.base import Backend, in_parts, wide_dtype
-from kerasmp.backend.keras_private import states_of
+from kerasmp.backend.keras_private import compute_output_spec, states_of
 from kerasmp.errors import BackendError, LossScaleError
 
 if TYPE_CHECKING:
@@ -24,6 +26,29 @@ if TYPE_CHECKING:
 
 # So few tensors are checked in no more time than a branch takes.
 FEW = 8
+
+# The dtypes that many kernels lack, by TensorFlow's numbers.
+_HALVES = {kind.as_datatype_enum: kind.name for kind in (tf.float16, tf.bfloat16)}
+
+# Stock layers that fail. A graph refuses a range of float16, and a projection has no gradient in
+# bfloat16; tests/conversion tells when one of them comes to work, or another one to fail.
+_WITHOUT_FLOAT16 = ("CutMix", "RandomElasticTransform", "RandomErasing", "RandomGaussianBlur")
+_WITHOUT_FLOAT16_ON_CPU = (
+    "AdaptiveAveragePooling3D",
+    "AdaptiveMaxPooling3D",
+    "AveragePooling3D",
+    "MaxPooling3D",
+)
+_WITHOUT_BFLOAT16 = (
+    "AugMix",
+    "CutMix",
+    "RandAugment",
+    "RandomPerspective",
+    "RandomRotation",
+    "RandomShear",
+    "RandomTranslation",
+    "RandomZoom",
+)
 
 # What the graph, eager kernels, and the conversion of arguments say of two dtypes that do not fit.
 _FLOAT = r"(?:float16|bfloat16|float32|float64|half|float|double)"
@@ -99,6 +124,14 @@ class TensorFlow(Backend):
             return super().rows(table, ids)
         held = table.value if isinstance(table, keras.Variable) else table
         return tf.gather(held, tf.where(ids < 0, ids + table.shape[0], ids))
+
+    def without_kernel(self, dtype: str) -> tuple[str, ...]:
+        """Return the names of the stock layers that fail in a dtype, in a call or its gradient."""
+        on_cpu = not tf.config.get_visible_devices("GPU")
+        return {
+            "float16": _WITHOUT_FLOAT16 + (_WITHOUT_FLOAT16_ON_CPU if on_cpu else ()),
+            "bfloat16": _WITHOUT_BFLOAT16,
+        }.get(dtype, ())
 
     def dense_values(self, gradient: Any) -> Any:
         """Return the numbers of a gradient; those of `IndexedSlices` without densifying them."""
@@ -494,6 +527,19 @@ class TensorFlow(Backend):
         tf.cond(skipped, restore, lambda: None)
         return logs_after(logs, skipped)
 
+    def trace(self, call: Callable[..., Any], args: Any, kwargs: Any, *, backwards: bool) -> None:
+        """Trace a call; raise what it raises, and where this device has no kernel for it."""
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            # Here, in a graph: where TensorFlow is eager, a callback would be known to all threads.
+            op_callbacks.add_op_callback(_refuse_missing_kernel)
+            try:
+                return _with_gradients(call, args, kwargs) if backwards else call(*args, **kwargs)
+            finally:
+                op_callbacks.remove_op_callback(_refuse_missing_kernel)
+
+        compute_output_spec(called, *args, **kwargs)
+
     def eagerly(self) -> Any:
         """Let all be computed when it is called; all is, but for `COMPILED`."""
         return contextlib.nullcontext()
@@ -501,6 +547,65 @@ class TensorFlow(Backend):
 
 def _body(function: Any, *args: Any, **kwargs: Any) -> Any:
     return function.python_function(*args, **kwargs)
+
+
+def _with_gradients(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Return what a call returns, after gradients of it by what it is given and by weights."""
+    given = _floats((args, kwargs))
+    with tf.GradientTape() as tape:
+        tape.watch(given)
+        outputs = call(*args, **kwargs)
+    tape.gradient(_floats(outputs), [*given, *tape.watched_variables()])
+    return outputs
+
+
+def _floats(values: Any) -> list[Any]:
+    """Return the dense float tensors among values."""
+    tensors = [value for value in keras.tree.flatten(values) if isinstance(value, tf.Tensor)]
+    return [tensor for tensor in tensors if tensor.dtype.is_floating]
+
+
+def _refuse_missing_kernel(  # noqa: PLR0913, PLR0917 - what TensorFlow calls it with
+    op_type: str,
+    inputs: Any,  # noqa: ARG001 - see above
+    attrs: Any,
+    outputs: Any,  # noqa: ARG001 - see above
+    op_name: str | None = None,
+    graph: Any = None,
+) -> None:
+    """Raise where an operation has half-precision tensors, and no kernel of this machine for them.
+
+    Raises:
+        BackendError: There, with the name of the operation, scopes and all, as its note.
+    """
+    if graph is None:  # what runs needs no telling
+        return
+    types = {
+        name: set(value.list.type) | ({value.type} if value.type else set())
+        for name, value in zip(attrs[::2], attrs[1::2], strict=True)
+    }
+    halves = [_HALVES[each] for some in types.values() for each in some if each in _HALVES]
+    if not halves:
+        return
+    known = _kernels(op_type)
+    if known and not any(
+        all(types.get(name, set()) <= allowed for name, allowed in kernel) for kernel in known
+    ):
+        error = BackendError(f"TensorFlow has no {halves[0]} kernel for {op_type} here.")
+        error.add_note(op_name or op_type)
+        raise error
+
+
+@functools.cache
+def _kernels(op_type: str) -> list[list[tuple[str, set[int]]]]:
+    """Return for each kernel of this machine's devices which types its attributes may have."""
+    # Where a GPU has none, TensorFlow takes the one for the CPU.
+    devices = {device.device_type for device in tf.config.get_visible_devices()}
+    return [
+        [(each.name, set(each.allowed_values.list.type)) for each in kernel.constraint]
+        for kernel in kernels.get_registered_kernels_for_op(op_type).kernel
+        if kernel.device_type in devices
+    ]
 
 
 def _widened(values: Any) -> Any:

@@ -59,6 +59,12 @@ class Torch(Backend):
         heads_first = [x.transpose(1, 2) for x in (query, key, value)]
         return bool(_can_use_flash_attention(*heads_first, None, is_causal))
 
+    def without_kernel(self, dtype: str) -> tuple[str, ...]:
+        """Return the names of the stock layers that fail in a dtype, in a call or its gradient."""
+        if dtype not in {"float16", "bfloat16"}:
+            return ()
+        return ("CutMix",) if torch.cuda.is_available() else ("AveragePooling3D", "CutMix")
+
     def mixes_dtypes(self, error: Exception) -> bool:
         """Return whether an error says that operands of different float dtypes met."""
         return isinstance(error, RuntimeError) and MIXED_DTYPES.search(str(error)) is not None

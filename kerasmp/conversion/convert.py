@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from kerasmp.backend.keras_graph import called_parts
+from kerasmp.backend.keras_private import flatten_layers, losses_kept
 from kerasmp.conversion.compiled import (
     compiled_steps,
     forget_compiled_steps,
@@ -26,11 +28,13 @@ from kerasmp.conversion.inference import (
 from kerasmp.conversion.kept import kept_tensors, narrow_inputs
 from kerasmp.conversion.order import begin
 from kerasmp.conversion.report import ConversionReport, ConvertedLayer
+from kerasmp.conversion.trial import settle
 from kerasmp.errors import ArgumentTypeError, PolicyError, refuse_no_bool
 from kerasmp.layers.from_stock import turn_to_safe
 from kerasmp.policy import Policy
-from kerasmp.policy.apply import apply, put_back
+from kerasmp.policy.apply import let_follow, put_back
 from kerasmp.policy.assign import Assignment, assign
+from kerasmp.policy.follow import build_by
 from kerasmp.policy.layer_policies import LayerPolicies
 from kerasmp.policy.matching import refuse_unmatched, unmatched_classes
 
@@ -55,10 +59,12 @@ def convert(  # noqa: PLR0913 - all but two have to be named
     as by `Model.from_keras`, so that its loss is scaled, a bad step leaves no trace, and its files
     keep the policy of each layer; of a compiled model the optimizer is wrapped, its state kept.
     Another model that shares layers with this one sees them in the new dtypes, but keeps steps that
-    it has compiled. If anything fails, the model is what it was.
+    it has compiled. Layers that cannot compute in half precision stay in float32, and the report
+    says why. If anything fails, the model is what it was.
 
     Args:
-        model: A Keras model, stock or ours, of any kind, that has been built.
+        model: A Keras model, stock or ours, of any kind, that has been built. One without a `call`,
+            such as a GAN, is converted by its parts, those that are built.
         policy: A policy, or anything that `Policy` accepts, default "mixed_float16"; or the
             `LayerPolicies` of an earlier conversion, also of another build of the same model.
         rules: Rules as for `Policy`, beside those of `policy`; default "safe". None adds none.
@@ -71,7 +77,7 @@ def convert(  # noqa: PLR0913 - all but two have to be named
             default, narrows none.
         sample: A batch of inputs. The converted model is called on it once, eagerly, and the report
             says what each layer does: multiply-adds, bytes of activations and of casts. Without
-            it these are unknown.
+            it these are unknown. A model that is not built is built by it first.
         dry_run: Only say what would be done.
 
     Returns:
@@ -80,7 +86,8 @@ def convert(  # noqa: PLR0913 - all but two have to be named
     Raises:
         PolicyError: If the policy does not exist, two rules disagree, a pattern matches no layer,
             the model is not built, weights would have to change to a dtype that was not asked for,
-            a weight would become inf in it, or a policy would quantise a layer.
+            a weight would become inf in it, a policy would quantise a layer, or a rule wants a
+            layer in half precision that cannot compute in it.
         ArgumentTypeError: If `model` is no Keras model, or a switch no bool.
         Exception: Whatever the model raises when it is called on `sample`.
 
@@ -108,13 +115,17 @@ def convert(  # noqa: PLR0913 - all but two have to be named
         if isinstance(policy, LayerPolicies)
         else _with_rules(over_float32(Policy(policy), variables), rules)
     )
+    _build(model, sample)
+    has_call = called_parts(model) == [model]
     steps = compiled_steps(model)
     undo = contextlib.ExitStack()
     undo.callback(forget_compiled_steps, model)
     try:
         replaced = _turn_layers(model, wanted, undo, all_of_them=safe_layers)
-        rows, notes = _convert(model, wanted, variables, undo)
-        costs = {} if sample is None else measure(model, sample)
+        rows, notes = _convert(model, wanted, variables, sample, undo)
+        costs = measure(model, sample) if has_call and sample is not None else {}
+        if not has_call and sample is not None:
+            notes.append("the sample was not used: the model has no call")
         policy = wanted if isinstance(wanted, Policy) else None
         to = "the policies of a text" if policy is None else f'"{policy}"'
         layers = [row.layer for row in rows]
@@ -141,6 +152,7 @@ def _convert(
     model: Any,
     wanted: Policy | LayerPolicies,
     variables: str | None,
+    sample: Any,
     undo: contextlib.ExitStack,
 ) -> tuple[list[Assignment], list[str]]:
     notes: list[str] = []
@@ -152,10 +164,15 @@ def _convert(
         ]
     else:
         rows = wanted.assign(model)
-    rows = with_variables(rows, variables)
+    rows = with_variables(_of_built_parts(model, rows, notes), variables)
     _refuse_quantising(rows)
     before = {id(row.layer): row.layer.compute_dtype for row in rows}
-    undo.callback(put_back, model, apply(model, rows, variables_follow=True))
+    changes = [row for row in rows if row.before != row.after]
+    undo.callback(put_back, model, [(row.layer, row.layer.dtype_policy) for row in changes])
+    for row in changes:
+        let_follow(row.layer, keras.dtype_policies.get(row.after))
+    rows, untried = settle(model, rows, sample)
+    notes += untried
     changed = change_variables(rows, undo)
     notes += [text for row in rows for text in kept_tensors(row, before[id(row.layer)])]
     notes += narrow_inputs(model)
@@ -200,13 +217,47 @@ def _check(model: Any) -> None:
             expected="a keras.Model",
             fix="Pass the model, and the policy after it.",
         )
-    if not model.built:
+
+
+def _build(model: Any, sample: Any) -> None:
+    """Build a model that is not, by a sample, and raise without one.
+
+    Raises:
+        PolicyError: If there is none, or no part of a model without a `call` is built.
+    """
+    parts = called_parts(model)
+    if parts == [model] and not model.built and sample is not None:
+        build_by(model, sample)
+        if not model.built:
+            with losses_kept(model):
+                model(sample, training=False)
+    if not any(part.built for part in parts):
         raise PolicyError(
             "The model is not built, and parts that come later would not follow.",
-            received=f'the model "{model.name}"',
+            received=f'the model "{model.name}"'
+            + ("" if parts == [model] else ", which has no call, and none of its parts is built"),
             expected="a built model",
-            fix="Call it on a batch first, or build it under kerasmp.policy_scope(policy).",
+            fix="Give a batch of inputs as sample=, or call the model on one first, or build it "
+            "under kerasmp.policy_scope(policy)."
+            if parts == [model]
+            else "Call its parts on a batch first.",
         )
+
+
+def _of_built_parts(model: Any, rows: list[Assignment], notes: list[str]) -> list[Assignment]:
+    """Return the rows without those of a part that is not built, in a model without a `call`."""
+    parts = called_parts(model)
+    if parts == [model]:
+        return rows
+    built = {id(x) for part in parts if part.built for x in flatten_layers(part)}
+    late = {id(x): x for part in parts if not part.built for x in flatten_layers(part)}
+    left = [row for row in rows if id(row.layer) in late and id(row.layer) not in built]
+    notes += [
+        f'"{row.path}" is not built and was left as it is: call it on a batch, and convert again'
+        for row in left
+        if any(row.layer is part for part in parts)
+    ]
+    return [row for row in rows if not any(row is each for each in left)]
 
 
 def _refuse_quantising(rows: list[Assignment]) -> None:

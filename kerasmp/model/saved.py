@@ -16,7 +16,7 @@ from kerasmp.backend.variable_dtypes import set_variable_dtype, takes_dtype
 from kerasmp.errors import KerasMPWarning, PolicyError, PolicyWarning
 from kerasmp.layers.from_stock import turn_to_safe
 from kerasmp.policy.apply import apply
-from kerasmp.policy.follow import build_by_call
+from kerasmp.policy.follow import build_by
 from kerasmp.policy.layer_policies import LayerPolicies
 from kerasmp.policy.spec import HALVES
 
@@ -155,7 +155,7 @@ class LayersToFollow:
         """
         if not self.waiting:
             return
-        build_by_call(model, inputs)
+        build_by(model, *inputs)
         # Keras says that it has built the model of a file only afterwards.
         if model.built or all(part.built for part in flatten_layers(model) if part is not model):
             self.follow_now(model)

@@ -43,8 +43,9 @@ def apply(
     changed = [(row.layer, row.layer.dtype_policy) for row in todo]
     try:
         for row in todo:
-            set_policy(row.layer, keras.dtype_policies.get(row.after))
-        _renew(model, [layer for layer, _ in changed])
+            let_follow(row.layer, keras.dtype_policies.get(row.after))
+        if todo:
+            refresh_symbolic_dtypes(model)
     except BaseException:  # a layer that cannot be called in its new dtype, or an interrupt
         put_back(model, changed)
         raise
@@ -60,8 +61,25 @@ def put_back(model: Any, changed: Iterable[tuple[Any, keras.DTypePolicy]]) -> No
     """
     pairs = list(changed)
     for layer, policy in pairs:
-        set_policy(layer, policy)
-    _renew(model, [layer for layer, _ in pairs])
+        let_follow(layer, policy)
+    if pairs:
+        refresh_symbolic_dtypes(model)
+
+
+def let_follow(layer: Any, policy: keras.DTypePolicy) -> None:
+    """Give a layer a policy, and renew the constants that it keeps in the dtype of before.
+
+    The symbolic tensors of graphs are left as they are.
+
+    Args:
+        layer: The layer; those inside are left alone.
+        policy: Its policy.
+    """
+    set_policy(layer, policy)
+    if isinstance(layer, keras.layers.Normalization):
+        renew_statistics(layer)
+    elif isinstance(layer, keras.layers.Masking):
+        renew_mask_casts(layer)
 
 
 def refuse_other_variables(row: Assignment) -> None:
@@ -83,18 +101,6 @@ def refuse_other_variables(row: Assignment) -> None:
             fix='For half precision over float32 variables use a "mixed_" policy. convert(...) '
             'changes variables where it is asked to, as by variables="float16".',
         )
-
-
-def _renew(model: Any, changed: list[Any]) -> None:
-    """Renew the constants and symbolic tensors that are kept in the dtypes of before."""
-    if not changed:
-        return
-    for layer in changed:
-        if isinstance(layer, keras.layers.Normalization):
-            renew_statistics(layer)
-        elif isinstance(layer, keras.layers.Masking):
-            renew_mask_casts(layer)
-    refresh_symbolic_dtypes(model)
 
 
 def renew_statistics(layer: Any) -> None:

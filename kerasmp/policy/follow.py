@@ -39,7 +39,7 @@ class RulesToFollow:
         """
         if not self.any:
             return
-        build_by_call(model, inputs)
+        build_by(model, *inputs)
         present = [id(layer) for layer in flatten_layers(model)]
         if present == self._seen:
             return
@@ -48,17 +48,22 @@ class RulesToFollow:
         self._seen = present  # now: rules that disagree are an error each time
 
 
-def build_by_call(model: Any, inputs: tuple[Any, ...]) -> None:
+def build_by(model: Any, *inputs: Any) -> None:
     """Build a model that is not, as layers make parts of their own then, attention its softmax.
 
     Args:
-        model: The model.
-        inputs: What it is about to be called with; nothing to leave it as it is.
+        model: The model. It stays as it is where it cannot be traced.
+        *inputs: What it is called with; nothing to leave it as it is.
     """
     if inputs and not model.built:
         # What cannot be traced is built by the call itself, as in Keras, and followed after it.
         with contextlib.suppress(Exception):
-            keras.Model.__call__(model, *keras.tree.map_structure(_symbol, inputs))
+            keras.Model.__call__(model, *symbols_of(inputs))
+
+
+def symbols_of(values: Any) -> Any:
+    """Return values with symbolic tensors in the place of all that has a shape and a dtype."""
+    return keras.tree.map_structure(_symbol, values)
 
 
 def _symbol(value: Any) -> Any:

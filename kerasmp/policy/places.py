@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 
-from kerasmp.backend.keras_graph import calls, children, graph_of, has_mask, producer
+from kerasmp.backend.keras_graph import (
+    called_parts,
+    calls,
+    children,
+    graph_of,
+    has_mask,
+    outermost_graphs,
+    producer,
+)
+from kerasmp.backend.keras_private import flatten_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +36,22 @@ HANDING_ON = (
     keras.layers.ZeroPadding3D,
 )
 
+SPECTRA = (keras.layers.MelSpectrogram, keras.layers.STFTSpectrogram)
+# Of STFTSpectrogram: "log" and "angle" are small numbers, as are the decibels of MelSpectrogram.
+_LARGE_SPECTRA = ("imag", "magnitude", "psd", "real", "stft")
+# What makes small numbers of any: by class, and by the name of an activation or operation. Not
+# BatchNormalization, which hands on what it is given until it has been trained.
+_NORMALISING = (
+    keras.layers.GroupNormalization,
+    keras.layers.LayerNormalization,
+    keras.layers.Normalization,
+    keras.layers.RMSNormalization,
+    keras.layers.Softmax,
+    keras.layers.UnitNormalization,
+)
+_BOUNDED = ("hard_sigmoid", "hard_tanh", "sigmoid", "softmax", "softsign", "tanh")
+_LOGARITHMS = ("log", "log10", "log1p", "log2", "log_softmax")
+
 
 class Place(NamedTuple):
     """What is around a layer.
@@ -36,6 +61,7 @@ class Place(NamedTuple):
         holder: The layer or model that holds it; None for the model itself.
         final: Whether the model's outputs come from it.
         masked: Whether a mask comes with its input; None where no graph tells.
+        spectra: Whether spectra come with its input that nothing has normalised.
         half: The half precision that the policy would have it compute in, "" for none.
     """
 
@@ -43,6 +69,7 @@ class Place(NamedTuple):
     holder: Any = None
     final: bool = False
     masked: bool | None = None
+    spectra: bool = False
     half: str = ""
 
 
@@ -69,19 +96,27 @@ def places(model: Any) -> Iterator[tuple[Any, Place]]:
         ]
         waiting = inside + waiting
     masked = _masks(graphs)
+    spectra = _taking_spectra(model)
     for layer, place in found:
-        yield layer, place._replace(final=id(layer) in final, masked=masked.get(id(layer)))
+        key = id(layer)
+        yield (
+            layer,
+            place._replace(final=key in final, masked=masked.get(key), spectra=key in spectra),
+        )
 
 
 def final_layers(model: Any) -> list[Any]:
     """Return the layers that make the model's outputs; none where no graph tells.
 
     Layers that only rearrange or drop what they are given are among them, and so is the one before.
-    Through an operation that is no layer, such as `outputs * 2`, all layers before it count.
+    Through an operation that is no layer, such as `outputs * 2`, all layers before it count. Of a
+    model without a `call`, whose train step takes what its parts return, all that make their
+    outputs.
     """
     graph = graph_of(model)
     if graph is None:
-        return []
+        parts = called_parts(model)
+        return [layer for x in parts if x is not model for layer in final_layers(x)]
     found: list[Any] = []
     makers = {id(out): call for call in calls(graph) for out in call.outputs}
     waiting = list(graph.outputs)
@@ -115,3 +150,58 @@ def _masks(graphs: list[Any]) -> dict[int, bool]:
             key = id(call.operation)
             masked[key] = masked.get(key, False) or any(has_mask(each) for each in call.inputs)
     return masked
+
+
+def _taking_spectra(model: Any) -> set[int]:
+    """Return the `id`s of the layers that are given spectra which nothing has normalised."""
+    takers: set[int] = set()
+    if any(isinstance(layer, SPECTRA) for layer in flatten_layers(model)):
+        for graph in outermost_graphs(model):
+            _spread(graph, [], takers)
+    return takers
+
+
+def _spread(model: Any, given: list[bool], takers: set[int]) -> list[bool]:
+    """Return which outputs of a model with a graph are spectra, and add the layers that take such.
+
+    Args:
+        model: The model.
+        given: Whether each of its inputs is one; none of them, if there are fewer.
+        takers: Is added to.
+    """
+    graph: Any = graph_of(model)
+    large = {id(x) for x, is_large in zip(graph.inputs, given, strict=False) if is_large}
+    for call in calls(graph):
+        taken = [id(x) in large for x in call.inputs]
+        if any(taken):
+            takers.update(id(x) for x in _of(call.operation))
+        if graph_of(call.operation) is not None:
+            made = _spread(call.operation, taken, takers)
+        else:
+            is_large = _makes_large(call.operation) or (
+                any(taken) and not _makes_small(call.operation)
+            )
+            made = [is_large] * len(call.outputs)
+        large |= {id(x) for x, is_large in zip(call.outputs, made, strict=True) if is_large}
+    return [id(x) in large for x in graph.outputs]
+
+
+def _of(operation: Any) -> list[Any]:
+    """Return a layer with what it holds; nothing of a model, which is gone through by itself."""
+    is_whole = isinstance(operation, keras.Layer) and graph_of(operation) is None
+    return flatten_layers(operation) if is_whole else []
+
+
+def _makes_large(operation: Any) -> bool:
+    return isinstance(operation, keras.layers.STFTSpectrogram) and operation.mode in _LARGE_SPECTRA
+
+
+def _makes_small(operation: Any) -> bool:
+    if not isinstance(operation, keras.Layer):
+        names = (*_BOUNDED, *_LOGARITHMS)
+        return type(operation).__name__.lower() in {name.replace("_", "") for name in names}
+    activation = getattr(getattr(operation, "activation", None), "__name__", "")
+    return isinstance(operation, (*_NORMALISING, *SPECTRA)) or activation in {
+        *_BOUNDED,
+        *_LOGARITHMS,
+    }

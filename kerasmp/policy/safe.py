@@ -16,11 +16,13 @@ import numpy as np
 from kerasmp.backend import (
     compares_in_float32,
     drops_in_own_dtype,
+    layers_without_kernel,
     makes_noise_in_own_dtype,
     multiplies_mixed,
     sums_rows_narrowly,
 )
 from kerasmp.backend.keras_graph import children
+from kerasmp.policy.places import SPECTRA
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
@@ -170,6 +172,14 @@ def _is(*classes: type) -> Callable[[Any, Place], bool]:
     return lambda layer, _: isinstance(layer, classes)
 
 
+def _has_no_kernel(layer: Any, place: Place) -> bool:
+    return isinstance(layer, layers_without_kernel(place.half))
+
+
+def _makes_or_takes_spectra(layer: Any, place: Place) -> bool:
+    return isinstance(layer, SPECTRA) or place.spectra
+
+
 def _is_head(layer: Any, place: Place) -> bool:
     # What a user's layer with layers inside gives back is theirs to say: no rule can reach it.
     own = type(layer).__module__.partition(".")[0] not in {"keras", _PACKAGE}
@@ -230,6 +240,19 @@ def _makes_noise(layer: Any, _: Place) -> bool:
 
 
 RULES = (
+    SafeRule(
+        "kernel",
+        "22",
+        "it fails on this backend: an operation or its gradient has no kernel",
+        _has_no_kernel,
+        inside=True,
+    ),
+    SafeRule(
+        "spectrum",
+        "23",
+        "the spectra of loud sound overflow, up to where a layer normalises them",
+        _makes_or_takes_spectra,
+    ),
     SafeRule(
         "head",
         "1, 18",

@@ -101,16 +101,31 @@ def test_weights_of_another_dtype_are_refused_and_nothing_changes():
     assert model.layers[0].compute_dtype == "float32"
 
 
-def test_a_layer_that_cannot_be_called_leaves_the_model_as_it_was():
-    class Picky(layers.Layer):
-        def call(self, inputs):
-            if keras.backend.standardize_dtype(inputs.dtype) == "float16":
-                raise NotImplementedError("float32 only")
-            return inputs
+class Picky(layers.Layer):
+    def call(self, inputs):
+        if keras.backend.standardize_dtype(inputs.dtype) == "float16":
+            raise NotImplementedError("float32 only\nand more")
+        return inputs
 
+
+@pytest.mark.parametrize("rules", [None, "safe"])
+def test_a_layer_that_cannot_be_called_stays_in_float32_with_the_reason(rules):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(2), Picky(), layers.ReLU()])
-    with pytest.raises(NotImplementedError, match="float32 only"):
-        mp.convert(model)
+    report = mp.convert(model, rules=rules)
+    assert [layer.compute_dtype for layer in model.layers[:2]] == ["float16", "float32"]
+    (row,) = [row for row in report.rows if row.layer is model.layers[1]]
+    assert row.reason == "cannot compute in float16: NotImplementedError: float32 only"
+    report.restore()
+    assert {layer.compute_dtype for layer in flatten_layers(model)} == {"float32"}
+    assert model.layers[0].output.dtype == "float32"
+
+
+def test_a_rule_that_wants_it_in_half_precision_is_refused_and_nothing_changes():
+    model = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(2), Picky(name="picky"), layers.ReLU()]
+    )
+    with pytest.raises(mp.errors.PolicyError, match=r"picky\", by your rule .*float32 only"):
+        mp.convert(model, rules={Picky: "mixed_float16"})
     assert {layer.compute_dtype for layer in flatten_layers(model)} == {"float32"}
     assert model.layers[0].output.dtype == "float32"
 

@@ -66,9 +66,9 @@ KINDS = {
 }
 
 
-def relu_after(layer, shape, count=1):
-    """Return a model in which `layer` is not the last one."""
+def relu_after(layer, shape, count=1, before=()):
+    """Return a model in which `layer` is not the last one, and comes after the layers `before`."""
     inputs = [keras.Input(shape) for _ in range(count)]
-    outputs = layer(inputs if count > 1 else inputs[0])
+    outputs = layer(inputs if count > 1 else _through(before, inputs[0]))
     outputs = keras.layers.Concatenate(axis=0)(outputs) if isinstance(outputs, list) else outputs
     return keras.Model(inputs, keras.layers.ReLU()(keras.layers.ReLU()(outputs)))
