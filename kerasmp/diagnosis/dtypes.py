@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from kerasmp.backend import current
-from kerasmp.backend.keras_graph import calls, children, graph_of
+from kerasmp.backend.keras_graph import calls, children, graph_of, outermost_graphs
 from kerasmp.backend.keras_private import flatten_layers
 from kerasmp.diagnosis.finding import Finding
 from kerasmp.policy import Policy, global_policy
@@ -276,10 +276,15 @@ def _going_their_own_way(model: Any, dtypes: dict[int, str]) -> Iterator[Finding
 
 
 def _all_calls(model: Any) -> list[Any]:
-    found = calls(model)
+    """Return the calls of all graphs in a model, which may have none itself."""
+    return [call for graph in outermost_graphs(model) for call in _calls_within(graph)]
+
+
+def _calls_within(graph: Any) -> list[Any]:
+    found = calls(graph)
     return found + [
         inner
         for call in found
         if graph_of(call.operation) is not None
-        for inner in _all_calls(call.operation)
+        for inner in _calls_within(call.operation)
     ]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 
-from kerasmp.backend.keras_graph import graph_of, symbolic_dtypes
-from kerasmp.backend.keras_private import losses_kept
+from kerasmp.backend.keras_graph import called_parts, graph_of, outermost_graphs, symbolic_dtypes
+from kerasmp.backend.keras_private import layers_in, losses_kept, whole_tracebacks
 from kerasmp.diagnosis import data, dtypes, outputs, sizes, source, traced, training
 from kerasmp.diagnosis.finding import Finding, LintReport, sorted_report
-from kerasmp.errors import ArgumentError, ArgumentTypeError
+from kerasmp.errors import ArgumentError, ArgumentTypeError, first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def lint(model: Any, x: Any = None) -> LintReport:
@@ -19,7 +22,8 @@ def lint(model: Any, x: Any = None) -> LintReport:
 
     Nothing is changed and no step is run. Without `x` the model is only looked at. With `x` the
     range of the data is checked too, and on TensorFlow and JAX the model is traced, to find
-    constants that are infinite in float16. A model that is not built is first called with `x`.
+    constants that are infinite in float16. A model that is not built is first called with `x`. Of a
+    model without a `call`, such as a GAN, the parts are looked at, and `x` is not used.
 
     Args:
         model: A Keras model, stock or ours; compiled, if its loss and optimizer are to be checked.
@@ -49,6 +53,8 @@ def lint(model: Any, x: Any = None) -> LintReport:
             expected="a keras.Model",
             fix="Pass the model, and a batch of its input after it.",
         )
+    if called_parts(model) != [model]:
+        x = None  # what its train step does with it, nobody can tell
     if x is not None:
         given, x = x, keras.tree.map_structure(np.asarray, x)
         arrays = keras.tree.flatten(x)
@@ -60,8 +66,6 @@ def lint(model: Any, x: Any = None) -> LintReport:
                 fix="Pass what model.predict_on_batch takes.",
             )
         _refuse_other_inputs(model, arrays)
-        if not model.built:
-            model(x)
     with losses_kept(model):
         return sorted_report(_findings(model, x))
 
@@ -89,11 +93,16 @@ def _refuse_other_inputs(model: Any, arrays: list[Any]) -> None:
 
 
 def _findings(model: Any, x: Any) -> list[Finding]:
+    if x is not None and not model.built:
+        _, failed = _tried(model, lambda: model(x))
+        if failed:
+            return [*cheap_findings(model), *failed]
     found = [*cheap_findings(model), *training.unscaled(model), *sizes.findings(model)]
     if x is None:
         return found
-    constants = traced.findings(model, x)
-    found += [*data.findings(model, x), *(constants or [])]
+    found += data.findings(model, x)
+    constants, failed = _tried(model, lambda: traced.findings(model, x))
+    found += [*(constants or []), *failed]
     if constants is None:
         return found
     # The graph has told for certain.
@@ -106,9 +115,36 @@ def cheap_findings(model: Any) -> list[Finding]:
     Args:
         model: A Keras model.
     """
-    symbolic = symbolic_dtypes(model)
+    symbolic, failed = _tried(model, lambda: _symbolic_dtypes(model))
+    if symbolic is None:
+        return [*failed, *dtypes.findings(model, {}), *source.findings(model)]
     return [
-        *outputs.findings(model, symbolic),
+        *(each for part in called_parts(model) for each in outputs.findings(part, symbolic)),
         *dtypes.findings(model, symbolic),
         *source.findings(model),
     ]
+
+
+def _symbolic_dtypes(model: Any) -> dict[int, str]:
+    graphs = [symbolic_dtypes(graph) for graph in outermost_graphs(model)]
+    return {key: dtype for graph in graphs for key, dtype in graph.items()}
+
+
+def _tried(model: Any, action: Callable[[], Any]) -> tuple[Any, list[Finding]]:
+    """Return what an action that calls layers returns, or None and what it raised, as a finding."""
+    try:
+        with whole_tracebacks():
+            return action(), []
+    except Exception as error:  # noqa: BLE001 - whatever a layer raises
+        layers = layers_in(error)
+        place = (layers[0].path or layers[0].name) if layers else model.name
+        return None, [
+            Finding(
+                "error",
+                place,
+                "cannot-compute",
+                f"It cannot be called: {first_line(error)}.",
+                'If float32 would do, give it dtype="float32", or let kerasmp.convert(model) find '
+                "what has to stay in it.",
+            )
+        ]

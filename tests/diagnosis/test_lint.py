@@ -67,3 +67,46 @@ def test_looking_changes_nothing():
     for variable, value in zip(model.variables, before, strict=True):
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), value)
     model.fit(X, X, verbose=0)
+
+
+class HalfMaster(layers.Layer):
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), dtype="float16", name="scale")
+
+    def call(self, inputs):
+        return inputs * ops.cast(self.scale, inputs.dtype)
+
+
+@pytest.mark.parametrize("module", [keras, mp])
+def test_of_a_model_without_a_call_the_parts_are_looked_at(module):
+    class Gan(module.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = [made(HalfMaster, layers.UnitNormalization, dense(30), bare=True)]
+
+    model = Gan()
+    model.compile()
+    report = mp.lint(model, X)
+    assert {each.rule for each in report} == {
+        *("half-master", "unsafe-layer", "float16-head"),
+        *(["unscaled"] if module is keras else []),
+    }
+    assert not model.built
+
+
+@pytest.mark.backend("tensorflow")
+@pytest.mark.parametrize("built", [True, False])
+def test_a_model_that_cannot_be_called_is_a_finding(built):
+    class Mixes(layers.Layer):
+        def call(self, inputs):
+            return inputs + keras.random.normal((8,))
+
+        def compute_output_shape(self, shape):
+            return shape
+
+    with mp.policy_scope("mixed_float16"):
+        model = keras.Sequential(([keras.Input((8,))] if built else []) + [Mixes(name="mixes")])
+    [each] = [each for each in mp.lint(model, X) if each.rule == "cannot-compute"]
+    assert each.severity == "error"
+    assert each.place.endswith("mixes")
+    assert "does not match type" in each.reason or "float" in each.reason
