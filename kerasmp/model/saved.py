@@ -180,19 +180,18 @@ class LayersToFollow:
                 raise
             _warn_of_others(model, text, error)
         else:
-            apply(model, rows, variables_follow=True)
-            _variables_follow(rows, self._variable_dtypes(model))
+            # Older files have none, and variables follow in those of models for inference alone.
+            written = self.waiting.get("variable_dtypes")
+            follow = written is not None or model._for_inference  # noqa: SLF001 - ours
+            apply(model, rows, variables_follow=follow)
+            if follow:
+                _variables_follow(rows, written)
             for layer, policy in zip(
                 _inputs(model), self.waiting.get("input_policies", ()), strict=False
             ):
                 set_policy(layer, keras.dtype_policies.get(policy))
             _refuse_training_inside(model)
         self.waiting = {}
-
-    def _variable_dtypes(self, model: Any) -> Mapping[str, list[str]] | None:
-        """Return those that are not the policy's; None where nobody has written them down."""
-        unknown: dict[str, list[str]] | None = {} if model._for_inference else None  # noqa: SLF001 - ours
-        return self.waiting.get("variable_dtypes", unknown)
 
 
 def _assigned(model: Any, policies: LayerPolicies) -> list[Assignment]:
@@ -311,13 +310,20 @@ def _inputs(model: Any) -> list[Any]:
 
 
 def _variables_follow(rows: Iterable[Assignment], written: Mapping[str, list[str]] | None) -> None:
-    """Give variables the dtypes of the file; their values come from it later."""
-    if written is None:
-        return
+    """Give variables the dtypes of the file; their values come from it later.
+
+    Args:
+        rows: What layers have been assigned.
+        written: The dtypes that are not the policy's; None in an older file.
+    """
     for number, row in enumerate(rows):
+        have, want = (
+            keras.dtype_policies.get(name).variable_dtype for name in (row.before, row.after)
+        )
+        if written is None and not {have, want} & set(HALVES):
+            continue
         variables = own_variables(row.layer)
-        policys = keras.dtype_policies.get(row.after).variable_dtype
-        dtypes = written.get(str(number), [policys] * len(variables))
+        dtypes = (written or {}).get(str(number), [want] * len(variables))
         for variable, dtype in zip(variables, dtypes, strict=False):
             if takes_dtype(variable, dtype):
                 set_variable_dtype(variable, dtype)

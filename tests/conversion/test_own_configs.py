@@ -160,6 +160,17 @@ def test_a_model_that_was_made_under_a_policy(policy, case, tmp_path):
     assert_same(saved_and_loaded(model, tmp_path, "mixed_bfloat16"), model)
 
 
+def test_what_files_did_not_say_before_is_not_needed():
+    model = made("keras-with_supers-subclassed-kwargs")
+    mp.convert(model, "float16", variables="float16")
+    written = keras.saving.serialize_keras_object(model)
+    for key in ("variable_dtypes", "input_policies"):
+        del written["config"]["kerasmp"][key]
+    loaded = keras.saving.deserialize_keras_object(written)
+    loaded.set_weights(model.get_weights())
+    assert_same(loaded, model)
+
+
 def test_a_model_without_call_that_is_never_built(tmp_path):
     with mp.policy_scope("mixed_float16"):
         model = Pair(8)
