@@ -9,6 +9,7 @@ import keras
 from kerasmp.backend import current
 from kerasmp.backend.keras_private import flatten_layers, set_autocast
 from kerasmp.layers import dense
+from kerasmp.layers.quantizing import without_type_check
 
 
 class EinsumDense(dense.EinsumDense):
@@ -27,5 +28,7 @@ def turn_projections(attention: Any) -> None:
     """
     for projection in projections_in(attention):
         projection.__class__ = EinsumDense
+        # Around Keras's own __setattr__, which has locked the layer.
+        object.__setattr__(projection, "quantize", without_type_check(projection.quantize))
         if projection.bias is not None and current().NARROW_SUMS:
             set_autocast(projection.bias, to=False)

@@ -37,10 +37,8 @@ class Drifting(mp.LossScale):
 
 # Each with what of its state must not be, at the stop, as it was at the start.
 SCHEDULES = {
-    "recovering": (
-        mp.DynamicLossScale(2.0**16, backoff_factor=2.0**-8, recovery_interval=2),
-        {"scale", "step_counter", "recover_to"},
-    ),
+    # Which came back after the first overflow, and does not after the second.
+    "recovering": (mp.DynamicLossScale(0.5), {"scale", "step_counter", "recover_to"}),
     "tolerant": (
         mp.DynamicLossScale(2.0**10, tolerance=0.45, growth_interval=3),
         {"step_counter", "steps_since_change", "overflows_since_change"},
