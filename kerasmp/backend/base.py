@@ -216,6 +216,13 @@ class Backend(Protocol):
         No for what is one only once it is converted or broadcast.
         """
 
+    def are_gradients(self, grads: Sequence[Any], variables: Sequence[Any]) -> bool:  # noqa: ARG002 - see below
+        """Return whether all are, as they are, gradients of their variables, or None.
+
+        Where it is not quick to tell: no.
+        """
+        return False
+
     def static_shape(self, values: Tensor) -> tuple[int | None, ...] | None:
         """Return the shape of a tensor as far as it is known, or None."""
         return tuple(values.shape)

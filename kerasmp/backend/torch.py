@@ -82,6 +82,13 @@ class Torch(Backend):
         is_real = type(gradient) is torch.Tensor and gradient.is_floating_point()
         return is_real and (shape is None or gradient.shape == shape)
 
+    def are_gradients(self, grads: Sequence[Any], variables: Sequence[Any]) -> bool:
+        """Return whether all are, as they are, gradients of their variables, or None."""
+        return all(
+            g is None or (type(g) is torch.Tensor and g.is_floating_point() and g.shape == v.shape)
+            for g, v in zip(grads, held(variables), strict=True)
+        )
+
     def dtypes_of(self, variables: Sequence[Any]) -> list[str]:
         """Return Keras's name of the dtype of each variable."""
         return [name_of(v.dtype) for v in held(variables)]

@@ -51,20 +51,20 @@ def save(optimizer: LossScaleOptimizer, store: Any) -> None:
 def assign(optimizer: LossScaleOptimizer, assignments: Assignments) -> None:
     """Give variables their values, and bring a scale that lies outside the bounds inside."""
     for variable, value in assignments:
-        if variable is optimizer.dynamic_scale:
+        if variable is optimizer.scale_variable:
             bounded = optimizer.schedule.bounded(value)
             _refuse_too_large(optimizer, float(ops.convert_to_numpy(bounded)))
     given = {id(variable) for variable, _ in assignments}
     schedule, parts = optimizer.schedule, optimizer.schedule_variables()
-    if id(optimizer.dynamic_scale) in given:  # from a schedule that may have known less than ours
+    if id(optimizer.scale_variable) in given:  # from a schedule that may have known less than ours
         initial = schedule.init()
         for key, variable in parts.items():
             if id(variable) not in given:
                 variable.assign(initial[key])
     for variable, value in assignments:
         variable.assign(value)
-    scale = optimizer.loss_scale
-    optimizer.dynamic_scale.assign(
+    scale = float(ops.convert_to_numpy(optimizer.scale_variable))
+    optimizer.scale_variable.assign(
         schedule.bounded(schedule.initial_scale if np.isnan(scale) else scale)
     )
 
@@ -120,7 +120,7 @@ def schedule_now(optimizer: LossScaleOptimizer) -> LossScale:
     if not isinstance(schedule, FixedLossScale) or not optimizer.built:
         return schedule
     try:
-        scale = schedule.check(optimizer.loss_scale)
+        scale = schedule.check(float(ops.convert_to_numpy(optimizer.scale_variable)))
     except Exception:  # noqa: BLE001 - no number in a trace, nor on JAX in `fit`; or a broken one
         return schedule
     return dataclasses.replace(schedule, scale=scale)

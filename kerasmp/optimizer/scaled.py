@@ -14,11 +14,12 @@ from kerasmp.loss_scale import FixedLossScale, NoLossScale
 if TYPE_CHECKING:
     from kerasmp.optimizer.wrapper import LossScaleOptimizer
 
-# Optimizers that were asked for their scale, and models that they were the optimizer of. What was
-# traced then, an inner function say, may scale a loss again without a word to us, also by the scale
-# of another optimizer that is its argument. No attributes: a step sets none, since another thread
-# may be using them.
+# Optimizers that were asked for their scale. What was traced then, an inner function say, may scale
+# a loss again without a word to us. No attributes: a step sets none, since another thread may be
+# using them.
 _HAVE_SCALED: weakref.WeakSet[Any] = weakref.WeakSet()
+# For each model those that it has applied scaled gradients by, of before too.
+_OF_MODELS: weakref.WeakKeyDictionary[Any, list[weakref.ref[Any]]] = weakref.WeakKeyDictionary()
 # Optimizers whose user was told that the step scales no loss.
 _TOLD: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -39,7 +40,7 @@ def note_scaling(optimizer: LossScaleOptimizer, what: str) -> None:
         return
     call = innermost()
     if call is None:
-        if backend.current().is_traced():
+        if optimizer not in _HAVE_SCALED and backend.current().is_traced():
             _HAVE_SCALED.add(optimizer)
         return
     if _holds(call.unscaled, optimizer):
@@ -72,50 +73,88 @@ def is_scaled(optimizer: LossScaleOptimizer) -> bool:
     """Return whether gradients that are applied now are to be divided by the scale.
 
     They are not if a train step of a model of ours applies them, and nothing has ever asked the
-    optimizer for its scale.
+    optimizer for its scale, nor one that the model had before.
 
     Args:
         optimizer: The optimizer.
 
     Raises:
-        LossScaleError: If the step has asked other optimizers only.
+        LossScaleError: If the step, or the model in other steps, has asked other optimizers only.
 
     Warns:
-        LossScaleWarning: Once for each optimizer whose loss is not scaled.
+        LossScaleWarning: Once for each optimizer whose loss is not scaled, or may be scaled by what
+            was traced for one of before.
     """
     call = innermost()
     if call is None or _is_always_1(optimizer):
         return True
     if optimizer in _HAVE_SCALED:
-        _HAVE_SCALED.add(call.model)
+        _mark(call.model, optimizer)
         return True
-    if optimizer not in _TOLD:
-        if call.scaled:
-            raise LossScaleError(
-                "apply cannot know whether its gradients are those of a scaled loss.",
-                received=f"gradients for {optimizer.name!r} in a step that has scaled a loss by "
-                f"{', '.join(repr(other.name) for other in call.scaled)} alone",
-                expected="the loss scaled by the optimizer that applies its gradients",
-                fix="Call scale_loss of each optimizer, and apply to it the gradients of that. One "
-                "loss for several optimizers needs one LossScaleOptimizer around a "
-                "keras.optimizers.MultiOptimizer. One that shall scale nothing is "
-                "LossScaleOptimizer(..., loss_scale=None).",
-            )
-        if call.model in _HAVE_SCALED:  # by what was traced for an optimizer of before
+    if not _holds(call.unscaled, optimizer):
+        marks = _OF_MODELS.get(call.model, [])
+        others = call.scaled or [o for o in (mark() for mark in marks) if _keeps(call.model, o)]
+        if others:
+            raise _unknown_loss(optimizer, others)
+        if marks:
+            _warn_of_predecessor(optimizer, call.model)
             return True
-        _TOLD.add(optimizer)
         _warn(optimizer, call.model)
-    call.unscaled.append(optimizer)
+        call.unscaled.append(optimizer)
     return False
 
 
 def note_successor(model: Any) -> None:
     """Note that a model gets another optimizer, whose gradients may be scaled as those before."""
-    if getattr(model, "optimizer", None) in _HAVE_SCALED:
-        _HAVE_SCALED.add(model)
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer in _HAVE_SCALED:
+        _mark(model, optimizer)
+
+
+def _mark(model: Any, optimizer: Any) -> None:
+    marks = _OF_MODELS.setdefault(model, [])
+    if all(mark() is not optimizer for mark in marks):
+        marks.append(weakref.ref(optimizer))
+
+
+def _keeps(model: Any, optimizer: Any) -> bool:
+    """Return whether a model still has an optimizer, which is then none of before."""
+    held = list(vars(model).values())
+    listed = [x for each in held if isinstance(each, list | tuple) for x in each]
+    named = [x for each in held if isinstance(each, dict) for x in each.values()]
+    return optimizer is not None and _holds([*held, *listed, *named], optimizer)
+
+
+def _unknown_loss(optimizer: LossScaleOptimizer, others: list[Any]) -> LossScaleError:
+    return LossScaleError(
+        "apply cannot know whether its gradients are those of a scaled loss.",
+        received=f"gradients for {optimizer.name!r} in a step, or a model, that has scaled losses "
+        f"by {', '.join(repr(other.name) for other in others)} alone",
+        expected="the loss scaled by the optimizer that applies its gradients",
+        fix="Call scale_loss of each optimizer, and apply to it the gradients of that. One "
+        "loss for several optimizers needs one LossScaleOptimizer around a "
+        "keras.optimizers.MultiOptimizer. One that shall scale nothing is "
+        "LossScaleOptimizer(..., loss_scale=None).",
+    )
+
+
+def _warn_of_predecessor(optimizer: LossScaleOptimizer, model: Any) -> None:
+    if optimizer in _TOLD:
+        return
+    warnings.warn(
+        f"The train step of {model.name!r} has asked not {optimizer.name!r} for its scale, but the "
+        "optimizer before it. Gradients are divided by the scale, as if what was traced then "
+        "scaled the loss. If it does not, make the model anew, or compile it with "
+        "kerasmp.LossScaleOptimizer(optimizer, loss_scale=None).",
+        LossScaleWarning,
+        stacklevel=2,
+    )
+    _TOLD.add(optimizer)
 
 
 def _warn(optimizer: LossScaleOptimizer, model: Any) -> None:
+    if optimizer in _TOLD:
+        return
     scaling = "scaled = self.optimizer.scale_loss(loss)"
     if backend.current().PURE:
         how = (
@@ -132,6 +171,7 @@ def _warn(optimizer: LossScaleOptimizer, model: Any) -> None:
         LossScaleWarning,
         stacklevel=2,
     )
+    _TOLD.add(optimizer)
 
 
 def _is_always_1(optimizer: LossScaleOptimizer) -> bool:

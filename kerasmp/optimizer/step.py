@@ -112,12 +112,14 @@ def next_state(
         finite: What `finite_gradients` returned; of a step that was applied it may be None.
         applied: Whether it was applied, or skipped.
     """
-    after = (
-        _after_update(schedule, state, step)
-        if applied
-        else _after_skip(schedule, state, step, finite)
-    )
+    if applied:
+        return _after_update(schedule, state, step) if step.scaled else _counted(state)
+    after = _after_skip(schedule, state, step, finite)
     return after if step.scaled else after._replace(schedule=state.schedule)
+
+
+def _counted(state: State) -> State:
+    return state._replace(counts=state.counts + ops.array(APPLIED, state.counts.dtype))
 
 
 def _after_update(schedule: LossScale, state: State, step: Step) -> State:
@@ -131,9 +133,7 @@ def _after_update(schedule: LossScale, state: State, step: Step) -> State:
         return before | {"step_counter": before["step_counter"] + 1}
 
     after = backend.current().short_cut(before, schedule.only_counts, counted, moved)
-    return state._replace(
-        schedule=after, counts=state.counts + ops.array(APPLIED, state.counts.dtype)
-    )
+    return _counted(state)._replace(schedule=after)
 
 
 def _after_skip(schedule: LossScale, state: State, step: Step, finite: Any) -> State:

@@ -164,7 +164,9 @@ def test_a_scale_in_a_function_that_was_traced_before_is_not_overlooked(first, t
     else:
         former = model.optimizer  # keeps the scale that the function captured
         assert compiled(model, 1024.0).optimizer is not former
-    model.fit(*rest, **SOME)
+    told = pytest.warns(mp.errors.LossScaleWarning, match="the optimizer before it")
+    with told if then == "compiled anew" else contextlib.nullcontext():
+        model.fit(*rest, **SOME)
     assert len(traced) == before  # no word of the scale reached us
     assert_same(model.get_weights(), wanted)
 
@@ -267,3 +269,34 @@ def test_of_two_optimizers_each_scales_for_itself(scaled_by):
         model.fit(X, Y, **SOME)
     assert times(said or ()) == (2 if scaled_by == "neither" else 0)
     assert_same(model.get_weights(), fitted(network(BareStep, mp.Sequential), None))
+
+
+@pytest.mark.backend("tensorflow", "torch")
+@pytest.mark.parametrize("steps", ["scaled, then bare", "bare, then scaled by the other"])
+def test_optimizers_that_take_turns_must_each_scale(steps):
+    class Turns(BareStep):
+        step = 0
+
+        def train_step(self, data):
+            self.step += 1
+            loss, gradients = self.loss_and_gradients(*data)
+            first = self.step == 1 and steps == "scaled, then bare"
+            optimizer, some = (
+                (self.optimizer, slice(0, 2)) if first else (self.head_optimizer, slice(2, 4))
+            )
+            optimizer.apply(gradients[some], self.trainable_variables[some])
+            return {"loss": loss}
+
+        def to_differentiate(self, loss):
+            scales = self.step == (1 if steps == "scaled, then bare" else 2)
+            return self.optimizer.scale_loss(loss) if scales else loss
+
+    model = compiled(network(Turns, mp.Sequential), 1024.0, run_eagerly=True)
+    model.head_optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(0.1), loss_scale=512.0)
+    told = pytest.warns(mp.errors.LossScaleWarning, match="scales no loss")
+    with told if steps.startswith("bare") else contextlib.nullcontext():
+        model.fit(X[:16], Y[:16], **SOME)
+    before = model.get_weights()
+    with pytest.raises(mp.errors.LossScaleError, match="Call scale_loss of each optimizer"):
+        model.fit(X[:16], Y[:16], **SOME)
+    assert_same(model.get_weights(), before)
