@@ -40,8 +40,9 @@ class DynamicLossScale(LossScale):
         recovery_interval: After a slump, overflows in a row that took the scale to 1/256 or less,
             it grows after this many good steps if that is fewer than `growth_interval`, until it
             is back where it was or the next overflow. Default 20. Below 1 any fall is a slump, and
-            each good step makes up for an overflow; if none had to be made up for, the scale
-            grows after this many, until a growth overflows. None climbs as slowly as ever, as
+            each good step makes up for an overflow; if none had to be made up for, as at the
+            floor or where it was tolerated, the scale grows after this many, until a growth
+            overflows. None climbs as slowly as ever, as
             Keras, PyTorch and apex do.
         min_scale: The floor, default 2**-14. Sums over a batch, or large sample weights, may need
             a scale far below 1.
@@ -146,7 +147,7 @@ class DynamicLossScale(LossScale):
         after: State = {}
         interval: Any = self.growth_interval
         if self.recovery_interval is not None:
-            target = self._recovering_to(state["recover_to"], scale)
+            target = self._recovering_to(state, scale)
             recovering, below = target > scale, scale < ONE
             # As tensors: two Python numbers would not have the counter's dtype.
             quick, slow = (
@@ -202,15 +203,22 @@ class DynamicLossScale(LossScale):
             after["recover_to"] = ops.where(before < 0, before, -level)
         return after
 
-    def _recovering_to(self, stored: Any, scale: Any) -> Any:
+    def _recovering_to(self, state: State, scale: Any) -> Any:
         """Return the scale that a recovery ends at; 0 if there is none.
 
         During a run of overflows the scale before it is stored as a negative number: only the good
-        step after it can tell how deep the slump was. One that equals the scale is kept below 1.
+        step after it can tell how deep the slump was. One that equals the scale is kept below 1,
+        but not where the overflows were tolerated: then the scale is what it was.
         """
+        stored = state["recover_to"]
         kept = ops.logical_or(
             is_slump(scale, -stored), ops.logical_and(scale < ONE, scale == -stored)
         )
+        # Once one has lowered the scale, so does each that follows in the run.
+        if self.hysteresis > 1:
+            kept = ops.logical_and(kept, state["hysteresis_left"] <= 0)
+        if self.tolerance > 0:
+            kept = ops.logical_and(kept, state["steps_since_change"] == 0)
         target = ops.where(stored < 0, ops.where(kept, -stored, 0.0), stored)
         # A target beyond the ceiling, of a schedule with a higher one, would never be reached.
         return ops.minimum(target, self.max_scale)

@@ -10,7 +10,7 @@ from keras import ops
 
 from kerasmp.loss_scale import validation
 from kerasmp.loss_scale.base import LossScale, State, either
-from kerasmp.loss_scale.slump import FLOOR
+from kerasmp.loss_scale.slump import FLOOR, ONE, QUICK
 
 # The exponent at which float16 overflows.
 LARGEST_EXPONENT = 16.0
@@ -27,7 +27,9 @@ class LogMaxLossScale(LossScale):
     power of two so that scaling stays exact. An overflow, of which only a bound is known, counts as
     a maximum of 2**16 / scale; not so if the step before it overflowed too, or on the way up, so
     that a run of bad data counts once. It halves the scale at least. A good step doubles it at
-    most. A step whose gradients are all zero says nothing and changes nothing.
+    most. A step whose gradients are all zero says nothing and changes nothing, but below 1 the
+    scale may be what made them zero: there such a step doubles it, up to what the maxima seen
+    before allow; above that each twentieth does. Only an overflow takes it below 1, and lower.
 
     Args:
         initial_scale: The first scale, default 32768.
@@ -95,7 +97,8 @@ class LogMaxLossScale(LossScale):
         state |= {key: ops.where(sound, state[key], 0.0) for key in _MOMENTS}
         # On the way up to what the moments allow, an overflow tells of bad data and not of the size
         # of gradients: as a maximum it would be far too large.
-        there = self._proposed(state) <= scale
+        allowed = self._proposed(state)
+        there = allowed <= scale
         counts = ops.logical_and(state["step_counter"] > 0, there)
         known = either(finite, largest > 0, counts)
         seen = {
@@ -108,14 +111,25 @@ class LogMaxLossScale(LossScale):
         proposed = self._proposed(seen)
         lower = ops.maximum(scale * 0.5, self.min_scale)
         higher = ops.minimum(scale * 2.0, self.max_scale)
-        count = state["step_counter"]
+        # Small maxima after large ones have a wide spread: it must not flush them to zero.
+        least = ops.minimum(scale, ONE)
+        count = state["step_counter"] + 1
+        none = ops.zeros_like(count)
+        # A scale that flushes all gradients to zero would never learn that it is too low.
+        unseen = ops.logical_not(state["mean_weight"] > 0)
+        due = ops.logical_or(ops.logical_or(unseen, allowed > scale), count % QUICK == 0)
+        blind = ops.logical_and(scale < ONE, due)
+        moved = ops.logical_and(ops.logical_not(known), blind)
         return {
             "scale": ops.where(
                 known,
-                ops.minimum(proposed, either(finite, higher, lower)),
-                either(finite, scale, lower),
+                ops.minimum(
+                    either(finite, ops.maximum(proposed, least), proposed),
+                    either(finite, higher, lower),
+                ),
+                either(finite, ops.where(blind, higher, scale), lower),
             ),
-            "step_counter": either(finite, count + 1, ops.zeros_like(count)),
+            "step_counter": either(finite, ops.where(moved, none, count), none),
             **{key: ops.where(known, value, state[key]) for key, value in seen.items()},
         }
 

@@ -24,7 +24,8 @@ def level_before(scale: Any, lower: Any, step_counter: Any, target: Any) -> Any:
 
     Below 1, an overflow right after the scale has grown tells that it had been high enough: it is
     `lower`. While it comes back from 1 or more one such overflow may be chance, and `lower` shall
-    be tried once more: less than that says so.
+    be tried once more: less than that says so. So it does at a floor below 1, where an overflow
+    lowers nothing, and nothing has to be made up for.
 
     Args:
         scale: That of the step.
@@ -33,7 +34,9 @@ def level_before(scale: Any, lower: Any, step_counter: Any, target: Any) -> Any:
         target: The scale that it was coming back to; anything below 1 if it was not.
     """
     tried = ops.logical_and(lower < ONE, step_counter == 0)
-    return ops.where(tried, ops.where(target >= ONE, lower * 0.5, lower), scale)
+    level = ops.where(tried, ops.where(target >= ONE, lower * 0.5, lower), scale)
+    stays = ops.logical_and(lower >= scale, scale < ONE)
+    return ops.where(stays, scale * 0.5, level)
 
 
 def is_slump(scale: Any, before: Any) -> Any:

@@ -96,3 +96,84 @@ def test_a_configuration_of_before_keeps_the_floor_that_it_names():
     config = {**DynamicLossScale().get_config(), "min_scale": 1.0}
     scales, _ = run(DynamicLossScale.from_config(config), 40, bad=range(40))
     assert scales[-1] == 1.0
+
+
+def flushed(schedule, steps, bad, largest):
+    """Return the scale after each step where float16 flushes small gradients to zero.
+
+    Args:
+        schedule: The schedule.
+        steps: Their number.
+        bad: Those whose gradients are NaN at any scale.
+        largest: The largest gradient of a step.
+    """
+    state, scales, skipped = schedule.init(), [], 0
+    for step in range(steps):
+        scale, gradient = float(ops.convert_to_numpy(state["scale"])), largest(step)
+        finite = step not in bad and gradient * scale < 65520
+        seen = gradient if finite and gradient * scale >= 2.0**-24 else 0.0
+        state = schedule.update(state, finite, gradient_max=seen)
+        scales.append(float(ops.convert_to_numpy(state["scale"])))
+        skipped += not finite
+    return scales, skipped
+
+
+@pytest.mark.parametrize("first", [0, 20], ids=["nothing-seen", "seen"])
+@pytest.mark.parametrize("again", [(), range(66, 400, 5)], ids=["once", "now-and-then"])
+def test_gradients_flushed_at_the_floor_do_not_leave_the_scale_of_maxima_there(first, again):
+    scales, _ = flushed(LogMaxLossScale(), 200, [*range(first, 60), *again], lambda _: 2.0**-20)
+    assert scales[59] == FLOOR
+    assert min(scales[85:]) >= 1.0
+
+
+def test_nor_where_larger_ones_were_seen_before():
+    scales, _ = flushed(
+        LogMaxLossScale(1.0), 500, [], lambda step: 2.0**20 if step < 50 else 2.0**-22
+    )
+    assert scales[49] < 2.0**-3
+    assert min(scales[100:]) >= 2.0**-2
+
+
+def test_batches_of_zeros_do_not_drive_a_scale_below_one_into_overflows():
+    _, skipped = flushed(
+        LogMaxLossScale(NEED), 200, [], lambda step: 0.0 if step % 2 else 65504 / NEED
+    )
+    assert skipped <= 200 / 20
+
+
+NOW_AND_THEN = [*range(20, 60), 61, 65, *range(100, 600, 100)]
+
+
+@pytest.mark.parametrize("cls", [DynamicLossScale, UnderflowLossScale])
+def test_bad_batches_now_and_then_do_not_hold_it_at_the_floor(cls):
+    scales, _ = run(cls(), 600, NOW_AND_THEN)
+    assert scales[65] == FLOOR
+    assert min(scales[500:]) >= 0.5
+
+
+TOLERANT = {
+    "apex": {"hysteresis": 2, "consecutive_hysteresis": True},
+    "fairseq": {"tolerance": 0.1},
+    "both": {"hysteresis": 2, "consecutive_hysteresis": True, "tolerance": 0.1},
+}
+each_tolerant = pytest.mark.parametrize("settings", TOLERANT.values(), ids=TOLERANT)
+
+
+@each_tolerant
+def test_tolerated_overflows_do_not_hold_it_below_one(settings):
+    schedule = DynamicLossScale(NEED, **settings)
+    scales, _ = run(schedule, 500, bad=range(18, 500, 60))
+    assert scales[-1] >= 1.0
+
+
+@each_tolerant
+@pytest.mark.parametrize("need", [0.5, NEED])
+def test_nor_does_it_try_what_overflows_again_and_again(settings, need):
+    _, overflows = run(DynamicLossScale(need, **settings), 300, need=need)
+    assert overflows <= 2
+
+
+def test_two_bad_batches_where_one_is_tolerated_are_made_up_for():
+    schedule = DynamicLossScale(NEED, **TOLERANT["apex"])
+    scales, _ = run(schedule, 7, bad=[3, 4])
+    assert scales[4:] == [NEED / 2, NEED, NEED]

@@ -30,6 +30,7 @@ class Machine:
         self.since = []  # whether each step since the scale last moved was an overflow
         self.fell_from = None  # the scale that was right before the present run of overflows
         self.goal = None  # the scale that a recovery leads back to
+        self.lowered = False  # whether any of that run counted, even where the floor held it
         self.settled = False  # below 1, where the next higher scale has just overflowed
 
     def step(self, finite):
@@ -41,7 +42,9 @@ class Machine:
         lower = max(self.scale * np.float32(self.s.backoff_factor), np.float32(self.s.min_scale))
         if self.fell_from is None:
             self.fell_from = self.scale
-            if lower < 1 and self.quiet == 0:  # it had just grown
+            if self.scale < 1 and lower >= self.scale:  # at the floor nothing is lost
+                self.fell_from = self.scale / np.float32(2)
+            elif lower < 1 and self.quiet == 0:  # it had just grown
                 # On the way back from 1 or more it is tried once more before it settles.
                 again = self.goal is not None and self.goal >= 1
                 self.fell_from = lower / np.float32(2) if again else lower
@@ -49,7 +52,7 @@ class Machine:
         self.allowance = max(0, self.allowance - 1)
         share = np.float32(sum(self.since)) / np.float32(len(self.since))
         if self.allowance == 0 and share >= np.float32(self.s.tolerance):
-            self.scale = lower
+            self.scale, self.lowered = lower, True
             self.since = []
 
     def _good(self):
@@ -58,8 +61,8 @@ class Machine:
             factor = np.float32(256) if self.scale >= 1 else np.float32(1)
             if self.scale < self.fell_from and self.scale * factor <= self.fell_from:
                 self.goal = self.fell_from
-            self.settled = self.scale < 1 and self.scale == self.fell_from
-        self.fell_from = None
+            self.settled = self.lowered and self.scale < 1 and self.scale == self.fell_from
+        self.fell_from, self.lowered = None, False
         patience = self.s.growth_interval
         if hurries and self.goal is not None:
             patience = min(patience, self.s.recovery_interval) if self.scale >= 1 else 1
