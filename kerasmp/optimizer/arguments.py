@@ -328,8 +328,10 @@ def variables_of(optimizer: Any, grads: Sequence[Any], given: Sequence[Any] | No
     return variables
 
 
-def refuse_stateless(optimizer: Any, state: Any, grads: Any, weights: Any) -> list[Any]:
-    """Raise unless a pure step can be made of these; see `LossScaleOptimizer.stateless_apply`.
+def stateless(
+    optimizer: Any, state: Any, grads: Any, weights: Any
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Return as lists what a pure step is made of; see `LossScaleOptimizer.stateless_apply`.
 
     Args:
         optimizer: A `LossScaleOptimizer`.
@@ -338,7 +340,7 @@ def refuse_stateless(optimizer: Any, state: Any, grads: Any, weights: Any) -> li
         weights: Values of the variables that it was built with.
 
     Returns:
-        The gradients, as tensors.
+        The state, the gradients as tensors, and the weights.
 
     Raises:
         LossScaleError: If it is not built, numbers of values differ, or a gradient cannot be one.
@@ -351,13 +353,17 @@ def refuse_stateless(optimizer: Any, state: Any, grads: Any, weights: Any) -> li
             expected="a built one",
             fix="Call optimizer.build(model.trainable_variables) first.",
         )
+    # Some of what stands for a list can be read but once.
+    state = listed("optimizer_variables", state)
+    weights = listed("trainable_variables", weights)
+    grads = listed("grads", grads)
     number = len(optimizer.target_variables)
     for what, values, expected in (
         ("optimizer_variables", state, len(optimizer.variables)),
         ("trainable_variables", weights, number),
         ("grads", grads, number),
     ):
-        if len(listed(what, values)) != expected:
+        if len(values) != expected:
             raise LossScaleError(
                 f"`{what}` does not match the built optimizer.",
                 received=f"{len(values)} values",
@@ -365,7 +371,7 @@ def refuse_stateless(optimizer: Any, state: Any, grads: Any, weights: Any) -> li
                 fix="Pass one value for each variable, in the order they were built with.",
             )
     refuse_no_gradient(grads)
-    return gradients(list(grads), optimizer.target_variables)
+    return state, gradients(grads, optimizer.target_variables), weights
 
 
 def refuse_setting(optimizer: Any, name: str, value: Any) -> None:
@@ -393,6 +399,13 @@ def refuse_setting(optimizer: Any, name: str, value: Any) -> None:
     if name == "schedule":
         usable(value)
     if name == "inner_optimizer" and name in vars(optimizer):
+        if isinstance(value, str):  # only the constructor makes an optimizer of it
+            raise ArgumentTypeError(
+                "`inner_optimizer` is no optimizer.",
+                received=f"{value!r} of type {type(value).__name__}",
+                expected="an optimizer",
+                fix=f"keras.optimizers.get({value!r}) makes one of a name.",
+            )
         inner(value)
     if name in _SWITCHES:
         validation.switch(name, value)

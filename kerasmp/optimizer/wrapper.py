@@ -264,9 +264,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 gradient is None. Always on TensorFlow, as of a plain Keras optimizer.
         """
         backend.current().refuse_pure_step()
-        grads = arguments.refuse_stateless(self, optimizer_variables, grads, trainable_variables)
+        state, grads, weights = arguments.stateless(
+            self, optimizer_variables, grads, trainable_variables
+        )
         touched = [*self._trainable_variables, *self.variables]
-        values = [*trainable_variables, *optimizer_variables]
+        values = [*weights, *state]
         with keras.StatelessScope(state_mapping=list(zip(touched, values, strict=True))):
             step = running.taken(self, grads, self._trainable_variables)
         new = running.pure(self, self.inner_optimizer, step, touched, values)

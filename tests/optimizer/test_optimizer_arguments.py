@@ -126,6 +126,13 @@ def test_no_optimizer_is_a_type_error(inner):
     assert caught.value.received.startswith(repr(inner))
 
 
+def test_a_name_is_no_optimizer_once_there_is_one():
+    optimizer = LossScaleOptimizer("sgd")
+    with pytest.raises(ArgumentTypeError, match=r"Received: 'adam'.*keras.optimizers.get.'adam'"):
+        optimizer.inner_optimizer = "adam"
+    assert isinstance(optimizer.inner_optimizer, keras.optimizers.SGD)
+
+
 @pytest.mark.parametrize("name", ["adamm", "", "adam "])
 def test_an_unknown_name_is_a_value_error(name):
     with pytest.raises(LossScaleError, match="No Keras optimizer has this name") as caught:

@@ -292,6 +292,15 @@ class TestStatelessApply:
         optimizer.stateless_apply(state, _gradients(0) if good else _overflowing(), values)
         assert_same_bits(numpy(optimizer.variables), before)
 
+    @pytest.mark.backend("jax", "torch")
+    def test_takes_what_can_be_read_but_once(self):
+        results = []
+        for once in (iter, list):
+            optimizer, state, values = self._parts()
+            new = optimizer.stateless_apply(once(state), once(_gradients(1)), once(values))
+            results.append([keras.ops.convert_to_numpy(value) for part in new for value in part])
+        assert_same_bits(*results)
+
 
 @pytest.mark.full
 @pytest.mark.backend("jax")
