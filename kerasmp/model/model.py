@@ -17,7 +17,7 @@ from kerasmp.model.guards import with_guards
 from kerasmp.model.hints import dtype_hints
 from kerasmp.model.inference import refuse_training
 from kerasmp.model.own_optimizers import is_of_file, warn_of_unscaled
-from kerasmp.model.saved import warn_if_untold, warn_of_no_variables
+from kerasmp.model.saved import take_up, warn_if_untold, warn_of_no_variables
 from kerasmp.model.steps import no_step_is_nan, note_kerass_own
 from kerasmp.model.turning import class_between, loader, ours_for
 from kerasmp.optimizer import LossScaleOptimizer
@@ -142,7 +142,9 @@ class Model(keras.Model):
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> Any:
         """Return the model that `get_config` described."""
-        return super().from_config(config, custom_objects=custom_objects)
+        model = super().from_config(config, custom_objects=custom_objects)
+        take_up(model, {})  # what a file does not say is not that of the policy of now
+        return model
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         """Build the model; layers that come only now follow what the file says of them."""

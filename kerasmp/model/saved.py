@@ -65,7 +65,7 @@ def taking_up_extras(from_config: Any) -> Any:
     def without_them(cls: Any, config: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         rest, extras = without_extras(config)
         model = of_class(cls, rest, *args, **kwargs)
-        if _is_ours(model):
+        if KEY in config and _is_ours(model):
             take_up(model, extras)
         return model
 

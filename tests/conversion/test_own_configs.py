@@ -171,6 +171,16 @@ def test_what_files_did_not_say_before_is_not_needed():
     assert_same(loaded, model)
 
 
+@pytest.mark.filterwarnings("ignore:Stock Keras models will not follow output")
+def test_a_file_that_says_nothing_leaves_what_a_users_from_config_has_made():
+    """Only the parent's own from_config knows that older files were of models without `output`."""
+    written = keras.saving.serialize_keras_object(CLASSES["ours-with_supers-subclassed-strict"]())
+    del written["config"]["kerasmp"]
+    with mp.policy_scope("compute=bfloat16,variable=float32,output=float32"):
+        outputs = keras.saving.deserialize_keras_object(written)(X)
+    assert keras.backend.standardize_dtype(outputs.dtype) == "float32"
+
+
 def test_a_model_without_call_that_is_never_built(tmp_path):
     with mp.policy_scope("mixed_float16"):
         model = Pair(8)
