@@ -17,7 +17,7 @@ from kerasmp.errors import KerasMPWarning, PolicyError, PolicyWarning
 from kerasmp.layers.from_stock import turn_to_safe
 from kerasmp.policy.apply import apply
 from kerasmp.policy.follow import build_by
-from kerasmp.policy.layer_policies import LayerPolicies
+from kerasmp.policy.layer_policies import LayerPolicies, read
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class LayersToFollow:
         """
         text = self.waiting["layer_policies"]
         try:
-            rows = _assigned(model, LayerPolicies.parse(text))
+            rows = _assigned(model, read(text, may_be_unknown=True))
         except PolicyError as error:
             if not self.waiting.get("layers_may_differ"):
                 raise
@@ -183,9 +183,10 @@ class LayersToFollow:
             # Older files have none, and variables follow in those of models for inference alone.
             written = self.waiting.get("variable_dtypes")
             follow = written is not None or model._for_inference  # noqa: SLF001 - ours
+            had = [policy_of(row.layer).variable_dtype for row in rows]
             apply(model, rows, variables_follow=follow)
             if follow:
-                _variables_follow(rows, written)
+                _variables_follow(rows, had, written)
             for layer, policy in zip(
                 _inputs(model), self.waiting.get("input_policies", ()), strict=False
             ):
@@ -201,7 +202,18 @@ def _assigned(model: Any, policies: LayerPolicies) -> list[Assignment]:
     for part in flatten_layers(model):
         if id(part) in ours and isinstance(part, keras.Model):
             type(model).from_keras(part)
-    return policies.assign(model, names_may_be_lost=True)
+    rows = policies.assign(model, names_may_be_lost=True)
+    for row in rows:
+        try:
+            _ = row.before == row.after or keras.dtype_policies.get(row.after)
+        except (TypeError, ValueError) as error:
+            raise PolicyError(
+                "A policy of the user's own cannot be made of its name.",
+                received=f'"{row.path}" with {row.before!r}',
+                expected=f"{row.after!r}, as in the file",
+                fix="Let the constructor of the model, or of the layer, set that policy.",
+            ) from error
+    return rows
 
 
 def _warn_of_others(model: Any, text: str, error: PolicyError) -> None:
@@ -294,13 +306,13 @@ def _of_layers(model: Any) -> dict[str, Any]:
             str(number): dtypes
             for number, row in enumerate(policies.assign(model))
             if (dtypes := [v.dtype for v in own_variables(row.layer)])
-            and set(dtypes) != {keras.dtype_policies.get(row.after).variable_dtype}
+            and set(dtypes) != {policy_of(row.layer).variable_dtype}
         },
     }
     if not model.built:
         found["built"] = False
     if not model._keeps_layer_policies:  # noqa: SLF001 - ours
-        found["layers_may_differ"] = True  # it has been loaded so far, whichever they were
+        found["layers_may_differ"] = True  # files of such classes always loaded: only warn
     return found
 
 
@@ -309,17 +321,18 @@ def _inputs(model: Any) -> list[Any]:
     return [x for x in flatten_layers(model) if isinstance(x, keras.layers.InputLayer)]
 
 
-def _variables_follow(rows: Iterable[Assignment], written: Mapping[str, list[str]] | None) -> None:
+def _variables_follow(
+    rows: Iterable[Assignment], had: Iterable[str], written: Mapping[str, list[str]] | None
+) -> None:
     """Give variables the dtypes of the file; their values come from it later.
 
     Args:
         rows: What layers have been assigned.
+        had: The dtypes of variables of their policies before.
         written: The dtypes that are not the policy's; None in an older file.
     """
-    for number, row in enumerate(rows):
-        have, want = (
-            keras.dtype_policies.get(name).variable_dtype for name in (row.before, row.after)
-        )
+    for number, (row, have) in enumerate(zip(rows, had, strict=True)):
+        want = policy_of(row.layer).variable_dtype
         if written is None and not {have, want} & set(HALVES):
             continue
         variables = own_variables(row.layer)

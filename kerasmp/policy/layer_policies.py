@@ -17,7 +17,7 @@ from kerasmp.policy.safe import is_ours
 _INDENT = "  "
 _OURS = "kerasmp>"  # before the names under which Keras knows our classes
 _TURNED = "kerasmp>Turned"  # any user's class of models that was turned into one of ours
-_LINE = re.compile(r"((?:  )*)(\S.*) \(([^()]+)\): (\S+)")
+_LINE = re.compile(r"((?:  )*)(\S.*) \(([^()]+)\): (\S.*)")
 _EXPECTED = '"name (Class): policy" in each line, two blanks further in for what a layer holds'
 
 
@@ -106,16 +106,7 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
                 expected="a string",
                 fix="Path(file).read_text() is one.",
             )
-        lines = enumerate(text.splitlines(), 1)
-        rows = [_read(n, line) for n, line in lines if line.strip() and line[0] != "#"]
-        if not rows:
-            raise PolicyError(
-                "There is no line in the text.",
-                received=repr(text),
-                expected=_EXPECTED,
-                fix="print(report.layer_policies) shows such a text.",
-            )
-        return cls(rows)
+        return cls(read(text))
 
     def assign(self, model: Any, *, names_may_be_lost: bool = False) -> list[Assignment]:
         """Decide as `kerasmp.policy.assign.assign` does, from these policies.
@@ -167,6 +158,33 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
         return "\n".join(map(str, self))
 
 
+def read(text: str, *, may_be_unknown: bool = False) -> LayerPolicies:
+    """Read what `str()` of `LayerPolicies` wrote.
+
+    Args:
+        text: The text.
+        may_be_unknown: Whether Keras need not know the policies: one of the user's own has a name
+            that says nothing to it.
+
+    Raises:
+        PolicyError: If a line is not of that form, or a policy does not exist and must.
+    """
+    lines = enumerate(text.splitlines(), 1)
+    rows = [
+        _read(number, line, may_be_unknown)
+        for number, line in lines
+        if line.strip() and line[0] != "#"
+    ]
+    if not rows:
+        raise PolicyError(
+            "There is no line in the text.",
+            received=repr(text),
+            expected=_EXPECTED,
+            fix="print(report.layer_policies) shows such a text.",
+        )
+    return LayerPolicies(rows)
+
+
 def _with_depths(model: Any) -> Any:
     if not isinstance(model, keras.Layer):
         raise ArgumentTypeError(
@@ -202,7 +220,7 @@ def _plain(name: str) -> str:
     return re.sub(r"_\d+$", "", name)
 
 
-def _read(number: int, line: str) -> LayerPolicy:
+def _read(number: int, line: str, may_be_unknown: bool) -> LayerPolicy:  # noqa: FBT001 - one caller
     match = _LINE.fullmatch(line.rstrip())
     if match is None:
         raise PolicyError(
@@ -215,12 +233,13 @@ def _read(number: int, line: str) -> LayerPolicy:
     try:
         keras.dtype_policies.get(policy)
     except (TypeError, ValueError) as error:
-        raise PolicyError(
-            f"Keras does not know the policy in line {number}.",
-            received=repr(policy),
-            expected='a name such as "mixed_float16"',
-            fix=f"Keras says: {error}",
-        ) from error
+        if not may_be_unknown:
+            raise PolicyError(
+                f"Keras does not know the policy in line {number}.",
+                received=repr(policy),
+                expected='a name such as "mixed_float16"',
+                fix=f"Keras says: {error}",
+            ) from error
     return LayerPolicy(len(blanks) // len(_INDENT), name, class_name, policy)
 
 

@@ -181,6 +181,45 @@ def test_a_file_that_says_nothing_leaves_what_a_users_from_config_has_made():
     assert keras.backend.standardize_dtype(outputs.dtype) == "float32"
 
 
+@keras.saving.register_keras_serializable("own_configs")
+class Rounding(keras.DTypePolicy):
+    """A user's policy, whose name says nothing to Keras."""
+
+    def __init__(self, name="my rounding"):
+        super().__init__("mixed_bfloat16")
+        self._name = name
+
+
+@keras.saving.register_keras_serializable("own_configs")
+class OfRounding(mp.Model):
+    """A user's model whose constructor may set that policy."""
+
+    sets = True
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(2, dtype=Rounding() if self.sets else None)
+        self.last = layers.Dense(2)
+
+    def call(self, x):
+        return self.last(self.dense(x))
+
+    def get_config(self):
+        return {}
+
+
+def test_a_policy_of_the_users_own_comes_from_the_constructor(tmp_path, monkeypatch):
+    with mp.policy_scope("mixed_bfloat16"):
+        model = OfRounding()
+    model(X)
+    loaded = saved_and_loaded(model, tmp_path)
+    assert_same(loaded, model)
+    assert loaded.dense.dtype_policy.name == "my rounding"
+    monkeypatch.setattr(OfRounding, "sets", False)
+    with pytest.warns(mp.errors.PolicyWarning, match="Expected: 'my rounding', as in the file"):
+        keras.models.load_model(tmp_path / "model.keras")
+
+
 def test_a_model_without_call_that_is_never_built(tmp_path):
     with mp.policy_scope("mixed_float16"):
         model = Pair(8)
