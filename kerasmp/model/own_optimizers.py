@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 
 from kerasmp.backend.keras_private import float16_layers
 from kerasmp.backend.nested import optimizers_in
 from kerasmp.errors import LossScaleWarning
+from kerasmp.loss_scale import FixedLossScale
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 _NUMBERED = ("name", "shared_object_id")  # in configs
+_NUMBER = "a number"  # which one is in the state
+_ABSENT = "nothing"
 
 
 def optimizers_of(model: Any) -> dict[str, Any]:
@@ -75,13 +81,21 @@ def is_of_file(model: Any, config: Any) -> bool:
     saved, present = config.get("optimizer"), getattr(model, "optimizer", None)
     if not model.compiled or present is None or not saved:
         return False  # Keras says that it was not compiled
-    if _settings(saved) == _settings(keras.saving.serialize_keras_object(present)):
+    restored = ["learning_rate"]
+    if isinstance(getattr(present, "schedule", None), FixedLossScale):
+        restored.append("scale")  # as it was set by hand
+    here = keras.saving.serialize_keras_object(present)
+    different = _first_difference(_settings(saved, restored), _settings(here, restored))
+    if different is None:
         return True
-    inner = saved["config"].get("inner_optimizer", saved)["class_name"]
+    was = saved["config"].get("inner_optimizer", saved)["class_name"]
     found = type(getattr(present, "inner_optimizer", present)).__name__
+    if was == found:
+        setting, *values = different
+        was, found = (f"{was} with {setting}={_shown(value)}" for value in values)
     warnings.warn(
         f'"{model.name}" is compiled by its own class, so that the optimizer of the file, its '
-        f"settings and its state are left out: it was {inner}, and now it is the class's {found}. "
+        f"settings and its state are left out: it was {was}, and now it is the class's {found}. "
         "To go on where the file stops, call model.compile with an optimizer as it was, then "
         "model.optimizer.build(model.trainable_variables), then model.load_weights(path) of the "
         "same file.",
@@ -91,8 +105,36 @@ def is_of_file(model: Any, config: Any) -> bool:
     return False
 
 
-def _settings(config: Any) -> Any:
-    """Return a config without what Keras numbers."""
+def _settings(config: Any, restored: Sequence[str]) -> Any:
+    """Return a config without what Keras numbers, and the numbers that the state restores."""
     if isinstance(config, dict):
-        return {key: _settings(config[key]) for key in config if key not in _NUMBERED}
-    return [_settings(part) for part in config] if isinstance(config, (list, tuple)) else config
+        return {
+            key: _NUMBER
+            if key in restored and isinstance(value, int | float)
+            else _settings(value, restored)
+            for key, value in config.items()
+            if key not in _NUMBERED
+        }
+    if isinstance(config, list | tuple):
+        return [_settings(part, restored) for part in config]
+    return config
+
+
+def _first_difference(
+    saved: Any, present: Any, name: str = "optimizer"
+) -> tuple[str, Any, Any] | None:
+    """Return what `_settings` differ in: the name of the first one, and both values."""
+    if saved == present:
+        return None
+    parts: Iterable[tuple[str, Any, Any]] = ()
+    if isinstance(saved, list) and isinstance(present, list) and len(saved) == len(present):
+        parts = [(name, *pair) for pair in zip(saved, present, strict=True)]
+    elif isinstance(saved, dict) and isinstance(present, dict) and _shown(saved) == _shown(present):
+        keys = {**saved, **present}
+        parts = [(key, saved.get(key, _ABSENT), present.get(key, _ABSENT)) for key in keys]
+    inside = (_first_difference(one, other, key) for key, one, other in parts)
+    return next(filter(None, inside), (name, saved, present))
+
+
+def _shown(value: Any) -> str:
+    return str(value.get("class_name", "settings") if isinstance(value, dict) else value)

@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+from typing import ClassVar
 
 import keras
 import numpy as np
@@ -396,3 +397,48 @@ def test_a_task_that_compiles_itself_says_that_its_optimizer_is_another(tmp_path
     assert saved_and_loaded(model, tmp_path).optimizer.loss_scale == 16.0  # as the class has it
     mp.convert(model, "float16", variables="float16")
     assert_same(saved_and_loaded(model, tmp_path), model)
+
+
+@keras.saving.register_keras_serializable("own_configs")
+class Compiling(mp.Sequential):
+    """A user's model that compiles itself, and builds all."""
+
+    settings: ClassVar = {}
+
+    def __init__(self):
+        super().__init__([keras.Input((4,)), layers.Dense(1, dtype="mixed_float16")])
+        self.compile()
+        self.optimizer.build(self.trainable_variables)
+
+    def compile(self, optimizer=None, loss="mse"):
+        inner = optimizer or keras.optimizers.Adam(**self.settings)
+        super().compile(mp.LossScaleOptimizer(inner, loss_scale="fixed"), loss)
+
+    def get_config(self):
+        return {}
+
+    @classmethod
+    def from_config(cls, _config):
+        return cls()
+
+
+@pytest.mark.filterwarnings("ignore:`compile..` was not called as part of model loading")
+@pytest.mark.filterwarnings("ignore:The saved state of .* is left out")
+def test_what_the_state_restores_makes_no_other_optimizer(tmp_path, monkeypatch):
+    model = Compiling()
+    model.optimizer.apply([keras.ops.ones(v.shape) for v in model.trainable_variables])
+    model.optimizer.learning_rate = 0.25
+    model.optimizer.loss_scale = 64.0
+    loaded = saved_and_loaded(model, tmp_path)
+    assert (float(loaded.optimizer.learning_rate), loaded.optimizer.loss_scale) == (0.25, 64.0)
+    for one, other in zip(loaded.optimizer.variables, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (one, other)))
+    monkeypatch.setattr(Compiling, "settings", {"beta_1": 0.5})
+    said = "it was Adam with beta_1=0.9, and now it is the class's Adam with beta_1=0.5"
+    with pytest.warns(mp.errors.LossScaleWarning, match=said):
+        keras.models.load_model(tmp_path / "model.keras")
+    decay = keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
+    monkeypatch.setattr(Compiling, "settings", {"learning_rate": decay})
+    said = "Adam with learning_rate=a number, .* Adam with learning_rate=ExponentialDecay"
+    with pytest.warns(mp.errors.LossScaleWarning, match=said):
+        keras.models.load_model(tmp_path / "model.keras")
