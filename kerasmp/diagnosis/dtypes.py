@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 _EXACT = {"float16": 2**11, "bfloat16": 2**8}
 # Safe rules whose layers go on training, with a lower loss scale or less accuracy in the tails.
 _BEARABLE = ("activation", "probabilities")
-# Those of which other findings say more, and those that hold in bfloat16 too.
+# Those of which other findings say more.
 _TOLD_APART = ("head", "mask-value", "dropout")
-_IN_BFLOAT16 = ("noise",)
+# Those that are as bad in bfloat16: errors, sums of many small terms, few random numbers.
+_IN_BFLOAT16 = ("kernel", "spectrum", "interpolation", "embedding", "noise")
 
 
 def findings(model: Any, dtypes: dict[int, str]) -> list[Finding]:

@@ -157,13 +157,6 @@ def test_usual_rates_and_layers_of_ours_are_in_peace():
     assert not found(made(lambda: layers.Dropout(0.001), policy="float32"), "dropout-rate")
 
 
-@pytest.mark.backend("jax")
-def test_noise_of_few_numbers_is_a_warning_in_bfloat16_too():
-    for half in ("float16", "bfloat16"):
-        model = made(lambda: layers.GaussianNoise(0.1), policy=f"mixed_{half}")
-        assert half in only(model, "unsafe-layer").reason
-
-
 # ignores-policy
 
 
@@ -230,6 +223,38 @@ def test_stock_layers_that_the_safe_rules_know_are_found():
     model = made(layers.UnitNormalization)
     mp.convert(model)
     assert not found(model, "unsafe-layer")
+
+
+# Of a layer that is a warning in both, the backends.
+IN_BOTH = [
+    (lambda: layers.GaussianNoise(0.1), ["jax"]),
+    (lambda: layers.Embedding(8, 4), ["jax", "torch"]),
+    (layers.CutMix, ["tensorflow", "torch"]),
+    (lambda: layers.UpSampling2D(interpolation="bilinear"), ["tensorflow"]),
+    (lambda: layers.STFTSpectrogram(frame_length=16, fft_length=16), ["tensorflow"]),
+]
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=pytest.mark.backend(*on)) for part, on in IN_BOTH]
+)
+def test_what_bfloat16_does_not_help_is_a_warning_in_it_too(part, half):
+    with mp.policy_scope(f"mixed_{half}"):
+        layer = part()
+    each = only(Masks(layer), "unsafe-layer")
+    assert each.severity == "warning"
+    assert f"In {half}" in each.reason
+    assert not found(Masks(layers.Dense(8, dtype=f"mixed_{half}")), "unsafe-layer")
+
+
+@pytest.mark.backend("tensorflow")
+def test_what_has_no_kernel_in_bfloat16_alone_is_a_warning_in_it_alone():
+    for half in ("float16", "bfloat16"):
+        model = made(lambda: layers.RandomRotation(0.1), shape=(8, 8, 3), policy=f"mixed_{half}")
+        assert [each.reason[:11] for each in found(model, "unsafe-layer")] == (
+            ["In bfloat16"] if half == "bfloat16" else []
+        )
 
 
 def test_an_activation_inside_of_a_layer_is_a_hint():
