@@ -312,7 +312,8 @@ def layers_in(error: BaseException) -> list[Any]:
 def traces_kept(model: Any) -> Iterator[None]:
     """Put back what symbolic calls leave in a model and its layers: losses, and attributes.
 
-    A user's layer may keep the scores of its last call, say.
+    A user's layer may keep the scores of its last call, say. Variables, which are tensors on
+    TensorFlow, stay: a layer that is called for the first time makes them.
     """
     before = [(layer, dict(vars(layer))) for layer in flatten_layers(model)]
     try:
@@ -321,7 +322,8 @@ def traces_kept(model: Any) -> Iterator[None]:
     finally:
         for layer, attributes in before:
             for name, value in list(vars(layer).items()):
-                if not keras.ops.is_tensor(value) or value is attributes.get(name):
+                is_trace = keras.ops.is_tensor(value) and not isinstance(value, keras.Variable)
+                if not is_trace or value is attributes.get(name):
                     continue
                 if name in attributes:
                     object.__setattr__(layer, name, attributes[name])

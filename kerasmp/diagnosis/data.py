@@ -22,14 +22,13 @@ if TYPE_CHECKING:
 _TAKING_IDS = (keras.layers.Embedding, keras.layers.CategoryEncoding, keras.layers.HashedCrossing)
 
 
-def findings(model: Any, x: Any) -> Iterator[Finding]:
+def findings(model: Any, arrays: list[Any]) -> Iterator[Finding]:
     """Yield what is wrong with a batch for a model.
 
     Args:
         model: A Keras model.
-        x: A batch of NumPy arrays, in the structure that the model takes.
+        arrays: A batch of NumPy arrays, in the order of the model's inputs.
     """
-    arrays = keras.tree.flatten(x)
     graph = graph_of(model)
     for number, array in enumerate(arrays):
         largest = _largest(array)
@@ -59,14 +58,23 @@ def _largest(array: Any) -> float:
     return float(np.max(np.abs(array), initial=0.0)) if array.dtype.kind in "fiu" else 0.0
 
 
-def _unmasked(array: Any, layer: Any) -> Any:
-    """Return what is left of an array where a layer makes zeros of masked steps."""
+def _unmasked(array: Any, layer: Any, *, as_given: bool) -> Any:
+    """Return what is left of an array where a layer makes zeros of masked steps.
+
+    Args:
+        array: An input of the model.
+        layer: What it comes to.
+        as_given: Whether it comes in this shape. Else nobody can tell here which values are a step,
+            and all that are a mask value may be masked.
+    """
     if not isinstance(layer, keras.layers.Masking) or (
         not is_ours(layer) and loses_mask_value(layer.mask_value, "float16")
     ):
         return array
-    same = array.astype("float32") == np.asarray(layer.mask_value, "float32")
-    return array[~np.all(same, axis=-1)]
+    narrow, value = array.astype("float32"), keras.ops.convert_to_numpy(layer.mask_value)
+    if not as_given:
+        return array[~np.isin(narrow, value.astype("float32"))]
+    return array[~np.all(narrow == value.astype("float32"), axis=-1)]
 
 
 def _computes_in_float16(operation: Any) -> bool:
@@ -77,13 +85,17 @@ def _computes_in_float16(operation: Any) -> bool:
     )
 
 
-def _reaches_float16(model: Any, graph: Any, number: int, arrays: list[Any]) -> bool:
+def _reaches_float16(
+    model: Any, graph: Any, number: int, arrays: list[Any], *, as_given: bool = True
+) -> bool:
     """Return whether a large input arrives at a float16 layer before any layer in float32."""
     if graph is None or len(graph.inputs) != len(arrays):
         return str(model.compute_dtype) == "float16"  # a model casts what its `call` is given
     if graph.inputs[number].dtype == "float16":
         return True
-    waiting = [graph.inputs[number]]
+    first = graph.inputs[number]
+    as_given = as_given and arrays[number].ndim == len(first.shape)  # Keras may add or drop an axis
+    waiting = [first]
     while waiting:
         tensor = waiting.pop()
         for call in calls(graph):
@@ -94,10 +106,12 @@ def _reaches_float16(model: Any, graph: Any, number: int, arrays: list[Any]) -> 
             if nested is not None:
                 place = next(i for i, each in enumerate(call.inputs) if each is tensor)
                 inside = [arrays[number]] * len(call.inputs)
-                if _reaches_float16(layer, nested, place, inside):
+                same = as_given and tensor is first
+                if _reaches_float16(layer, nested, place, inside, as_given=same):
                     return True
             elif _computes_in_float16(layer) and (
-                _largest(_unmasked(arrays[number], layer)) > LARGEST
+                _largest(_unmasked(arrays[number], layer, as_given=as_given and tensor is first))
+                > LARGEST
             ):
                 return True
             elif not isinstance(layer, keras.Layer) or isinstance(layer, HANDING_ON):

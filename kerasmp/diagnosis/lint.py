@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from kerasmp.backend.keras_graph import called_parts, graph_of, outermost_graphs, symbolic_dtypes
-from kerasmp.backend.keras_private import layers_in, losses_kept, whole_tracebacks
+from kerasmp.backend.keras_private import layers_in, losses_kept, traces_kept, whole_tracebacks
 from kerasmp.diagnosis import data, dtypes, outputs, sizes, source, traced, training
 from kerasmp.diagnosis.finding import Finding, LintReport, sorted_report
 from kerasmp.errors import ArgumentError, ArgumentTypeError, first_line
@@ -57,7 +57,7 @@ def lint(model: Any, x: Any = None) -> LintReport:
         x = None  # what its train step does with it, nobody can tell
     if x is not None:
         given, x = x, keras.tree.map_structure(np.asarray, x)
-        arrays = keras.tree.flatten(x)
+        arrays = _in_order(model, x)
         if not arrays or not all(array.ndim for array in arrays):
             raise ArgumentError(
                 "`x` is no batch.",
@@ -68,6 +68,16 @@ def lint(model: Any, x: Any = None) -> LintReport:
         _refuse_other_inputs(model, arrays)
     with losses_kept(model):
         return sorted_report(_findings(model, x))
+
+
+def _in_order(model: Any, x: Any) -> list[Any]:
+    """Return the arrays of a batch in the order of the inputs that a model has."""
+    graph = graph_of(model)
+    if isinstance(x, dict) and graph is not None and not isinstance(graph.input, dict):
+        names = [tensor.name for tensor in graph.inputs]
+        if x.keys() >= set(names):  # Keras goes by the names, too, and leaves the rest
+            x = [x[name] for name in names]
+    return list(keras.tree.flatten(x))
 
 
 def _refuse_other_inputs(model: Any, arrays: list[Any]) -> None:
@@ -97,10 +107,17 @@ def _findings(model: Any, x: Any) -> list[Finding]:
         _, failed = _tried(model, lambda: model(x))
         if failed:
             return [*cheap_findings(model), *failed]
+    # Not before: building makes tensors that have to stay.
+    with traces_kept(model):
+        return _findings_of_built(model, x)
+
+
+def _findings_of_built(model: Any, x: Any) -> list[Finding]:
     found = [*cheap_findings(model), *training.unscaled(model), *sizes.findings(model)]
     if x is None:
         return found
-    found += data.findings(model, x)
+    in_data, failed = _tried(model, lambda: list(data.findings(model, _in_order(model, x))))
+    found += [*(in_data or []), *failed]
     constants, failed = _tried(model, lambda: traced.findings(model, x))
     found += [*(constants or []), *failed]
     if constants is None:
@@ -115,7 +132,8 @@ def cheap_findings(model: Any) -> list[Finding]:
     Args:
         model: A Keras model.
     """
-    symbolic, failed = _tried(model, lambda: _symbolic_dtypes(model))
+    with traces_kept(model):
+        symbolic, failed = _tried(model, lambda: _symbolic_dtypes(model))
     if symbolic is None:
         return [*failed, *dtypes.findings(model, {}), *source.findings(model)]
     return [
@@ -143,7 +161,7 @@ def _tried(model: Any, action: Callable[[], Any]) -> tuple[Any, list[Finding]]:
                 "error",
                 place,
                 "cannot-compute",
-                f"It cannot be called: {first_line(error)}.",
+                f"Calling it raises {first_line(error)}.",
                 'If float32 would do, give it dtype="float32", or let kerasmp.convert(model) find '
                 "what has to stay in it.",
             )

@@ -52,6 +52,7 @@ def test_a_float32_layer_in_front_gives_peace():
 
 
 @pytest.mark.unit
+@pytest.mark.keras("3.15")  # an older one hands on no masks on NumPy
 def test_steps_that_are_masked_before_they_are_rounded_do_not_count():
     x = np.ones((8, 4, 8), "float32")
     x[:, 2:] = -99999.0
@@ -60,6 +61,47 @@ def test_steps_that_are_masked_before_they_are_rounded_do_not_count():
     assert not found(model, "input-range", x)
     x[0, 0, 0] = -99999.0  # in a step that is not masked
     assert found(model, "input-range", x)
+
+
+@pytest.mark.unit
+@pytest.mark.keras("3.15")  # see above
+@pytest.mark.parametrize("value", [-99999.0, np.full((1,), -99999.0, "float32")])
+def test_masked_values_that_come_in_another_shape_do_not_count(value):
+    x = np.ones((8, 4), "float32")
+    x[:, 2:] = -99999.0
+    parts = [
+        lambda: layers.Reshape((4, 1), dtype="float32"),
+        lambda: mp.layers.Masking(value),
+        lambda: layers.LSTM(8),
+    ]
+    model = made(*parts, shape=(4,))
+    assert not found(model, "input-range", x)
+    assert not found(made(*parts[1:], shape=(4, 1)), "input-range", x)  # Keras adds the axis
+    inputs = keras.Input((4,))
+    inside = made(*parts[1:], shape=(4, 1))
+    nested = keras.Model(inputs, inside(parts[0]()(inputs)))
+    assert not found(nested, "input-range", x)
+    in_twos = made(
+        lambda: layers.Reshape((2, 2), dtype="float32"),
+        lambda: mp.layers.Masking(np.full((2,), -99999.0, "float32")),
+        lambda: layers.LSTM(8),
+        shape=(4,),
+    )
+    assert not found(in_twos, "input-range", x)
+    x[0, 0] = 7e4  # which is no mask value
+    assert found(model, "input-range", x)
+
+
+@pytest.mark.unit
+def test_a_dict_goes_by_the_names_of_inputs():
+    second, first = keras.Input((3,), name="second"), keras.Input((5,), name="first")
+    outputs = layers.Concatenate(dtype="mixed_float16")([second, first])
+    model = keras.Model([second, first], layers.Dense(8)(outputs))
+    x = {"first": np.ones((8, 5)), "second": LARGE[:, :3], "further": np.ones((8, 9))}
+    model.predict_on_batch(x)
+    assert only(model, "input-range", x).place == "input second"
+    alone = keras.Model(second, layers.Dense(8)(second))
+    assert not mp.lint(alone, x).errors
 
 
 @pytest.mark.unit

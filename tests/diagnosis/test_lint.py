@@ -69,6 +69,59 @@ def test_looking_changes_nothing():
     model.fit(X, X, verbose=0)
 
 
+class Keeping(layers.Layer):
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones", name="scale")
+        self.table = ops.ones((shape[-1],))
+
+    def call(self, inputs):
+        self.last = inputs * ops.cast(self.scale, inputs.dtype)
+        return self.last
+
+
+def test_no_tensor_of_its_own_calls_stays_in_a_layer():
+    model = made(lambda: Keeping(name="keeping"), dense())
+    layer = model.get_layer("keeping")
+    last = np.ones(8, "float32")
+    layer.last = last
+    mp.lint(model)
+    assert layer.last is last
+    mp.lint(model, X)
+    assert layer.last is last
+    model.compile(mp.LossScaleOptimizer("sgd"), "mse")
+    monitor = mp.callbacks.OverflowMonitor()
+    monitor.set_model(model)
+    monitor.on_train_begin()
+    assert layer.last is last
+
+
+class Late(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.part = Keeping(dtype="mixed_float16")
+
+    def build(self, shape):
+        self.part.build(shape)
+
+    def call(self, inputs):
+        return self.part(inputs)
+
+
+def test_tensors_that_building_makes_stay():
+    model = Late()
+    mp.lint(model, X)
+    assert ops.convert_to_numpy(model.part.table).sum() == 8
+    assert ops.convert_to_numpy(model(X)).sum() == 64
+
+
+@pytest.mark.backend("tensorflow")  # where variables are tensors
+def test_variables_that_a_traced_call_makes_stay():
+    model = Late()
+    model.built = True  # it says so, and yet its part is built when it is called first
+    mp.lint(model, X)
+    assert ops.convert_to_numpy(model(X)).sum() == 64
+
+
 class HalfMaster(layers.Layer):
     def build(self, shape):
         self.scale = self.add_weight(shape=(shape[-1],), dtype="float16", name="scale")
