@@ -60,7 +60,7 @@ def convert(  # noqa: PLR0913 - all but two have to be named
     keep the policy of each layer; of a compiled model the optimizer is wrapped, its state kept.
     Another model that shares layers with this one sees them in the new dtypes, but keeps steps that
     it has compiled. Layers that cannot compute in half precision stay in float32, and the report
-    says why. If anything fails, the model is what it was.
+    says why. If anything fails, the model is what it was; one that `sample` has built stays built.
 
     Args:
         model: A Keras model, stock or ours, of any kind, that has been built. One without a `call`,
@@ -77,7 +77,8 @@ def convert(  # noqa: PLR0913 - all but two have to be named
             default, narrows none.
         sample: A batch of inputs. The converted model is called on it once, eagerly, and the report
             says what each layer does: multiply-adds, bytes of activations and of casts. Without
-            it these are unknown. A model that is not built is built by it first.
+            it these are unknown. A model that is not built is built by it first, before anything is
+            checked and in a dry run, too, and stays built.
         dry_run: Only say what would be done.
 
     Returns:

@@ -350,7 +350,7 @@ RULES = (
     SafeRule(
         "mask-value",
         "24",
-        "its mask value is another number, and masks no step",
+        "its mask value is another number in half precision, and masks no step",
         _masks_nothing,
     ),
     SafeRule(
