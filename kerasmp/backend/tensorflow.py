@@ -69,7 +69,16 @@ def _add_bias(outputs: Any, bias: Any) -> Any:
         summed = tf.reduce_sum(tf.cast(upstream, "float32"), axes)
         return upstream, tf.cast(tf.reshape(summed, bias.shape), bias.dtype)
 
-    return keras.ops.add(outputs, tf.cast(bias, outputs.dtype)), gradient
+    return _sum(outputs, tf.cast(bias, outputs.dtype)), gradient
+
+
+def _sum(outputs: Any, bias: Any) -> Any:
+    # Keras's has a kernel for it, but adds any vector along the last axis that is as long as it.
+    return keras.ops.add(outputs, bias) if _along_last(outputs, bias) else tf.add(outputs, bias)
+
+
+def _along_last(outputs: Any, bias: Any) -> bool:
+    return bool(bias.shape.num_elements() == bias.shape[-1] == outputs.shape[-1])
 
 
 class TensorFlow(Backend):
@@ -106,12 +115,14 @@ class TensorFlow(Backend):
 
         The sum itself is that of stock Keras: without XLA a sum in float32 would take three passes.
         """
-        if not isinstance(outputs, tf.Tensor) or outputs.dtype not in {tf.float16, tf.bfloat16}:
+        if not isinstance(outputs, tf.Tensor):
             return super().add_bias(outputs, bias)
         bias = tf.convert_to_tensor(bias)
-        size = bias.shape.num_elements()
-        if outputs.dtype == tf.float16 and size == bias.shape[-1] == outputs.shape[-1]:
-            # TensorFlow's own kernel for the gradient of a vector sums float16 in float32.
+        if outputs.dtype not in {tf.float16, tf.bfloat16}:
+            return _sum(outputs, tf.cast(bias, outputs.dtype))
+        if outputs.dtype == tf.float16 and bias.shape[-1] > 1 and _along_last(outputs, bias):
+            # TensorFlow's own kernel for the gradient of a vector sums float16 in float32. Of a
+            # single number Keras does not take it.
             return keras.ops.add(outputs, tf.cast(bias, outputs.dtype))
         return _add_bias(outputs, bias)
 

@@ -60,6 +60,9 @@ class Embedding(QuantizesAsStock, keras.layers.Embedding):
 
     def call(self, inputs: Any) -> Any:
         """Return the rows of the ids."""
+        if self.quantization_mode is not None:
+            # TimeDistributed calls this itself, and would take the int8 table for a float one.
+            return ops.cast(self.quantized_call(inputs), self.compute_dtype)
         if keras.backend.standardize_dtype(inputs.dtype) not in {"int32", "int64"}:
             inputs = ops.cast(inputs, "int32")
         with AutocastScope(None):

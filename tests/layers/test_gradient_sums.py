@@ -18,6 +18,8 @@ WINDOW = {"kernel_size": 1}
 # Of each: the class, its arguments, the shape of the inputs, and the axes that the sum is over.
 SUMS = {
     "Dense": ("Dense", {"units": 2}, (ROWS, 2), 0),
+    # Which Keras adds by another operation than longer ones.
+    "Dense-one": ("Dense", {"units": 1}, (ROWS, 2), 0),
     "Dense-steps": ("Dense", {"units": 2}, STEPS, (0, 1)),
     "EinsumDense": (
         "EinsumDense",
@@ -67,6 +69,16 @@ def test_the_gradient_of_a_bias_is_a_float32_sum(name, dtype, mode):
         _, found = run(inputs, [upstream])
         wanted = np.sum(upstream, axes).reshape(layer.bias.shape)
         assert error(found[-1], wanted) < 2.0**-9
+
+
+@pytest.mark.backend("tensorflow")
+def test_the_gradient_of_a_bias_of_one_number_is_not_rounded_either():
+    """Keras adds it by another operation, and the gradient of that is a float16 sum."""
+    layer = layers.Dense(1, dtype="mixed_float16")
+    layer.build((4097, 2))
+    run = gradients.compile_(layer, [layer.bias], "quick")
+    _, found = run([np.zeros((4097, 2), "float16")], [np.ones((4097, 1))])
+    assert found[-1] == 4097  # float16 has 4096 and 4100
 
 
 # Layers whose gradients are no plain sums: their arguments, and the shape of the inputs.
@@ -202,6 +214,16 @@ def test_a_layer_of_ours_is_quantized_as_a_stock_one(cls):
         assert layer.quantization_mode == "int8"
         found.append(gradients.numpy(layer(x)))
     np.testing.assert_allclose(*found, rtol=2.0**-7)
+
+
+def test_a_quantized_table_is_one_within_time_distributed_too():
+    layer = embedding()
+    layer.set_weights([np.arange(12.0).reshape(4, 3)])
+    layer.quantize("int8")
+    within = keras.layers.TimeDistributed(layer, dtype="mixed_bfloat16")(IDS[:, :4, None])
+    wanted = gradients.numpy(layer(IDS[:, :4]))
+    assert wanted.max() == 8  # of the rows 0, 1 and 2
+    np.testing.assert_array_equal(gradients.numpy(within)[:, :, 0], wanted)
 
 
 class Derived(layers.Embedding):

@@ -8,6 +8,7 @@ from helpers.marks import few, full, marks_on
 from keras import ops
 
 from kerasmp import layers
+from kerasmp.backend import current
 
 pytestmark = marks_on("jax")
 
@@ -30,6 +31,16 @@ ARGUMENTS = {
 
 def make(module, name, dtype, **kwargs):
     return getattr(module, name)(dtype=dtype, **{**ARGUMENTS[name], **kwargs})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_bias_of_another_axis_than_the_last_is_added_along_its_own(dtype):
+    """Though the last one is as long."""
+    outputs = ops.zeros((1, 2, 3, 2), dtype)
+    bias = ops.reshape(ops.array([1.0, 2.0]), (1, 2, 1, 1))
+    found = current().add_bias(outputs, bias)
+    wanted = np.broadcast_to([[[[1.0]], [[2.0]]]], outputs.shape)
+    np.testing.assert_array_equal(numpy_of(ops.cast(found, "float32")), wanted)
 
 
 SMALL = {1: (2, 6, 3), 2: (2, 6, 6, 3), 3: (1, 4, 4, 4, 3)}
