@@ -96,8 +96,9 @@ def _decide(
     why_kept = _why_kept(layer, above)
     looked_after = above.looked_after or (is_ours(layer) and isinstance(layer, ATTENTION))
     safe, by_safe = None, above.by_safe
-    if policy.safe and policy.compute_dtype in HALVES and not above.looked_after:
-        rule = safe_rule(layer, place._replace(half=policy.compute_dtype))
+    if policy.safe and policy.compute_dtype in HALVES:
+        place = place._replace(half=policy.compute_dtype)
+        rule = safe_rule(layer, place, looked_after=above.looked_after)
         if rule is not None:
             hazard = "hazards" if "," in rule.hazard else "hazard"
             safe = _Claim("float32", f'"safe", {rule.name}: {rule.reason} ({hazard} {rule.hazard})')

@@ -81,6 +81,7 @@ class SafeRule(NamedTuple):
         claims: Whether a layer at a place is meant.
         inside: Whether the layers inside are meant, too.
         ours: Whether layers of this package are meant, too, which look after the rest themselves.
+        takes: Whether it is about what a layer is given, for which none can look after itself.
     """
 
     name: str
@@ -89,14 +90,16 @@ class SafeRule(NamedTuple):
     claims: Callable[[Any, Place], bool]
     inside: bool = False
     ours: bool = False
+    takes: bool = False
 
 
-def safe_rule(layer: Any, place: Place) -> SafeRule | None:
+def safe_rule(layer: Any, place: Place, *, looked_after: bool = False) -> SafeRule | None:
     """Return the first rule that claims a layer, or None.
 
     Args:
         layer: A layer.
         place: Where it stands.
+        looked_after: Whether the layer that holds it looks after it.
 
     Example:
 
@@ -107,9 +110,8 @@ def safe_rule(layer: Any, place: Place) -> SafeRule | None:
     True
     """
     ours = is_ours(layer)
-    if ours and getattr(layer, "gives_float32", False):
-        return None
-    rules = (rule for rule in RULES if rule.ours or not ours)
+    looked_after = looked_after or (ours and getattr(layer, "gives_float32", False))
+    rules = (rule for rule in RULES if (rule.ours or not ours) and (rule.takes or not looked_after))
     return next((rule for rule in rules if rule.claims(layer, place)), None)
 
 
@@ -252,6 +254,8 @@ RULES = (
         "23",
         "the spectra of loud sound overflow, up to where a layer normalises them",
         _makes_or_takes_spectra,
+        ours=True,
+        takes=True,
     ),
     SafeRule(
         "head",

@@ -1,6 +1,7 @@
 """The rule set "safe": what it claims, what it leaves alone, and what it is good for."""
 
 import keras
+import numpy as np
 import pytest
 from helpers.networks import relu_after
 
@@ -141,6 +142,11 @@ CASES = {
             lambda: relu_after(
                 layers.BatchNormalization(), (64, 1), before=[spectrogram(mode="psd")]
             ),
+            # Ours, too: each casts what it is given, before it can do anything about it.
+            lambda: relu_after(
+                mp.layers.BatchNormalization(), (64, 1), before=[spectrogram(mode="psd")]
+            ),
+            lambda: relu_after(mp.layers.DenseHead(2), (64, 1), before=[spectrogram(mode="psd")]),
         ],
         [
             lambda: relu_after(layers.Permute((2, 1)), (64, 1), before=[spectrogram(mode="log")]),
@@ -148,6 +154,9 @@ CASES = {
                 layers.Permute((2, 1)),
                 (64, 1),
                 before=[spectrogram(mode="psd"), layers.LayerNormalization()],
+            ),
+            lambda: relu_after(
+                mp.layers.BatchNormalization(), (64, 1), before=[spectrogram(mode="log")]
             ),
         ],
     ),
@@ -378,10 +387,21 @@ def test_a_head_that_gives_float32_stays_in_float16():
     assert row_of(model, head).after == "mixed_float16"
 
 
-def test_attention_of_ours_looks_after_its_parts():
-    attention = mp.layers.MultiHeadAttention(1, 2)
-    inputs = keras.Input((4, 8))
-    model = keras.Model(inputs, layers.ReLU()(layers.ReLU()(attention(inputs, inputs))))
+@pytest.mark.parametrize("mode", ["log", "psd"])
+def test_attention_of_ours_looks_after_its_parts_but_not_after_spectra(mode):
+    attention = mp.layers.MultiHeadAttention(1, 2, name="attention")
+    inputs = keras.Input((64, 1))
+    x = spectrogram(mode=mode)(inputs)
+    model = keras.Model(inputs, layers.ReLU()(layers.ReLU()(attention(x, x))))
     inside = [row.after for row in rows(model) if "attention/" in row.path]
     assert inside
-    assert set(inside) == {"mixed_float16"}
+    assert set(inside) == {"float32" if mode == "psd" else "mixed_float16"}
+
+
+def test_loud_spectra_stay_finite_where_layers_are_turned_into_ours():
+    inputs = keras.Input((64, 1))
+    x = layers.Conv1D(2, 1)(spectrogram(mode="psd")(inputs))
+    model = keras.Model(inputs, layers.Dense(1)(layers.LayerNormalization()(x)))
+    mp.convert(model, safe_layers=True)
+    loud = 2.0**12 * np.random.default_rng(0).normal(size=(1, 64, 1))
+    assert np.isfinite(keras.ops.convert_to_numpy(model(loud))).all()
