@@ -205,9 +205,12 @@ def _turn_layers(
     *,
     all_of_them: bool,
 ) -> dict[int, str]:
-    if isinstance(wanted, LayerPolicies):
-        return turn_to_safe(model, undo, only=wanted.ours_in(model))
-    return turn_to_safe(model, undo) if all_of_them else {}
+    if not isinstance(wanted, LayerPolicies) and not all_of_them:
+        return {}
+    late = _unbuilt(model)
+    every = {id(layer) for layer in flatten_layers(model)}
+    meant = wanted.ours_in(model) if isinstance(wanted, LayerPolicies) else every
+    return turn_to_safe(model, undo, only={key for key in every - late if key in meant})
 
 
 def _check(model: Any) -> None:
@@ -247,18 +250,21 @@ def _build(model: Any, sample: Any) -> None:
 
 def _of_built_parts(model: Any, rows: list[Assignment], notes: list[str]) -> list[Assignment]:
     """Return the rows without those of a part that is not built, in a model without a `call`."""
-    parts = called_parts(model)
-    if parts == [model]:
-        return rows
-    built = {id(x) for part in parts if part.built for x in flatten_layers(part)}
-    late = {id(x): x for part in parts if not part.built for x in flatten_layers(part)}
-    left = [row for row in rows if id(row.layer) in late and id(row.layer) not in built]
+    late = _unbuilt(model)
+    parts = {id(part) for part in called_parts(model)}
     notes += [
         f'"{row.path}" is not built and was left as it is: call it on a batch, and convert again'
-        for row in left
-        if any(row.layer is part for part in parts)
+        for row in rows
+        if id(row.layer) in late & parts
     ]
-    return [row for row in rows if not any(row is each for each in left)]
+    return [row for row in rows if id(row.layer) not in late]
+
+
+def _unbuilt(model: Any) -> set[int]:
+    """Return the `id`s of the layers that only parts which are not built have, without a `call`."""
+    parts = [part for part in called_parts(model) if part is not model]
+    built = {id(x) for part in parts if part.built for x in flatten_layers(part)}
+    return {id(x) for part in parts if not part.built for x in flatten_layers(part)} - built
 
 
 def _refuse_quantising(rows: list[Assignment]) -> None:

@@ -42,6 +42,17 @@ def test_what_is_built_is_converted_and_the_rest_named(built):
     assert type(model) is Gan
 
 
+def test_nothing_in_a_part_that_is_not_built_becomes_ours():
+    model = Gan()
+    report = mp.convert(model, safe_layers=True)
+    assert type(model.late.layers[0]) is layers.Dense
+    assert type(model.generator.layers[0]) is mp.layers.Dense
+    report.restore()
+    mp.convert(model, report.layer_policies)
+    assert type(model.late.layers[0]) is layers.Dense
+    assert type(model.generator.layers[0]) is mp.layers.Dense
+
+
 def test_without_any_part_that_is_built_it_is_an_error():
     class Later(keras.Model):
         def __init__(self):
