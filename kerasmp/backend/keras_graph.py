@@ -99,7 +99,11 @@ def mask_operations(layer: Any) -> list[tuple[Any, Any]]:
 
     Returns:
         Pairs of the cast of the input, None if there is none, and the comparison with the value.
+        None of a class derived from Keras's that masks in another way.
     """
+    stock, cls = keras.layers.Masking, type(layer)
+    if cls.compute_mask is not stock.compute_mask or cls.call is not stock.call:
+        return []
     found = []
     for node in layer._inbound_nodes:  # noqa: SLF001 - no public way to the calls
         mask = getattr(node.output_tensors[0], "_keras_mask", None)

@@ -184,6 +184,8 @@ def _turn(layer: Any, ours: type, holders: Counter[int], undo: Undo) -> None:
     if isinstance(layer, keras.layers.Normalization):
         undo.callback(renew_statistics, layer)  # when its class is what it was
     computed_in = layer.compute_dtype
+    if isinstance(layer, keras.layers.Masking):  # while its class is stock Keras's
+        _compare_unrounded(layer, undo)
     _set(layer, "__class__", ours, undo)
     for variable in _never_cast(layer):
         # Another layer that holds it counts on the cast.
@@ -196,8 +198,6 @@ def _turn(layer: Any, ours: type, holders: Counter[int], undo: Undo) -> None:
         # The name keeps Keras from counting this one among the layers it has to name.
         like = type(layer)(layer.l1, layer.l2, name=layer.name)
         _set(layer, "activity_regularizer", like.activity_regularizer, undo)
-    if isinstance(layer, layers.Masking):
-        _compare_unrounded(layer, undo)
     if layer.compute_dtype != computed_in:  # Normalization's
         renew_statistics(layer)
     if not isinstance(layer, (*_ACTIVATED_IN_FLOAT32, *_RECURRENT, Projection)):

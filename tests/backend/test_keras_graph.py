@@ -3,6 +3,7 @@
 import keras
 import pytest
 
+import kerasmp as mp
 from kerasmp.backend import keras_graph
 
 layers = keras.layers
@@ -50,6 +51,19 @@ def test_what_a_graph_keeps_of_a_mask_is_found_with_the_cast_before_it():
     masking.dtype_policy = "float32"
     keras_graph.renew_mask_casts(masking)
     assert (cast.dtype, cast.get_config()["dtype"]) == ("float32", "float32")
+
+
+def test_a_masking_that_masks_in_another_way_has_none_of_these():
+    class Own(layers.Masking):
+        def compute_mask(self, inputs, _=None):
+            return keras.ops.not_equal(inputs[..., 0], self.mask_value)
+
+    for masking in (Own(dtype="mixed_float16"), mp.layers.Masking(dtype="mixed_float16")):
+        inputs = keras.Input((4, 2))
+        outputs = layers.LSTM(2)(masking(inputs))
+        assert keras_graph.mask_operations(masking) == []
+        model = keras.Model(inputs, layers.Dense(2)(outputs))
+        mp.convert(model, "mixed_bfloat16", dry_run=True)
 
 
 def test_dtypes_follow_policies_and_leave_no_trace():
