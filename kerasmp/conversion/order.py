@@ -13,10 +13,6 @@ if TYPE_CHECKING:
     import contextlib
     from collections.abc import Iterable
 
-# Of each layer, from the first to the last. Kept apart from reports, which may be dropped: what
-# they have changed stands all the same.
-_STANDING: weakref.WeakKeyDictionary[Any, list[Conversion]] = weakref.WeakKeyDictionary()
-_NUMBERS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _ORDER = itertools.count()
 
 
@@ -26,7 +22,7 @@ class Conversion:
 
     Args:
         model: The name of the model.
-        number: The how-manieth of this model it is, from 1.
+        number: Which conversion of this model it is, from 1.
         policy: What it was converted to, in words.
         order: Grows from one conversion to the next, of whichever model.
     """
@@ -40,6 +36,27 @@ class Conversion:
         return f'conversion {self.number} of "{self.model}", to {self.policy}'
 
 
+@dataclasses.dataclass
+class _Known:
+    """What is known of a layer: its conversions that stand, in order, and how many it has begun."""
+
+    standing: list[Conversion] = dataclasses.field(default_factory=list)
+    begun: int = 0
+
+
+# By the `id` of a layer: its class may have an `__eq__` of its own, and no `__hash__`. Kept apart
+# from reports, which may be dropped: what they have changed stands all the same.
+_KNOWN: dict[int, _Known] = {}
+
+
+def _known_of(layer: Any) -> _Known:
+    known = _KNOWN.get(id(layer))
+    if known is None:
+        known = _KNOWN[id(layer)] = _Known()
+        weakref.finalize(layer, _KNOWN.pop, id(layer), None).atexit = False
+    return known
+
+
 def begin(model: Any, layers: Iterable[Any], policy: str, undo: contextlib.ExitStack) -> Conversion:
     """Note that a conversion of a model and its layers stands.
 
@@ -49,10 +66,11 @@ def begin(model: Any, layers: Iterable[Any], policy: str, undo: contextlib.ExitS
         policy: What it converts to, in words.
         undo: Takes what notes that it stands no more.
     """
-    _NUMBERS[model] = number = _NUMBERS.get(model, 0) + 1
-    conversion = Conversion(model.name, number, policy, next(_ORDER))
+    known = _known_of(model)
+    known.begun += 1
+    conversion = Conversion(model.name, known.begun, policy, next(_ORDER))
     for layer in layers:
-        standing = _STANDING.setdefault(layer, [])
+        standing = _known_of(layer).standing
         undo.callback(_end, standing, conversion)
         standing.append(conversion)
     return conversion
@@ -68,7 +86,7 @@ def refuse_out_of_order(conversion: Conversion, layers: Iterable[Any]) -> None:
     Raises:
         PolicyError: Then.
     """
-    standing = {each for layer in layers for each in _STANDING.get(layer, ())}
+    standing = {each for layer in layers for each in _known_of(layer).standing}
     if conversion not in standing:
         raise PolicyError(
             "This conversion is undone already.",

@@ -1,5 +1,7 @@
 """Converting models that are built: in place, weights kept, and back."""
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from helpers.marks import few, full_on
 from keras import ops
 
 import kerasmp as mp
+from kerasmp.conversion import order
 
 JAX = keras.backend.backend() == "jax"
 layers = keras.layers
@@ -183,3 +186,40 @@ def test_clones_keep_the_policies_of_layers_and_not_of_their_parts():
     assert [x.compute_dtype for x in flatten_layers(clone)] == [
         x.compute_dtype for x in flatten_layers(model)
     ]
+
+
+def test_a_layer_is_never_asked_which_it_is():
+    class Same(keras.layers.Dense):
+        __hash__ = None
+
+        def __eq__(self, other):
+            return True
+
+    class Net(keras.Model):  # Keras itself asks where there is a graph
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = Same(4), Same(2)
+
+        def call(self, inputs):
+            return self.other(self.one(inputs))
+
+    model = Net()
+    model(X)
+    first = mp.convert(model, "mixed_bfloat16")
+    second = mp.convert(model, "float32")
+    with pytest.raises(mp.errors.PolicyError, match="later conversion"):
+        first.restore()
+    second.restore()
+    first.restore()
+    with pytest.raises(mp.errors.PolicyError, match="undone already"):
+        first.restore()
+
+
+def test_what_is_known_of_a_layer_goes_with_it():
+    before = len(order._KNOWN)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    mp.convert(model)
+    assert len(order._KNOWN) > before
+    del model
+    gc.collect()
+    assert len(order._KNOWN) <= before
