@@ -312,23 +312,66 @@ def layers_in(error: BaseException) -> list[Any]:
 def traces_kept(model: Any) -> Iterator[None]:
     """Put back what symbolic calls leave in a model and its layers: losses, and attributes.
 
-    A user's layer may keep the scores of its last call, say. Variables, which are tensors on
-    TensorFlow, stay: a layer that is called for the first time makes them.
+    A user's layer may keep the scores of its last call, say, or count its calls: tensors, numbers,
+    and what is in lists, dicts and sets. Numbers and such of stock Keras itself stay, and so do
+    variables, which are tensors on TensorFlow: a layer that is called for the first time makes them.
     """
-    before = [(layer, dict(vars(layer))) for layer in flatten_layers(model)]
+    stock = {"keras", __name__.partition(".")[0]}
+    of_keras = vars(keras.Layer()).keys()
+    before = [
+        (layer, layer.built, attributes, {n: _copied(v) for n, v in attributes.items()})
+        for layer in flatten_layers(model)
+        for attributes in [{n: v for n, v in vars(layer).items() if n not in of_keras}]
+    ]
     try:
         with losses_kept(model):
             yield
     finally:
-        for layer, attributes in before:
+        for layer, was_built, attributes, copies in before:
+            # What `build` has set belongs to the variables that it has made.
+            own = type(layer).__module__.partition(".")[0] not in stock and layer.built == was_built
             for name, value in list(vars(layer).items()):
-                is_trace = keras.ops.is_tensor(value) and not isinstance(value, keras.Variable)
-                if not is_trace or value is attributes.get(name):
+                if name in of_keras:
                     continue
-                if name in attributes:
-                    object.__setattr__(layer, name, attributes[name])
-                else:
-                    object.__delattr__(layer, name)
+                old = attributes.get(name)
+                if own and value is old:
+                    _put_back(value, copies[name])
+                elif value is not old and (_has_tensor(value) or (own and _is_number(value))):
+                    if name in attributes:
+                        object.__setattr__(layer, name, old)
+                        _put_back(old, copies[name])
+                    else:
+                        object.__delattr__(layer, name)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float))
+
+
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        return any(map(_has_tensor, value.values() if isinstance(value, dict) else value))
+    is_tensor = keras.ops.is_tensor(value) or isinstance(value, keras.KerasTensor)
+    return is_tensor and not isinstance(value, keras.Variable)
+
+
+def _copied(value: Any) -> Any:
+    # Python's own, and those of Keras. TensorFlow has wrappers with a second copy of the items.
+    of_keras = type(value).__module__.partition(".")[0] == "keras"
+    cls = type(value).__base__ if of_keras else type(value)
+    return next((kind(value) for kind in (list, dict, set) if cls is kind), None)
+
+
+def _put_back(value: Any, copy: Any) -> None:
+    """Let a list, dict or set hold what it held; around Keras's own, which track and lock."""
+    if isinstance(copy, list):
+        list.__setitem__(value, slice(None), copy)
+    elif isinstance(copy, dict):
+        dict.clear(value)
+        dict.update(value, copy)
+    elif isinstance(copy, set):
+        set.clear(value)
+        set.update(value, copy)
 
 
 def enclosing_callback_list() -> Any | None:

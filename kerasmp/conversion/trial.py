@@ -44,10 +44,14 @@ if TYPE_CHECKING:
 _WIDE = "float32"
 _STOCK = {"keras", __name__.partition(".")[0]}
 # Gradients of what cannot be differentiated fail in any dtype: then the call alone is looked at.
-_WAYS = (
-    ({"training": True, "backwards": True}, {"training": True, "backwards": False}),
-    ({"training": False, "backwards": False},),
-)
+_WAYS = {
+    "training": (
+        {"training": True, "backwards": True},
+        {"training": True, "backwards": False},
+    ),
+    "inference": ({"training": False, "backwards": False},),
+}
+_UNKNOWN = "its inputs are not known: give convert a sample"
 
 
 def settle(
@@ -124,8 +128,14 @@ class _Trial:
             layer: A layer or model.
             attempts: Ways to call it, of which the first that works in float32 counts.
         """
-        for ways in _WAYS:
-            reason = None
+        untried: dict[str, str] = {}
+        unbuilt = next((each for each in flatten_layers(layer) if not each.built), None)
+        for where, ways in _WAYS.items():
+            reason = _UNKNOWN
+            if unbuilt is not None and where == "training" and attempts:
+                # A part that is used in training alone would be built, which nothing takes back.
+                untried[where] = f'"{unbuilt.path or unbuilt.name}" in it is not built'
+                continue
             for attempt in (functools.partial(each, **way) for each in attempts for way in ways):
                 error = _error(layer, attempt)
                 if error is None:
@@ -134,10 +144,13 @@ class _Trial:
                 if wide is None:
                     self._keep_what_fails(layer, attempt, error)
                     break
-                reason = reason or first_line(wide)
+                if reason is _UNKNOWN:
+                    reason = f"it cannot be traced, also in float32: {first_line(wide)}"
             else:
-                self._say_untried(layer, reason)
-                return
+                untried[where] = reason
+        for where, reason in list(untried.items())[-1:]:
+            both = len(untried) == len(_WAYS)
+            self._say_untried(layer, "" if both else f" for {where}", reason)
 
     def _keep_what_fails(self, layer: Any, attempt: Attempt, error: Exception | None) -> None:
         # Each turn keeps a layer in float32, and with all of them there the attempt works.
@@ -150,13 +163,8 @@ class _Trial:
                     break
             error = _error(layer, attempt)
 
-    def _say_untried(self, layer: Any, reason: str | None) -> None:
-        why = (
-            "its inputs are not known: give convert a sample"
-            if reason is None
-            else f"it cannot be traced, also in float32: {reason}"
-        )
-        note = f'"{layer.path or layer.name}" was not tried in half precision, as {why}'
+    def _say_untried(self, layer: Any, where: str, reason: str) -> None:
+        note = f'"{layer.path or layer.name}" was not tried in half precision{where}, as {reason}'
         if note not in self.notes:
             self.notes.append(note)
 

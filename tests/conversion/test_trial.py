@@ -192,6 +192,88 @@ def test_what_cannot_be_traced_is_noted():
         assert f"was not tried in half precision, {words}" in note
 
 
+def test_a_call_that_cannot_be_traced_in_training_is_tried_in_inference():
+    """And what cannot compute there in half precision is found."""
+
+    class Trains(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first, self.mixes = layers.Dense(4), Refuses(name="mixes")
+
+        def call(self, inputs, training=None):
+            if training:
+                raise ValueError("no training here")
+            return self.mixes(self.first(inputs))
+
+    model = Trains()
+    model(ONES)
+    report = mp.convert(model, rules=None, dry_run=True)
+    assert list(float32_rows(report)) == ["mixes"]
+    (note,) = report.notes
+    assert "was not tried in half precision for training, as it cannot be traced" in note
+
+
+class Refuses(layers.Layer):
+    def call(self, inputs):
+        if keras.backend.standardize_dtype(inputs.dtype) != "float32":
+            raise TypeError("float32 alone")
+        return inputs
+
+
+def test_a_dry_run_builds_no_part_that_training_alone_has():
+    class Noisy(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(4, name="late")
+
+        def build(self, _):
+            self.built = True
+
+        def call(self, inputs, training=None):
+            return self.dense(inputs) if training else inputs
+
+    inputs = keras.Input((4,))
+    noisy = Noisy()
+    model = keras.Model(inputs, layers.Dense(2)(noisy(inputs)))
+    report = mp.convert(model, dry_run=True)
+    assert not noisy.dense.built
+    assert not noisy.variables
+    (note,) = [note for note in report.notes if "late" in note]
+    assert 'for training, as "' in note
+    assert note.endswith('late" in it is not built')
+
+
+def test_trying_leaves_no_trace_in_what_a_layer_keeps():
+    class Keeps(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.calls, self.seen, self.last, self.of = 0, [], None, {}
+
+        def call(self, inputs):
+            self.calls += 1
+            self.seen.append(inputs)
+            self.of["inputs"] = inputs
+            self.last = (inputs, {"twice": 2 * inputs})
+            self.new = [inputs]
+            return inputs
+
+    inputs = keras.Input((4,))
+    keeps = Keeps()
+    model = keras.Model(inputs, layers.Dense(2)(keeps(inputs)))
+    model(ONES)
+    del keeps.new
+    kept = [keeps.calls, list(keeps.seen), keeps.last, dict(keeps.of)]
+    holds = keeps.seen
+    mp.convert(model, dry_run=True)
+    now = [keeps.calls, list(keeps.seen), keeps.last, dict(keeps.of)]
+    assert now[0] == kept[0]
+    assert keeps.seen is holds
+    assert keeps.last is kept[2]
+    assert list(map(id, now[1])) == list(map(id, kept[1]))
+    assert now[3]["inputs"] is kept[3]["inputs"]
+    assert not hasattr(keeps, "new")
+
+
 # All of Keras's layers for images, those that come to be too.
 IMAGES = [
     name
