@@ -313,8 +313,8 @@ def traces_kept(model: Any) -> Iterator[None]:
     """Put back what symbolic calls leave in a model and its layers: losses, and attributes.
 
     A user's layer may keep the scores of its last call, say, or count its calls: tensors, numbers,
-    and what is in lists, dicts and sets. Numbers and such of stock Keras itself stay, and so do
-    variables, which are tensors on TensorFlow: a layer that is called for the first time makes them.
+    and what is in lists, dicts and sets. Numbers and such of stock Keras itself stay. So do
+    variables, tensors too on TensorFlow: a layer that is called for the first time makes them.
     """
     stock = {"keras", __name__.partition(".")[0]}
     of_keras = vars(keras.Layer()).keys()
