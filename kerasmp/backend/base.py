@@ -245,7 +245,10 @@ class Backend(Protocol):
         return whole()
 
     def suits_kernels(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[bool]:  # noqa: ARG002 - for those with any
-        """Return whether each gradient and its variable lie in memory as fused kernels expect."""
+        """Return whether fused kernels take each gradient, and its variable as it lies in memory.
+
+        They compute in float32, so that no wider gradient is among them.
+        """
         return [False] * len(grads)
 
     def updates_apart(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 import traceback
 from typing import TYPE_CHECKING, Any
 
@@ -137,19 +138,32 @@ UPDATE_METRICS = "_update_metrics_variables"
 RESULT_OR_LOGS = "_get_metrics_result_or_logs"
 
 
+def are_all_of(optimizer: Any, variables: Sequence[Any]) -> bool:
+    """Return whether variables are those that an optimizer was built with, all and in order.
+
+    Publicly each is looked up by itself.
+    """
+    own = optimizer._trainable_variables  # noqa: SLF001 - see above
+    return len(variables) == len(own) and all(map(operator.is_, variables, own))
+
+
 def moments(optimizer: Any, variables: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Return what a built Adam, AdamW or SGD keeps of each variable: two moments, one or none.
 
     Publicly there is one list of all that an optimizer keeps.
     """
-    lists = (
-        (optimizer.momentums,)
+    both: list[list[Any]] = (
+        [optimizer.momentums]
         if isinstance(optimizer, keras.optimizers.SGD)
-        else (optimizer._momentums, optimizer._velocities)  # noqa: SLF001
+        else [optimizer._momentums, optimizer._velocities]  # noqa: SLF001
     )
-    lists = tuple(each for each in lists if each)
-    places = [optimizer._get_variable_index(v) for v in variables]  # noqa: SLF001
-    return [tuple(each[place] for each in lists) for place in places]
+    lists = [each for each in both if each]
+    if not lists:
+        return [()] * len(variables)
+    if not are_all_of(optimizer, variables):
+        places = [optimizer._get_variable_index(v) for v in variables]  # noqa: SLF001
+        lists = [[each[place] for place in places] for each in lists]
+    return list(zip(*lists, strict=True))
 
 
 def held(variables: Sequence[Any]) -> list[Any]:

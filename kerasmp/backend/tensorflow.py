@@ -191,8 +191,8 @@ class TensorFlow(Backend):
         return whole() if short is None else tf.cond(short, quick, whole)
 
     def suits_kernels(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[bool]:  # noqa: ARG002 - any do
-        """Return whether each gradient is a dense tensor, and there at all."""
-        return [isinstance(gradient, tf.Tensor) for gradient in grads]
+        """Return whether each gradient is a dense tensor of at most float32, and there at all."""
+        return [isinstance(g, tf.Tensor) and g.dtype != tf.float64 for g in grads]
 
     def updates_apart(self) -> bool:
         """Return whether Keras may update some variables of a step, and fused kernels others."""

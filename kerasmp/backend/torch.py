@@ -106,12 +106,16 @@ class Torch(Backend):
         return quick() if short else whole()
 
     def suits_kernels(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[bool]:
-        """Return whether each gradient is a dense tensor, and its variable in order.
+        """Return whether each gradient is a dense tensor of at most float32, its variable in order.
 
         The kernels walk through memory and ask for no strides: an orthogonal start has others.
         """
+        strided, wide = torch.strided, torch.float64
         return [
-            type(g) is torch.Tensor and g.layout == torch.strided and v.is_contiguous()
+            type(g) is torch.Tensor
+            and g.layout is strided
+            and g.dtype is not wide
+            and v.is_contiguous()
             for g, v in zip(grads, held(variables), strict=True)
         ]
 
@@ -313,16 +317,18 @@ def _squares(values: Sequence[Any], divisor: Any) -> Any:
 @torch.no_grad()
 def _sums(values: Sequence[Any]) -> list[Any]:
     """Return for each tensor a sum over it that is finite only if all of it is."""
-    small, sums = [], []
+    float32, float64 = torch.float32, torch.float64
+    small, sizes, sums = [], [], []
     for value in values:
-        if value.dtype == torch.float32 and value.numel() <= _SMALL:
+        size = value.numel()
+        if size <= _SMALL and value.dtype is float32:
             small.append(value)
+            sizes.append(size)
         else:
-            wide = torch.float64 if value.dtype == torch.float64 else torch.float32
-            sums.append(value.sum(dtype=wide))
+            sums.append(value.sum(dtype=float64 if value.dtype is float64 else float32))
     # torch's own DistributedDataParallel is made of it; what is public is a loop in Python.
     flatten = torch._C._nn.flatten_dense_tensors  # noqa: SLF001 - see above
-    parts = in_parts(small, [v.numel() for v in small], _SMALL)
+    parts = in_parts(small, sizes, _SMALL)
     return [*sums, *(flatten(some).sum() for some in parts)]
 
 
@@ -347,13 +353,19 @@ def _parts(weights: Sequence[Weight], *, scratch: bool = True) -> Iterator[Seque
     for weight in weights:
         if weight.decay is not None:
             weight.variable.value.mul_(1 - weight.decay)
-    moments = [held(kept) for kept in zip(*(w.moments for w in weights), strict=True)]
-    variables = held([w.variable for w in weights])
-    rows = list(zip(variables, [w.gradient for w in weights], *moments, strict=True))
-    if rows[0][0].is_cpu and max(row[0].numel() for row in rows) > _IN_CACHE:
+    moments = [held(kept) for kept in zip(*[w.moments for w in weights], strict=True)]
+    variables, gradients = held([w.variable for w in weights]), [w.gradient for w in weights]
+    ready = {g.dtype for g in gradients} == {torch.float32} and all(
+        map(torch.Tensor.is_contiguous, gradients)
+    )
+    sizes = [v.numel() for v in variables]
+    if ready and not scratch and sum(sizes) <= _IN_CACHE:
+        yield [variables, gradients, *moments]
+        return
+    rows = list(zip(variables, gradients, *moments, strict=True))
+    if variables[0].is_cpu and max(sizes) > _IN_CACHE:
         rows = [piece for row in rows for piece in _pieces(row)]
-    ready = all(g.dtype == torch.float32 and g.is_contiguous() for _, g, *_ in rows)
-    sizes = [row[0].numel() for row in rows]
+        sizes = [row[0].numel() for row in rows]
     for part in in_parts(rows, sizes, _IN_CACHE if ready and not scratch else max(sizes)):
         variables, gradients, *moments = (list(column) for column in zip(*part, strict=True))
         if not ready:

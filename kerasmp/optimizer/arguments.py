@@ -14,7 +14,7 @@ from keras import ops
 
 from kerasmp import backend
 from kerasmp.backend.base import name_of
-from kerasmp.backend.keras_private import learning_rate_numbers
+from kerasmp.backend.keras_private import are_all_of, learning_rate_numbers
 from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale, resolve, validation
 from kerasmp.optimizer.measures import MEASURES
@@ -314,7 +314,7 @@ def variables_of(optimizer: Any, grads: Sequence[Any], given: Sequence[Any] | No
             fix="Pass both lists in the same order.",
         )
     refuse_no_gradient(grads)
-    if optimizer.built:
+    if optimizer.built and not are_all_of(optimizer, variables):
         try:
             optimizer._check_variables_are_known(variables)  # noqa: SLF001 - see keras_private
         except (AttributeError, ValueError) as error:  # TensorFlow asks for what a variable has

@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.base import Weight, wide_dtype
+from kerasmp.backend.base import Weight
 from kerasmp.backend.keras_private import decays, moments
 from kerasmp.backend.nested import has_replaced_methods
 from kerasmp.loss_scale import FixedLossScale
@@ -48,7 +48,7 @@ class Fused:
     """
 
     inner: Any
-    takes: tuple[bool, ...] = ()
+    takes: Sequence[bool] = ()
 
     @classmethod
     def of(cls, inner: Any, schedule: LossScale) -> Fused | None:
@@ -82,20 +82,18 @@ class Fused:
         ):
             return None
         # Where Keras would do to a variable nothing but what the update does.
-        takes = tuple(
-            suits
+        suits = room.suits_kernels(grads, variables)
+        takes = [
+            fits
             and dtype == "float32"
             and v.constraint is None
             and not getattr(v, "overwrite_with_gradient", False)
-            and wide_dtype(g) == "float32"
-            for g, v, dtype, suits in zip(
-                grads, variables, dtypes, room.suits_kernels(grads, variables), strict=True
-            )
-        )
+            for v, dtype, fits in zip(variables, dtypes, suits, strict=True)
+        ]
         # What Keras is given goes by no norm of others, and is not all None.
         apart = not inner.global_clipnorm and all(g is not None for g in grads)
         if all(takes) or (any(takes) and apart and room.updates_apart()):
-            return dataclasses.replace(self, takes=takes)
+            return Fused(inner, takes)
         return None
 
     def __call__(self, step: Step, applied: Any) -> None:
@@ -107,12 +105,11 @@ class Fused:
             norm = ops.sqrt(room.squares(step.grads, divisor))
             divisor = divisor * ops.maximum(norm / inner.global_clipnorm, 1.0)
         decay = rate * inner.weight_decay if inner.weight_decay else None
-        pairs = list(zip(step.grads, step.variables, self.takes, strict=True))
-        taken = [(g, v) for g, v, takes in pairs if takes]
-        kept = moments(inner, [v for _, v in taken])
+        rows = list(zip(step.variables, step.grads, moments(inner, step.variables), strict=True))
         weights = [
-            Weight(v, g, of_v, decay if decay is not None and decays(inner, v) else None)
-            for (g, v), of_v in zip(taken, kept, strict=True)
+            Weight(*row, decay if decay is not None and decays(inner, row[0]) else None)
+            for row, takes in zip(rows, self.takes, strict=True)
+            if takes
         ]
         if isinstance(inner, keras.optimizers.SGD):
             room.sgd(weights, rate / divisor, inner.momentum, applied, nesterov=inner.nesterov)
@@ -123,10 +120,10 @@ class Fused:
             ]
             alpha = rate * ops.sqrt(1 - powers[1]) / (1 - powers[0])
             room.adam(weights, divisor, alpha, (inner.beta_1, inner.beta_2), inner.epsilon, applied)
-        if len(weights) < len(pairs):
-            others = [(g, v) for g, v, taken in pairs if not taken]
-            updates = [g if step.unscaled else divided(g, v, step.scale) for g, v in others]
-            inner.apply(updates, [v for _, v in others])  # and counts the step
+        if len(weights) < len(rows):
+            others = [row for row, takes in zip(rows, self.takes, strict=True) if not takes]
+            updates = [g if step.unscaled else divided(g, v, step.scale) for v, g, _ in others]
+            inner.apply(updates, [v for v, _, _ in others])  # and counts the step
             return
         inner.iterations.assign_add(
             1 if applied is None else ops.cast(applied, inner.iterations.dtype)

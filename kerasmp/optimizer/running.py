@@ -60,7 +60,9 @@ def taken(optimizer: LossScaleOptimizer, grads: Sequence[Any], variables: Sequen
         LossScaleError: If the inner optimizer scales too, the gradients are not those that were
             unscaled, or it cannot be known whether their loss was scaled.
     """
-    inside = optimizers_in(optimizer.inner_optimizer)
+    inner, fused = optimizer.inner_optimizer, optimizer.fused_update
+    # One of exactly Keras's class, as fused ones are, holds no others.
+    inside = optimizers_in(inner) if fused is None else [inner]
     arguments.refuse_second_scale(inside)
     room = backend.current()
     place = room.place()
@@ -71,7 +73,6 @@ def taken(optimizer: LossScaleOptimizer, grads: Sequence[Any], variables: Sequen
     optimizer.pending.unscaled.drop(*place)
     grads, losses = room.agreed(grads, variables, optimizer.pending.losses.take(*place))
     dtypes = room.dtypes_of(variables)
-    fused = optimizer.fused_update
     if fused is not None:
         fused = fused.suited(grads, variables, dtypes)
     # A cast gives TensorFlow a tensor: the variable itself it would read for each gradient.

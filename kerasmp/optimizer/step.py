@@ -93,9 +93,10 @@ def all_gradients_finite(step: Step) -> tuple[Any, Callable[[], Any]]:
 
 def _ask(step: Step, question: Callable[..., Any]) -> Any:
     room = backend.current()
-    pairs = [(g, d) for g, d in zip(step.grads, step.dtypes, strict=True) if g is not None]
-    values = [room.dense_values(g) for g, _ in pairs] or [ops.zeros((1,))]  # of a frozen model
-    kept = [d for _, d in pairs] or ["float32"]
+    values = [room.dense_values(g) for g in step.grads if g is not None]
+    kept = [d for g, d in zip(step.grads, step.dtypes, strict=True) if g is not None]
+    if not values:  # of a frozen model
+        values, kept = [ops.zeros((1,))], ["float32"]
     dtypes = [k if k == "float16" else wide_dtype(g) for g, k in zip(values, kept, strict=True)]
     return question(values, dtypes, step.scale, norm=step.clips)
 

@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.keras_private import unchanged_if_it_fails
+from kerasmp.backend.keras_private import are_all_of, unchanged_if_it_fails
 from kerasmp.backend.nested import optimizers_in
 from kerasmp.loss_scale import validation
 from kerasmp.optimizer import arguments, building, by_hand, reading, running, saved
@@ -149,6 +149,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def places_of(self, variables: Sequence[Any]) -> list[int]:
         """Return the place of each variable among `target_variables`."""
+        if are_all_of(self, variables):
+            return list(range(len(variables)))
         return [self._get_variable_index(v) for v in variables]
 
     own_variables = property(reading.own_variables)

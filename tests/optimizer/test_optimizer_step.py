@@ -104,6 +104,17 @@ def test_counts_find_the_variables_of_a_call_with_some_of_them_in_another_order(
     assert optimizer.nonfinite_counts.tolist() == [0, 0, 1]
 
 
+def test_a_call_with_all_variables_in_another_order_finds_what_is_kept_of_each():
+    variables = variables_of([1.0], [2.0], [3.0])
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0, momentum=0.5), loss_scale=1)
+    optimizer.build(variables)
+    optimizer.apply(tensors([1.0], [2.0], [4.0]), variables)
+    optimizer.apply(tensors([4.0], [2.0], [1.0]), variables[::-1])
+    assert np.concatenate(numpy(variables)).tolist() == [1 - 2.5, 2 - 5, 3 - 10]
+    optimizer.apply(tensors([np.inf], [2.0], [1.0]), variables[::-1])
+    assert optimizer.nonfinite_counts.tolist() == [0, 0, 1]
+
+
 class Recorder(keras.optimizers.SGD):
     """SGD that remembers what kind of gradients it was handed."""
 
