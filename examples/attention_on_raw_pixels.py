@@ -1,7 +1,8 @@
 """A transformer that stock Keras cannot train in float16, and kerasmp can.
 
-It reads an image row by row, in pixels from 0 to 255 that nobody has rescaled. The attention scores
-are beyond float16, so with stock layers every loss is NaN. With kerasmp's they are float32.
+It reads an image row by row, in pixels from 0 to 255 that are not rescaled. The attention scores
+exceed float16, so with stock layers every loss is NaN. The layers of kerasmp compute the scores in
+float32.
 
     python examples/attention_on_raw_pixels.py --dataset fashion_mnist --data-dir DIRECTORY
 
@@ -18,7 +19,7 @@ import kerasmp as mp
 from kerasmp.demo.dataset import load
 from kerasmp.demo.settings import DemoSettings
 
-# Policy, the models' module, the layers' module, the layer at the end.
+# The policy, the module of models, the module of layers, the last layer.
 RUNS = {
     "float32": ("float32", keras, keras.layers, keras.layers.Dense),
     "stock mixed_float16": ("mixed_float16", keras, keras.layers, keras.layers.Dense),
@@ -28,7 +29,7 @@ WIDTH = 64
 
 
 def block(x, layers):
-    """Return attention and a small MLP, each normalised after it is added."""
+    """Add attention and a small MLP to `x`, and normalise each sum."""
     attended = layers.MultiHeadAttention(num_heads=1, key_dim=WIDTH)(x, x)
     x = keras.layers.LayerNormalization()(keras.layers.Add()([x, attended]))
     hidden = keras.layers.Dense(2 * WIDTH, activation="relu")(x)
@@ -60,7 +61,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="kerasmp_digits")
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--limit", type=int, help="train on so many images only")
+    parser.add_argument("--limit", type=int, help="train on at most this many images")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=32)
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
 """A fixed scale: what it rescues, and what it costs when it is too high.
 
-A line is fitted with a loss of small weight, as auxiliary losses have, so its gradients are small.
-In float16 they become 0, and nothing is learnt; a scale of 2**15 carries them through. With 2**60
-every step overflows, is skipped, and the monitor says so.
+The example fits a line. Its loss has a small weight, as auxiliary losses do, so the gradients are
+small. Without scaling they become 0 in float16, and the model learns nothing; a scale of 2**15
+preserves them. With 2**60 every step overflows and is skipped, and the monitor says so.
 
 Backend: any
 """

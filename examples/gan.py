@@ -1,7 +1,7 @@
-"""Two models, two wrapped optimizers: each keeps a scale of its own.
+"""Two models with two wrapped optimizers, each with its own scale.
 
 A generator learns a ring of points against a discriminator, both in float16. Their gradients have
-different sizes, so one shared scale would skip the steps of one because of the other.
+different sizes, so with one shared scale an overflow in one would skip the steps of the other.
 
 Backend: tensorflow
 """

@@ -1,4 +1,4 @@
-"""A hand-written JAX loop: all state is explicit, the scale too.
+"""A hand-written JAX loop: all state is explicit, including the scale.
 
 Backend: jax
 """
@@ -26,8 +26,8 @@ loss_fn = keras.losses.MeanSquaredError()
 def scaled_loss(trainable, non_trainable, optimizer_state, x, y):
     prediction, non_trainable = model.stateless_call(trainable, non_trainable, x, training=True)
     loss = loss_fn(y, prediction)
-    # The scale is part of the optimizer's state: read it from the values that this step was given,
-    # or tracing would bake in the scale of the first step.
+    # The scale is part of the optimizer's state. Read it from the values of this step: otherwise
+    # tracing would bake in the scale of the first one.
     with keras.StatelessScope(list(zip(optimizer.variables, optimizer_state, strict=True))):
         return optimizer.scale_loss(loss), (loss, non_trainable)
 
@@ -61,7 +61,7 @@ for _ in range(30):
     last = sum(losses) / len(losses)
     first = first or last
 
-# Put the values back into the variables once the loop is over.
+# After the loop, put the values back into the variables.
 for variables, values in zip(
     (model.trainable_variables, model.non_trainable_variables, optimizer.variables),
     state,

@@ -1,7 +1,7 @@
-"""`fit` over two JAX processes; an overflow in one of them is skipped by both.
+"""`fit` over two JAX processes: if one of them overflows, both skip the step.
 
-Started by itself, it is both processes on this machine. On machines of your own, set the three
-variables that `start_both` sets, on each, and start it there.
+Run alone, the script starts both processes on this machine. To use your own machines, set the three
+variables that `start_both` sets on each machine, and run the script there.
 
 Backend: jax
 """
@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 os.environ["KERAS_BACKEND"] = "jax"
-os.environ.setdefault("JAX_CPU_COLLECTIVES_IMPLEMENTATION", "gloo")  # for CPUs; GPUs do not ask
+os.environ.setdefault("JAX_CPU_COLLECTIVES_IMPLEMENTATION", "gloo")  # CPUs need it
 BATCHES, ROWS = 60, 64  # rows of each process in a step
 
 
@@ -49,7 +49,7 @@ def work():
 
     import kerasmp as mp
 
-    # False: each process gives its own rows, and together they are the batch.
+    # False: each process passes its own rows, and together they form the batch.
     keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
     rank = int(os.environ["KERAS_DISTRIBUTION_PROCESS_ID"])
     keras.utils.set_random_seed(0)  # the same weights everywhere
@@ -65,7 +65,7 @@ def work():
     print(f"process {rank}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     assert losses[-1] < losses[0] / 2
 
-    # One process's batch overflows. Both skip, and the weights stay what they were.
+    # One process's batch overflows. Both skip the step, and the weights do not change.
     before = model.get_weights()
     x = np.full((ROWS, 8), np.inf if rank == 1 else 1.0, "float32")
     model.fit(x, np.ones((ROWS, 1)), ROWS, verbose=0)

@@ -1,9 +1,9 @@
-"""A CNN whose BatchNormalization one batch in twenty ruins in stock Keras, and not in kerasmp.
+"""A CNN that overflows in one batch in twenty: stock Keras ruins its BatchNormalization.
 
-Raw pixels and large first weights bring a few images close to the end of float16. Dropout, which
-enlarges what it keeps, brings some of them beyond it while training. The step is skipped, as it
-should be, but stock BatchNormalization keeps the inf: from then on predictions are NaN. kerasmp
-undoes every trace of such a step.
+Raw pixels and large initial weights bring a few images close to the limit of float16. In training,
+Dropout enlarges what it keeps and takes some of them beyond it. The step is skipped, as it should
+be, but stock BatchNormalization keeps the inf: from then on predictions are NaN. kerasmp undoes
+every trace of such a step.
 
     python examples/overflowing_cnn.py --dataset fashion_mnist --data-dir DIRECTORY
 
@@ -20,7 +20,7 @@ import kerasmp as mp
 from kerasmp.demo.dataset import load
 from kerasmp.demo.settings import DemoSettings
 
-# Policy, the models' module, the layer at the end.
+# The policy, the module of models, the last layer.
 RUNS = {
     "float32": ("float32", keras, keras.layers.Dense),
     "stock mixed_float16": ("mixed_float16", keras, keras.layers.Dense),
@@ -67,10 +67,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="kerasmp_digits")
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--limit", type=int, help="train on so many images only")
+    parser.add_argument("--limit", type=int, help="train on at most this many images")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--gain", type=float, default=1.85, help="of the first weights")
+    parser.add_argument("--gain", type=float, default=1.85, help="std of the first weights")
     arguments = parser.parse_args()
     images = load(DemoSettings(dataset=arguments.dataset, data_dir=arguments.data_dir))
     scale = 255 / images.spec.brightest

@@ -1,4 +1,4 @@
-"""A hand-written TensorFlow loop: scale the loss, take gradients, let the optimizer do the rest.
+"""A hand-written TensorFlow loop: scale the loss, take gradients, and call the optimizer.
 
 Backend: tensorflow
 """
@@ -29,7 +29,7 @@ def train_step(x, y):
         loss = loss_fn(y, model(x, training=True))
         scaled_loss = optimizer.scale_loss(loss)
     gradients = tape.gradient(scaled_loss, model.trainable_variables)
-    # Gradients of the scaled loss go in; checking, unscaling and skipping happen inside.
+    # Pass the gradients of the scaled loss: `apply` checks and unscales them, or skips the step.
     optimizer.apply(gradients, model.trainable_variables)
     return loss
 
@@ -44,7 +44,7 @@ for _ in range(30):
     first = first or last
 print(f"loss {first:.3f} -> {last:.3f}, scale {optimizer.loss_scale:g}")
 
-# A batch that overflows changes nothing but the scale and the counters.
+# A batch that overflows changes only the scale and the counters.
 before = model.get_weights()
 train_step(tf.fill((64, 8), np.float32("inf")), y[:64])
 assert optimizer.skipped_steps == 1

@@ -1,8 +1,8 @@
-"""Two TensorFlow workers train one model; an overflow in one of them is skipped by both.
+"""Two TensorFlow workers train one model: if one of them overflows, both skip the step.
 
-Started by itself, it is both workers on this machine. On machines of your own, set TF_CONFIG on
-each and start it there. `fit` does not work under MultiWorkerMirroredStrategy in Keras 3, whatever
-the optimizer: the loop is written by hand.
+Run alone, the script starts both workers on this machine. To use your own machines, set TF_CONFIG
+on each and run the script there. In Keras 3, `fit` does not work under MultiWorkerMirroredStrategy
+with any optimizer, so this loop is written by hand.
 
 Backend: tensorflow
 """
@@ -60,7 +60,7 @@ def work():
     def replica_step(x, y):
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean(tf.square(y - model(x, training=True)))
-            # Gradients are summed over the workers: each gives its share of the mean.
+            # `apply` sums the gradients of the workers, so each gives its share of the mean.
             scaled_loss = optimizer.scale_loss(loss / strategy.num_replicas_in_sync)
         gradients = tape.gradient(scaled_loss, model.trainable_variables)
         optimizer.apply(gradients, model.trainable_variables)
@@ -71,7 +71,7 @@ def work():
         losses = strategy.run(replica_step, args=(x, y))
         return strategy.reduce(tf.distribute.ReduceOp.MEAN, losses, axis=None)
 
-    rng = np.random.default_rng(rank)  # other rows for each worker
+    rng = np.random.default_rng(rank)  # different rows for each worker
     losses = []
     for _ in range(STEPS):
         x = rng.normal(size=(ROWS, 8)).astype("float32")
@@ -79,7 +79,7 @@ def work():
     print(f"worker {rank}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     assert losses[-1] < losses[0] / 2
 
-    # One worker's batch overflows. Both skip, and the weights stay what they were.
+    # One worker's batch overflows. Both skip the step, and the weights do not change.
     before = model.get_weights()
     x = np.full((ROWS, 8), np.inf if rank == 1 else 1.0, "float32")
     train_step(tf.constant(x), tf.ones((ROWS, 1)))

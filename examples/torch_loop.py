@@ -1,4 +1,4 @@
-"""A hand-written torch loop: backward on the scaled loss, then one call to the optimizer.
+"""A hand-written torch loop: backpropagate the scaled loss, then call the optimizer.
 
 Backend: torch
 """
