@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from kerasmp.layers.in_float32 import CallInFloat32
+from kerasmp.layers.in_float32 import CallInFloat32, NeverCastWeights
 from kerasmp.ops import in_float32, softmax
 
 
@@ -70,7 +70,7 @@ class ELU(CallInFloat32, keras.layers.ELU):
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
-class PReLU(CallInFloat32, keras.layers.PReLU):
+class PReLU(NeverCastWeights, CallInFloat32, keras.layers.PReLU):
     """`keras.layers.PReLU`, computed in float32 between tensors of the compute dtype.
 
     The gradient of `alpha` is a sum over the batch and the shared axes, which float16 cannot hold.
@@ -94,10 +94,6 @@ class PReLU(CallInFloat32, keras.layers.PReLU):
     >>> layer.alpha.dtype, keras.backend.standardize_dtype(y.dtype)
     ('float32', 'float16')
     """
-
-    def add_weight(self, *args: Any, **kwargs: Any) -> Any:
-        """Add a weight that is float32 in `call` too, so that its gradient is summed in float32."""
-        return super().add_weight(*args, **{**kwargs, "autocast": False})
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 from keras import ops
 
+from kerasmp.layers.in_float32 import NeverCastWeights
 from kerasmp.ops.precision import wide_dtype
 from kerasmp.ops.softmax import masked_softmax
 
 _VECTOR_PER_BATCH = 2  # the rank of a mask of the values, (batch, values)
 
-if TYPE_CHECKING:  # at run time the mixin stands in front of a layer
-    from keras.layers import Layer as _Base
-else:
-    _Base = object
 
-
-class _Float32Scores(_Base):
+class _Float32Scores(NeverCastWeights):
     """What makes either of Keras's two layers safe.
 
     The two methods with an underscore are Keras's own, documented there for layers that inherit;
     `tests/backend` tells when they move.
     """
-
-    def add_weight(self, *args: Any, **kwargs: Any) -> Any:
-        """Add a weight that no autocast narrows: its gradient is a sum over all scores."""
-        return super().add_weight(*args, **{**kwargs, "autocast": False})
 
     def _calculate_scores(self, query: Any, key: Any) -> Any:
         wide = wide_dtype(self.compute_dtype)

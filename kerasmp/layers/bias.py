@@ -12,14 +12,14 @@ from kerasmp.backend.keras_private import AutocastScope
 from kerasmp.layers.quantizing import QuantizesAsStock
 
 
-class WideBias:
+class WideBias(keras.layers.Layer):
     """Adds the bias so that its gradient is summed in float32, whatever the compute dtype."""
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
         """Add a weight; the bias is not cast where its gradient would then be summed in half."""
         if kwargs.get("name") == "bias" and current().NARROW_SUMS:
             kwargs["autocast"] = False
-        return super().add_weight(*args, **kwargs)  # type: ignore[misc]  # the layer mixed in has it
+        return super().add_weight(*args, **kwargs)
 
     def _activated(self, outputs: Any, dtype: str) -> Any:
         """Cast to `dtype`, and activate that.
@@ -28,9 +28,8 @@ class WideBias:
         the cast here, and not within Keras's `call` for which it would have to be taken away: other
         threads may call the layer.
         """
-        layer: Any = self
         outputs = ops.cast(outputs, dtype)
-        return outputs if layer.activation is None else layer.activation(outputs)
+        return outputs if self.activation is None else self.activation(outputs)
 
     def _dtype_of(self, inputs: Any) -> str:
         """Return the dtype of the outputs.
@@ -38,9 +37,8 @@ class WideBias:
         Keras casts inputs to the compute dtype. But TimeDistributed casts them to its own, in which
         its outputs are to be, and then calls `call` itself.
         """
-        layer: Any = self
         dtype = keras.backend.standardize_dtype(inputs.dtype)
-        return dtype if keras.backend.is_float_dtype(dtype) else str(layer.compute_dtype)
+        return dtype if keras.backend.is_float_dtype(dtype) else str(self.compute_dtype)
 
 
 class WideConvolution(WideBias):
@@ -48,37 +46,33 @@ class WideConvolution(WideBias):
 
     def call(self, inputs: Any) -> Any:
         """Convolve `inputs`; see the class in Keras."""
-        layer: Any = self
         given = self._dtype_of(inputs)
         dtype = current().convolution_dtype(given)
         # LoRA gives a kernel in the compute dtype, whatever is asked for.
-        if dtype == given or getattr(layer, "lora_enabled", False):
+        if dtype == given or getattr(self, "lora_enabled", False):
             return self._activated(self._with_bias(inputs), given)
         with AutocastScope(dtype):
             outputs = self._with_bias(ops.cast(inputs, dtype))
         return self._activated(outputs, given)
 
     def _with_bias(self, inputs: Any) -> Any:
-        layer: Any = self
         outputs = self._convolved(inputs)
-        if layer.bias is None:
+        if self.bias is None:
             return outputs
         shape = [1] * len(outputs.shape)
-        shape[-1 if layer.data_format == "channels_last" else 1] = -1
-        return current().add_bias(outputs, ops.reshape(layer.bias, shape))
+        shape[-1 if self.data_format == "channels_last" else 1] = -1
+        return current().add_bias(outputs, ops.reshape(self.bias, shape))
 
     def _convolved(self, inputs: Any) -> Any:
-        layer: Any = self
-        return layer.convolution_op(inputs, layer.kernel)
+        return self.convolution_op(inputs, self.kernel)
 
     def _settings(self) -> dict[str, Any]:
         """Return what each of `keras.ops` that convolves is to know."""
-        layer: Any = self
         return {
-            "strides": layer.strides,
-            "padding": layer.padding,
-            "dilation_rate": layer.dilation_rate,
-            "data_format": layer.data_format,
+            "strides": self.strides,
+            "padding": self.padding,
+            "dilation_rate": self.dilation_rate,
+            "data_format": self.data_format,
         }
 
 
@@ -86,9 +80,8 @@ class WideTransposedConvolution(WideConvolution):
     """The same, transposed."""
 
     def _convolved(self, inputs: Any) -> Any:
-        layer: Any = self
         return ops.conv_transpose(
-            inputs, layer.kernel, output_padding=layer.output_padding, **self._settings()
+            inputs, self.kernel, output_padding=self.output_padding, **self._settings()
         )
 
 
@@ -96,17 +89,15 @@ class WideDepthwiseConvolution(WideConvolution):
     """The same for each channel."""
 
     def _convolved(self, inputs: Any) -> Any:
-        layer: Any = self
-        return ops.depthwise_conv(inputs, layer.kernel, **self._settings())
+        return ops.depthwise_conv(inputs, self.kernel, **self._settings())
 
 
 class WideSeparableConvolution(WideConvolution):
     """The same for each channel, and then across channels."""
 
     def _convolved(self, inputs: Any) -> Any:
-        layer: Any = self
         return ops.separable_conv(
-            inputs, layer.depthwise_kernel, layer.pointwise_kernel, **self._settings()
+            inputs, self.depthwise_kernel, self.pointwise_kernel, **self._settings()
         )
 
 
@@ -115,13 +106,12 @@ class WideProduct(QuantizesAsStock, WideBias):
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: FBT001 - Keras's
         """Multiply `inputs` by the kernel; see the class in Keras."""
-        layer: Any = self
-        if layer.quantization_mode is not None:
+        if self.quantization_mode is not None:
             # TimeDistributed calls this itself, and in Keras takes an int8 kernel for a float one.
             return ops.cast(self.quantized_call(inputs, training=training), self._dtype_of(inputs))
         outputs = self._product(inputs)
-        if layer.bias is not None:
-            outputs = current().add_bias(outputs, layer.bias)
+        if self.bias is not None:
+            outputs = current().add_bias(outputs, self.bias)
         return self._activated(outputs, self._dtype_of(inputs))
 
     def _product(self, inputs: Any) -> Any:
@@ -129,6 +119,4 @@ class WideProduct(QuantizesAsStock, WideBias):
 
     def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
         """Do the same under a quantized policy; Keras's code for it activates before the cast."""
-        layer: Any = self
-        outputs = super().quantized_call(*args, **kwargs)  # type: ignore[misc]  # the layer mixed in has it
-        return ops.cast(outputs, layer.compute_dtype)
+        return ops.cast(super().quantized_call(*args, **kwargs), self.compute_dtype)

@@ -19,6 +19,7 @@ from kerasmp.backend import current
 from kerasmp.backend.keras_graph import mask_operations, policy_of, refresh_symbolic_dtypes
 from kerasmp.backend.keras_private import autocasts, own_variables, set_autocast
 from kerasmp.layers.bias import WideBias
+from kerasmp.layers.in_float32 import NeverCastWeights
 from kerasmp.layers.masking import as_it_comes, differs
 from kerasmp.layers.projection import EinsumDense as Projection
 from kerasmp.layers.projection import projections_in
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
     Undo = contextlib.ExitStack[bool | None]
 
-# Those whose `add_weight` makes no weight that is cast; `WideBias` makes such a bias.
-_NEVER_CAST = (layers.AdditiveAttention, layers.Attention, layers.DenseHead, layers.PReLU)
 # They compute their activation in float32, whichever it is. Left as it is, losses recognise a
 # stock softmax or sigmoid at the end of a model, and go by its logits.
 _ACTIVATED_IN_FLOAT32 = (layers.Activation, layers.DenseHead)
@@ -224,7 +223,7 @@ def _compute_by(function: Callable[..., Any], operation: Any, undo: Undo) -> Non
 def _never_cast(layer: Any) -> list[Any]:
     """Return the variables that no autocast narrows in a layer of this class."""
     variables = own_variables(layer)
-    if isinstance(layer, _NEVER_CAST):
+    if isinstance(layer, NeverCastWeights):
         return variables
     narrow_sums = isinstance(layer, WideBias) and current().NARROW_SUMS
     return [v for v in variables if narrow_sums and v.name == "bias"]

@@ -8,11 +8,12 @@ import keras
 from keras import ops
 
 from kerasmp.errors import PolicyError
+from kerasmp.layers.in_float32 import NeverCastWeights
 from kerasmp.ops.precision import wide_dtype
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
-class DenseHead(keras.layers.Dense):
+class DenseHead(NeverCastWeights, keras.layers.Dense):
     """`keras.layers.Dense` whose bias, activation and output are float32.
 
     Only the matmul, which is where the time goes, runs in the policy's compute dtype. A stock
@@ -58,10 +59,6 @@ class DenseHead(keras.layers.Dense):
             )
 
     gives_float32 = True  # the rules "safe" ask
-
-    def add_weight(self, *args: Any, **kwargs: Any) -> Any:
-        """Add a weight that no autocast narrows; the kernel is cast by hand."""
-        return super().add_weight(*args, **{**kwargs, "autocast": False})
 
     @property
     def output_dtype(self) -> str:

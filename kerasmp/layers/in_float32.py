@@ -1,4 +1,4 @@
-"""What layers have in common whose call runs in float32 between tensors of the compute dtype."""
+"""What layers have in common that compute in float32 between tensors of the compute dtype."""
 
 from __future__ import annotations
 
@@ -19,3 +19,11 @@ class CallInFloat32(keras.layers.Layer):
     def call(self, inputs: Any) -> Any:
         """Return what the Keras layer returns, from float32 arithmetic."""
         return in_float32(super().call)(inputs)
+
+
+class NeverCastWeights(keras.layers.Layer):
+    """Mixed in before a Keras layer: no autocast narrows its weights, or sums their gradients."""
+
+    def add_weight(self, *args: Any, **kwargs: Any) -> Any:
+        """Add a weight that is float32 in `call` too, so that its gradient is summed in float32."""
+        return super().add_weight(*args, **{**kwargs, "autocast": False})

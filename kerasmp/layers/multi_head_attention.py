@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 from keras import ops
@@ -24,13 +24,8 @@ _SEQUENCES = 3  # the rank of inputs (batch, time, features), and one less than 
 # Stands for a mask of nothing but causality, which flash attention has built in.
 _CAUSAL = "causal"
 
-if TYPE_CHECKING:  # at run time the mixin stands in front of a layer
-    from keras.layers import Layer as _Base
-else:
-    _Base = object
 
-
-class _WideScores(_Base):
+class _WideScores(keras.layers.Layer):
     """What makes either of Keras's two layers safe.
 
     Scores are computed in the middle of `call`, where no public method can step in.

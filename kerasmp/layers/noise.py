@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 from keras import ops
@@ -11,13 +11,8 @@ from keras import ops
 from kerasmp.ops import in_float32
 from kerasmp.ops.precision import wide_dtype
 
-if TYPE_CHECKING:  # at run time the mixins stand in front of a layer
-    from keras.layers import Layer as _Base
-else:
-    _Base = object
 
-
-class _DropsInFloat32(_Base):
+class _DropsInFloat32(keras.layers.Layer):
     """What makes each of Keras's layers right that drop: numbers are drawn in their inputs' dtype.
 
     Inputs, outputs and gradients keep the compute dtype.
@@ -156,7 +151,7 @@ class SpatialDropout3D(_SpatialDropout, keras.layers.SpatialDropout3D):
     """
 
 
-class _Gaussian(_Base):
+class _Gaussian(keras.layers.Layer):
     def _normal(self, inputs: Any, mean: float, stddev: float) -> Any:
         """Return normal numbers for inputs, in float32; Keras draws them in the compute dtype."""
         return keras.random.normal(

@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+import keras
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class QuantizesAsStock:
+class QuantizesAsStock(keras.layers.Layer):
     """Mixed in before a Keras layer that can be quantized: Keras refuses all subclasses of it."""
 
     def quantize(self, mode: Any = None, type_check: bool = True, **kwargs: Any) -> None:  # noqa: FBT001, FBT002 - Keras's
         """Quantize the layer in place; see the class in Keras."""
         # A class derived from ours may compute something else, as one derived from Keras's may.
         ours = type(self).__module__.partition(".")[0] == __name__.partition(".")[0]
-        super().quantize(mode, type_check=type_check and not ours, **kwargs)  # type: ignore[misc]  # the layer mixed in has it
+        super().quantize(mode, type_check=type_check and not ours, **kwargs)
 
 
 def without_type_check(quantize: Callable[..., None]) -> Callable[..., None]:

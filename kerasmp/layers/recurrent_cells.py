@@ -14,7 +14,7 @@ from kerasmp.backend.keras_private import AutocastScope
 from kerasmp.ops.precision import widen
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
 
 class _Early(NamedTuple):
@@ -79,7 +79,7 @@ class _Kernel:
         return vars(cell)[self.name] if early is None else ops.custom_gradient(_cast_before)(*early)
 
 
-class EarlyCast:
+class EarlyCast(keras.layers.Layer):
     """What both cells share: weights that a loop reads once, and the loop's way to do so.
 
     Products are in the compute dtype, and what is between them is in float32: so is the gradient of
@@ -92,15 +92,14 @@ class EarlyCast:
     @contextlib.contextmanager
     def read_early(self) -> Iterator[None]:
         """Read each weight now, for all steps of the loop that runs in this context."""
-        cell: Any = self
-        if cell.compute_dtype == cell.variable_dtype:
+        if self.compute_dtype == self.variable_dtype:
             yield
             return
         kernels = {}
         for name in ("kernel", "recurrent_kernel"):
-            master = _as_it_is(vars(cell)[name])
-            kernels[name] = (master, ops.cast(master, cell.compute_dtype))
-        with _known(cell, _Early(kernels, _as_it_is(cell.bias))):
+            master = _as_it_is(vars(self)[name])
+            kernels[name] = (master, ops.cast(master, self.compute_dtype))
+        with _known(self, _Early(kernels, _as_it_is(self.bias))):
             yield
 
     @contextlib.contextmanager
@@ -109,29 +108,27 @@ class EarlyCast:
 
         The weights must have been read early.
         """
-        cell: Any = self
-        dropping = training and cell.dropout > 0
-        if dropping or cell.compute_dtype == cell.variable_dtype:
+        dropping = training and self.dropout > 0
+        if dropping or self.compute_dtype == self.variable_dtype:
             yield sequences
             return
-        projected = ops.matmul(ops.cast(sequences, cell.compute_dtype), cell.kernel)
-        with _known(cell, _EARLY.get()[id(cell)]._replace(projected=True)):
+        projected = ops.matmul(ops.cast(sequences, self.compute_dtype), self.kernel)
+        with _known(self, _EARLY.get()[id(self)]._replace(projected=True)):
             yield projected
 
     def call(self, inputs: Any, states: Any, training: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's
         """Return the output of one step and the new states, in the compute dtype."""
-        cell: Any = self
-        if cell.compute_dtype == cell.variable_dtype:
-            return super().call(inputs, states, training=training)  # type: ignore[misc]  # the layer mixed in has it
-        known = _EARLY.get().get(id(cell))
+        if self.compute_dtype == self.variable_dtype:
+            return super().call(inputs, states, training=training)
+        known = _EARLY.get().get(id(self))
         if not (known and known.projected):
-            dropping = training and 0 < cell.dropout < 1
-            mask = cell.get_dropout_mask(inputs) if dropping else None
-            inputs = _product(inputs, cell.kernel, mask)
-        dropping = training and 0 < cell.recurrent_dropout < 1
-        mask = cell.get_recurrent_dropout_mask(_first(states)) if dropping else None
+            dropping = training and 0 < self.dropout < 1
+            mask = self.get_dropout_mask(inputs) if dropping else None
+            inputs = _product(inputs, self.kernel, mask)
+        dropping = training and 0 < self.recurrent_dropout < 1
+        mask = self.get_recurrent_dropout_mask(_first(states)) if dropping else None
         results = self._step(self._wide(inputs), states, mask)
-        return keras.tree.map_structure(lambda x: ops.cast(x, cell.compute_dtype), results)
+        return keras.tree.map_structure(lambda x: ops.cast(x, self.compute_dtype), results)
 
     def _create_dropout_mask(self, step_input: Any, dropout_rate: float) -> Any:
         """Return masks drawn in float32: Keras draws them in the dtype of the input.
@@ -139,19 +136,16 @@ class EarlyCast:
         Public methods return masks, but make them only where there are none. The tests of their
         share of zeros tell when this one moves.
         """
-        make: Callable[..., Any] = super()._create_dropout_mask  # type: ignore[misc]  # the layer mixed in has it
-        masks = make(widen(step_input), dropout_rate)
+        masks = super()._create_dropout_mask(widen(step_input), dropout_rate)
         return keras.tree.map_structure(lambda mask: ops.cast(mask, step_input.dtype), masks)
 
     def _wide(self, tensor: Any) -> Any:
-        cell: Any = self
-        return ops.cast(tensor, cell.variable_dtype)
+        return ops.cast(tensor, self.variable_dtype)
 
     def _wide_bias(self) -> Any:
         """Return the bias as it is, in float32: so is the sum that is its gradient."""
-        cell: Any = self
-        known = _EARLY.get().get(id(cell))
-        return known.bias if known else _as_it_is(cell.bias)
+        known = _EARLY.get().get(id(self))
+        return known.bias if known else _as_it_is(self.bias)
 
     def _step(self, projected: Any, states: Any, mask: Any) -> Any:
         """Do a step whose gates are float32.
