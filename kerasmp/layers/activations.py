@@ -7,31 +7,21 @@ from typing import Any
 import keras
 
 from kerasmp.layers.in_float32 import CallInFloat32, NeverCastWeights
+from kerasmp.layers.twin import twin
 from kerasmp.ops import in_float32, softmax
+from kerasmp.ops.precision import registered
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(
+    activation="Name or function, as for Keras. Any of `keras.activations` is mended, and any "
+    "function of your own.",
+)
 class Activation(CallInFloat32, keras.layers.Activation):
     """`keras.layers.Activation`, computed in float32 between tensors of the compute dtype.
 
     In float16 the gradients of gelu, silu, mish and others overflow to NaN, those of sigmoid and
     tanh come from rounded outputs, and squares inside are inf. Inside another layer, pass the
     function: `Dense(8, activation=kerasmp.ops.gelu)`.
-
-    Args:
-        activation: Name or function, as for Keras. Any of `keras.activations` is mended, and any
-            function of your own.
-        **kwargs: As for `keras.layers.Activation`: `dtype`, `name`.
-
-    Input shape:
-        Any, of any float dtype.
-
-    Output shape:
-        As the input, in the policy's compute dtype.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -41,25 +31,14 @@ class Activation(CallInFloat32, keras.layers.Activation):
     """
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(
+    alpha="Slope at 0 from below; default 1.",
+    source="[Clevert et al., 2015](https://arxiv.org/abs/1511.07289)",
+)
 class ELU(CallInFloat32, keras.layers.ELU):
     """`keras.layers.ELU`, computed in float32 between tensors of the compute dtype.
 
     On TensorFlow `exp(x) - 1` of a small `x` is coarse in float16.
-
-    Args:
-        alpha: Slope at 0 from below; default 1.
-        **kwargs: As for `keras.layers.ELU`: `dtype`, `name`.
-
-    Input shape:
-        Any, of any float dtype.
-
-    Output shape:
-        As the input, in the policy's compute dtype.
-
-    References:
-        Clevert et al., Fast and Accurate Deep Network Learning by Exponential Linear Units,
-        2015, https://arxiv.org/abs/1511.07289.
 
     Example:
 
@@ -69,23 +48,11 @@ class ELU(CallInFloat32, keras.layers.ELU):
     """
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(inputs="`(batch, ...)`", source="[He et al., 2015](https://arxiv.org/abs/1502.01852)")
 class PReLU(NeverCastWeights, CallInFloat32, keras.layers.PReLU):
     """`keras.layers.PReLU`, computed in float32 between tensors of the compute dtype.
 
     The gradient of `alpha` is a sum over the batch and the shared axes, which float16 cannot hold.
-
-    Args:
-        **kwargs: As for `keras.layers.PReLU`: `alpha_initializer`, `shared_axes` and so on.
-
-    Input shape:
-        `(batch, ...)`, any float dtype.
-
-    Output shape:
-        As the input, in the policy's compute dtype.
-
-    References:
-        He et al., Delving Deep into Rectifiers, 2015, https://arxiv.org/abs/1502.01852.
 
     Example:
 
@@ -96,7 +63,7 @@ class PReLU(NeverCastWeights, CallInFloat32, keras.layers.PReLU):
     """
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@registered
 class Softmax(keras.layers.Softmax):
     """`keras.layers.Softmax`, computed in float32 between tensors of the compute dtype.
 
@@ -106,7 +73,7 @@ class Softmax(keras.layers.Softmax):
 
     Args:
         axis: Axis or axes over which the probabilities sum to 1; default the last.
-        **kwargs: As for `keras.layers.Softmax`: `dtype`, `name`.
+        **kwargs: As for `keras.layers.Softmax`.
 
     Call arguments:
         inputs: Logits of any shape and float dtype.
@@ -116,8 +83,7 @@ class Softmax(keras.layers.Softmax):
         As the input, in the policy's compute dtype.
 
     References:
-        Blanchard et al., Accurately Computing the Log-Sum-Exp and Softmax Functions, 2021,
-        https://arxiv.org/abs/1909.03469.
+        [Blanchard et al., 2021](https://arxiv.org/abs/1909.03469)
 
     Example:
 

@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from kerasmp.layers.in_float32 import NeverCastWeights
+from kerasmp.layers.twin import twin
 from kerasmp.ops.precision import wide_dtype
 from kerasmp.ops.softmax import masked_softmax
 
@@ -43,7 +44,22 @@ class _Float32Scores(NeverCastWeights):
         return ops.cast(outputs, self.compute_dtype), ops.cast(weights, self.compute_dtype)
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+_SHAPES = {
+    "inputs": "A list: query `(batch, queries, depth)`, value `(batch, keys, value_depth)` and, if "
+    "it is not the value, key `(batch, keys, depth)`",
+    "outputs": "`(batch, queries, value_depth)`, and with `return_attention_scores=True` the "
+    "weights `(batch, queries, keys)`",
+}
+
+
+@twin(
+    use_scale="Whether to multiply the scores by a trainable scalar. Default False.",
+    score_mode='"dot" (default) or "concat".',
+    dropout="Fraction of the weights to drop while training. Default 0.",
+    seed="For the dropout; default None.",
+    source="[Luong et al., 2015](https://arxiv.org/abs/1508.04025)",
+    **_SHAPES,
+)
 class Attention(_Float32Scores, keras.layers.Attention):
     """`keras.layers.Attention` with scores, softmax and scale in float32.
 
@@ -52,25 +68,6 @@ class Attention(_Float32Scores, keras.layers.Attention):
     also subtracts 65504 from masked scores, which is -inf for negative ones. Here nothing is
     rounded to float16 but the outputs, and a query whose keys are all masked gets zeros and gives
     zero gradients. Scale variables are float32 and are not cast.
-
-    Args:
-        use_scale: Whether to multiply the scores by a trainable scalar. Default False.
-        score_mode: "dot" (default) or "concat".
-        dropout: Fraction of the weights to drop while training. Default 0.
-        seed: For the dropout; default None.
-        **kwargs: As for `keras.layers.Layer`: `dtype`, `name`, `trainable`.
-
-    Input shape:
-        A list: query `(batch, queries, depth)`, value `(batch, keys, value_depth)` and, if it is
-        not the value, key `(batch, keys, depth)`, of any float dtype.
-
-    Output shape:
-        `(batch, queries, value_depth)`, and with `return_attention_scores=True` the weights
-        `(batch, queries, keys)`, both in the policy's compute dtype.
-
-    References:
-        Luong, Pham and Manning, Effective Approaches to Attention-based Neural Machine
-        Translation, 2015, https://arxiv.org/abs/1508.04025.
 
     Example:
 
@@ -82,7 +79,12 @@ class Attention(_Float32Scores, keras.layers.Attention):
     """
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(
+    use_scale="Whether to multiply by a trainable vector. Default True.",
+    dropout="Fraction of the weights to drop while training. Default 0.",
+    source="[Bahdanau et al., 2014](https://arxiv.org/abs/1409.0473)",
+    **_SHAPES,
+)
 class AdditiveAttention(_Float32Scores, keras.layers.AdditiveAttention):
     """`keras.layers.AdditiveAttention` with tanh, scores, softmax and scale in float32.
 
@@ -90,23 +92,6 @@ class AdditiveAttention(_Float32Scores, keras.layers.AdditiveAttention):
     float16. Here nothing is rounded to float16 but the outputs, and a query whose keys are all
     masked gets zeros and gives zero gradients. The sums of queries and keys, which are as many
     numbers as batch, queries, keys and depth multiplied, take twice the memory.
-
-    Args:
-        use_scale: Whether to multiply by a trainable vector. Default True.
-        dropout: Fraction of the weights to drop while training. Default 0.
-        **kwargs: As for `keras.layers.Layer`: `dtype`, `name`, `trainable`; and `seed`.
-
-    Input shape:
-        A list: query `(batch, queries, depth)`, value `(batch, keys, value_depth)` and, if it is
-        not the value, key `(batch, keys, depth)`, of any float dtype.
-
-    Output shape:
-        `(batch, queries, value_depth)`, and with `return_attention_scores=True` the weights
-        `(batch, queries, keys)`, both in the policy's compute dtype.
-
-    References:
-        Bahdanau, Cho and Bengio, Neural Machine Translation by Jointly Learning to Align and
-        Translate, 2014, https://arxiv.org/abs/1409.0473.
 
     Example:
 

@@ -8,29 +8,20 @@ import keras
 from keras import ops
 
 from kerasmp.layers.bias import WideProduct
+from kerasmp.layers.twin import twin
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(
+    units="Size of the last axis of the output.",
+    inputs="`(batch, ..., features)`",
+    outputs="`(batch, ..., units)`",
+)
 class Dense(WideProduct, keras.layers.Dense):
     """`keras.layers.Dense` whose bias gradient is summed in float32.
 
     Stock Keras sums it over all rows and positions, on JAX in the compute dtype, and on TensorFlow
     in bfloat16: of 4,096 ones it makes 256 there. On torch this layer computes what the stock one
     does. For the last layer of a model see `kerasmp.layers.DenseHead`.
-
-    Args:
-        units: Size of the last axis of the output.
-        **kwargs: As for `keras.layers.Dense`.
-
-    Input shape:
-        `(batch, ..., features)`, any float dtype.
-
-    Output shape:
-        `(batch, ..., units)`, in the policy's compute dtype.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -43,28 +34,18 @@ class Dense(WideProduct, keras.layers.Dense):
         return ops.matmul(inputs, self.kernel)
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(
+    equation="Einsum equation of the inputs and the kernel.",
+    output_shape="Shape of the output without the batch axis.",
+    inputs="As the equation says",
+    outputs="As the equation says",
+)
 class EinsumDense(WideProduct, keras.layers.EinsumDense):
     """`keras.layers.EinsumDense` whose bias gradient is summed in float32.
 
     Stock Keras sums it over all rows and positions, on JAX in the compute dtype, and on TensorFlow
     in bfloat16, or in float16 too where the bias has several axes or not the last one. On torch
     this layer computes what the stock one does.
-
-    Args:
-        equation: Einsum equation of the inputs and the kernel.
-        output_shape: Shape of the output without the batch axis.
-        **kwargs: As for `keras.layers.EinsumDense`, `bias_axes` among them.
-
-    Input shape:
-        As the equation says, any float dtype.
-
-    Output shape:
-        As the equation says, in the policy's compute dtype.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 

@@ -10,9 +10,10 @@ from keras import ops
 from kerasmp.backend import current
 from kerasmp.backend.keras_private import AutocastScope, own_variables
 from kerasmp.layers.quantizing import QuantizesAsStock
+from kerasmp.ops.precision import registered
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@registered
 class Embedding(QuantizesAsStock, keras.layers.Embedding):
     """`keras.layers.Embedding` that takes rows of the float32 table, and casts them after.
 
@@ -35,10 +36,6 @@ class Embedding(QuantizesAsStock, keras.layers.Embedding):
 
     Output shape:
         `(batch, ..., output_dim)`, in the policy's compute dtype.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 

@@ -9,10 +9,10 @@ from keras import ops
 
 from kerasmp.errors import PolicyError
 from kerasmp.layers.in_float32 import NeverCastWeights
-from kerasmp.ops.precision import wide_dtype
+from kerasmp.ops.precision import registered, wide_dtype
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@registered
 class DenseHead(NeverCastWeights, keras.layers.Dense):
     """`keras.layers.Dense` whose bias, activation and output are float32.
 

@@ -44,7 +44,7 @@ def as_it_comes(inputs: Any) -> Any:
     return inputs
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@registered
 class Masking(keras.layers.Masking):
     """`keras.layers.Masking` that looks for the mask value before it rounds its inputs.
 
@@ -63,10 +63,6 @@ class Masking(keras.layers.Masking):
 
     Output shape:
         As the input, with zeros in masked steps; floats in the policy's compute dtype.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 

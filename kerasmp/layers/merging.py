@@ -7,28 +7,17 @@ from typing import Any
 import keras
 
 from kerasmp.layers.in_float32 import CallInFloat32
+from kerasmp.layers.twin import twin
 from kerasmp.ops import in_float32, normalize
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(
+    inputs="A list of tensors that broadcast",
+    outputs="What the inputs broadcast to",
+    raises="If the input is no list.",
+)
 class Average(CallInFloat32, keras.layers.Average):
     """`keras.layers.Average`, summed in float32 between tensors of the compute dtype.
-
-    Args:
-        **kwargs: As for `keras.layers.Average`: `dtype`, `name`.
-
-    Input shape:
-        A list of tensors that broadcast, of any float dtype.
-
-    Output shape:
-        What the inputs broadcast to, in the policy's compute dtype.
-
-    Raises:
-        ValueError: If the input is no list.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -38,31 +27,19 @@ class Average(CallInFloat32, keras.layers.Average):
     """
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(
+    axes="Axis, or an axis for each input, of the vectors.",
+    normalize="Whether to make the vectors of length 1 first; default False.",
+    inputs="A list of two tensors, as long as each other along `axes`",
+    outputs="`(batch, ...)`: what the first has besides `axes`, then what the second has, or "
+    "`(batch, 1)` for two matrices",
+    raises="If they are not as long as each other.",
+)
 class Dot(keras.layers.Dot):
     """`keras.layers.Dot` that normalizes, and multiplies what it normalized, in float32.
 
     Vectors longer than 256 do not overflow, and the product with a zero vector is 0, and so is its
     gradient. Without `normalize` it is that of Keras, and multiplies in the compute dtype.
-
-    Args:
-        axes: Axis, or an axis for each input, of the vectors.
-        normalize: Whether to make the vectors of length 1 first; default False.
-        **kwargs: As for `keras.layers.Dot`: `dtype`, `name`.
-
-    Input shape:
-        A list of two tensors, as long as each other along `axes`, of any float dtype.
-
-    Output shape:
-        `(batch, ...)`: what the first has besides `axes`, then what the second has; `(batch, 1)`
-        for two matrices. In the policy's compute dtype.
-
-    Raises:
-        ValueError: If they are not as long as each other.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 

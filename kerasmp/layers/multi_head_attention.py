@@ -16,7 +16,7 @@ from kerasmp.ops.attention import (
     causal_mask,
     dot_product_attention,
 )
-from kerasmp.ops.precision import wide_dtype
+from kerasmp.ops.precision import registered, wide_dtype
 from kerasmp.ops.softmax import masked_softmax
 
 _SEQUENCES = 3  # the rank of inputs (batch, time, features), and one less than of what is projected
@@ -116,7 +116,7 @@ def _with_heads(mask: Any, query: Any) -> Any:
     return ops.cast(mask, "bool")
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@registered
 class MultiHeadAttention(_WideScores, keras.layers.MultiHeadAttention):
     """`keras.layers.MultiHeadAttention` with scores and softmax in float32.
 
@@ -150,7 +150,7 @@ class MultiHeadAttention(_WideScores, keras.layers.MultiHeadAttention):
         ArgumentError: If attention scores are to be returned and `flash_attention` is True.
 
     References:
-        Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs/1706.03762.
+        [Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)
 
     Example:
 
@@ -210,7 +210,7 @@ class MultiHeadAttention(_WideScores, keras.layers.MultiHeadAttention):
         return ops.cast(outputs, self.compute_dtype), ops.cast(weights, self.compute_dtype)
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@registered
 class GroupedQueryAttention(_WideScores, keras.layers.GroupQueryAttention):
     """`keras.layers.GroupQueryAttention` with scores and softmax in float32.
 
@@ -237,8 +237,7 @@ class GroupedQueryAttention(_WideScores, keras.layers.GroupQueryAttention):
         ArgumentError: If attention scores are to be returned and `flash_attention` is True.
 
     References:
-        Ainslie et al., GQA: Training Generalized Multi-Query Transformer Models from Multi-Head
-        Checkpoints, 2023, https://arxiv.org/abs/2305.13245.
+        [Ainslie et al., 2023](https://arxiv.org/abs/2305.13245)
 
     Example:
 

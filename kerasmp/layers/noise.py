@@ -8,6 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from kerasmp.layers.twin import twin
 from kerasmp.ops import in_float32
 from kerasmp.ops.precision import wide_dtype
 
@@ -33,27 +34,16 @@ class _SpatialDropout(_DropsInFloat32):
         return {**super().get_config(), "dtype": keras.dtype_policies.serialize(self.dtype_policy)}
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(
+    rate="Fraction of the inputs to drop.",
+    source="[Srivastava et al., 2014](https://jmlr.org/papers/v15/srivastava14a.html)",
+)
 class Dropout(_DropsInFloat32, keras.layers.Dropout):
     """`keras.layers.Dropout` that drops as many inputs as its rate says.
 
     Keras on TensorFlow draws numbers in the compute dtype, in which there are few: of rates 0.001
     and 0.999 bfloat16 makes 0.0078 and 1. Here they are float32, and so is the factor for what is
     not dropped.
-
-    Args:
-        rate: Fraction of the inputs to drop.
-        **kwargs: As for `keras.layers.Dropout`: `noise_shape`, `seed`, `dtype`, `name`.
-
-    Input shape:
-        Any, of any float dtype.
-
-    Output shape:
-        As the input, in the policy's compute dtype.
-
-    References:
-        Srivastava et al., Dropout: A Simple Way to Prevent Neural Networks from Overfitting, 2014,
-        https://jmlr.org/papers/v15/srivastava14a.html.
 
     Example:
 
@@ -64,91 +54,34 @@ class Dropout(_DropsInFloat32, keras.layers.Dropout):
     """
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+def _spatial(axes: str, given: str) -> dict[str, str]:
+    """Return what the docstring says of dropping maps over such axes, and an example of a shape."""
+    return {
+        "prose": "See `kerasmp.layers.Dropout`.",
+        "rate": "Fraction of the feature maps to drop.",
+        "inputs": f"`(batch, {axes}, features)`"
+        + (", or as `data_format` says" if "," in axes else ""),
+        "source": "[Tompson et al., 2014](https://arxiv.org/abs/1411.4280)",
+        "example": '>>> layer = {name}(0.5, seed=1, dtype="mixed_float16")\n'
+        f">>> y = layer(keras.ops.ones({given}), training=True)\n"
+        ">>> bool(keras.ops.all(y == y[:, :1]))\n"
+        "True",
+    }
+
+
+@twin(**_spatial("steps", "(1, 2, 8)"))
 class SpatialDropout1D(_SpatialDropout, keras.layers.SpatialDropout1D):
-    """`keras.layers.SpatialDropout1D` that drops as many feature maps as its rate says.
-
-    See `kerasmp.layers.Dropout`.
-
-    Args:
-        rate: Fraction of the feature maps to drop.
-        **kwargs: As for `keras.layers.SpatialDropout1D`: `seed`, `dtype`, `name`.
-
-    Input shape:
-        `(batch, steps, features)`, any float dtype.
-
-    Output shape:
-        As the input, in the policy's compute dtype.
-
-    References:
-        Tompson et al., Efficient Object Localization Using Convolutional Networks, 2014,
-        https://arxiv.org/abs/1411.4280.
-
-    Example:
-
-    >>> layer = SpatialDropout1D(0.5, seed=1, dtype="mixed_float16")
-    >>> y = layer(keras.ops.ones((1, 2, 8)), training=True)
-    >>> bool(keras.ops.all(y[:, 0] == y[:, 1]))
-    True
-    """
+    """`keras.layers.SpatialDropout1D` that drops as many feature maps as its rate says."""
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(**_spatial("rows, columns", "(1, 2, 2, 8)"))
 class SpatialDropout2D(_SpatialDropout, keras.layers.SpatialDropout2D):
-    """`keras.layers.SpatialDropout2D` that drops as many feature maps as its rate says.
-
-    See `kerasmp.layers.Dropout`.
-
-    Args:
-        rate: Fraction of the feature maps to drop.
-        **kwargs: As for `keras.layers.SpatialDropout2D`: `data_format`, `seed`, `dtype`, `name`.
-
-    Input shape:
-        `(batch, rows, columns, features)`, or as `data_format` says, any float dtype.
-
-    Output shape:
-        As the input, in the policy's compute dtype.
-
-    References:
-        Tompson et al., Efficient Object Localization Using Convolutional Networks, 2014,
-        https://arxiv.org/abs/1411.4280.
-
-    Example:
-
-    >>> layer = SpatialDropout2D(0.5, seed=1, dtype="mixed_float16")
-    >>> y = layer(keras.ops.ones((1, 2, 2, 8)), training=True)
-    >>> bool(keras.ops.all(y[:, 0] == y[:, 1]))
-    True
-    """
+    """`keras.layers.SpatialDropout2D` that drops as many feature maps as its rate says."""
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(**_spatial("depth, rows, columns", "(1, 2, 2, 2, 8)"))
 class SpatialDropout3D(_SpatialDropout, keras.layers.SpatialDropout3D):
-    """`keras.layers.SpatialDropout3D` that drops as many feature maps as its rate says.
-
-    See `kerasmp.layers.Dropout`.
-
-    Args:
-        rate: Fraction of the feature maps to drop.
-        **kwargs: As for `keras.layers.SpatialDropout3D`: `data_format`, `seed`, `dtype`, `name`.
-
-    Input shape:
-        `(batch, depth, rows, columns, features)`, or as `data_format` says, any float dtype.
-
-    Output shape:
-        As the input, in the policy's compute dtype.
-
-    References:
-        Tompson et al., Efficient Object Localization Using Convolutional Networks, 2014,
-        https://arxiv.org/abs/1411.4280.
-
-    Example:
-
-    >>> layer = SpatialDropout3D(0.5, seed=1, dtype="mixed_float16")
-    >>> y = layer(keras.ops.ones((1, 2, 2, 2, 8)), training=True)
-    >>> bool(keras.ops.all(y[:, 0] == y[:, 1]))
-    True
-    """
+    """`keras.layers.SpatialDropout3D` that drops as many feature maps as its rate says."""
 
 
 class _Gaussian(keras.layers.Layer):
@@ -163,25 +96,14 @@ class _Gaussian(keras.layers.Layer):
         )
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(
+    stddev="Standard deviation of the noise.",
+    source="[Bishop, 1995](https://doi.org/10.1162/neco.1995.7.1.108)",
+)
 class GaussianNoise(_Gaussian, keras.layers.GaussianNoise):
     """`keras.layers.GaussianNoise` whose noise is drawn and added in float32.
 
     On JAX the noise of stock Keras has 128 values in bfloat16, and its mean is not 0.
-
-    Args:
-        stddev: Standard deviation of the noise.
-        **kwargs: As for `keras.layers.GaussianNoise`: `seed`, `dtype`, `name`.
-
-    Input shape:
-        Any, of any float dtype.
-
-    Output shape:
-        As the input, in the policy's compute dtype.
-
-    References:
-        Bishop, Training with Noise is Equivalent to Tikhonov Regularization, 1995,
-        https://doi.org/10.1162/neco.1995.7.1.108.
 
     Example:
 
@@ -199,25 +121,14 @@ class GaussianNoise(_Gaussian, keras.layers.GaussianNoise):
         return ops.cast(ops.cast(inputs, noise.dtype) + noise, self.compute_dtype)
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(
+    rate="As of a Dropout; the noise has the standard deviation `sqrt(rate / (1 - rate))`.",
+    source="[Srivastava et al., 2014](https://jmlr.org/papers/v15/srivastava14a.html), section 10",
+)
 class GaussianDropout(_Gaussian, keras.layers.GaussianDropout):
     """`keras.layers.GaussianDropout` whose noise is drawn and multiplied by in float32.
 
     On JAX the noise of stock Keras has 128 values in bfloat16, and its mean is not 1.
-
-    Args:
-        rate: As of a Dropout; the noise has the standard deviation `sqrt(rate / (1 - rate))`.
-        **kwargs: As for `keras.layers.GaussianDropout`: `seed`, `dtype`, `name`.
-
-    Input shape:
-        Any, of any float dtype.
-
-    Output shape:
-        As the input, in the policy's compute dtype.
-
-    References:
-        Srivastava et al., Dropout: A Simple Way to Prevent Neural Networks from Overfitting, 2014,
-        https://jmlr.org/papers/v15/srivastava14a.html, section 10.
 
     Example:
 

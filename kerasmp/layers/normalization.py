@@ -7,8 +7,13 @@ from typing import Any
 import keras
 from keras import ops
 
+from kerasmp.layers.twin import twin
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+
+@twin(
+    inputs="`(batch, ..., channels)`",
+    source="[Ioffe and Szegedy, 2015](https://arxiv.org/abs/1502.03167)",
+)
 class BatchNormalization(keras.layers.BatchNormalization):
     """`keras.layers.BatchNormalization` whose moving statistics a non-finite batch cannot poison.
 
@@ -20,18 +25,6 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     In a `kerasmp.Model` every trace of a skipped step is undone, also finite ones; this layer is
     for stock models and hand-written loops.
-
-    Args:
-        **kwargs: As for `keras.layers.BatchNormalization`.
-
-    Input shape:
-        `(batch, ..., channels)`, any float dtype.
-
-    Output shape:
-        As the input, in the policy's compute dtype.
-
-    References:
-        Ioffe and Szegedy, Batch Normalization, 2015, https://arxiv.org/abs/1502.03167.
 
     Example:
 

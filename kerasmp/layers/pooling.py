@@ -8,88 +8,40 @@ import keras
 from keras import ops
 
 from kerasmp.layers.in_float32 import CallInFloat32
+from kerasmp.layers.twin import twin
 from kerasmp.ops import in_float32
+from kerasmp.ops.precision import registered
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+def _over(axes: str, given: str, size: int) -> dict[str, str]:
+    """Return what the docstring says of pooling over such axes; an input's shape is an example."""
+    return {
+        "pool_size": "Size of the window, an int or one for each axis.",
+        "inputs": f"`(batch, {axes}, channels)`, or as `data_format` says",
+        "outputs": f"`(batch, new_{axes.replace(', ', ', new_')}, channels)`",
+        "example": f'>>> layer = {{name}}({size}, dtype="mixed_float16")\n'
+        f">>> x = keras.ops.full({given}, 100.0)  # their sum is above 65504\n"
+        ">>> float(keras.ops.max(layer(x)))\n"
+        "100.0",
+    }
+
+
+@twin(**_over("steps", "(1, 2048, 1)", 2048))
 class AveragePooling1D(CallInFloat32, keras.layers.AveragePooling1D):
-    """`keras.layers.AveragePooling1D`, summed in float32 between tensors of the compute dtype.
-
-    Args:
-        pool_size: Length of the window.
-        **kwargs: As for Keras: `strides`, `padding`, `data_format`, `dtype`, `name`.
-
-    Input shape:
-        `(batch, steps, channels)`, or as `data_format` says, any float dtype.
-
-    Output shape:
-        `(batch, new_steps, channels)`, in the policy's compute dtype.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
-
-    Example:
-
-    >>> layer = AveragePooling1D(2048, dtype="mixed_float16")
-    >>> float(layer(keras.ops.full((1, 2048, 1), 100.0))[0, 0, 0])  # the sum is above 65504
-    100.0
-    """
+    """`keras.layers.AveragePooling1D`, summed in float32 between tensors of the compute dtype."""
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(**_over("rows, columns", "(1, 30, 30, 1)", 30))
 class AveragePooling2D(CallInFloat32, keras.layers.AveragePooling2D):
-    """`keras.layers.AveragePooling2D`, summed in float32 between tensors of the compute dtype.
-
-    Args:
-        pool_size: Size of the window, an int or two.
-        **kwargs: As for Keras: `strides`, `padding`, `data_format`, `dtype`, `name`.
-
-    Input shape:
-        `(batch, rows, columns, channels)`, or as `data_format` says, any float dtype.
-
-    Output shape:
-        `(batch, new_rows, new_columns, channels)`, in the policy's compute dtype.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
-
-    Example:
-
-    >>> layer = AveragePooling2D(112, dtype="mixed_float16")
-    >>> float(layer(keras.ops.full((1, 112, 112, 1), 10.0))[0, 0, 0, 0])
-    10.0
-    """
+    """`keras.layers.AveragePooling2D`, summed in float32 between tensors of the compute dtype."""
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(**_over("depth, rows, columns", "(1, 10, 10, 10, 1)", 10))
 class AveragePooling3D(CallInFloat32, keras.layers.AveragePooling3D):
-    """`keras.layers.AveragePooling3D`, summed in float32 between tensors of the compute dtype.
-
-    Args:
-        pool_size: Size of the window, an int or three.
-        **kwargs: As for Keras: `strides`, `padding`, `data_format`, `dtype`, `name`.
-
-    Input shape:
-        `(batch, depth, rows, columns, channels)`, or as `data_format` says, any float dtype.
-
-    Output shape:
-        `(batch, new_depth, new_rows, new_columns, channels)`, in the policy's compute dtype.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
-
-    Example:
-
-    >>> layer = AveragePooling3D(20, dtype="mixed_float16")
-    >>> float(layer(keras.ops.full((1, 20, 20, 20, 1), 10.0))[0, 0, 0, 0, 0])
-    10.0
-    """
+    """`keras.layers.AveragePooling3D`, summed in float32 between tensors of the compute dtype."""
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@registered
 class GlobalAveragePooling1D(keras.layers.GlobalAveragePooling1D):
     """`keras.layers.GlobalAveragePooling1D`, summed in float32; what is masked in full gives 0.
 
@@ -106,10 +58,6 @@ class GlobalAveragePooling1D(keras.layers.GlobalAveragePooling1D):
     Output shape:
         `(batch, channels)`, or `(batch, 1, channels)` with `keepdims=True`, in the policy's compute
         dtype.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 

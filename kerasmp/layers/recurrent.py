@@ -11,32 +11,25 @@ from keras import ops
 from kerasmp.backend import current
 from kerasmp.backend.keras_private import AutocastScope, flatten_layers
 from kerasmp.layers.recurrent_cells import EarlyCast, GRUCell, LSTMCell
+from kerasmp.layers.twin import twin
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(
+    cell="A cell or a list of cells, `kerasmp.layers.LSTMCell` and `GRUCell` among them.",
+    inputs="`(batch, steps, ...)`",
+    outputs="`(batch, units)`, or `(batch, steps, units)` with `return_sequences=True`, and the "
+    "states of the cell with `return_state=True`",
+    source="[Micikevicius et al., 2018](https://arxiv.org/abs/1710.03740), section 3.1: float32 "
+    "weights, of which each iteration uses a float16 copy.",
+)
 class RNN(keras.layers.RNN):
     """`keras.layers.RNN` that reads the weights of kerasmp's cells before the loop.
 
     Stock Keras casts float32 kernels to float16 in each time step. Here they are cast once, and
     their gradients are still summed over the steps in float32. Other cells run as in stock Keras.
-
-    Args:
-        cell: A cell or a list of cells, `kerasmp.layers.LSTMCell` and `GRUCell` among them.
-        **kwargs: As for `keras.layers.RNN`.
-
-    Input shape:
-        `(batch, steps, ...)`, any float dtype.
-
-    Output shape:
-        `(batch, units)`, or `(batch, steps, units)` with `return_sequences=True`, and the states of
-        the cell with `return_state=True`, in the policy's compute dtype.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.1 (float32 weights, of which each iteration uses a float16 copy).
 
     Example:
 
@@ -61,30 +54,25 @@ class RNN(keras.layers.RNN):
             return super().inner_loop(sequences, initial_state, mask=mask, training=training)
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
-class LSTM(keras.layers.LSTM, RNN):
-    """`keras.layers.LSTM` that casts each kernel once a call, not once a time step.
-
+_PROSE = """
     In stock Keras a layer of 32 steps under "mixed_float16" casts its kernels and bias 33 times
     over. Here they are cast once, and the inputs are multiplied by their kernel in one product for
     all steps, unless there is dropout. Between the products all is float32; gradients of kernels
     are summed over the steps, and those of the bias over steps and batch, in float32. Where Keras
     finds cuDNN, it is used as in stock Keras.
+"""
 
-    Args:
-        units: Size of the output.
-        **kwargs: As for `keras.layers.LSTM`.
 
-    Input shape:
-        `(batch, steps, features)`, any float dtype.
-
-    Output shape:
-        `(batch, units)`, or `(batch, steps, units)` with `return_sequences=True`, and two states
-        `(batch, units)` with `return_state=True`, in the policy's compute dtype.
-
-    References:
-        Hochreiter and Schmidhuber, Long Short-Term Memory, 1997,
-        https://doi.org/10.1162/neco.1997.9.8.1735.
+@twin(
+    _PROSE,
+    units="Size of the output.",
+    inputs="`(batch, steps, features)`",
+    outputs="`(batch, units)`, or `(batch, steps, units)` with `return_sequences=True`, and two "
+    "states `(batch, units)` with `return_state=True`",
+    source="[Hochreiter and Schmidhuber, 1997](https://doi.org/10.1162/neco.1997.9.8.1735)",
+)
+class LSTM(keras.layers.LSTM, RNN):
+    """`keras.layers.LSTM` that casts each kernel once a call, not once a time step.
 
     Example:
 
@@ -109,30 +97,16 @@ class LSTM(keras.layers.LSTM, RNN):
         return _widened(self, super().inner_loop, (sequences, initial_state), mask, training)
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(
+    _PROSE,
+    units="Size of the output, which is the state.",
+    inputs="`(batch, steps, features)`",
+    outputs="`(batch, units)`, or `(batch, steps, units)` with `return_sequences=True`, and the "
+    "state `(batch, units)` with `return_state=True`",
+    source="[Cho et al., 2014](https://arxiv.org/abs/1406.1078)",
+)
 class GRU(keras.layers.GRU, RNN):
     """`keras.layers.GRU` that casts each kernel once a call, not once a time step.
-
-    In stock Keras a layer of 32 steps under "mixed_float16" casts its kernels and bias 33 times
-    over. Here they are cast once, and the inputs are multiplied by their kernel in one product for
-    all steps, unless there is dropout. Between the products all is float32; gradients of kernels
-    are summed over the steps, and those of the bias over steps and batch, in float32. Where Keras
-    finds cuDNN, it is used as in stock Keras.
-
-    Args:
-        units: Size of the output, which is the state.
-        **kwargs: As for `keras.layers.GRU`.
-
-    Input shape:
-        `(batch, steps, features)`, any float dtype.
-
-    Output shape:
-        `(batch, units)`, or `(batch, steps, units)` with `return_sequences=True`, and the state
-        `(batch, units)` with `return_state=True`, in the policy's compute dtype.
-
-    References:
-        Cho et al., Learning Phrase Representations using RNN Encoder-Decoder, 2014,
-        https://arxiv.org/abs/1406.1078.
 
     Example:
 

@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from kerasmp.backend.keras_private import AutocastScope
+from kerasmp.layers.twin import twin
 from kerasmp.ops.precision import widen
 
 if TYPE_CHECKING:
@@ -178,23 +179,14 @@ def _product(inputs: Any, kernel: Any, mask: Any) -> Any:
     return ops.concatenate(products, axis=-1)
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(
+    units="Size of the output and of each of the two states.",
+    inputs="Inputs `(batch, features)` and states, two of `(batch, units)`",
+    outputs="The output, `(batch, units)`, and the two new states",
+    source="[Hochreiter and Schmidhuber, 1997](https://doi.org/10.1162/neco.1997.9.8.1735)",
+)
 class LSTMCell(EarlyCast, keras.layers.LSTMCell):
     """`keras.layers.LSTMCell` whose kernels `kerasmp.layers.RNN` casts once for all time steps.
-
-    Args:
-        units: Size of the output and of each of the two states.
-        **kwargs: As for `keras.layers.LSTMCell`.
-
-    Input shape:
-        Inputs `(batch, features)` and states, two of `(batch, units)`, any float dtype.
-
-    Output shape:
-        The output, `(batch, units)`, and the two new states, in the policy's compute dtype.
-
-    References:
-        Hochreiter and Schmidhuber, Long Short-Term Memory, 1997,
-        https://doi.org/10.1162/neco.1997.9.8.1735.
 
     Example:
 
@@ -216,23 +208,14 @@ class LSTMCell(EarlyCast, keras.layers.LSTMCell):
         return output, [output, carry]
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(
+    units="Size of the output, which is the state.",
+    inputs="Inputs `(batch, features)` and a state `(batch, units)`",
+    outputs="The output, `(batch, units)`, and the new state",
+    source="[Cho et al., 2014](https://arxiv.org/abs/1406.1078)",
+)
 class GRUCell(EarlyCast, keras.layers.GRUCell):
     """`keras.layers.GRUCell` whose kernels `kerasmp.layers.RNN` casts once for all time steps.
-
-    Args:
-        units: Size of the output, which is the state.
-        **kwargs: As for `keras.layers.GRUCell`.
-
-    Input shape:
-        Inputs `(batch, features)` and a state `(batch, units)`, any float dtype.
-
-    Output shape:
-        The output, `(batch, units)`, and the new state, in the policy's compute dtype.
-
-    References:
-        Cho et al., Learning Phrase Representations using RNN Encoder-Decoder, 2014,
-        https://arxiv.org/abs/1406.1078.
 
     Example:
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from kerasmp.layers.twin import twin
 from kerasmp.ops.precision import widen
 
 
@@ -18,28 +19,17 @@ class _L1L2(keras.regularizers.L1L2):
         return super().__call__(widen(x))
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(
+    l1="Factor of the sum of absolute values; default 0.",
+    l2="Factor of the sum of squares; default 0.",
+    inputs="`(batch, ...)`",
+)
 class ActivityRegularization(keras.layers.ActivityRegularization):
     """`keras.layers.ActivityRegularization` whose penalty is float32.
 
     Keras sums in float16, which gives inf for a large tensor, and TensorFlow refuses to add a
     float16 penalty to a float32 loss. In place of a layer's own `activity_regularizer`, put this
     layer after it: the penalty is the same.
-
-    Args:
-        l1: Factor of the sum of absolute values; default 0.
-        l2: Factor of the sum of squares; default 0.
-        **kwargs: As for `keras.layers.ActivityRegularization`: `dtype`, `name`.
-
-    Input shape:
-        `(batch, ...)`, any float dtype.
-
-    Output shape:
-        As the input, in the policy's compute dtype; the penalty in `losses` is float32.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 

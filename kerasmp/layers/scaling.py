@@ -6,11 +6,12 @@ from typing import Any
 
 import keras
 
+from kerasmp.layers.twin import twin
 from kerasmp.ops import normalize
-from kerasmp.ops.precision import wide_dtype
+from kerasmp.ops.precision import registered, wide_dtype
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@registered
 class Normalization(keras.layers.Normalization):
     """`keras.layers.Normalization` in float32, whose output has the policy's compute dtype.
 
@@ -28,10 +29,6 @@ class Normalization(keras.layers.Normalization):
 
     Output shape:
         As the input, in the policy's compute dtype.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -61,26 +58,12 @@ class Normalization(keras.layers.Normalization):
         return keras.KerasTensor(inputs.shape, dtype=self.output_dtype)
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@twin(axis="Axis or axes along which the length is 1; default the last.")
 class UnitNormalization(keras.layers.UnitNormalization):
     """`keras.layers.UnitNormalization`, computed in float32 between tensors of the compute dtype.
 
     In float16 the squares of vectors longer than 256 are inf. A zero vector stays zero, and so is
     its gradient, where Keras gives NaN.
-
-    Args:
-        axis: Axis or axes along which the length is 1; default the last.
-        **kwargs: As for `keras.layers.UnitNormalization`: `dtype`, `name`.
-
-    Input shape:
-        Any, of any float dtype.
-
-    Output shape:
-        As the input, in the policy's compute dtype.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 

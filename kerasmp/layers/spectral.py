@@ -7,9 +7,10 @@ from typing import Any
 import keras
 
 from kerasmp.backend.keras_private import AutocastScope
+from kerasmp.ops.precision import registered
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@registered
 class SpectralNormalization(keras.layers.SpectralNormalization):
     """`keras.layers.SpectralNormalization` that normalizes the float32 kernel in float32.
 
@@ -32,8 +33,7 @@ class SpectralNormalization(keras.layers.SpectralNormalization):
         ValueError: If `power_iterations` is not positive, or the layer has no kernel.
 
     References:
-        Miyato et al., Spectral Normalization for Generative Adversarial Networks, 2018,
-        https://arxiv.org/abs/1802.05957.
+        [Miyato et al., 2018](https://arxiv.org/abs/1802.05957)
 
     Example:
 

@@ -10,10 +10,11 @@ from keras import ops
 
 from kerasmp.backend.keras_private import flatten_layers
 from kerasmp.errors import PolicyError, did_you_mean
+from kerasmp.ops.precision import registered
 from kerasmp.policy.spec import DTYPES
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@registered
 class WithDtype(keras.layers.Wrapper):
     """Runs a layer, and all layers inside it, in a given dtype.
 
@@ -38,10 +39,6 @@ class WithDtype(keras.layers.Wrapper):
     Raises:
         PolicyError: If `layer` is built and its variables have another dtype than the policy's, or
             if `output_dtype` is no float dtype.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 

@@ -11,174 +11,92 @@ The rest of `keras.activations`, the relu family and the piecewise linear ones, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
+from kerasmp.docstrings import T, documented
 from kerasmp.ops.precision import in_float32, registered
 
-F = TypeVar("F", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
-def _activation(function: F) -> F:
-    return registered(in_float32(function))  # type: ignore[no-any-return] # Keras has no types
-
-
-@_activation
-def sigmoid(x: Any) -> Any:
-    """Return `1 / (1 + exp(-x))`.
+def _activation(source: str = "", *, at: float, gives: float, **args: str) -> Callable[[T], T]:
+    """Return a decorator that makes an activation of a formula, with a docstring.
 
     Args:
-        x: A tensor of any shape and float dtype; the result has both.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
-
-    Example:
-
-    >>> float(sigmoid(keras.ops.array(0.0, "float16")))
-    0.5
+        source: Where the formula comes from, if that is known.
+        at: A number, for an example.
+        gives: The value there.
+        **args: What the arguments besides `x` are.
     """
+    document = documented(
+        args={"x": "A tensor of any shape and float dtype; the result has both.", **args},
+        references=source,
+        example=f'>>> float({{name}}(keras.ops.array({at}, "float16")))\n{gives}',
+    )
+    return lambda function: registered(in_float32(document(function)))
+
+
+@_activation(at=0.0, gives=0.5)
+def sigmoid(x: Any) -> Any:
+    """Return `1 / (1 + exp(-x))`."""
     return ops.sigmoid(x)
 
 
-@_activation
+@_activation(at=-1000.0, gives=-1000.0)
 def log_sigmoid(x: Any) -> Any:
-    """Return `log(sigmoid(x))`.
-
-    Args:
-        x: A tensor of any shape and float dtype; the result has both.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
-
-    Example:
-
-    >>> float(log_sigmoid(keras.ops.array(-1000.0, "float16")))
-    -1000.0
-    """
+    """Return `log(sigmoid(x))`."""
     return ops.log_sigmoid(x)
 
 
-@_activation
+@_activation(at=0.0, gives=0.0)
 def tanh(x: Any) -> Any:
-    """Return the hyperbolic tangent.
-
-    Args:
-        x: A tensor of any shape and float dtype; the result has both.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
-
-    Example:
-
-    >>> float(tanh(keras.ops.array(0.0, "float16")))
-    0.0
-    """
+    """Return the hyperbolic tangent."""
     return ops.tanh(x)
 
 
-@_activation
+@_activation(at=9.0, gives=8.0)
 def tanh_shrink(x: Any) -> Any:
-    """Return `x - tanh(x)`.
-
-    Args:
-        x: A tensor of any shape and float dtype; the result has both.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
-
-    Example:
-
-    >>> float(tanh_shrink(keras.ops.array(9.0, "float16")))
-    8.0
-    """
+    """Return `x - tanh(x)`."""
     return ops.tanh_shrink(x)
 
 
-@_activation
+@_activation(
+    "[Hendrycks and Gimpel, 2016](https://arxiv.org/abs/1606.08415)",
+    at=100.0,
+    gives=100.0,
+    approximate="Whether to use the approximation by tanh; default False.",
+)
 def gelu(x: Any, approximate: bool = False) -> Any:  # noqa: FBT001, FBT002 - as in Keras
     """Return `x` times the normal distribution function of `x`.
 
     As in `keras.activations`, and not as in `keras.ops`, the default is the exact form.
-
-    Args:
-        x: A tensor of any shape and float dtype; the result has both.
-        approximate: Whether to use the approximation by tanh; default False.
-
-    References:
-        Hendrycks and Gimpel, Gaussian Error Linear Units, 2016, https://arxiv.org/abs/1606.08415.
-
-    Example:
-
-    >>> float(gelu(keras.ops.array(100.0, "float16")))
-    100.0
     """
     return ops.gelu(x, approximate=approximate)
 
 
-@_activation
+@_activation("[Ramachandran et al., 2017](https://arxiv.org/abs/1710.05941)", at=100.0, gives=100.0)
 def silu(x: Any) -> Any:
-    """Return `x * sigmoid(x)`, which is also called swish.
-
-    Args:
-        x: A tensor of any shape and float dtype; the result has both.
-
-    References:
-        Ramachandran et al., Searching for Activation Functions, 2017,
-        https://arxiv.org/abs/1710.05941.
-
-    Example:
-
-    >>> float(silu(keras.ops.array(100.0, "float16")))
-    100.0
-    """
+    """Return `x * sigmoid(x)`, which is also called swish."""
     return ops.silu(x)
 
 
-@_activation
+@_activation("[Howard et al., 2019](https://arxiv.org/abs/1905.02244)", at=3.0, gives=3.0)
 def hard_silu(x: Any) -> Any:
-    """Return `x * hard_sigmoid(x)`, which is also called hard swish.
-
-    Args:
-        x: A tensor of any shape and float dtype; the result has both.
-
-    References:
-        Howard et al., Searching for MobileNetV3, 2019, https://arxiv.org/abs/1905.02244.
-
-    Example:
-
-    >>> float(hard_silu(keras.ops.array(3.0, "float16")))
-    3.0
-    """
+    """Return `x * hard_sigmoid(x)`, which is also called hard swish."""
     return ops.hard_silu(x)
 
 
-@_activation
+@_activation("[Misra, 2019](https://arxiv.org/abs/1908.08681)", at=100.0, gives=100.0)
 def mish(x: Any) -> Any:
-    """Return `x * tanh(softplus(x))`.
-
-    Args:
-        x: A tensor of any shape and float dtype; the result has both.
-
-    References:
-        Misra, Mish: A Self Regularized Non-Monotonic Activation Function, 2019,
-        https://arxiv.org/abs/1908.08681.
-
-    Example:
-
-    >>> float(mish(keras.ops.array(100.0, "float16")))
-    100.0
-    """
+    """Return `x * tanh(softplus(x))`."""
     return x * ops.tanh(ops.softplus(x))
 
 
-@_activation
+@registered
+@in_float32
 def glu(x: Any, axis: int = -1) -> Any:
     """Return one half of `x` times the sigmoid of the other.
 
@@ -190,8 +108,7 @@ def glu(x: Any, axis: int = -1) -> Any:
         A tensor of half that length there, in the dtype of `x`.
 
     References:
-        Dauphin et al., Language Modeling with Gated Convolutional Networks, 2016,
-        https://arxiv.org/abs/1612.08083.
+        [Dauphin et al., 2016](https://arxiv.org/abs/1612.08083)
 
     Example:
 
@@ -201,177 +118,72 @@ def glu(x: Any, axis: int = -1) -> Any:
     return ops.glu(x, axis=axis)
 
 
-@_activation
+@_activation(at=100.0, gives=100.0)
 def softplus(x: Any) -> Any:
-    """Return `log(exp(x) + 1)`.
-
-    Args:
-        x: A tensor of any shape and float dtype; the result has both.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
-
-    Example:
-
-    >>> float(softplus(keras.ops.array(100.0, "float16")))
-    100.0
-    """
+    """Return `log(exp(x) + 1)`."""
     return ops.softplus(x)
 
 
-@_activation
+@_activation(at=3.0, gives=0.75)
 def softsign(x: Any) -> Any:
-    """Return `x / (abs(x) + 1)`.
-
-    Args:
-        x: A tensor of any shape and float dtype; the result has both.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
-
-    Example:
-
-    >>> float(softsign(keras.ops.array(3.0, "float16")))
-    0.75
-    """
+    """Return `x / (abs(x) + 1)`."""
     return ops.softsign(x)
 
 
-@_activation
+@_activation(
+    "[Barron, 2021](https://arxiv.org/abs/2112.11687)",
+    at=1000.0,
+    gives=1000.0,
+    b="The smoothness; default 4.",
+)
 def squareplus(x: Any, b: float = 4) -> Any:
-    """Return `(x + sqrt(x**2 + b)) / 2`.
-
-    Args:
-        x: A tensor of any shape and float dtype; the result has both.
-        b: The smoothness; default 4.
-
-    References:
-        Barron, Squareplus: A Softplus-Like Algebraic Rectifier, 2021,
-        https://arxiv.org/abs/2112.11687.
-
-    Example:
-
-    >>> float(squareplus(keras.ops.array(1000.0, "float16")))
-    1000.0
-    """
+    """Return `(x + sqrt(x**2 + b)) / 2`."""
     return ops.squareplus(x, b=b)
 
 
-@_activation
+@_activation(at=0.0, gives=0.25)
 def sparse_plus(x: Any) -> Any:
-    """Return 0 up to -1, `(x + 1)**2 / 4` up to 1, and `x` from there.
-
-    Args:
-        x: A tensor of any shape and float dtype; the result has both.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
-
-    Example:
-
-    >>> float(sparse_plus(keras.ops.array(0.0, "float16")))
-    0.25
-    """
+    """Return 0 up to -1, `(x + 1)**2 / 4` up to 1, and `x` from there."""
     return ops.sparse_plus(x)
 
 
-@_activation
+@_activation(at=0.0, gives=0.5)
 def sparse_sigmoid(x: Any) -> Any:
-    """Return 0 up to -1, `(x + 1) / 2` up to 1, and 1 from there.
-
-    Args:
-        x: A tensor of any shape and float dtype; the result has both.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
-
-    Example:
-
-    >>> float(sparse_sigmoid(keras.ops.array(0.0, "float16")))
-    0.5
-    """
+    """Return 0 up to -1, `(x + 1) / 2` up to 1, and 1 from there."""
     return ops.sparse_sigmoid(x)
 
 
-@_activation
+@_activation(
+    "[Clevert et al., 2015](https://arxiv.org/abs/1511.07289)",
+    at=-100.0,
+    gives=-1.0,
+    alpha="The slope at 0 from below; default 1.",
+)
 def elu(x: Any, alpha: float = 1.0) -> Any:
-    """Return `x` where it is positive, `alpha * (exp(x) - 1)` elsewhere.
-
-    Args:
-        x: A tensor of any shape and float dtype; the result has both.
-        alpha: The slope at 0 from below; default 1.
-
-    References:
-        Clevert et al., Fast and Accurate Deep Network Learning by Exponential Linear Units,
-        2015, https://arxiv.org/abs/1511.07289.
-
-    Example:
-
-    >>> float(elu(keras.ops.array(-100.0, "float16")))
-    -1.0
-    """
+    """Return `x` where it is positive, `alpha * (exp(x) - 1)` elsewhere."""
     return ops.elu(x, alpha=alpha)
 
 
-@_activation
+@_activation(
+    "[Barron, 2017](https://arxiv.org/abs/1704.07483)",
+    at=-100.0,
+    gives=-1.0,
+    alpha="Minus the least value; default 1.",
+)
 def celu(x: Any, alpha: float = 1.0) -> Any:
-    """Return `x` where it is positive, `alpha * (exp(x / alpha) - 1)` elsewhere.
-
-    Args:
-        x: A tensor of any shape and float dtype; the result has both.
-        alpha: Minus the least value; default 1.
-
-    References:
-        Barron, Continuously Differentiable Exponential Linear Units, 2017,
-        https://arxiv.org/abs/1704.07483.
-
-    Example:
-
-    >>> float(celu(keras.ops.array(-100.0, "float16")))
-    -1.0
-    """
+    """Return `x` where it is positive, `alpha * (exp(x / alpha) - 1)` elsewhere."""
     return ops.celu(x, alpha=alpha)
 
 
-@_activation
+@_activation("[Klambauer et al., 2017](https://arxiv.org/abs/1706.02515)", at=1.0, gives=1.05078125)
 def selu(x: Any) -> Any:
-    """Return `1.0507 * elu(x, 1.6733)`.
-
-    Args:
-        x: A tensor of any shape and float dtype; the result has both.
-
-    References:
-        Klambauer et al., Self-Normalizing Neural Networks, 2017,
-        https://arxiv.org/abs/1706.02515.
-
-    Example:
-
-    >>> round(float(selu(keras.ops.array(-100.0, "float16"))), 2)
-    -1.76
-    """
+    """Return `1.0507 * elu(x, 1.6733)`."""
     return ops.selu(x)
 
 
-@_activation
+@_activation(at=0.0, gives=1.0)
 def exponential(x: Any) -> Any:
-    """Return `exp(x)`.
-
-    Args:
-        x: A tensor of any shape and float dtype; the result has both.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
-
-    Example:
-
-    >>> float(exponential(keras.ops.array(0.0, "float16")))
-    1.0
-    """
+    """Return `exp(x)`."""
     return ops.exp(x)
 
 

@@ -11,7 +11,7 @@ from keras import ops
 
 from kerasmp.backend import current
 from kerasmp.errors import ArgumentError, refuse_no_bool
-from kerasmp.ops.precision import wide_dtype
+from kerasmp.ops.precision import registered, wide_dtype
 from kerasmp.ops.softmax import hide
 
 # Heads stand third in the inputs and second in what is multiplied: (batch, heads, time, depth).
@@ -64,7 +64,7 @@ def dot_product_attention(  # noqa: PLR0913, PLR0917 - Keras's signature
         ArgumentTypeError: If a switch is no bool.
 
     References:
-        Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs/1706.03762.
+        [Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)
 
     Example:
 
@@ -77,7 +77,7 @@ def dot_product_attention(  # noqa: PLR0913, PLR0917 - Keras's signature
     return attend(query, key, value, bias=bias, mask=mask)
 
 
-@keras.saving.register_keras_serializable(package="kerasmp")
+@registered
 class DotProductAttention(keras.Operation):
     """`dot_product_attention` as the node of a functional model that Keras makes of it.
 
@@ -89,7 +89,7 @@ class DotProductAttention(keras.Operation):
         **kwargs: As for `keras.Operation`: `name`.
 
     References:
-        Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs/1706.03762.
+        [Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)
 
     Example:
 

@@ -10,13 +10,45 @@ the gradient of its logarithm, 1/p times the loss scale, overflows on its way ba
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import ops
 
+from kerasmp.docstrings import T, documented
 from kerasmp.ops.precision import as_one_node, as_tensors, registered, widen
 from kerasmp.ops.reductions import normalize
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_LOGITS = "Predicted probabilities or logits"
+_FROM_LOGITS = "Whether `output` are logits, which is better; default False."
+_MEAN = "The mean: a tensor of the shape of `y_pred` without its last axis"
+
+
+def _loss(returns: str, raises: str = "", source: str = "", **args: str) -> Callable[[T], T]:
+    """Return a decorator that makes a loss of a function, and completes its docstring.
+
+    Args:
+        returns: What tensor, but for its dtype.
+        raises: When there is a ValueError.
+        source: Where the loss comes from, if that is known.
+        **args: What the arguments are: the targets and the predictions, without dtype and shape,
+            and then the others.
+    """
+    true, pred, *_ = args
+    document = documented(
+        args={
+            **args,
+            true: f"{args[true]}, of any dtype and the shape of `{pred}`.",
+            pred: f"{args[pred]}, of any float dtype.",
+        },
+        returns=f"{returns}; float32, or float64 if `{pred}` is.",
+        raises={"ValueError": raises} if raises else "",
+        references=source,
+    )
+    return lambda function: registered(as_one_node(document(function)))
 
 
 def _wide(target: Any, output: Any) -> tuple[Any, Any]:
@@ -25,8 +57,14 @@ def _wide(target: Any, output: Any) -> tuple[Any, Any]:
     return ops.cast(target, output.dtype), output
 
 
-@registered
-@as_one_node
+@_loss(
+    "A tensor of the shape of `output` without `axis`",
+    "If the shapes differ.",
+    target="Probabilities or one-hot classes",
+    output=_LOGITS,
+    from_logits=_FROM_LOGITS,
+    axis="The axis of the classes; default the last.",
+)
 def categorical_crossentropy(
     target: Any,
     output: Any,
@@ -34,22 +72,6 @@ def categorical_crossentropy(
     axis: int = -1,
 ) -> Any:
     """Return `keras.ops.categorical_crossentropy`, in float32.
-
-    Args:
-        target: Probabilities or one-hot classes, of any dtype and the shape of `output`.
-        output: Predicted probabilities or logits, of any float dtype.
-        from_logits: Whether `output` are logits, which is better; default False.
-        axis: The axis of the classes; default the last.
-
-    Returns:
-        A tensor of the shape of `output` without `axis`; float32, or float64 if `output` is.
-
-    Raises:
-        ValueError: If the shapes differ.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -83,10 +105,6 @@ def sparse_categorical_crossentropy(
     Raises:
         ValueError: If the shapes do not fit.
 
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
-
     Example:
 
     >>> logits = keras.ops.array([[60000.0, -60000.0]], "float16")
@@ -98,30 +116,19 @@ def sparse_categorical_crossentropy(
     )
 
 
-@registered
-@as_one_node
+@_loss(
+    "A tensor of the shape of `output`, not averaged, as in `keras.ops`",
+    "If the shapes differ.",
+    target="Labels or probabilities",
+    output=_LOGITS,
+    from_logits=_FROM_LOGITS,
+)
 def binary_crossentropy(
     target: Any,
     output: Any,
     from_logits: bool = False,  # noqa: FBT001, FBT002
 ) -> Any:
     """Return `keras.ops.binary_crossentropy`, in float32.
-
-    Args:
-        target: Labels or probabilities, of any dtype and the shape of `output`.
-        output: Predicted probabilities or logits, of any float dtype.
-        from_logits: Whether `output` are logits, which is better; default False.
-
-    Returns:
-        A tensor of the shape of `output`: not averaged, as in `keras.ops`; float32, or float64 if
-        `output` is.
-
-    Raises:
-        ValueError: If the shapes differ.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -133,26 +140,17 @@ def binary_crossentropy(
     return ops.binary_crossentropy(target, output, from_logits=from_logits)
 
 
-@registered
-@as_one_node
+_FOCAL = {
+    "y_pred": _LOGITS,
+    "**kwargs": "As for Keras: `gamma`, `from_logits`, `axis` and so on.",
+    "source": "[Lin et al., 2017](https://arxiv.org/abs/1708.02002)",
+}
+_WITHOUT_IT = "over the last axis, or over `axis`: a tensor of the shape of `y_pred` without it"
+
+
+@_loss(f"The mean {_WITHOUT_IT}", "If the shapes differ.", y_true="Labels", **_FOCAL)
 def binary_focal_crossentropy(y_true: Any, y_pred: Any, **kwargs: Any) -> Any:
     """Return `keras.losses.binary_focal_crossentropy`, in float32.
-
-    Args:
-        y_true: Labels, of any dtype and the shape of `y_pred`.
-        y_pred: Predicted probabilities or logits, of any float dtype.
-        **kwargs: As for Keras: `gamma`, `from_logits` and so on.
-
-    Returns:
-        The mean over the last axis, or over `axis`: a tensor of the shape of `y_pred` without it;
-        float32, or float64 if `y_pred` is.
-
-    Raises:
-        ValueError: If the shapes differ.
-
-    References:
-        Lin et al., Focal Loss for Dense Object Detection, 2017,
-        https://arxiv.org/abs/1708.02002.
 
     Example:
 
@@ -163,23 +161,9 @@ def binary_focal_crossentropy(y_true: Any, y_pred: Any, **kwargs: Any) -> Any:
     return keras.losses.binary_focal_crossentropy(*_wide(y_true, y_pred), **kwargs)
 
 
-@registered
-@as_one_node
+@_loss(f"The sum {_WITHOUT_IT}", y_true="One-hot classes", **_FOCAL)
 def categorical_focal_crossentropy(y_true: Any, y_pred: Any, **kwargs: Any) -> Any:
     """Return `keras.losses.categorical_focal_crossentropy`, in float32.
-
-    Args:
-        y_true: One-hot classes, of any dtype and the shape of `y_pred`.
-        y_pred: Predicted probabilities or logits, of any float dtype.
-        **kwargs: As for Keras: `gamma`, `from_logits`, `axis` and so on.
-
-    Returns:
-        The sum over the last axis, or over `axis`: a tensor of the shape of `y_pred` without it;
-        float32, or float64 if `y_pred` is.
-
-    References:
-        Lin et al., Focal Loss for Dense Object Detection, 2017,
-        https://arxiv.org/abs/1708.02002.
 
     Example:
 
@@ -190,22 +174,9 @@ def categorical_focal_crossentropy(y_true: Any, y_pred: Any, **kwargs: Any) -> A
     return keras.losses.categorical_focal_crossentropy(*_wide(y_true, y_pred), **kwargs)
 
 
-@registered
-@as_one_node
+@_loss(_MEAN.replace("mean", "sum"), y_true="Probabilities", y_pred="Predicted probabilities")
 def kl_divergence(y_true: Any, y_pred: Any) -> Any:
     """Return `keras.losses.kl_divergence` over the last axis, in float32.
-
-    Args:
-        y_true: Probabilities, of any dtype and the shape of `y_pred`.
-        y_pred: Predicted probabilities, of any float dtype.
-
-    Returns:
-        The sum: a tensor of the shape of `y_pred` without its last axis;
-        float32, or float64 if `y_pred` is.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -216,22 +187,9 @@ def kl_divergence(y_true: Any, y_pred: Any) -> Any:
     return keras.losses.kl_divergence(*_wide(y_true, y_pred))
 
 
-@registered
-@as_one_node
+@_loss(_MEAN, y_true="Counts", y_pred="Predicted rates")
 def poisson(y_true: Any, y_pred: Any) -> Any:
     """Return `keras.losses.poisson` over the last axis, in float32.
-
-    Args:
-        y_true: Counts, of any dtype and the shape of `y_pred`.
-        y_pred: Predicted rates, of any float dtype.
-
-    Returns:
-        The mean: a tensor of the shape of `y_pred` without its last axis;
-        float32, or float64 if `y_pred` is.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -241,22 +199,9 @@ def poisson(y_true: Any, y_pred: Any) -> Any:
     return keras.losses.poisson(*_wide(y_true, y_pred))
 
 
-@registered
-@as_one_node
+@_loss(_MEAN, y_true="Targets", y_pred="Predictions")
 def mean_squared_error(y_true: Any, y_pred: Any) -> Any:
     """Return `keras.losses.mean_squared_error` over the last axis, in float32.
-
-    Args:
-        y_true: Targets, of any dtype and the shape of `y_pred`.
-        y_pred: Predictions, of any float dtype.
-
-    Returns:
-        The mean: a tensor of the shape of `y_pred` without its last axis;
-        float32, or float64 if `y_pred` is.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -267,22 +212,9 @@ def mean_squared_error(y_true: Any, y_pred: Any) -> Any:
     return keras.losses.mean_squared_error(*_wide(y_true, y_pred))
 
 
-@registered
-@as_one_node
+@_loss(_MEAN.replace("mean", "mean, in percent"), y_true="Targets", y_pred="Predictions")
 def mean_absolute_percentage_error(y_true: Any, y_pred: Any) -> Any:
     """Return `keras.losses.mean_absolute_percentage_error` over the last axis, in float32.
-
-    Args:
-        y_true: Targets, of any dtype and the shape of `y_pred`.
-        y_pred: Predictions, of any float dtype.
-
-    Returns:
-        The mean, in percent: a tensor of the shape of `y_pred` without its last axis;
-        float32, or float64 if `y_pred` is.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -293,22 +225,13 @@ def mean_absolute_percentage_error(y_true: Any, y_pred: Any) -> Any:
     return keras.losses.mean_absolute_percentage_error(*_wide(y_true, y_pred))
 
 
-@registered
-@as_one_node
+@_loss(
+    _MEAN.replace("mean", "mean, on torch always in float32"),
+    y_true="Labels, -1 and 1 or 0 and 1",
+    y_pred="Predictions",
+)
 def squared_hinge(y_true: Any, y_pred: Any) -> Any:
     """Return `keras.losses.squared_hinge` over the last axis, in float32.
-
-    Args:
-        y_true: Labels, -1 and 1 or 0 and 1, of any dtype and the shape of `y_pred`.
-        y_pred: Predictions, of any float dtype.
-
-    Returns:
-        The mean: a tensor of the shape of `y_pred` without its last axis;
-        float32, or float64 if `y_pred` is (float32 on torch then, too).
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -319,24 +242,16 @@ def squared_hinge(y_true: Any, y_pred: Any) -> Any:
     return keras.losses.squared_hinge(*_wide(y_true, y_pred))
 
 
-@registered
-@as_one_node
+@_loss(
+    "A tensor of the shape of `y_pred` without `axis`",
+    y_true="Vectors",
+    y_pred="Vectors",
+    axis="The axis of the vectors; default the last.",
+)
 def cosine_similarity(y_true: Any, y_pred: Any, axis: int = -1) -> Any:
     """Return `keras.losses.cosine_similarity`, in float32: from -1, for equal directions, to 1.
 
     The similarity to a zero vector is 0, and so is its gradient, not NaN.
-
-    Args:
-        y_true: Vectors, of any dtype and the shape of `y_pred`.
-        y_pred: Vectors, of any float dtype.
-        axis: The axis of the vectors; default the last.
-
-    Returns:
-        A tensor of the shape of `y_pred` without `axis`; float32, or float64 if `y_pred` is.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 

@@ -175,8 +175,8 @@ def in_float32(function: F) -> F:
         ArgumentTypeError: If it is no function.
 
     References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
+        [Micikevicius et al., 2018](https://arxiv.org/abs/1710.03740), section 3.3: tensors are
+        float16 in memory, and what sums them computes in float32.
 
     Example:
 

@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
+from kerasmp.docstrings import T, documented
 from kerasmp.ops.precision import in_float32, registered
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-@registered
-@in_float32
-def sum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A001, FBT001, FBT002 - as in keras.ops
-    """Return `keras.ops.sum`, summed in float32.
+_OF_X = "the dtype of `x` if that is a float, else in"
+
+
+def _reduction(dtype: str, x: str = "dtype", source: str = "") -> Callable[[T], T]:
+    """Return a decorator that makes a reduction of a function, and completes its docstring.
 
     Args:
-        x: A tensor of any shape and dtype.
-        axis: Axis or axes to sum over; default all.
-        keepdims: Whether the axes stay, with length 1.
+        dtype: That of the result.
+        x: What may be any of `x`, besides its shape.
+        source: Where it comes from, if that is known.
+    """
+    document = documented(
+        args={
+            "x": f"A tensor of any shape and {x}.",
+            "axis": "Axis or axes to reduce; default all.",
+            "keepdims": "Whether the axes stay, with length 1.",
+        },
+        returns=f"A tensor without those axes, or with length 1 there if `keepdims`, in {dtype}.",
+        references=source,
+    )
+    return lambda function: registered(in_float32(document(function)))
 
-    Returns:
-        A tensor without those axes, or with length 1 there if `keepdims`, in the dtype of `x` if
-        that is a float, else in that of `keras.ops.sum`: int8 and bool give int32.
 
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
+@_reduction(
+    f"{_OF_X} that of `keras.ops.sum`: int8 and bool give int32",
+    source="[Micikevicius et al., 2018](https://arxiv.org/abs/1710.03740), section 3.3",
+)
+def sum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A001, FBT001, FBT002 - as in keras.ops
+    """Return `keras.ops.sum`, summed in float32.
 
     Example:
 
@@ -36,23 +51,9 @@ def sum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A001,
     return ops.sum(x, axis=axis, keepdims=keepdims)
 
 
-@registered
-@in_float32
+@_reduction(f"{_OF_X} float32")
 def mean(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT001, FBT002
     """Return `keras.ops.mean`, summed in float32.
-
-    Args:
-        x: A tensor of any shape and dtype.
-        axis: Axis or axes to average over; default all.
-        keepdims: Whether the axes stay, with length 1.
-
-    Returns:
-        A tensor without those axes, or with length 1 there if `keepdims`, in the dtype of `x` if
-        that is a float, else in float32.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -63,23 +64,9 @@ def mean(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT0
     return ops.mean(x, axis=axis, keepdims=keepdims)
 
 
-@registered
-@in_float32
+@_reduction(f"{_OF_X} float32; on JAX and torch, in float32 for float64 too")
 def var(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT001, FBT002
     """Return `keras.ops.var`, computed in float32.
-
-    Args:
-        x: A tensor of any shape and dtype.
-        axis: Axis or axes to reduce; default all.
-        keepdims: Whether the axes stay, with length 1.
-
-    Returns:
-        A tensor without those axes, or with length 1 there if `keepdims`, in the dtype of `x` if
-        that is a float, else in float32; on JAX and torch, in float32 for float64 too.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -90,25 +77,11 @@ def var(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT00
     return ops.var(x, axis=axis, keepdims=keepdims)
 
 
-@registered
-@in_float32
+@_reduction(f"{_OF_X} float32; on JAX and torch, in float32 for float64 too")
 def std(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT001, FBT002
     """Return `keras.ops.std`, computed in float32.
 
     Where all values are equal the gradient is 0, and not NaN.
-
-    Args:
-        x: A tensor of any shape and dtype.
-        axis: Axis or axes to reduce; default all.
-        keepdims: Whether the axes stay, with length 1.
-
-    Returns:
-        A tensor without those axes, or with length 1 there if `keepdims`, in the dtype of `x` if
-        that is a float, else in float32; on JAX and torch, in float32 for float64 too.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -135,10 +108,6 @@ def cumsum(x: Any, axis: int | None = None) -> Any:
         A tensor of the shape of `x`, or of one axis if `axis` is None, in the dtype of `x`, but of
         bool in int32, and of float64 on torch in float32.
 
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
-
     Example:
 
     >>> x = keras.ops.ones((4096,), "float16")
@@ -148,22 +117,13 @@ def cumsum(x: Any, axis: int | None = None) -> Any:
     return ops.cumsum(x, axis=axis)
 
 
-@registered
-@in_float32
+@_reduction(
+    "the dtype of `x`",
+    "float dtype",
+    source="[Blanchard et al., 2021](https://arxiv.org/abs/1909.03469)",
+)
 def logsumexp(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT001, FBT002
     """Return `keras.ops.logsumexp`, computed in float32.
-
-    Args:
-        x: A tensor of any shape and float dtype.
-        axis: Axis or axes to reduce; default all.
-        keepdims: Whether the axes stay, with length 1.
-
-    Returns:
-        A tensor without those axes, or with length 1 there if `keepdims`, in the dtype of `x`.
-
-    References:
-        Blanchard et al., Accurately Computing the Log-Sum-Exp and Softmax Functions, 2021,
-        https://arxiv.org/abs/1909.03469.
 
     Example:
 
@@ -192,10 +152,6 @@ def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> A
         A tensor without those axes, or with length 1 there if `keepdims`, in the dtype of `x`; on
         JAX and torch, in float32 for float64.
 
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
-
     Example:
 
     >>> x = keras.ops.array([300.0, 400.0], "float16")  # their squares are inf in float16
@@ -223,10 +179,6 @@ def normalize(x: Any, axis: Any = -1, order: int = 2, epsilon: float | None = No
 
     Raises:
         ValueError: If `order` is no int of at least 1.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 
@@ -262,10 +214,6 @@ def average_pool(
     Returns:
         A tensor with as many positions along each axis as windows fit there, in the dtype of
         `inputs`.
-
-    References:
-        Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
-        section 3.3 (what arithmetic float16 may do).
 
     Example:
 

@@ -29,8 +29,7 @@ def softmax(x: Any, axis: Any = -1, mask: Any = None) -> Any:
             a mask leaves nothing, all probabilities are 0. Default None.
 
     References:
-        Blanchard et al., Accurately Computing the Log-Sum-Exp and Softmax Functions, 2021,
-        https://arxiv.org/abs/1909.03469.
+        [Blanchard et al., 2021](https://arxiv.org/abs/1909.03469)
 
     Example:
 
@@ -55,8 +54,7 @@ def log_softmax(x: Any, axis: Any = -1, mask: Any = None) -> Any:
             logarithm of 0, and the gradient is 0. Default None.
 
     References:
-        Blanchard et al., Accurately Computing the Log-Sum-Exp and Softmax Functions, 2021,
-        https://arxiv.org/abs/1909.03469.
+        [Blanchard et al., 2021](https://arxiv.org/abs/1909.03469)
 
     Example:
 
