@@ -1,14 +1,18 @@
-"""Exceptions and warnings: each says what was received, what was expected and how to mend it."""
+"""Exceptions and warnings. Each says what was received, what was expected and how to fix it."""
 
 from __future__ import annotations
 
 import difflib
+import numbers
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_LONGEST = 150  # so much of somebody else's message says what there is to say
+# Another library's message is cut to this length.
+_MAX_LENGTH = 150
 
 
 class KerasMPError(Exception):
@@ -18,7 +22,7 @@ class KerasMPError(Exception):
         problem: One sentence that says what is wrong.
         received: The offending value, as its `repr` or a short description.
         expected: What would have been accepted.
-        fix: What the reader should do now.
+        fix: What the user should do now.
 
     Example:
 
@@ -42,35 +46,39 @@ class KerasMPError(Exception):
 
 
 class PolicyError(KerasMPError, ValueError):
-    """A dtype or policy that does not exist or that Keras cannot express."""
+    """A dtype or policy does not exist, or Keras cannot express it."""
 
 
 class LossScaleError(KerasMPError, ValueError):
-    """A loss scale, a schedule or a wrapped optimizer with a value that cannot work."""
+    """A loss scale, a schedule or a wrapped optimizer has a value that cannot work."""
 
 
 class ArgumentTypeError(KerasMPError, TypeError):
-    """An argument of the wrong type."""
+    """An argument has the wrong type."""
+
+
+class LossScaleTypeError(LossScaleError, ArgumentTypeError):
+    """A setting of a schedule or of a wrapped optimizer has the wrong type."""
 
 
 class ArgumentError(KerasMPError, ValueError):
-    """Arguments that do not fit each other, shapes among them."""
+    """Arguments do not fit each other, for example in their shapes."""
 
 
 class BackendError(KerasMPError, RuntimeError):
-    """A Keras backend, or a place in a step, in which kerasmp cannot work."""
+    """kerasmp cannot work on this Keras backend, or at this point of a step."""
 
 
 class NotCompiledError(KerasMPError, RuntimeError):
-    """Something that needs a compiled model was given one that is not."""
+    """Something needs a compiled model and was given one that is not compiled."""
 
 
 class DatasetError(KerasMPError, FileNotFoundError):
-    """A data set that is not on this disk; kerasmp never downloads one."""
+    """A data set is not on this disk. kerasmp never downloads one."""
 
 
 class OutputError(KerasMPError, OSError):
-    """A folder or file that cannot be written."""
+    """A folder or a file cannot be written."""
 
 
 class MissingDependencyError(KerasMPError, ImportError):
@@ -82,34 +90,64 @@ class KerasMPWarning(UserWarning):
 
 
 class PolicyWarning(KerasMPWarning):
-    """A policy will not do all that it says, or a model ignores it or is not safe under it."""
+    """A policy has less effect than it says, or a model ignores it or is not safe under it."""
 
 
 class LossScaleWarning(KerasMPWarning):
-    """Loss scaling is missing, stuck or about to lose something."""
+    """Loss scaling is missing, does not move any more, or is about to lose something."""
 
 
-def refuse_no_bool(name: str, value: object) -> None:
-    """Raise unless an argument is True or False: a text such as "no" would count as True.
+def refuse_no_bool(name: str, value: object, error: type[KerasMPError] = ArgumentTypeError) -> None:
+    """Raise an error unless an argument is a bool. A string such as "no" would count as True.
 
     Args:
-        name: The argument.
-        value: What it was given; NumPy's bool will do.
+        name: The name of the argument.
+        value: Its value. A bool of NumPy is accepted too.
+        error: The class of the error.
 
     Raises:
-        ArgumentTypeError: If it is no bool.
+        ArgumentTypeError: If `value` is not a bool.
 
     Example:
 
     >>> refuse_no_bool("dry_run", True)
     """
-    if type(value).__name__ not in {"bool", "bool_"}:
-        raise ArgumentTypeError(
-            f"`{name}` is a switch.",
-            received=f"{value!r} of type {type(value).__name__}",
+    if not isinstance(value, bool | np.bool_):
+        raise error(
+            f"`{name}` has an invalid value.",
+            received=repr(value),
             expected="True or False",
-            fix="Pass True or False.",
+            fix=f"Pass {name}=True or {name}=False.",
         )
+
+
+def checked_integer(name: str, value: object, error: type[KerasMPError], least: int = 1) -> int:
+    """Return an argument that must be an integer as an int.
+
+    Args:
+        name: The name of the argument.
+        value: Its value. An integer of NumPy is accepted too.
+        error: The class of the error for an integer that is too small.
+        least: The smallest integer that is accepted.
+
+    Raises:
+        ArgumentTypeError: If `value` is not an integer.
+
+    Example:
+
+    >>> checked_integer("epochs", 3, ArgumentError)
+    3
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        error = ArgumentTypeError
+    elif int(value) >= least:
+        return int(value)
+    raise error(
+        f"`{name}` has an invalid value.",
+        received=repr(value),
+        expected=f"an integer of at least {least}",
+        fix=f"The smallest choice is {name}={least}.",
+    )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -125,7 +163,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    r"""Return what somebody else's exception says, in one line that is not long.
+    r"""Return the message of another library's exception, in one short line.
 
     Example:
 
@@ -133,7 +171,7 @@ def first_line(error: Exception) -> str:
     'TypeError: x has type float32'
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    # Where TensorFlow's AutoGraph has put its traceback in front.
+    # AutoGraph of TensorFlow puts its traceback in front of the message.
     line = lines[-1] if lines[0].startswith("in user code") else lines[0]
     name = "" if isinstance(error, KerasMPError) else f"{type(error).__name__}: "
-    return (name + line)[:_LONGEST].rstrip(" .:")
+    return (name + line)[:_MAX_LENGTH].rstrip(" .:")

@@ -118,9 +118,9 @@ def test_demo_from_digits_to_report(call, tmp_path):
     ("arguments", "code", "message"),
     [
         (("--policies", "mixed_flaot16"), 2, 'Did you mean "mixed_float16"?'),
-        (("--epochs", "0"), 2, "`epochs` is too small. Received: 0. Expected: an integer >= 1."),
-        (("--seed", "-1"), 2, "`seed` is too small. Received: -1. Expected: an integer >= 0."),
-        (("--limit", "0"), 2, "`limit` is too small."),
+        (("--epochs", "0"), 2, "`epochs` has an invalid value. Received: 0. Expected: an int"),
+        (("--seed", "-1"), 2, "`seed` has an invalid value. Received: -1. Expected: an int"),
+        (("--limit", "0"), 2, "`limit` has an invalid value."),
         (("--epochs", "many"), 2, "Invalid value for '--epochs'"),
         (("--policies", ","), 2, "`--policies` names nothing. Received: ','. Expected: names"),
         (("--policies", " , "), 2, "`--policies` names nothing."),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import numbers
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,11 @@ from kerasmp.backend.keras_private import enclosing_callback_list, float16_layer
 from kerasmp.callbacks.readings import Reading, source_of
 from kerasmp.diagnosis.lint import cheap_findings
 from kerasmp.errors import (
-    ArgumentTypeError,
     LossScaleError,
     LossScaleWarning,
     NotCompiledError,
     PolicyWarning,
+    checked_integer,
 )
 
 if TYPE_CHECKING:
@@ -80,9 +79,9 @@ class OverflowMonitor(keras.callbacks.Callback):
 
     def __init__(self, check_every: int = 50, *, streak: int = 10, stalled: int = 50) -> None:
         super().__init__()
-        self.check_every = _at_least_one("check_every", check_every)
-        self.streak = _at_least_one("streak", streak)
-        self.stalled = _at_least_one("stalled", stalled)
+        self.check_every = checked_integer("check_every", check_every, LossScaleError)
+        self.streak = checked_integer("streak", streak, LossScaleError)
+        self.stalled = checked_integer("stalled", stalled, LossScaleError)
         if self.streak > self.stalled:
             raise LossScaleError(
                 "A streak is what comes before a stall, and would never be told.",
@@ -253,21 +252,3 @@ def _sums(now: Reading, by_loss: int) -> str:
 def _few(names: list[str]) -> str:
     shown = ", ".join(names[:3])
     return f"{shown}, ..." if len(names) > len(names[:3]) else shown
-
-
-def _at_least_one(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ArgumentTypeError(
-            f"`{name}` is no integer.",
-            received=f"{value!r} of type {type(value).__name__}",
-            expected="an integer of at least 1",
-            fix="The default is right for most models.",
-        )
-    if value < 1:
-        raise LossScaleError(
-            f"`{name}` is too small.",
-            received=repr(value),
-            expected="an integer of at least 1",
-            fix="The default is right for most models.",
-        )
-    return int(value)

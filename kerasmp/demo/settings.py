@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kerasmp.errors import ArgumentTypeError, KerasMPError, did_you_mean
+from kerasmp.errors import ArgumentTypeError, KerasMPError, checked_integer, did_you_mean
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale
 
 if TYPE_CHECKING:
@@ -159,13 +159,13 @@ class DemoSettings:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least("epochs", self.epochs, 1)
-        _at_least("batch_size", self.batch_size, 1)
-        _at_least("seed", self.seed, 0)
+        for name, least in {"epochs": 1, "batch_size": 1, "seed": 0, "limit": 1}.items():
+            value = getattr(self, name)
+            if name != "limit" or value is not None:
+                value = checked_integer(name, value, DemoError, least)
+            object.__setattr__(self, name, value)
         if self.seed >= 2**32:
             raise DemoError("`seed` is too large.", received=f"{self.seed}", expected="< 2**32")
-        if self.limit is not None:
-            _at_least("limit", self.limit, 1)
         given: Any = self.policies
         if isinstance(given, str) or not all(isinstance(name, str) for name in given):
             raise ArgumentTypeError(
@@ -191,14 +191,3 @@ class DemoSettings:
             return Path(cache).expanduser() / "kerasmp" / "tfds"
         # The same rule as tfds, which reads this variable too.
         return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-
-
-def _at_least(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ArgumentTypeError(
-            f"`{name}` is no integer.", received=repr(value), expected=f"an integer >= {least}"
-        )
-    if value < least:
-        raise DemoError(
-            f"`{name}` is too small.", received=repr(value), expected=f"an integer >= {least}"
-        )

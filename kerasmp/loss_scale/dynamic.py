@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import keras
@@ -77,36 +76,7 @@ class DynamicLossScale(LossScale):
     recovery_interval: int | None = QUICK
 
     def __post_init__(self) -> None:
-        checked = {
-            "initial_scale": validation.scale("initial_scale", self.initial_scale),
-            "min_scale": validation.scale("min_scale", self.min_scale),
-            "max_scale": validation.scale("max_scale", self.max_scale),
-            "growth_factor": validation.factor(
-                "growth_factor", self.growth_factor, 1.0, math.inf, "The usual value is 2."
-            ),
-            "backoff_factor": validation.factor(
-                "backoff_factor", self.backoff_factor, 0.0, 1.0, "The usual value is 0.5."
-            ),
-            "growth_interval": validation.count(
-                "growth_interval", self.growth_interval, "The usual value is 2000."
-            ),
-            "hysteresis": validation.count(
-                "hysteresis", self.hysteresis, "1 backs off at the first overflow."
-            ),
-            "tolerance": validation.share(
-                "tolerance", self.tolerance, "0 backs off at every overflow."
-            ),
-            "consecutive_hysteresis": validation.switch(
-                "consecutive_hysteresis", self.consecutive_hysteresis
-            ),
-        }
-        if self.recovery_interval is not None:
-            checked["recovery_interval"] = validation.count(
-                "recovery_interval", self.recovery_interval, "20 is quick; None never hurries."
-            )
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-        validation.enclosed(self)
+        validation.settings(self, DynamicLossScale)
 
     def init(self) -> State:
         """Return the state before the first step; what is not in use has no place in it."""

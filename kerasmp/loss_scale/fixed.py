@@ -49,7 +49,7 @@ class FixedLossScale(LossScale):
     scale: float = 2.0**15
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", validation.scale("scale", self.scale))
+        validation.settings(self, FixedLossScale)
 
     @property
     def initial_scale(self) -> float:  # type: ignore[override]  # not settable: frozen

@@ -63,15 +63,7 @@ class LogMaxLossScale(LossScale):
     max_scale: float = 2.0**24
 
     def __post_init__(self) -> None:
-        for name in ("initial_scale", "min_scale", "max_scale"):
-            object.__setattr__(self, name, validation.scale(name, getattr(self, name)))
-        upper = {"deviations": 100.0, "mean_decay": 1.0, "variance_decay": 1.0}
-        usual = {"deviations": 3.09, "mean_decay": 0.99, "variance_decay": 0.999}
-        for name, high in upper.items():
-            fix = f"The usual value is {usual[name]}."
-            value = validation.factor(name, getattr(self, name), 0.0, high, fix)
-            object.__setattr__(self, name, value)
-        validation.enclosed(self)
+        validation.settings(self, LogMaxLossScale)
 
     def init(self) -> State:
         """Return the state before the first step: running moments, and the weight they hold."""

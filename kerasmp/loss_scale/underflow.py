@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 import keras
@@ -78,27 +77,7 @@ class UnderflowLossScale(LossScale):
     max_scale: float = 2.0**24
 
     def __post_init__(self) -> None:
-        checked = {
-            "initial_scale": validation.scale("initial_scale", self.initial_scale),
-            "min_scale": validation.scale("min_scale", self.min_scale),
-            "max_scale": validation.scale("max_scale", self.max_scale),
-            "max_underflow": validation.share(
-                "max_underflow", self.max_underflow, "The usual value is 0.001, one in a thousand."
-            ),
-            "window": validation.count("window", self.window, "The usual value is 100."),
-            "growth_factor": validation.factor(
-                "growth_factor", self.growth_factor, 1.0, math.inf, "The usual value is 2."
-            ),
-            "backoff_factor": validation.factor(
-                "backoff_factor", self.backoff_factor, 0.0, 1.0, "The usual value is 0.5."
-            ),
-            "growth_interval": validation.count(
-                "growth_interval", self.growth_interval, "The usual value is 2000."
-            ),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-        validation.enclosed(self)
+        validation.settings(self, UnderflowLossScale)
 
     def init(self) -> State:
         """Return the state before the first step.

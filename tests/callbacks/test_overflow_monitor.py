@@ -317,7 +317,7 @@ def test_a_model_without_an_optimizer():
     ],
 )
 def test_arguments_that_cannot_work(name, value, error):
-    with pytest.raises(error, match=f"`{name}` is.*Expected: an integer of at least 1") as caught:
+    with pytest.raises(error, match=f"`{name}` has.*Expected: an integer of at least 1") as caught:
         OverflowMonitor(**{name: value})
     assert repr(value) in caught.value.received
 

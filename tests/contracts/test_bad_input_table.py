@@ -60,7 +60,9 @@ NO_LINE = "names no layer and policy"
 NO_ROWS = "Layer policies are made of rows.*Received: "
 NO_LAYERS = "Only the layers of a Keras model have policies.*Received: "
 NO_TENSOR = r"No tensor can be made of this\. Received: "
-SWITCH = "`%s` is a switch.*True or False"
+INVALID = "`%s` has an invalid value"
+NO_STATE_OF = "does not belong to this schedule"
+SWITCH = INVALID + ".*True or False"
 # What needs no framework: of the model `m`, a functional one.
 PURE = {
     # ------------------------------------------------------------------------------- policies
@@ -134,22 +136,26 @@ PURE = {
     "a decay that float32 rounds to 1": (lambda m: LOG_MAX(mean_decay=1 - 1e-12), "`mean_decay`"),
     "a decay below float32": (lambda m: LOG_MAX(variance_decay=1e-50), "`variance_decay`"),
     "deviations below float32": (lambda m: LOG_MAX(deviations=1e-50), "`deviations`"),
-    "a scale below float32": (lambda m: FIXED(1e-50), "outside the range of float32"),
+    "a scale below float32": (lambda m: FIXED(1e-50), "the range of float32"),
     "a floor above the first scale": (lambda m: LOG_MAX(min_scale=2.0**16), "enclose"),
     "a floor of nothing": (lambda m: DYNAMIC(min_scale=0), "`min_scale`.*Received: 0"),
+    "a schedule that switches by a word": (
+        lambda m: DYNAMIC(consecutive_hysteresis="yes"),
+        SWITCH % "consecutive_hysteresis",
+    ),
     "a schedule of other settings": (
         lambda m: DYNAMIC.from_config({"growth_facto": 3}),
         "no such settings.*Received: 'growth_facto'.*Did you mean \"growth_factor\"",
     ),
-    "a schedule of no configuration": (lambda m: LOG_MAX.from_config(None), "is no dict"),
-    "a schedule of a list": (lambda m: UNDERFLOW.from_config([1]), "is no dict"),
+    "a schedule of no configuration": (lambda m: LOG_MAX.from_config(None), "is not a dict"),
+    "a schedule of a list": (lambda m: UNDERFLOW.from_config([1]), "is not a dict"),
     "a fixed schedule of other settings": (lambda m: FIXED.from_config({"a": 1}), "some of scale"),
     "none of settings": (lambda m: NONE.from_config({"scale": 1}), "no such settings"),
-    "an empty state, dynamic": (lambda m: DYNAMIC().update({}, True), "not one of this schedule"),
-    "an empty state, log max": (lambda m: LOG_MAX().update({}, False), "not one of this schedule"),
+    "an empty state, dynamic": (lambda m: DYNAMIC().update({}, True), NO_STATE_OF),
+    "an empty state, log max": (lambda m: LOG_MAX().update({}, False), NO_STATE_OF),
     "an empty state, underflow": (lambda m: UNDERFLOW().update({}, True), "'steps_to_wait'"),
-    "an empty state, fixed": (lambda m: FIXED().update({}, True), "not one of this schedule"),
-    "no state": (lambda m: DYNAMIC().update(None, True), "The state is no dict"),
+    "an empty state, fixed": (lambda m: FIXED().update({}, True), NO_STATE_OF),
+    "no state": (lambda m: DYNAMIC().update(None, True), "The state is not a dict"),
     "the state of another schedule": (
         lambda m: DYNAMIC().update(FIXED().init(), True),
         r"without \['recover_to'\].*init",
@@ -160,9 +166,9 @@ PURE = {
         "streak=60, stalled=50.*streak <= stalled",
     ),
     "a monitor of no model": (lambda m: mp.OverflowMonitor().on_train_begin(), "no model"),
-    "checks of text": (lambda m: mp.OverflowMonitor("often"), "`check_every` is no integer"),
-    "checks of NaN": (lambda m: mp.OverflowMonitor(NAN), "`check_every` is no integer"),
-    "a streak of True": (lambda m: mp.OverflowMonitor(streak=True), "`streak` is no integer"),
+    "checks of text": (lambda m: mp.OverflowMonitor("often"), INVALID % "check_every"),
+    "checks of NaN": (lambda m: mp.OverflowMonitor(NAN), INVALID % "check_every"),
+    "a streak of True": (lambda m: mp.OverflowMonitor(streak=True), INVALID % "streak"),
     # ------------------------------------------------------------------------------------- ops
     "in_float32 of a number": (lambda m: mp.ops.in_float32(3), "Only a function.*Received: 3"),
     "in_float32 of None": (lambda m: mp.ops.in_float32(None), "Only a function"),
@@ -297,6 +303,14 @@ def test_bad_input_is_told(call, told, model, tmp_path, monkeypatch):
     assert all(map(np.array_equal, same, weights))
     assert keras.config.dtype_policy() is policy
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("name", ["a dry run by a word", "a schedule that switches by a word"])
+def test_a_switch_that_is_no_bool_is_one_error_wherever_it_is(name, model):
+    call, told = PURE[name]
+    with pytest.raises(ArgumentTypeError, match=told):
+        call(model)
 
 
 @pytest.mark.unit
@@ -506,17 +520,17 @@ STEPS = {
         lambda o, v: mp.LossScaleOptimizer(keras.optimizers.SGD(INF)),
         NO_RATE + "inf",
     ),
-    "a scale of text": (setting("loss_scale", "8"), "`loss_scale` cannot be used"),
-    "a scale of NaN": (setting("loss_scale", NAN), "outside the range of float32"),
-    "a scale of a list": (setting("loss_scale", [8.0]), "`loss_scale` cannot be used"),
+    "a scale of text": (setting("loss_scale", "8"), INVALID % "loss_scale"),
+    "a scale of NaN": (setting("loss_scale", NAN), "the range of float32"),
+    "a scale of a list": (setting("loss_scale", [8.0]), INVALID % "loss_scale"),
     "a schedule after build": (setting("schedule", FIXED(2)), "belong to the schedule"),
     "another optimizer inside": (setting("inner_optimizer", "sgd"), "belong to the inner"),
-    "fused by a word": (setting("fused", "no"), "`fused` cannot be used"),
+    "fused by a word": (setting("fused", "no"), SWITCH % "fused"),
     "skips that advance by a word": (
         setting("skips_advance_schedules", "yes"),
-        "`skips_advance_schedules` cannot be used",
+        SWITCH % "skips_advance_schedules",
     ),
-    "made fused by a word": (wrapping(fused="no"), "`fused` cannot be used"),
+    "made fused by a word": (wrapping(fused="no"), SWITCH % "fused"),
     "made of another scale": (wrapping(loss_scale="half"), "No loss-scale schedule"),
     "weights of a number": (lambda o, v: o.set_weights(3), NO_LIST % "weights"),
     "no weights": (lambda o, v: o.set_weights(None), NO_LIST % "weights"),
@@ -529,7 +543,7 @@ STEPS = {
     "a store of nothing": (lambda o, v: o.load_own_variables(None), "`store` holds no values"),
     "an optimizer of no configuration": (
         lambda o, v: mp.LossScaleOptimizer.from_config(None),
-        "The configuration is no dict",
+        "The configuration is not a dict",
     ),
     "an optimizer of an empty one": (
         lambda o, v: mp.LossScaleOptimizer.from_config({}),
@@ -548,7 +562,7 @@ STEPS = {
         NO_STATE + ".*no attribute `initial_scale`", initial_scale=None
     ),
     "a schedule without a floor": own(NO_STATE + ".*no attribute `min_scale`", min_scale=None),
-    "a schedule with a floor of text": own("`min_scale` cannot be used", min_scale="1"),
+    "a schedule with a floor of text": own(INVALID % "min_scale", min_scale="1"),
     "a schedule above its ceiling": own("do not enclose", initial_scale=32.0),
     "a schedule that measures what nobody knows": own(
         r"measures = \('noise',\)", measures=("noise",)

@@ -68,7 +68,7 @@ def test_numbers_out_of_range(name, value):
 
 @pytest.mark.parametrize("value", [1.5, "3", True])
 def test_numbers_of_the_wrong_type(value):
-    with pytest.raises(ArgumentTypeError, match="`epochs` is no integer"):
+    with pytest.raises(ArgumentTypeError, match="`epochs` has an invalid value"):
         DemoSettings(epochs=value)
 
 

@@ -268,7 +268,7 @@ def test_refuses_the_value_and_says_received_expected_and_fix(name, value):
     error = caught.value
     assert f"`{name}`" in str(error)
     assert error.received == repr(value)
-    assert f"Received: {value!r}. Expected: a" in str(error)
+    assert f"Received: {value!r}. Expected: {error.expected}." in str(error)
     assert error.expected
     assert error.fix
     assert str(error).endswith(error.fix)

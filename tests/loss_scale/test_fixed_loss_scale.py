@@ -33,7 +33,7 @@ def test_fixed_refuses_the_value_and_says_received_expected_and_fix(value):
     with pytest.raises(LossScaleError) as caught:
         FixedLossScale(value)
     assert f"Received: {value!r}. Expected: a number from" in str(caught.value)
-    assert str(caught.value).endswith("Powers of two such as 2.0**15 scale without rounding.")
+    assert str(caught.value).endswith("The default is 32768.0.")
 
 
 @pytest.mark.parametrize(("scale", "floor"), [(1024.0, 1.0), (1.0, 1.0), (0.25, 0.25)])
