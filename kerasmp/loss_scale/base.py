@@ -1,31 +1,32 @@
-"""What every loss-scale schedule is: a frozen value with a pure `init` and `update`."""
+"""The base class of all loss-scale schedules."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-import numbers
 from typing import Any, ClassVar, Self
 
 from keras import ops
 
-from kerasmp.errors import ArgumentTypeError, LossScaleError, did_you_mean
+from kerasmp.errors import LossScaleError, did_you_mean
 from kerasmp.loss_scale import validation
 
 State = dict[str, Any]
 
 
 class LossScale(abc.ABC):
-    """A schedule of the factor by which the loss is multiplied before the backward pass.
+    """Base class of the schedules, which choose the factor that multiplies the loss at each step.
 
-    A schedule holds settings only. Its state is a flat dict of scalars that the caller owns:
-    `"scale"` (float32), `"step_counter"` (int, applied steps since the scale last moved or a
-    step was skipped) and whatever a subclass adds. Subclasses are frozen dataclasses.
+    A schedule is a frozen dataclass that holds settings only. Its state is a flat dict of scalars
+    that the caller owns: `"scale"` (float32), `"step_counter"` (int, applied steps since the scale
+    last moved or a step was skipped), and what a subclass adds.
 
     Attributes:
         initial_scale: The scale of the first step.
-        min_scale: No state holds a smaller scale.
-        max_scale: No state holds a larger scale.
+        min_scale: The smallest scale that a state may hold.
+        max_scale: The largest scale that a state may hold.
+        measures: What `update` needs to know about the gradients, as names of its arguments:
+            "gradient_max" or "underflow". Empty by default.
 
     Example:
 
@@ -51,13 +52,13 @@ class LossScale(abc.ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "update" in vars(cls) and "only_counts" not in vars(cls):
-            # What an inherited one says was true of the inherited rule.
-            cls.only_counts = LossScale.only_counts  # type: ignore[method-assign]  # of one class
+            # An inherited `only_counts` is about the inherited rule.
+            cls.only_counts = LossScale.only_counts  # type: ignore[method-assign]  # of this class only
 
     def init(self) -> State:
         """Return the state before the first step, as Python numbers.
 
-        Floats become float32 variables and ints integer variables.
+        The optimizer keeps a float in a float32 variable, and an int in an integer variable.
 
         Example:
 
@@ -68,38 +69,42 @@ class LossScale(abc.ABC):
 
     @abc.abstractmethod
     def update(self, state: State, finite: Any) -> State:
-        """Return the state after a step. Pure: written in `keras.ops`, the same on all backends.
+        """Return the state after a step.
+
+        This is a pure function, written with `keras.ops` for all backends.
 
         Args:
-            state: The dict of `init`, holding scalar tensors or Python numbers.
-            finite: Scalar bool, tensor or Python value: whether every gradient was finite.
+            state: A dict with the keys of `init` that holds scalar tensors or Python numbers.
+            finite: Whether every gradient was finite, as a scalar tensor or a bool.
 
         Returns:
-            A new dict with the keys of `state`; scalar tensors.
+            A new dict of scalar tensors, with the same keys.
         """
 
     def only_counts(self, state: State) -> Any:  # noqa: ARG002 - for subclasses
-        """Return whether a good step would do nothing but add 1 to `step_counter`.
+        """Return whether a good step would only add 1 to `step_counter`.
 
-        Nearly every step is such a one. Where branches are cheap the optimizer then leaves `update`
-        out, whose many small sums take longer than they look. A subclass with its own `update`
-        inherits no answer but the default.
+        Nearly every step does. Where branches are cheap, the optimizer then does not call `update`,
+        whose many small kernels take time. A subclass with its own `update` always starts with this
+        default, even if its parent has another answer.
 
         Args:
-            state: The dict of `init`, holding scalar tensors or Python numbers.
+            state: A dict with the keys of `init` that holds scalar tensors or Python numbers.
 
         Returns:
-            Scalar bool, never true where `update` would do more; or None, the default, where
-            telling costs no less than `update`.
+            A scalar bool that is never true if `update` would do more. The default is None: the
+            answer would cost as much as `update`.
         """
         return None
 
     def read(self, state: State) -> tuple[Any, State]:
-        """Return the scale of a state within the bounds, and all of it as tensors; for `update`.
+        """Return the scale of a state, brought within the bounds, and the state as tensors.
+
+        The `update` of a subclass can start with it.
 
         Raises:
             LossScaleError: If the state lacks a key of `init`.
-            ArgumentTypeError: If it is no dict.
+            ArgumentTypeError: If the state is not a dict.
         """
         validation.complete(self, state)
         tensors = {key: ops.convert_to_tensor(value) for key, value in state.items()}
@@ -108,28 +113,28 @@ class LossScale(abc.ABC):
     def bounded(self, scale: Any) -> Any:
         """Return `scale` as a float32 scalar from `min_scale` to `max_scale`.
 
-        For `update`: whatever was loaded or assigned from outside, NaN too, ends inside.
+        A scale that was loaded or assigned may lie outside, or be NaN.
         """
         scale = ops.convert_to_tensor(scale, dtype="float32")
-        # The comparison is false for NaN, which becomes the smallest scale.
+        # The comparison is False for NaN, which becomes the smallest scale.
         return ops.where(
             scale >= self.min_scale, ops.minimum(scale, self.max_scale), self.min_scale
         )
 
     def get_config(self) -> dict[str, Any]:
-        """Return the constructor's arguments; `from_config` is the inverse.
+        """Return the arguments of the constructor. `from_config` is the inverse.
 
         Raises:
-            LossScaleError: If the subclass is no dataclass and has no `get_config` of its own.
+            LossScaleError: If the subclass is not a dataclass and has no `get_config` of its own.
         """
         try:
             fields = dataclasses.fields(self)  # type: ignore[arg-type]  # every subclass is one
         except TypeError as error:
             raise LossScaleError(
-                "The schedule cannot tell its settings, and so cannot be saved.",
-                received=f"{type(self).__name__}, which is no dataclass",
+                "The settings of the schedule are not known, so it cannot be saved.",
+                received=f"{type(self).__name__}, which is not a dataclass",
                 expected="a frozen dataclass",
-                fix="Put @dataclasses.dataclass(frozen=True) above it, or give it a get_config.",
+                fix="Decorate it with @dataclasses.dataclass(frozen=True), or define get_config.",
             ) from error
         return {field.name: getattr(self, field.name) for field in fields}
 
@@ -138,12 +143,13 @@ class LossScale(abc.ABC):
         """Return the schedule that `get_config` described.
 
         Raises:
-            LossScaleError: If it holds what is no setting of the schedule.
-            ArgumentTypeError: If it is no dict.
+            LossScaleError: If `config` has keys that are not settings of the schedule.
+            ArgumentTypeError: If `config` is not a dict.
         """
         config = validation.mapping("The configuration", config)
-        data: Any = cls
-        known = [f.name for f in dataclasses.fields(data)] if _is_data(cls) else [*config]
+        # Only a class that is itself a dataclass has a constructor that takes its fields.
+        own_fields = "__dataclass_fields__" in vars(cls)
+        known = [f.name for f in dataclasses.fields(cls)] if own_fields else [*config]  # type: ignore[arg-type]  # it has fields
         unknown = [name for name in config if name not in known]
         if unknown:
             raise LossScaleError(
@@ -158,7 +164,7 @@ class LossScale(abc.ABC):
         """Return `value` as a float if a state may hold it as its scale.
 
         Raises:
-            LossScaleError: If it is no number, or outside `min_scale` to `max_scale`.
+            LossScaleError: If `value` is not a number from `min_scale` to `max_scale`.
         """
         number = validation.scale("loss_scale", value)
         if not self.min_scale <= number <= self.max_scale:
@@ -166,61 +172,13 @@ class LossScale(abc.ABC):
                 f"The scale is outside the bounds of {self!r}.",
                 received=repr(value),
                 expected=f"a number from {self.min_scale:g} to {self.max_scale:g}",
-                fix="Choose a value inside, or a schedule with other bounds.",
+                fix="Choose a value inside the bounds, or a schedule with other bounds.",
             )
         return number
 
 
-def _is_data(cls: type) -> bool:
-    """Return whether a class itself is a dataclass, and takes its fields."""
-    return "__dataclass_fields__" in vars(cls)
-
-
 def either(condition: Any, yes: Any, no: Any) -> Any:
-    """Return `yes` where the condition holds, else `no`; a Python bool chooses without a kernel."""
+    """Return `ops.where(condition, yes, no)`; no kernel runs if the condition is a Python bool."""
     if isinstance(condition, bool):
         return yes if condition else no
     return ops.where(condition, yes, no)
-
-
-def resolve(spec: Any) -> LossScale:
-    """Return the schedule that `spec` stands for.
-
-    Args:
-        spec: A `LossScale` (returned as it is), "dynamic", "fixed", a positive number (a fixed
-            scale) or None (`NoLossScale()`).
-
-    Raises:
-        LossScaleError: For a string that names no schedule, or a number that is no scale.
-        ArgumentTypeError: For any other type.
-
-    Example:
-
-    >>> resolve(1024)
-    FixedLossScale(scale=1024.0)
-    """
-    from kerasmp.loss_scale.dynamic import DynamicLossScale
-    from kerasmp.loss_scale.fixed import FixedLossScale, NoLossScale
-
-    by_name: dict[str, type[LossScale]] = {"dynamic": DynamicLossScale, "fixed": FixedLossScale}
-    if isinstance(spec, LossScale):
-        return spec
-    if spec is None:
-        return NoLossScale()
-    if isinstance(spec, str):
-        if spec in by_name:
-            return by_name[spec]()
-        raise LossScaleError(
-            "No loss-scale schedule has this name.",
-            received=repr(spec),
-            expected='"dynamic", "fixed", a positive number, a LossScale or None',
-            fix=did_you_mean(spec, by_name) or 'The usual choice is "dynamic".',
-        )
-    if isinstance(spec, numbers.Real):
-        return FixedLossScale(validation.scale("loss_scale", spec))
-    raise ArgumentTypeError(
-        "`loss_scale` has the wrong type.",
-        received=f"{spec!r} of type {type(spec).__name__}",
-        expected='"dynamic", "fixed", a positive number, a LossScale or None',
-        fix="For own settings pass kerasmp.DynamicLossScale(...).",
-    )

@@ -1,4 +1,4 @@
-"""The scale that follows the gradients: up after a quiet interval, down on overflow."""
+"""The schedule that raises the scale after many good steps and lowers it at overflows."""
 
 from __future__ import annotations
 
@@ -10,45 +10,52 @@ from keras import ops
 
 from kerasmp.loss_scale import validation
 from kerasmp.loss_scale.base import LossScale, State, either
-from kerasmp.loss_scale.slump import FLOOR, ONE, QUICK, is_slump, level_before
+from kerasmp.loss_scale.slump import (
+    DEFAULT_MIN_SCALE,
+    SHORT_INTERVAL,
+    is_slump,
+    level_before,
+)
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
 @dataclasses.dataclass(frozen=True)
 class DynamicLossScale(LossScale):
-    """Up by `growth_factor` after `growth_interval` good steps, down on overflow.
+    """A scale that grows after `growth_interval` good steps in a row, and falls at overflows.
 
-    The scale stays between `min_scale` and `max_scale`, whatever happens and whatever was loaded:
-    it neither sinks to 0 nor climbs to infinity.
+    The scale always stays between `min_scale` and `max_scale`, even if another value was loaded.
+    It neither falls to 0 nor rises to infinity.
 
     Args:
-        initial_scale: The first scale, default 32768. High is safe: it backs off in a few steps.
-        growth_factor: More than 1, default 2.
-        backoff_factor: Between 0 and 1, default 0.5.
+        initial_scale: The first scale, default 32768. A high value is safe: the scale comes down in
+            a few steps.
+        growth_factor: What the scale is multiplied by when it grows. More than 1, default 2.
+        backoff_factor: What the scale is multiplied by at an overflow. Between 0 and 1, default
+            0.5.
         growth_interval: Steps in a row with finite gradients before the scale grows, default 2000.
-        hysteresis: Overflows that are tolerated before the scale backs off, counting the one that
-            makes it back off, default 1 (the first). As in Megatron-LM, the allowance is used up
-            by overflows that need not be consecutive and is refilled only when the scale grows;
-            once it is used up every overflow backs off.
-        consecutive_hysteresis: Refill that allowance at every good step, as apex does, and
-            DeepSpeed with `consecutive_hysteresis`; default False. Without effect if `hysteresis`
-            is 1.
-        tolerance: The share of overflows, from 0 up to but not including 1, that is accepted
-            since the scale last moved: it backs off only once the share reaches this. As in
-            fairseq; default 0, every overflow counts.
-        recovery_interval: After a slump, overflows in a row that took the scale to 1/256 or less,
-            it grows after this many good steps if that is fewer than `growth_interval`, until it
-            is back where it was or the next overflow. Default 20. Below 1 any fall is a slump, and
-            each good step makes up for an overflow; if none had to be made up for, as at the
-            floor or where it was tolerated, the scale grows after this many, until a growth
-            overflows. None climbs as slowly as ever, as
-            Keras, PyTorch and apex do.
-        min_scale: The floor, default 2**-14. Sums over a batch, or large sample weights, may need
-            a scale far below 1.
-        max_scale: The ceiling, default 2**24.
+        hysteresis: The number of the overflow that lowers the scale, default 1; those before it are
+            tolerated. As in Megatron-LM, overflows count even with good steps between them, the
+            count starts again only when the scale grows, and every overflow after this one lowers
+            the scale.
+        consecutive_hysteresis: Whether every good step starts that count again, as in apex, and in
+            DeepSpeed with `consecutive_hysteresis`; default False. It has no effect if
+            `hysteresis` is 1.
+        tolerance: The share of overflows, among the steps since the scale last moved, at which an
+            overflow lowers the scale. From 0 to 1, 1 excluded. As in fairseq; with 0, the default,
+            every overflow does.
+        recovery_interval: Good steps before the scale grows during a recovery, if this is less than
+            `growth_interval`; default 20. A recovery follows a slump, which is a run of overflows
+            that took the scale to 1/256 or less. It ends when the scale is back where it was, or at
+            the next overflow. Below 1, any fall is a slump, and the scale grows at every good step
+            of the recovery. If it stays below 1 with nothing to recover from (at the floor, or if
+            the overflow was tolerated), it also grows after this many good steps, until a growth
+            overflows. With None there is no recovery, as in Keras, PyTorch and apex.
+        min_scale: The smallest scale, default 2**-14. Sums over a batch, or large sample weights,
+            may need a scale far below 1.
+        max_scale: The largest scale, default 2**24.
 
     Raises:
-        LossScaleError: For any value outside these ranges, or bounds that do not enclose
+        LossScaleError: If a value is outside its range, or the bounds do not enclose
             `initial_scale`.
 
     References:
@@ -69,17 +76,17 @@ class DynamicLossScale(LossScale):
     backoff_factor: float = 0.5
     growth_interval: int = 2000
     hysteresis: int = 1
-    min_scale: float = FLOOR
+    min_scale: float = DEFAULT_MIN_SCALE
     max_scale: float = 2.0**24
     consecutive_hysteresis: bool = False
     tolerance: float = 0.0
-    recovery_interval: int | None = QUICK
+    recovery_interval: int | None = SHORT_INTERVAL
 
     def __post_init__(self) -> None:
         validation.settings(self, DynamicLossScale)
 
     def init(self) -> State:
-        """Return the state before the first step; what is not in use has no place in it."""
+        """Return the state before the first step, with a key for each part of the rule in use."""
         state: State = super().init()
         if self.hysteresis > 1:
             state["hysteresis_left"] = self.hysteresis
@@ -90,21 +97,21 @@ class DynamicLossScale(LossScale):
         return state
 
     def only_counts(self, state: State) -> Any:
-        """Return whether nothing is due: no growth, no recovery, no bound to be kept."""
-        if self.hysteresis > 1 or self.tolerance > 0:  # which count good steps, too
+        """Return whether no growth and no recovery is due, and the scale is inside the bounds."""
+        if self.hysteresis > 1 or self.tolerance > 0:  # their counts change at good steps, too
             return None
         scale = state["scale"]
         inside = (scale >= self.min_scale) & (scale <= self.max_scale)
-        quiet = inside & (state["step_counter"] < self.growth_interval - 1)
+        not_due = inside & (state["step_counter"] < self.growth_interval - 1)
         if self.recovery_interval is None:
-            return quiet
-        return quiet & (scale >= ONE) & (state["recover_to"] == 0.0)
+            return not_due
+        return not_due & (scale >= 1) & (state["recover_to"] == 0.0)
 
     def update(self, state: State, finite: Any) -> State:
-        """Return the state after a step; see the class for the rule."""
+        """Return the state after a step. The class describes the rule."""
         scale, state = self.read(state)
         if self.hysteresis > 1:
-            # What was saved by a schedule with another hysteresis must not be worth more here.
+            # A schedule with another hysteresis may have saved a larger count.
             state["hysteresis_left"] = ops.clip(state["hysteresis_left"], 0, self.hysteresis)
         if isinstance(finite, bool):
             return self._after_good(state, scale) if finite else self._after_bad(state, scale)
@@ -112,29 +119,32 @@ class DynamicLossScale(LossScale):
         return {key: ops.where(finite, good[key], bad[key]) for key in good}
 
     def _after_good(self, state: State, scale: Any) -> State:
-        good_steps = state["step_counter"] + 1
-        none = ops.zeros_like(good_steps)
-        after: State = {}
+        steps = state["step_counter"] + 1
+        zero = ops.zeros_like(steps)
         interval: Any = self.growth_interval
-        if self.recovery_interval is not None:
-            target = self._recovering_to(state, scale)
-            recovering, below = target > scale, scale < ONE
-            # As tensors: two Python numbers would not have the counter's dtype.
-            quick, slow = (
-                ops.full_like(good_steps, n)
-                for n in (min(self.recovery_interval, self.growth_interval), self.growth_interval)
-            )
-            hurried = ops.where(below, none + 1, quick)
-            # Where a growth has just overflowed below 1, the target is the scale itself.
-            patient = ops.where(ops.logical_and(below, target == 0.0), quick, slow)
-            interval = ops.where(recovering, hurried, patient)
-        grow = good_steps >= interval
-        # Growing may overflow float32 at a ceiling near its maximum: the minimum mends that.
+        # Near the largest float32 number the product may be inf. The minimum corrects it.
         higher = ops.minimum(scale * self.growth_factor, self.max_scale)
         if self.recovery_interval is not None:
+            target = self._recovery_target(state, scale)
+            recovering, below_one = target > scale, scale < 1
+            # Tensors, since two Python numbers would not have the dtype of the counter.
+            short, usual = (
+                ops.full_like(steps, n)
+                for n in (min(self.recovery_interval, self.growth_interval), self.growth_interval)
+            )
+            # After a growth below 1 that overflowed, the target is the scale itself.
+            untried = ops.logical_and(below_one, target == 0.0)
+            interval = ops.where(
+                recovering,
+                ops.where(below_one, zero + 1, short),
+                ops.where(untried, short, usual),
+            )
             higher = ops.where(recovering, ops.minimum(higher, target), higher)
-        after["scale"] = ops.where(grow, higher, scale)
-        after["step_counter"] = ops.where(grow, none, good_steps)
+        grow = steps >= interval
+        after: State = {
+            "scale": ops.where(grow, higher, scale),
+            "step_counter": ops.where(grow, zero, steps),
+        }
         if self.hysteresis > 1:
             left = state["hysteresis_left"]
             full = ops.full_like(left, self.hysteresis)
@@ -142,17 +152,17 @@ class DynamicLossScale(LossScale):
                 full if self.consecutive_hysteresis else ops.where(grow, full, left)
             )
         if self.tolerance > 0:
-            after["steps_since_change"] = ops.where(grow, none, state["steps_since_change"] + 1)
-            after["overflows_since_change"] = ops.where(grow, none, state["overflows_since_change"])
+            after["steps_since_change"] = ops.where(grow, zero, state["steps_since_change"] + 1)
+            after["overflows_since_change"] = ops.where(grow, zero, state["overflows_since_change"])
         if self.recovery_interval is not None:
-            holds = ops.logical_and(below, ops.logical_not(grow))
-            kept = ops.logical_or(after["scale"] < target, holds)
-            after["recover_to"] = ops.where(kept, target, 0.0)
+            stays_below = ops.logical_and(below_one, ops.logical_not(grow))
+            unfinished = ops.logical_or(after["scale"] < target, stays_below)
+            after["recover_to"] = ops.where(unfinished, target, 0.0)
         return after
 
     def _after_bad(self, state: State, scale: Any) -> State:
-        none = ops.zeros_like(state["step_counter"])
-        after: State = {"step_counter": none}
+        zero = ops.zeros_like(state["step_counter"])
+        after: State = {"step_counter": zero}
         back_off: Any = True
         if self.hysteresis > 1:
             left = state["hysteresis_left"]
@@ -163,32 +173,43 @@ class DynamicLossScale(LossScale):
             overflows = state["overflows_since_change"] + 1
             share = ops.cast(overflows, "float32") / ops.cast(steps, "float32")
             back_off = ops.logical_and(back_off, share >= self.tolerance)
-            after["steps_since_change"] = ops.where(back_off, none, steps)
-            after["overflows_since_change"] = ops.where(back_off, none, overflows)
+            after["steps_since_change"] = ops.where(back_off, zero, steps)
+            after["overflows_since_change"] = ops.where(back_off, zero, overflows)
         lower = ops.maximum(scale * self.backoff_factor, self.min_scale)
         after["scale"] = either(back_off, lower, scale)
         if self.recovery_interval is not None:
-            before = state["recover_to"]
-            level = level_before(scale, lower, state["step_counter"], before)
-            after["recover_to"] = ops.where(before < 0, before, -level)
+            in_run, stored = _decoded(state)
+            level = level_before(scale, lower, state["step_counter"], stored)
+            after["recover_to"] = -ops.where(in_run, stored, level)  # in a run: see `_decoded`
         return after
 
-    def _recovering_to(self, state: State, scale: Any) -> Any:
-        """Return the scale that a recovery ends at; 0 if there is none.
+    def _recovery_target(self, state: State, scale: Any) -> Any:
+        """Return the scale at which the recovery ends, or 0 if there is none.
 
-        During a run of overflows the scale before it is stored as a negative number: only the good
-        step after it can tell how deep the slump was. One that equals the scale is kept below 1,
-        but not where the overflows were tolerated: then the scale is what it was.
+        Only the first good step after a run of overflows can tell whether it was a slump. Below 1
+        the target is the scale itself if a growth has just overflowed.
         """
-        stored = state["recover_to"]
-        kept = ops.logical_or(
-            is_slump(scale, -stored), ops.logical_and(scale < ONE, scale == -stored)
+        after_run, stored = _decoded(state)
+        recover = ops.logical_or(
+            is_slump(scale, stored), ops.logical_and(scale < 1, scale == stored)
         )
-        # Once one has lowered the scale, so does each that follows in the run.
+        # An overflow that was tolerated did not lower the scale. In a run, once one has lowered it,
+        # so do all that follow.
         if self.hysteresis > 1:
-            kept = ops.logical_and(kept, state["hysteresis_left"] <= 0)
+            recover = ops.logical_and(recover, state["hysteresis_left"] <= 0)
         if self.tolerance > 0:
-            kept = ops.logical_and(kept, state["steps_since_change"] == 0)
-        target = ops.where(stored < 0, ops.where(kept, -stored, 0.0), stored)
-        # A target beyond the ceiling, of a schedule with a higher one, would never be reached.
+            recover = ops.logical_and(recover, state["steps_since_change"] == 0)
+        target = ops.where(ops.logical_and(after_run, ops.logical_not(recover)), 0.0, stored)
+        # A schedule with a larger max_scale may have saved a target that is never reached here.
         return ops.minimum(target, self.max_scale)
+
+
+def _decoded(state: State) -> tuple[Any, Any]:
+    """Return whether the last step overflowed, and the scale that `recover_to` holds.
+
+    That is the scale before the run of overflows, or the target of the recovery after it; 0 if
+    there is neither. The sign of `recover_to` says which: it is negative in a run. A variable of
+    its own would be plainer, but then lists of weights that earlier versions saved would no longer
+    fit, since they have one value for each variable.
+    """
+    return state["recover_to"] < 0, ops.abs(state["recover_to"])

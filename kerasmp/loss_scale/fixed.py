@@ -1,4 +1,4 @@
-"""Scales that do not move: a constant, and none at all."""
+"""Schedules whose scale does not move: a constant scale, and no scaling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kerasmp.loss_scale import validation
 from kerasmp.loss_scale.base import LossScale, State, either
 
 
-def _hold(schedule: LossScale, state: State, finite: Any) -> State:
+def _with_same_scale(schedule: LossScale, state: State, finite: Any) -> State:
     scale, state = schedule.read(state)
     counter = state["step_counter"]
     return {
@@ -26,15 +26,15 @@ def _hold(schedule: LossScale, state: State, finite: Any) -> State:
 class FixedLossScale(LossScale):
     """A scale that never moves by itself.
 
-    Right when the size of a model's gradients is known; steps that overflow are still skipped
-    and counted. The optimizer's `loss_scale` can still be set by hand, to 1 or more (or down to
-    `scale` where that is less than 1).
+    Use it if you know how large the gradients of a model are. Steps that overflow are still skipped
+    and counted. You can still set the `loss_scale` of the optimizer by hand, to 1 or more (or down
+    to `scale`, if that is less than 1).
 
     Args:
-        scale: Positive float32 number, default 32768. Powers of two scale without rounding.
+        scale: A positive float32 number, default 32768. Powers of two scale without rounding.
 
     Raises:
-        LossScaleError: If `scale` is zero, negative, infinite, NaN or no number.
+        LossScaleError: If `scale` is not such a number.
 
     References:
         Micikevicius et al., Mixed Precision Training, 2018, https://arxiv.org/abs/1710.03740,
@@ -58,18 +58,18 @@ class FixedLossScale(LossScale):
 
     @property
     def min_scale(self) -> float:  # type: ignore[override]
-        """1, or `scale` where that is less: what the scale may be set to by hand."""
+        """The smallest scale that can be set by hand: 1, or `scale` if that is less."""
         return min(self.scale, 1.0)
 
     @property
     def max_scale(self) -> float:  # type: ignore[override]
-        """The largest float32."""
+        """The largest float32 number."""
         return validation.LARGEST_SCALE
 
     def bounded(self, scale: Any) -> Any:
-        """Return `scale` within the bounds; where it is infinite, the scale of this schedule.
+        """Return `scale` within the bounds, or the scale of this schedule if it is infinite.
 
-        From the largest float32, at which every gradient overflows, nothing would bring it down.
+        The largest float32 number makes every gradient overflow, and would never come down.
         """
         inside = super().bounded(scale)
         return ops.where(inside < self.max_scale, inside, self.scale)
@@ -80,16 +80,16 @@ class FixedLossScale(LossScale):
         return (scale >= self.min_scale) & (scale < self.max_scale)
 
     def update(self, state: State, finite: Any) -> State:
-        """Return the same scale, brought inside the bounds where it was not."""
-        return _hold(self, state, finite)
+        """Return the state after a step: the same scale, brought within the bounds."""
+        return _with_same_scale(self, state, finite)
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
 @dataclasses.dataclass(frozen=True)
 class NoLossScale(LossScale):
-    """The scale is 1: gradients are checked and bad steps skipped, nothing is scaled.
+    """A scale of 1: nothing is scaled, but gradients are checked and bad steps are skipped.
 
-    Meant for bfloat16 and float32, whose range needs no scaling but whose steps can still go bad.
+    It is for bfloat16 and float32. They need no scaling, but their gradients can become inf or NaN.
 
     Example:
 
@@ -99,7 +99,7 @@ class NoLossScale(LossScale):
 
     @property
     def initial_scale(self) -> float:  # type: ignore[override]
-        """1."""
+        """Always 1."""
         return 1.0
 
     min_scale = initial_scale
@@ -110,5 +110,5 @@ class NoLossScale(LossScale):
         return state["scale"] == 1.0
 
     def update(self, state: State, finite: Any) -> State:
-        """Return `state` with the scale 1."""
-        return _hold(self, state, finite)
+        """Return the state after a step, with the scale 1."""
+        return _with_same_scale(self, state, finite)

@@ -21,7 +21,7 @@ class Bare(LossScale):
 
 def test_one_that_is_no_dataclass_says_so_when_it_is_saved():
     assert Bare().init() == {"scale": 8.0, "step_counter": 0}
-    with pytest.raises(LossScaleError, match=r"Bare, which is no dataclass.*get_config"):
+    with pytest.raises(LossScaleError, match=r"Bare, which is not a dataclass.*get_config"):
         Bare().get_config()
 
 
