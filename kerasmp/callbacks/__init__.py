@@ -1,4 +1,4 @@
-"""Callbacks that watch, log and warn."""
+"""Callbacks that log what mixed precision does, and warn."""
 
 from kerasmp.callbacks.overflow_monitor import OverflowMonitor
 

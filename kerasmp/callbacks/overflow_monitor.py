@@ -1,4 +1,4 @@
-"""The callback that makes loss scaling visible and speaks up when it goes wrong."""
+"""The callback that logs what loss scaling does, and warns when it goes wrong."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class OverflowMonitor(keras.callbacks.Callback):
-    """Writes what loss scaling did to the epoch's logs, and warns when steps are being lost.
+    """Writes what loss scaling did to the logs of each epoch, and warns when steps are lost.
 
-    History, CSVLogger, TensorBoard, EarlyStopping and the progress bar see these entries,
-    wherever the monitor stands in the list of callbacks:
+    History, CSVLogger, TensorBoard, EarlyStopping and the progress bar see these entries, wherever
+    the monitor is in the list of callbacks:
 
     - `loss_scale`: the scale at the end of the epoch (float).
     - `skipped_steps`: steps skipped in this epoch (int).
@@ -36,29 +36,29 @@ class OverflowMonitor(keras.callbacks.Callback):
     - `overflow_rate`: skipped steps over all steps of this epoch (float, 0 to 1).
     - `skips_loss`, `skips_gradients`, `skips_floor`, `skips_unknown`: the skipped steps of this
       epoch by cause (int), see `LossScaleOptimizer.skip_causes`.
-    - `accumulated_steps`: only where gradients are accumulated, the steps that wait at the end of
-      the epoch for the rest of their window (int); each skipped step shifts the windows by one.
+    - `accumulated_steps`: the steps that wait at the end of the epoch for the rest of their window
+      (int), only if gradients are accumulated. Each skipped step shifts the windows by one.
 
-    When training begins, it also warns of the errors and warnings that `kerasmp.lint` finds without
-    data and without tracing the model.
+    When training begins, the monitor also warns of the errors and warnings that `kerasmp.lint`
+    finds without data and without tracing the model.
 
-    The device is read at epoch ends and every `check_every` batches, never each step.
+    It reads the device at the end of each epoch and every `check_every` batches, never each step.
 
     Args:
         check_every: Batches between two readings, default 50.
-        streak: Steps skipped in a row that earn the first warning, default 10. A dynamic scale
-            that starts high may well skip a few steps until it has come down.
-        stalled: Steps skipped in a row after which training counts as stalled, default 50; a
-            scale at its floor with a streak counts too.
+        streak: Steps skipped in a row before the first warning, default 10. A dynamic scale that
+            starts high usually skips a few steps until it has come down.
+        stalled: Steps skipped in a row before training counts as stalled, default 50. With the
+            scale at its floor, `streak` steps are enough.
 
     Raises:
-        LossScaleError: For an argument that is less than 1, or a streak above `stalled`.
-        ArgumentTypeError: For an argument that is no integer.
-        NotCompiledError: When training begins on a model without an optimizer.
+        LossScaleError: If an argument is less than 1, or `streak` is larger than `stalled`.
+        ArgumentTypeError: If an argument is not an integer.
+        NotCompiledError: When training begins, if the model has no optimizer.
 
-    Works with stock Keras's LossScaleOptimizer, with less to tell: skipped steps are inferred from
-    `iterations`, their total counts from the start of this `fit`, and no variable can be named.
-    (Where `steps_per_execution` does not divide a number of batches that Keras does not know, the
+    The monitor also works with stock Keras's LossScaleOptimizer, but knows less: it infers skipped
+    steps from `iterations`, counts their total from the start of this `fit`, and names no variable.
+    (If `steps_per_execution` does not divide a number of batches that Keras does not know, the
     missing batches of the last execution count as skipped.) Without a loss-scale optimizer it
     writes nothing, and warns if a layer computes in float16.
 
@@ -74,7 +74,7 @@ class OverflowMonitor(keras.callbacks.Callback):
     ([1024.0], [0])
     """
 
-    # Keras: its end-of-batch hook may run in a thread of its own, as the progress bar's does.
+    # It tells Keras that `on_train_batch_end` may run in another thread, as in the progress bar.
     async_safe = True
 
     def __init__(self, check_every: int = 50, *, streak: int = 10, stalled: int = 50) -> None:
@@ -84,24 +84,24 @@ class OverflowMonitor(keras.callbacks.Callback):
         self.stalled = checked_integer("stalled", stalled, LossScaleError)
         if self.streak > self.stalled:
             raise LossScaleError(
-                "A streak is what comes before a stall, and would never be told.",
+                "No warning of a streak would come before the one of a stall.",
                 received=f"streak={streak!r}, stalled={stalled!r}",
                 expected="streak <= stalled",
-                fix="Lower streak, or raise stalled.",
+                fix="Lower `streak`, or raise `stalled`.",
             )
         self._source: Any = None
-        self._watched: Any = None
-        self._told: set[Finding] = set()
+        self._model_without_sync: Any = None
+        self._reported: set[Finding] = set()
         self._epoch_first_step, self._next_check = 0, self.check_every
-        # The last batches that ended, in any order: Keras may have a few dozen threads tell us.
+        # The last batches that ended. Keras calls from a few dozen threads, so in any order.
         self._ends: collections.deque[int] = collections.deque(maxlen=256)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002 - Keras's
-        """Find the optimizer to watch, and come first among the callbacks."""
+        """Find the optimizer, and move this callback to the front of the list."""
         optimizer = getattr(self.model, "optimizer", None)
         if optimizer is None:
             raise NotCompiledError(
-                "OverflowMonitor has nothing to watch.",
+                "OverflowMonitor needs a model with an optimizer.",
                 received="no model"
                 if self.model is None
                 else f'model "{self.model.name}" without an optimizer',
@@ -109,8 +109,8 @@ class OverflowMonitor(keras.callbacks.Callback):
                 fix="Call model.compile(optimizer=kerasmp.LossScaleOptimizer(...), ...) first.",
             )
         self._source = source_of(optimizer)
-        # Keras's property makes all variables current on JAX each time it is asked for the model.
-        self._watched = self.model
+        # On JAX, Keras's property `model` writes the present state to all variables at each use.
+        self._model_without_sync = self.model
         self._warned: set[str] = set()
         self._steps = 0
         callbacks = enclosing_callback_list()
@@ -120,7 +120,7 @@ class OverflowMonitor(keras.callbacks.Callback):
             self._warn_if_unscaled()
         else:
             self._epoch_start = self._source.read(0)
-        self._tell_findings()
+        self._warn_of_findings()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
         """Start counting this epoch's steps."""
@@ -129,22 +129,22 @@ class OverflowMonitor(keras.callbacks.Callback):
         self._next_check = self.check_every
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
-        """Look at the device every `check_every` batches.
+        """Read the device every `check_every` batches.
 
-        At the begin of a batch and not at its end, which may come later, in another thread.
+        The end of a batch would be too late: Keras may report it later, from another thread.
         """
         self._steps = self._epoch_first_step + batch
         if self._source is not None and batch >= self._next_check:
             self._next_check = batch + self.check_every
-            with backend.current().reading(self._watched):
+            with backend.current().reading(self._model_without_sync):
                 self._warn_if_losing_steps(self._source.read(self._steps))
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
-        """Remember that the batch came; where data ends unannounced, one begins that never does."""
+        """Remember the batch. If data of unknown length has ended, Keras begins one batch more."""
         self._ends.append(batch)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
-        """Write the entries into `logs`, and look once more."""
+        """Write the entries into `logs`, and warn if steps are lost."""
         if self._source is None:
             return
         self._steps = self._steps_at_epoch_end()
@@ -165,38 +165,38 @@ class OverflowMonitor(keras.callbacks.Callback):
 
     def _steps_at_epoch_end(self) -> int:
         ended = max(self._ends, default=-1) + 1
-        # The last execution of several steps may have been cut short by the data's end.
+        # The data may have ended within the last execution of several steps.
         known = (self.params or {}).get("steps")
         return self._epoch_first_step + (ended if known is None else min(ended, known))
 
     def _warn_if_losing_steps(self, now: Reading) -> None:
+        if now.in_a_row < self.streak:
+            return
+        kind = "stalled" if now.in_a_row >= self.stalled or now.at_floor else "streak"
         by_loss = now.causes.get("loss", 0) - self._epoch_start.causes.get("loss", 0)
-        if now.in_a_row >= self.stalled or (now.in_a_row >= self.streak and now.at_floor):
-            self._warn_once("stalled", _stalled_message(now, self._source.culprits(), by_loss))
-        elif now.in_a_row >= self.streak:
-            self._warn_once("streak", _streak_message(now, self._source.culprits(), by_loss))
+        self._warn_once(kind, _skips_message(kind, now, self._source.worst_variables(), by_loss))
 
     def _warn_if_unscaled(self) -> None:
         float16 = [layer.name for layer in float16_layers(self.model)]
         if float16:
             self._warn_once(
                 "unscaled",
-                f"{len(float16)} layers compute in float16 ({_few(float16)}) and nothing scales "
-                "the loss: gradients below 6e-8 become 0, and an overflow destroys the weights. "
+                f"Layers compute in float16 ({_few(float16)}) and nothing scales the loss: "
+                "gradients below 6e-8 become 0, and an overflow destroys the weights. "
                 "Compile with kerasmp.LossScaleOptimizer(optimizer), or build a kerasmp.Model.",
             )
 
-    def _tell_findings(self) -> None:
-        """Warn of what `kerasmp.lint` finds without data; of each finding once, in any `fit`."""
+    def _warn_of_findings(self) -> None:
+        """Warn of what `kerasmp.lint` finds without data. Each finding is reported only once."""
         if not float16_layers(self.model):
             return
         found = [each for each in cheap_findings(self.model) if each.severity != "hint"]
-        new = [each for each in dict.fromkeys(found) if each not in self._told]
-        self._told.update(new)
+        new = [each for each in dict.fromkeys(found) if each not in self._reported]
+        self._reported.update(new)
         if new:
             lines = "\n".join(map(str, new))
             warnings.warn(
-                f"Before the first step (kerasmp.lint tells more):\n{lines}",
+                f"Before the first step (for more, call kerasmp.lint):\n{lines}",
                 PolicyWarning,
                 stacklevel=2,
             )
@@ -207,48 +207,40 @@ class OverflowMonitor(keras.callbacks.Callback):
             warnings.warn(message, LossScaleWarning, stacklevel=2)
 
 
-def _streak_message(now: Reading, culprits: list[str], by_loss: int) -> str:
-    return (
-        f"The last {now.in_a_row} training steps were skipped, since gradients were inf or NaN; "
-        f"the loss scale is now {now.loss_scale:g}.{_through(culprits)}"
-        f"{_by_loss(by_loss)} A dynamic scale that starts too high comes down in a few steps: if "
-        "so, lower its initial_scale. A fixed scale must be lowered by hand. Otherwise look for "
-        f"inf or NaN in this data.{_sums(now, by_loss)}"
-    )
-
-
-def _stalled_message(now: Reading, culprits: list[str], by_loss: int) -> str:
-    where = ", and its schedule lets it sink no further" if now.at_floor else ""
-    return (
+def _skips_message(kind: str, now: Reading, variables: list[str], by_loss: int) -> str:
+    at_floor = ", and its schedule does not let it fall further" if now.at_floor else ""
+    stalled = kind == "stalled"
+    parts = [
         f"Training has stalled: the last {now.in_a_row} steps were skipped and no weight has "
-        f"changed; the loss scale is {now.loss_scale:g}{where}.{_through(culprits)}"
-        f"{_by_loss(by_loss)}{_sums(now, by_loss)} Check the inputs and labels for "
-        "inf and NaN, lower the learning rate, and run the layers that overflow in float32, with "
-        'dtype="float32" or kerasmp.layers.WithDtype.'
+        f"changed; the loss scale is {now.loss_scale:g}{at_floor}."
+        if stalled
+        else f"The last {now.in_a_row} training steps were skipped, since gradients were inf or "
+        f"NaN; the loss scale is now {now.loss_scale:g}."
+    ]
+    if variables:
+        parts.append(f"The gradients of {_few(variables)} were inf or NaN most often.")
+    if by_loss:
+        parts.append(
+            f"In {by_loss} of this epoch's steps the loss itself was inf or NaN: no scale helps."
+        )
+    # Gradients were beyond float16 at a scale that does not make them larger.
+    if by_loss < now.in_a_row and (now.at_floor or now.loss_scale <= 1):
+        parts.append(
+            "If the loss is a sum over the batch, or sample weights are large, gradients are too: "
+            "take means."
+        )
+        if now.at_floor:
+            parts.append("Or give the schedule a lower min_scale.")
+    parts.append(
+        "Check the inputs and labels for inf and NaN, lower the learning rate, and run the layers "
+        'that overflow in float32, with dtype="float32" or kerasmp.layers.WithDtype.'
+        if stalled
+        else "A dynamic scale that starts too high comes down in a few steps: if so, lower its "
+        "initial_scale. A fixed scale must be lowered by hand. Otherwise look for inf or NaN in "
+        "this data."
     )
-
-
-def _through(culprits: list[str]) -> str:
-    return f" Most often not finite: the gradients of {_few(culprits)}." if culprits else ""
-
-
-def _by_loss(count: int) -> str:
-    if not count:
-        return ""
-    return f" In {count} of this epoch's steps the loss itself was inf or NaN: no scale helps."
-
-
-def _sums(now: Reading, by_loss: int) -> str:
-    """Return what helps where gradients are beyond float16 at a scale that makes nothing larger."""
-    if by_loss >= now.in_a_row or not (now.at_floor or now.loss_scale <= 1):
-        return ""
-    lower = " Or give the schedule a lower min_scale." if now.at_floor else ""
-    return (
-        " If the loss is a sum over the batch, or sample weights are large, gradients are too: "
-        f"take means.{lower}"
-    )
+    return " ".join(parts)
 
 
 def _few(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return f"{shown}, ..." if len(names) > len(names[:3]) else shown
+    return ", ".join([*names[:3], "..."] if names[3:] else names)

@@ -1,4 +1,4 @@
-"""What can be read from the optimizers that scale a loss: ours, stock Keras's, or none."""
+"""Reads the counters of optimizers that scale the loss: ours and stock Keras's."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Reading:
         applied: Steps applied so far.
         skipped: Steps skipped so far.
         in_a_row: Steps skipped in a row up to now.
-        at_floor: Whether the scale can sink no further.
+        at_floor: Whether the schedule does not let the scale fall further.
         causes: Steps skipped so far for each cause, see `LossScaleOptimizer.skip_causes`; empty
-            where nobody classifies them.
+            if the optimizer does not know them.
         accumulated: Steps that wait for the rest of their window; None without accumulation, or
-            where nobody tells.
+            if the optimizer does not know.
     """
 
     loss_scale: float
@@ -37,7 +37,7 @@ class Reading:
 
 
 class Source:
-    """Reads our LossScaleOptimizer, which counts for itself.
+    """Reads our LossScaleOptimizer, which has all the counters.
 
     Args:
         optimizer: The optimizer.
@@ -46,7 +46,7 @@ class Source:
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
 
-    def read(self, steps: int) -> Reading:  # noqa: ARG002 - the stock source needs it
+    def read(self, steps: int) -> Reading:  # noqa: ARG002 - StockSource needs it
         """Return the counters, after `steps` steps of this fit."""
         optimizer = self.optimizer
         scale = optimizer.loss_scale
@@ -60,7 +60,7 @@ class Source:
             accumulated=optimizer.accumulated_steps,
         )
 
-    def culprits(self) -> list[str]:
+    def worst_variables(self) -> list[str]:
         """Return the paths of the variables whose gradients were most often not finite."""
         counts = self.optimizer.nonfinite_counts
         worst = sorted(range(len(counts)), key=lambda i: -counts[i])[:3]
@@ -71,8 +71,8 @@ class Source:
 class StockSource(Source):
     """Infers from stock Keras's LossScaleOptimizer what it does not count.
 
-    `iterations` advances in applied steps only, so what is missing was skipped. Which steps those
-    were, and through which variable, cannot be known. Counting starts with each fit.
+    Only applied steps advance `iterations`, so the others were skipped. Which steps these were, and
+    because of which variable, is not known. The counts start with each fit.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -82,7 +82,7 @@ class StockSource(Source):
         self._in_a_row = 0
 
     def _iterations(self) -> int:
-        # Not the property `iterations`: with gradient accumulation it counts updates, not steps.
+        # With gradient accumulation, the property `iterations` counts updates and not steps.
         variables = self.optimizer.inner_optimizer.variables
         iteration = next(variable for variable in variables if variable.name == "iteration")
         return int(ops.convert_to_numpy(iteration))
@@ -97,27 +97,22 @@ class StockSource(Source):
             self._in_a_row += steps - seen_steps
         self._seen = (steps, applied)
         optimizer = self.optimizer
-        built = optimizer.built
-        scale = (
-            float(ops.convert_to_numpy(optimizer.dynamic_scale))
-            if built
-            else optimizer.initial_scale
-        )
+        scale = optimizer.dynamic_scale if optimizer.built else optimizer.initial_scale
         return Reading(
-            loss_scale=scale,
+            loss_scale=float(ops.convert_to_numpy(scale)),
             applied=applied,
             skipped=steps - applied,
             in_a_row=self._in_a_row,
-            at_floor=False,  # it has no floor
+            at_floor=False,  # there is no floor
         )
 
-    def culprits(self) -> list[str]:
-        """Return nothing: stock Keras keeps no counts."""
+    def worst_variables(self) -> list[str]:
+        """Return nothing, since stock Keras does not count them."""
         return []
 
 
 def source_of(optimizer: Any) -> Source | None:
-    """Return what reads `optimizer`, or None if it scales no loss."""
+    """Return a reader of `optimizer`, or None if it does not scale the loss."""
     if isinstance(optimizer, LossScaleOptimizer):
         return Source(optimizer)
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):

@@ -290,7 +290,7 @@ def test_a_plain_optimizer_under_float16_earns_a_warning(dtype, told):
     assert not isinstance(model.optimizer, STOCK)
     assert list(fit(model, "gg", [OverflowMonitor(1)], epochs=2)) == ["loss"]
     (message,) = told()
-    assert message.startswith("1 layers compute in float16 (only) and nothing scales the loss")
+    assert message.startswith("Layers compute in float16 (only) and nothing scales the loss")
     assert "kerasmp.LossScaleOptimizer" in message
 
 
