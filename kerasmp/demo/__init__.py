@@ -1,6 +1,6 @@
-"""The demo: one small CNN, trained under each policy on the same images, and what came of it.
+"""The demo: trains one small CNN under each policy on the same images.
 
-Nothing here formats or prints: `run_demo` returns frozen results, `kerasmp.report` shows them.
+Nothing here formats or prints. `run_demo` returns frozen results, and `kerasmp.report` shows them.
 """
 
 from kerasmp.demo.environment import Environment, environment

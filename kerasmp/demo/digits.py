@@ -1,4 +1,4 @@
-"""The demo's own data set, as a tensorflow-datasets builder; import it only where tfds is."""
+"""The digits of the demo, as a builder of tensorflow-datasets (tfds), which this file needs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import tensorflow_datasets as tfds
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_TEST_SHARE = 5  # one image in five is for testing
+_TEST_SHARE = 5  # one image in five is a test image
 
 
 class KerasmpDigits(tfds.core.GeneratorBasedBuilder):
-    """Handwritten digits, 8 x 8 pixels of 0 to 16, that ship inside scikit-learn.
+    """Handwritten digits of 8 x 8 pixels from 0 to 16, which are part of scikit-learn.
 
-    1,797 images by 43 people, a part of "Optical Recognition of Handwritten Digits" (E. Alpaydin
-    and C. Kaynak, UCI Machine Learning Repository, 1998). 1,437 are for training and 360 for
-    testing, with all ten digits in equal shares. The split follows from the order in the file
-    alone, so it is the same everywhere. Nothing is downloaded.
+    The 1,797 images by 43 people are a part of "Optical Recognition of Handwritten Digits"
+    (E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998). 1,437 are for training and
+    360 for testing, with all ten digits in equal shares. The split depends only on the order in the
+    file, so it is the same everywhere. Nothing is downloaded.
     """
 
     name = "kerasmp_digits"
@@ -41,11 +41,11 @@ class KerasmpDigits(tfds.core.GeneratorBasedBuilder):
             homepage="https://archive.ics.uci.edu/dataset/80",
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:  # noqa: ARG002 - nothing to fetch
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:  # noqa: ARG002 - nothing is downloaded
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        # One in five of the images sorted by label: every digit is in both parts in its share.
+        # One in five of the images sorted by label, so the shares of the digits are equal.
         by_label = np.argsort(digits.target, kind="stable")
         test = np.zeros(len(by_label), bool)
         test[by_label[::_TEST_SHARE]] = True
@@ -63,7 +63,7 @@ class KerasmpDigits(tfds.core.GeneratorBasedBuilder):
 
 
 def _png(image: Any) -> io.BytesIO:
-    # Given an array, tfds encodes with TensorFlow, which need not be here.
+    # To encode an array, tfds needs TensorFlow, which may not be installed.
     from PIL import Image
 
     stream = io.BytesIO()

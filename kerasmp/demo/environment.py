@@ -1,4 +1,4 @@
-"""Versions and hardware, as facts."""
+"""Versions and hardware of this process."""
 
 from __future__ import annotations
 
@@ -11,26 +11,20 @@ import keras
 
 from kerasmp.policy import recommend_policy
 
-_BACKEND_PACKAGES = {
-    "tensorflow": ("tensorflow", "tensorflow-cpu"),
-    "jax": ("jax",),
-    "torch": ("torch",),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """Where something ran.
+    """Versions and hardware of a process.
 
     Args:
-        versions: Version by name, in the order to show.
+        versions: Version by name, in the order in which to show them.
         backend: Keras's backend.
-        devices: What Keras can compute on.
-        processor: The device that was looked at for the advice.
-        cores: Cores that this process may use.
+        devices: The devices on which Keras can compute.
+        processor: The device that the recommended policy is for.
+        cores: The number of cores that this process may use.
         system: Operating system.
-        recommended: The policy that is advised here.
-        reason: Why.
+        recommended: The recommended policy.
+        reason: The reason for this recommendation.
     """
 
     versions: dict[str, str]
@@ -58,16 +52,21 @@ def environment() -> Environment:
         "python": platform.python_version(),
         "keras": keras.__version__,
     }
-    for package in (*_BACKEND_PACKAGES.get(backend, (backend,)), "numpy"):
-        found = version(package)
-        if found:
+    for package in (backend, f"{backend}-cpu", "numpy"):  # TensorFlow has a package of either name
+        if found := version(package):
             versions[package] = found
+    try:
+        devices = tuple(keras.distribution.list_devices())
+    except (AttributeError, NotImplementedError):  # on torch Keras cannot list them
+        devices = ()
+    # Not every system has this function. Where it does, a container's limit counts.
+    affinity = getattr(os, "sched_getaffinity", None)
     return Environment(
         versions=versions,
         backend=backend,
-        devices=_devices() or (advice.device,),
+        devices=devices or (advice.device,),
         processor=advice.device,
-        cores=_cores(),
+        cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
         system=f"{platform.system()} {platform.machine()}",
         recommended=str(advice.policy),
         reason=advice.reason,
@@ -80,17 +79,3 @@ def version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _devices() -> tuple[str, ...]:
-    try:
-        return tuple(keras.distribution.list_devices())
-    except (AttributeError, NotImplementedError):  # Keras lists none on torch
-        return ()
-
-
-def _cores() -> int:
-    # A container's or a user's limit counts, where the system tells it.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

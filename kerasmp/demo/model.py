@@ -1,8 +1,9 @@
-"""The demo's network: a small CNN for images of any size, in whatever policy is in force."""
+"""The network of the demo: a small CNN for images of any size, under the current policy."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -13,10 +14,10 @@ from kerasmp.model import Model
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_FILTERS = 16  # of the first block; each further one has twice as many
-_SMALLEST = 2  # blocks are added while the map is larger than this
-_MOST_BLOCKS = 5
-# Keras's default of 0.99 would need more steps than the demo has until the statistics are current.
+_FILTERS = 16  # in the first block; each further block has twice as many
+_MAX_BLOCKS = 5
+_SMALLEST_SIDE = 2  # no block follows when the shorter side of the image is this small
+# Keras's default of 0.99 needs more steps than the demo has until the statistics are current.
 _MOMENTUM = 0.9
 
 
@@ -40,19 +41,18 @@ def build_cnn(
     *,
     model_class: Any = Model,
     batch_size: int | None = None,
-    tap: Callable[[str], Any] | None = None,
+    tap: Callable[[], Any] | None = None,
 ) -> Any:
     """Build the network under the current global policy.
 
-    Blocks of convolution, BatchNormalization, ReLU and pooling halve the image until it is tiny,
-    then global pooling and a head that gives float32 logits. Pixels are rescaled in float32.
+    Blocks of convolution, BatchNormalization, ReLU and pooling halve the image until it is tiny.
+    Global pooling and a head with float32 logits follow. Pixels are rescaled in float32.
 
     Args:
-        spec: What the images are like.
+        spec: The shape, classes and brightness of the images.
         model_class: The class of the model.
-        batch_size: Images a batch, if it is to be fixed.
-        tap: Given the name of a block, returns a layer to put behind its convolution, for a look
-            at the gradients there.
+        batch_size: The number of images in a batch, if it is fixed.
+        tap: Returns a layer to put behind a convolution, to look at the gradients there.
 
     Returns:
         The model, not compiled: float32 `(batch, *spec.shape)` to float32 `(batch, classes)`.
@@ -64,57 +64,46 @@ def build_cnn(
     """
     inputs = keras.Input(spec.shape, batch_size=batch_size)
     x = keras.layers.Rescaling(1.0 / spec.brightest, dtype="float32", name="rescale")(inputs)
-    for block in range(_blocks(spec.shape)):
+    side = min(spec.shape[:2])
+    for block in range(_MAX_BLOCKS):
         name = f"block{block + 1}"
         x = keras.layers.Conv2D(
             _FILTERS * 2**block, 3, padding="same", use_bias=False, name=f"{name}_conv"
         )(x)
         if tap is not None:
-            x = tap(name)(x)
+            x = tap()(x)
         x = BatchNormalization(momentum=_MOMENTUM, name=f"{name}_norm")(x)
         x = keras.layers.Activation("relu", name=f"{name}_relu")(x)
         x = keras.layers.MaxPooling2D(2, padding="same", name=f"{name}_pool")(x)
+        side = math.ceil(side / 2)
+        if side <= _SMALLEST_SIDE:
+            break
     x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
     outputs = DenseHead(spec.classes, name="logits")(x)
     return model_class(inputs, outputs, name="demo_cnn")
 
 
-def _blocks(shape: tuple[int, int, int]) -> int:
-    side, blocks = min(shape[:2]), 1
-    while blocks < _MOST_BLOCKS and side > _SMALLEST * 2:
-        side = -(-side // 2)
-        blocks += 1
-    return blocks
-
-
 def activation_bytes(model: Any, batch_size: int) -> int:
-    """Return what the outputs of all layers take for one batch, in the dtypes they have.
+    """Return the size of the outputs of all layers for one batch.
 
-    This is computed from shapes and dtypes, not measured: what a framework really keeps depends on
-    its own fusion and reuse.
+    It is computed from shapes and dtypes and not measured. What a framework keeps in memory depends
+    on how it fuses and reuses.
 
     Args:
         model: A functional model.
-        batch_size: Images a batch.
+        batch_size: The number of images in a batch.
     """
-    return sum(
-        batch_size * _size(layer.output.shape[1:]) * _itemsize(layer.output.dtype)
+    return batch_size * sum(
+        _bytes(layer.output.shape[1:], layer.output.dtype)
         for layer in model.layers
         if not isinstance(layer, keras.layers.InputLayer)
     )
 
 
 def weight_bytes(model: Any) -> int:
-    """Return what the model's variables take; under the mixed policies all are float32."""
-    return sum(_size(variable.shape) * _itemsize(variable.dtype) for variable in model.variables)
+    """Return the size of the model's variables. Under the mixed policies all are float32."""
+    return sum(_bytes(variable.shape, variable.dtype) for variable in model.variables)
 
 
-def _size(shape: Any) -> int:
-    size = 1
-    for side in shape:
-        size *= int(side)
-    return size
-
-
-def _itemsize(dtype: str) -> int:
-    return {"float16": 2, "bfloat16": 2, "float64": 8}.get(str(dtype), 4)
+def _bytes(shape: Any, dtype: str) -> int:
+    return int(math.prod(shape)) * (2 if dtype in {"float16", "bfloat16"} else 4)

@@ -1,4 +1,4 @@
-"""What a demo found out: plain frozen values, no formatting."""
+"""The results of a demo, as plain frozen values."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from kerasmp.demo.environment import Environment
     from kerasmp.demo.settings import DemoSettings, Recipe
 
-# float16: the smallest subnormal is 2**-24 (half of it and less rounds to 0), the smallest normal
-# 2**-14, and numbers from 65520, which is just below 2**16, round to infinity.
+# Exponents of float16. The smallest subnormal number is 2**-24, and half of it rounds to 0. The
+# smallest normal number is 2**-14. Numbers from 65520, just below 2**16, round to infinity.
 FLOAT16_SMALLEST = -24
 FLOAT16_NORMAL = -14
 FLOAT16_OVERFLOW = 16
@@ -34,23 +36,24 @@ class ScaleReading:
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What training under one recipe gave.
+    """The result of training under one recipe.
 
     Args:
-        recipe: What was trained.
+        recipe: The recipe.
         loss: Training loss of each epoch.
         test_loss: Loss on the test images after each epoch.
         test_accuracy: Accuracy on the test images after each epoch.
-        steps: Steps in all.
-        seconds_per_step: Wall time of one step, without the first, which compiles; the median over
-            the epochs, without the first epoch if there are more. NaN if each epoch is one step.
+        steps: All steps.
+        seconds_per_step: Wall time of one step: the median over the epochs, without the first epoch
+            if there are more. The first step of an epoch is left out, since the very first one
+            compiles. NaN if an epoch is a single step.
         seconds: Wall time of the whole run.
-        skipped_steps: Steps skipped in all; None if nothing watched.
+        skipped_steps: Number of skipped steps; None if the loss is not scaled.
         final_scale: The scale at the end; None if the loss is not scaled.
         scales: The scale over time; empty if the loss is not scaled.
-        activation_bytes: Layer outputs of one batch, computed from shapes and dtypes.
-        weight_bytes: The model's variables.
-        warnings: What kerasmp warned about while it trained.
+        activation_bytes: Size of the layers' outputs for one batch, from shapes and dtypes.
+        weight_bytes: Size of the model's variables.
+        warnings: The warnings of kerasmp during training.
     """
 
     recipe: Recipe
@@ -70,13 +73,13 @@ class RunResult:
 
 @dataclasses.dataclass(frozen=True)
 class Fate:
-    """Which share of non-zero values would meet which end in float16; the four sum to 1.
+    """The shares of non-zero values by what float16 would make of them. They sum to 1.
 
     Args:
-        lost: Rounds to zero.
-        subnormal: Kept with fewer than the usual 11 bits.
-        kept: In the normal range.
-        overflow: Becomes infinity.
+        lost: The share that rounds to zero.
+        subnormal: The share that has fewer than the usual 11 bits.
+        kept: The share in the normal range.
+        overflow: The share that becomes infinity.
     """
 
     lost: float
@@ -92,9 +95,9 @@ class ExponentHistogram:
     Args:
         name: What the values are: "activations" or "weights" (the gradients with respect to them).
         moment: When they were taken: "start" or "end" of training.
-        first: The exponent of the first bin; a bin holds 2**e <= |x| < 2**(e+1).
-        counts: Values in each bin.
-        zeros: Values that are exactly zero in float32 too.
+        first: The exponent of the first bin. A bin holds 2**e <= |x| < 2**(e+1).
+        counts: The number of values in each bin.
+        zeros: The number of values that are exactly zero in float32.
     """
 
     name: str
@@ -104,52 +107,41 @@ class ExponentHistogram:
     zeros: int
 
     def fate(self, scale: float = 1.0) -> Fate:
-        """Return what float16 would do to these values, each times a scale.
+        """Return what float16 would make of these values, each times a scale.
 
         Args:
-            scale: A power of two (of others, the next lower one counts).
+            scale: A power of two. Any other number counts as the next lower one.
 
         Example:
 
         >>> ExponentHistogram("weights", "end", -30, (1,) * 8, 0).fate(2.0**8).lost
         0.0
         """
-        total = sum(self.counts)
-        if not total:
-            return Fate(0.0, 0.0, 0.0, 0.0)
-        shift = self.first + math.floor(math.log2(scale))
-        ends = {"lost": 0, "subnormal": 0, "kept": 0, "overflow": 0}
-        for exponent, count in enumerate(self.counts, start=shift):
-            ends[_end(exponent)] += count
-        return Fate(**{name: count / total for name, count in ends.items()})
-
-
-def _end(exponent: int) -> str:
-    # [2**-25, 2**-24) rounds up to the smallest subnormal, but for 2**-25 itself.
-    if exponent < FLOAT16_SMALLEST - 1:
-        return "lost"
-    if exponent < FLOAT16_NORMAL:
-        return "subnormal"
-    return "kept" if exponent < FLOAT16_OVERFLOW else "overflow"
+        exponents = np.arange(len(self.counts)) + self.first + math.floor(math.log2(scale))
+        # [2**-25, 2**-24) rounds up to the smallest subnormal, except for 2**-25 itself.
+        ends = (FLOAT16_SMALLEST - 1, FLOAT16_NORMAL, FLOAT16_OVERFLOW)
+        parts = np.searchsorted(ends, exponents, side="right")
+        values = np.bincount(parts, weights=self.counts, minlength=4)
+        return Fate(*(values / max(sum(self.counts), 1)).tolist())
 
 
 @dataclasses.dataclass(frozen=True)
 class DemoResult:
-    """Everything that one demo found out.
+    """All results of one demo.
 
     Args:
-        settings: What was asked for.
+        settings: The settings.
         environment: Versions and hardware.
         dataset: Name and version of the data set.
         image_shape: Height, width and channels.
         classes: Number of classes.
-        train_images: Number of images trained on in an epoch.
-        test_images: Number of images tested on.
-        learning_rate: Of Adam.
+        train_images: Number of training images.
+        test_images: Number of test images.
+        learning_rate: The learning rate of Adam.
         parameters: Number of the model's weights.
-        runs: One for each recipe.
-        histograms: Exponents of the gradients, by what and when.
-        seconds: Wall time of everything.
+        runs: The result of each recipe.
+        histograms: The exponents of the gradients, at the start and at the end.
+        seconds: Wall time of the whole demo.
     """
 
     settings: DemoSettings

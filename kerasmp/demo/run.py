@@ -1,8 +1,7 @@
-"""The demo itself: the same network, weights and images, once under each recipe."""
+"""Runs the demo: trains the same network, from the same weights, under each recipe."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,8 @@ from kerasmp.callbacks import OverflowMonitor
 from kerasmp.demo.dataset import Images, load
 from kerasmp.demo.environment import environment
 from kerasmp.demo.exponents import gradient_exponents
-from kerasmp.demo.model import activation_bytes, build_cnn, weight_bytes
-from kerasmp.demo.results import DemoResult, ExponentHistogram, RunResult
+from kerasmp.demo.model import ImageSpec, activation_bytes, build_cnn, weight_bytes
+from kerasmp.demo.results import DemoResult, RunResult
 from kerasmp.demo.settings import DemoError, DemoSettings, Recipe
 from kerasmp.demo.watch import Progress, Watch
 from kerasmp.errors import KerasMPWarning
@@ -37,20 +36,20 @@ def run_demo(
     *,
     progress: Callable[[Progress], None] | None = None,
 ) -> DemoResult:
-    """Train the demo's network under each recipe and return what came of it.
+    """Train the network of the demo under each recipe and return the results.
 
-    Every run starts from the same weights and sees the same images in the same order, so that the
-    curves differ by number format and scaling only.
+    Every run starts from the same weights and gets the same images in the same order, so the curves
+    differ only by number format and scaling.
 
     Args:
-        settings: What to train on and how long; the defaults take well under two minutes.
-        progress: Called now and then with how far it has come.
+        settings: What to train on and for how long. The defaults take well under two minutes.
+        progress: Called with the progress now and then.
 
     Returns:
-        The results; nothing is printed or written.
+        The results. Nothing is printed or written.
 
     Raises:
-        KerasMPError: If the data cannot be had; see `kerasmp.demo.dataset.load`.
+        KerasMPError: If the data cannot be loaded; see `kerasmp.demo.dataset.load`.
 
     Example:
 
@@ -60,26 +59,30 @@ def run_demo(
     settings = settings or DemoSettings()
     started = time.perf_counter()
     images = load(settings)
-    batches = _Batches(images.train, settings.batch_size, settings.seed)
-    start = _Start(settings, images, batches, _initial_weights(images, settings))
+    batches = _Batches(images.train, settings)
+    keras.utils.set_random_seed(settings.seed)
+    with policy_scope("float32"):
+        weights = build_cnn(images.spec).get_weights()
+    histograms = gradient_exponents(images.spec, weights, batches[0], "start")
     runs: list[RunResult] = []
-    histograms = [*_exponents(start, start.weights, "start")]
+    steps = len(batches) * settings.epochs
     for number, recipe in enumerate(settings.recipes, start=1):
-        teller = _teller(progress, start, number)
-        result, weights = _train(start, recipe.within(start.steps), teller)
-        runs.append(result)
+        start = Progress(recipe.name, number, len(settings.recipes), step=0, steps=steps)
+        watch = Watch(progress, start, len(batches))
+        run, trained = _train(recipe.within(steps), settings, images, weights, watch)
+        runs.append(run)
         if number == 1:
-            histograms += _exponents(start, weights, "end")
+            histograms += gradient_exponents(images.spec, trained, batches[0], "end")
     return DemoResult(
         settings=settings,
         environment=environment(),
         dataset=images.name,
         image_shape=images.spec.shape,
-        classes=images.classes,
+        classes=images.spec.classes,
         train_images=len(images.train[0]),
         test_images=len(images.test[0]),
         learning_rate=LEARNING_RATE,
-        parameters=sum(int(weight.size) for weight in start.weights),
+        parameters=sum(weight.size for weight in weights),
         runs=tuple(runs),
         histograms=tuple(histograms),
         seconds=time.perf_counter() - started,
@@ -87,32 +90,24 @@ def run_demo(
 
 
 class _Batches(keras.utils.PyDataset):
-    """Full batches in an order that depends on seed and epoch alone, on every backend."""
+    """Full batches, in an order that depends only on seed and epoch, on every backend."""
 
-    def __init__(self, part: tuple[np.ndarray, np.ndarray], batch_size: int, seed: int) -> None:
+    def __init__(self, part: tuple[np.ndarray, np.ndarray], settings: DemoSettings) -> None:
         super().__init__()
         self._images, self._labels = part
-        self._size = batch_size
-        self._seed = seed
-        if len(self._labels) < batch_size:
+        self._size, self._seed = settings.batch_size, settings.seed
+        if len(self._labels) < self._size:
             raise DemoError(
-                "There are fewer training images than one step takes.",
-                received=f"{len(self._labels)} images, {batch_size} a step",
+                "There are fewer training images than one step needs.",
+                received=f"{len(self._labels)} images, {self._size} a step",
                 expected="at least one full batch",
                 fix="Use more images (--limit), or a smaller batch_size.",
             )
-        self.rewind()
-
-    def rewind(self) -> None:
-        """Go back to the order of the first epoch."""
-        self._epoch = 0
-        self._shuffle()
+        self._epoch = -1
+        self.on_epoch_end()
 
     def on_epoch_end(self) -> None:
         self._epoch += 1
-        self._shuffle()
-
-    def _shuffle(self) -> None:
         generator = np.random.default_rng((self._seed, self._epoch))
         self._order = generator.permutation(len(self._labels))
 
@@ -124,92 +119,52 @@ class _Batches(keras.utils.PyDataset):
         return self._images[chosen].astype("float32"), self._labels[chosen]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Start:
-    """What all runs of a demo have in common."""
-
-    settings: DemoSettings
-    images: Images
-    batches: _Batches
-    weights: list[np.ndarray]
-
-    @property
-    def steps(self) -> int:
-        return len(self.batches) * self.settings.epochs
-
-
-def _initial_weights(images: Images, settings: DemoSettings) -> list[np.ndarray]:
-    keras.utils.set_random_seed(settings.seed)
-    with policy_scope("float32"):
-        model = build_cnn(images.spec)
-    return list(model.get_weights())
-
-
-def _exponents(
-    start: _Start, weights: Sequence[np.ndarray], moment: str
-) -> tuple[ExponentHistogram, ExponentHistogram]:
-    start.batches.rewind()
-    return gradient_exponents(start.images.spec, weights, start.batches[0], moment)
-
-
-def _teller(
-    progress: Callable[[Progress], None] | None, start: _Start, number: int
-) -> Callable[..., None]:
-    """Return what fills in the facts of this run and passes them on."""
-    recipes = start.settings.recipes
-
-    def tell(step: int, loss: float | None, *, finished: bool = False) -> None:
-        if progress is not None:
-            name = recipes[number - 1].name
-            progress(Progress(name, number, len(recipes), step, start.steps, loss, finished))
-
-    return tell
-
-
 def _train(
-    start: _Start, recipe: Recipe, tell: Callable[..., None]
+    recipe: Recipe,
+    settings: DemoSettings,
+    images: Images,
+    weights: Sequence[np.ndarray],
+    watch: Watch,
 ) -> tuple[RunResult, list[np.ndarray]]:
     """Train under one recipe and return the result and the trained weights."""
     started = time.perf_counter()
-    keras.utils.set_random_seed(start.settings.seed)
-    model = _compiled(recipe, start.images)
-    model.set_weights(start.weights)
-    start.batches.rewind()
-    watch = Watch(tell, len(start.batches))
-    x_test, y_test = start.images.test
+    keras.utils.set_random_seed(settings.seed)
+    model = _compiled(recipe, images.spec)
+    model.set_weights(weights)
+    batches = _Batches(images.train, settings)
+    x_test, y_test = images.test
     callbacks: list[Any] = [watch, *([OverflowMonitor()] if recipe.loss_scale else [])]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", KerasMPWarning)
         history = model.fit(
-            start.batches,
-            epochs=start.settings.epochs,
+            batches,
+            epochs=settings.epochs,
             validation_data=(x_test.astype("float32"), y_test),
             validation_batch_size=_TEST_BATCH,
             callbacks=callbacks,
             shuffle=False,
             verbose=0,
         ).history
-    tell(start.steps, history["loss"][-1], finished=True)
     return RunResult(
         recipe=recipe,
         loss=tuple(history["loss"]),
         test_loss=tuple(history["val_loss"]),
         test_accuracy=tuple(history["val_accuracy"]),
-        steps=start.steps,
+        steps=len(batches) * settings.epochs,
         seconds_per_step=watch.seconds_per_step,
         seconds=time.perf_counter() - started,
         skipped_steps=history["total_skipped_steps"][-1] if recipe.loss_scale else None,
         final_scale=history["loss_scale"][-1] if recipe.loss_scale else None,
         scales=tuple(watch.scales),
-        activation_bytes=activation_bytes(model, start.settings.batch_size),
+        activation_bytes=activation_bytes(model, settings.batch_size),
         weight_bytes=weight_bytes(model),
-        warnings=_own(caught),
-    ), list(model.get_weights())
+        warnings=_warnings_of_kerasmp(caught),
+    ), model.get_weights()
 
 
-def _compiled(recipe: Recipe, images: Images) -> Any:
+def _compiled(recipe: Recipe, spec: ImageSpec) -> Any:
     with policy_scope(recipe.policy):
-        model = build_cnn(images.spec, model_class=Model if recipe.guarded else keras.Model)
+        model = build_cnn(spec, model_class=Model if recipe.guarded else keras.Model)
     optimizer = keras.optimizers.Adam(LEARNING_RATE)
     if recipe.loss_scale is not None:
         optimizer = LossScaleOptimizer(optimizer, loss_scale=recipe.loss_scale)
@@ -217,20 +172,18 @@ def _compiled(recipe: Recipe, images: Images) -> Any:
         optimizer,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
-        # Without this, Keras would scale the cautionary case behind our back.
+        # Otherwise Keras would scale the loss in the cautionary case.
         auto_scale_loss=False,
     )
     return model
 
 
-def _own(caught: Sequence[warnings.WarningMessage]) -> tuple[str, ...]:
-    """Return kerasmp's warnings as text; hand all others on."""
-    own = []
-    for warning in caught:
-        if issubclass(warning.category, KerasMPWarning):
-            own.append(str(warning.message))
+def _warnings_of_kerasmp(caught: Sequence[warnings.WarningMessage]) -> tuple[str, ...]:
+    """Return the messages of kerasmp's warnings, and give all other warnings once more."""
+    ours = []
+    for each in caught:
+        if issubclass(each.category, KerasMPWarning):
+            ours.append(str(each.message))
         else:
-            warnings.warn_explicit(
-                warning.message, warning.category, warning.filename, warning.lineno
-            )
-    return tuple(own)
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    return tuple(ours)

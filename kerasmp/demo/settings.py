@@ -1,42 +1,43 @@
-"""What the demo can train, and the checked settings of one demo."""
+"""The recipes of the demo, and the settings of one run of it."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kerasmp.errors import ArgumentTypeError, KerasMPError, checked_integer, did_you_mean
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 DIGITS = "kerasmp_digits"
 
-# A user of the dynamic default (2**15, doubled every 2,000 good steps) would see a straight line in
-# so short a demo. Starting at the top makes the scale come down by skipping, and a short interval
-# makes it probe upwards again, so that both halves of the rule are on the plot.
-DEMO_DYNAMIC = DynamicLossScale(initial_scale=2.0**24, growth_interval=100)
-_STEPS_PER_HALVING = 8  # a short run starts lower, so as not to spend itself on coming down
+# With the default schedule the scale would not move in so short a demo. Here it starts at 2**24, so
+# that it has to come down, and grows after 100 good steps. A run of few steps starts lower, by one
+# halving for each 8 steps that it lacks.
+_INITIAL_EXPONENT = 24
+_GROWTH_INTERVAL = 100
+_STEPS_PER_HALVING = 8
 
 
 class DemoError(KerasMPError, ValueError):
-    """A setting of the demo, or a data set, that the demo cannot use."""
+    """The demo cannot use a setting or a data set."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One way to train: a policy and what happens to the loss.
+    """One way to train: a policy, and what happens to the loss.
 
     Args:
-        name: What `--policies` calls it.
-        policy: The name of the Keras policy that the model is built under.
-        loss_scale: The schedule; None trains with a plain optimizer.
-        guarded: Whether skipped steps leave no trace (`kerasmp.Model`) or nothing looks at the
-            gradients at all (stock `keras.Model`, automatic scaling switched off).
-        summary: One line for a reader.
+        name: Its name in `--policies`.
+        policy: The name of the Keras policy under which the model is built.
+        loss_scale: The schedule. With None, the model trains with a plain optimizer.
+        guarded: Whether the model is a `kerasmp.Model`, in which skipped steps leave no trace. If
+            not, it is a stock `keras.Model` without automatic scaling, and nothing checks the
+            gradients.
+        summary: One line that describes it.
     """
 
     name: str
@@ -46,21 +47,20 @@ class Recipe:
     summary: str
 
     def within(self, steps: int) -> Recipe:
-        """Return the recipe for a run of so many steps: short ones start at a lower scale."""
+        """Return the recipe for a run of so many steps. A short run starts at a lower scale."""
         if not isinstance(self.loss_scale, DynamicLossScale):
             return self
-        doublings = min(steps // _STEPS_PER_HALVING, 64)
-        affordable = DynamicLossScale().initial_scale * 2.0**doublings
-        start = min(self.loss_scale.initial_scale, affordable)
-        schedule = dataclasses.replace(self.loss_scale, initial_scale=start)
-        return dataclasses.replace(self, loss_scale=schedule, summary=_dynamic_summary(schedule))
+        default = int(math.log2(DynamicLossScale().initial_scale))
+        return _dynamic(min(default + steps // _STEPS_PER_HALVING, _INITIAL_EXPONENT))
 
 
-def _dynamic_summary(schedule: DynamicLossScale) -> str:
-    return (
+def _dynamic(exponent: int) -> Recipe:
+    schedule = DynamicLossScale(2.0**exponent, growth_interval=_GROWTH_INTERVAL)
+    summary = (
         f"float16, the loss scaled dynamically: from {schedule.initial_scale:,.0f}, doubled "
         f"after {schedule.growth_interval} good steps."
     )
+    return Recipe("mixed_float16", "mixed_float16", schedule, guarded=True, summary=summary)
 
 
 RECIPES: tuple[Recipe, ...] = (
@@ -72,13 +72,7 @@ RECIPES: tuple[Recipe, ...] = (
         True,
         "bfloat16 has float32's range: no loss scaling is needed.",
     ),
-    Recipe(
-        "mixed_float16",
-        "mixed_float16",
-        DEMO_DYNAMIC,
-        True,
-        _dynamic_summary(DEMO_DYNAMIC),
-    ),
+    _dynamic(_INITIAL_EXPONENT),
     Recipe(
         "mixed_float16_fixed",
         "mixed_float16",
@@ -96,53 +90,24 @@ RECIPES: tuple[Recipe, ...] = (
 )
 
 
-def recipes_named(names: Sequence[str]) -> tuple[Recipe, ...]:
-    """Return the recipes of these names, in the order of `RECIPES` and each once.
-
-    Args:
-        names: Names of recipes.
-
-    Returns:
-        The recipes; all of them if `names` is empty.
-
-    Raises:
-        DemoError: If a name is unknown.
-
-    Example:
-
-    >>> [recipe.name for recipe in recipes_named(["mixed_float16", "float32"])]
-    ['float32', 'mixed_float16']
-    """
-    known = [recipe.name for recipe in RECIPES]
-    for name in names:
-        if name not in known:
-            raise DemoError(
-                "The demo has no policy of this name.",
-                received=repr(name),
-                expected=", ".join(known),
-                fix=did_you_mean(name, known),
-            )
-    return tuple(recipe for recipe in RECIPES if not names or recipe.name in names)
-
-
 @dataclasses.dataclass(frozen=True)
 class DemoSettings:
-    """What to train, on what, and for how long; checked when it is made.
+    """What to train, on which data, and for how long.
 
     Args:
-        dataset: Name of a tfds data set that is prepared on disk, as "name", "name/config" or
-            "name:1.2.3"; the default is the digits that ship inside scikit-learn.
-        data_dir: Folder with prepared data sets; None means the user's cache for the digits and
-            tfds's own default folder for all others.
+        dataset: The name of a tfds data set that is prepared on disk, as "name", "name/config" or
+            "name:1.2.3". The default is the digits that are part of scikit-learn.
+        data_dir: The folder with prepared data sets. None means the user's cache for the digits,
+            and tfds's own default folder for all others.
         epochs: Passes over the training images.
-        policies: Names of recipes; empty means all.
-        seed: Decides initial weights and the order of the images, the same for every recipe.
+        policies: Names of recipes. Empty means all.
+        seed: Decides the initial weights and the order of the images, for every recipe alike.
         batch_size: Images a step.
-        limit: Use at most this many training and this many test images; None means all.
+        limit: Use at most this many training and this many test images. None means all.
 
     Raises:
-        DemoError: For a value that cannot work.
-        ArgumentTypeError: For a number that is no integer.
+        DemoError: If a value cannot work.
+        ArgumentTypeError: If a number is not an integer, or `policies` are not strings.
 
     Example:
 
@@ -167,19 +132,30 @@ class DemoSettings:
         if self.seed >= 2**32:
             raise DemoError("`seed` is too large.", received=f"{self.seed}", expected="< 2**32")
         given: Any = self.policies
-        if isinstance(given, str) or not all(isinstance(name, str) for name in given):
+        is_list = isinstance(given, Collection) and not isinstance(given, str)
+        if not (is_list and all(isinstance(name, str) for name in given)):
             raise ArgumentTypeError(
-                "`policies` is no tuple of names.",
+                "`policies` is not a tuple of names.",
                 received=repr(given),
                 expected="names of recipes in a tuple",
                 fix='For example policies=("mixed_float16",).',
             )
-        recipes_named(self.policies)
+        known = [recipe.name for recipe in RECIPES]
+        for name in given:
+            if name not in known:
+                raise DemoError(
+                    "The demo has no policy of this name.",
+                    received=repr(name),
+                    expected=", ".join(known),
+                    fix=did_you_mean(name, known),
+                )
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
-        """The recipes to train, in the order of `RECIPES`."""
-        return recipes_named(self.policies)
+        """The recipes to train, in the order of `RECIPES` and each once."""
+        return tuple(
+            recipe for recipe in RECIPES if not self.policies or recipe.name in self.policies
+        )
 
     @property
     def folder(self) -> Path:
@@ -189,5 +165,5 @@ class DemoSettings:
         if self.dataset == DIGITS:
             cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
             return Path(cache).expanduser() / "kerasmp" / "tfds"
-        # The same rule as tfds, which reads this variable too.
+        # tfds follows the same rule.
         return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()

@@ -1,4 +1,4 @@
-"""What is read while a demo trains, seldom enough not to slow it."""
+"""The callback that reads the loss, the scale and the time while a demo trains."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from kerasmp.optimizer import LossScaleOptimizer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# On JAX a reading waits for the state to come back from the device. Every 16 steps that is lost in
-# the noise, every step it is not.
+# On JAX a reading waits until the state has come back from the device. Every 16 steps this costs
+# too little to measure.
 _EVERY = 16
 
 
@@ -26,12 +26,12 @@ class Progress:
     """How far a demo has come.
 
     Args:
-        recipe: Name of the recipe that trains.
+        recipe: The name of the recipe that trains.
         run: Its number, from 1.
-        runs: Number of recipes.
+        runs: The number of recipes.
         step: Steps done under it.
-        steps: Steps in all under it.
-        loss: Mean training loss of the epoch so far; None before the first step.
+        steps: All steps under it.
+        loss: The mean training loss of the epoch so far; None before the first step.
         finished: Whether the run is over.
     """
 
@@ -45,57 +45,65 @@ class Progress:
 
 
 class Watch(keras.callbacks.Callback):
-    """Times the steps, follows the scale and reports progress.
+    """Measures the time of the steps, follows the scale and reports progress.
 
     Args:
-        report: Called with the steps done and the loss.
+        report: Called with the progress now and then; None for no report.
+        start: The progress before the first step.
         steps: Steps of an epoch.
     """
 
-    def __init__(self, report: Callable[[int, float | None], None], steps: int) -> None:
+    def __init__(
+        self, report: Callable[[Progress], None] | None, start: Progress, steps: int
+    ) -> None:
         super().__init__()
         self._report = report
+        self._start = start
         self._steps = steps
         self._seconds: list[float] = []
-        self._done = 0
+        self._steps_before = 0
         self._skipped = 0
         self.scales: list[ScaleReading] = []
 
     @property
     def seconds_per_step(self) -> float:
-        """The median over the epochs; the first counts only if it is alone. NaN if unknown."""
-        if not self._seconds:
-            return float("nan")
-        return median(self._seconds[1:] or self._seconds)
+        """The median over the epochs, the first one left out if there are more; NaN if unknown."""
+        return median(self._seconds[1:] or self._seconds or [float("nan")])
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002 - Keras's
-        """Take the first reading."""
-        self._read_scale()
-        self._report(0, None)
+        """Read for the first time."""
+        self._read(0)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
-        """Remember the steps done before this epoch."""
-        self._done = epoch * self._steps
+        """Remember the steps before this epoch."""
+        self._steps_before = epoch * self._steps
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Look at the loss and the scale now and then, and take the time."""
+        """Read after some of the steps, and measure the time from the first to the last step."""
         last = batch == self._steps - 1
         if not (last or batch % _EVERY == 0):
             return
-        # Waits for the step, so that the time is that of work done and not of work handed out.
+        # This waits until the step is done, so the time is right.
         loss = float((logs or {})["loss"])
         if batch == 0:
-            self._start = time.perf_counter()
+            self._first_step_end = time.perf_counter()
         elif last:
-            self._seconds.append((time.perf_counter() - self._start) / batch)
-        self._read_scale(self._done + batch + 1)
-        self._report(self._done + batch + 1, loss)
+            self._seconds.append((time.perf_counter() - self._first_step_end) / batch)
+        self._read(self._steps_before + batch + 1, loss)
 
-    def _read_scale(self, step: int = 0) -> None:
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Report the end."""
+        if self._report is not None:
+            loss = (logs or {})["loss"]
+            steps = self._start.steps
+            self._report(dataclasses.replace(self._start, step=steps, loss=loss, finished=True))
+
+    def _read(self, step: int, loss: float | None = None) -> None:
         optimizer = self.model.optimizer
-        if not isinstance(optimizer, LossScaleOptimizer):
-            return
-        with backend.current().reading(self.model):
-            skipped, scale = optimizer.skipped_steps, optimizer.loss_scale
-        self.scales.append(ScaleReading(step, scale, skipped - self._skipped))
-        self._skipped = skipped
+        if isinstance(optimizer, LossScaleOptimizer):
+            with backend.current().reading(self.model):
+                skipped, scale = optimizer.skipped_steps, optimizer.loss_scale
+            self.scales.append(ScaleReading(step, scale, skipped - self._skipped))
+            self._skipped = skipped
+        if self._report is not None:
+            self._report(dataclasses.replace(self._start, step=step, loss=loss))

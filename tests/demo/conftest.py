@@ -30,6 +30,5 @@ def images():
         name="stripes 1.0.0",
         train=striped(48, 0),
         test=striped(20, 1),
-        classes=4,
         spec=SimpleNamespace(shape=(8, 8, 1), classes=4, brightest=16.0),
     )

@@ -109,7 +109,7 @@ def test_any_prepared_data_set_in_tfrecord(tmp_path):
     found = load(DemoSettings(dataset="tiny", data_dir=tmp_path, limit=4))
     assert found.name == "tiny 1.2.3"
     assert found.spec.shape == (5, 4, 3)
-    assert found.classes == 3
+    assert found.spec.classes == 3
     assert found.train[1].tolist() == [1] * 4
 
 
@@ -171,7 +171,7 @@ def test_a_missing_package_is_named_before_any_work(monkeypatch):
 @pytest.mark.unit
 def test_tfrecord_without_tensorflow(monkeypatch):
     monkeypatch.setattr(dataset.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(MissingDependencyError, match="tfrecord format needs TensorFlow"):
+    with pytest.raises(MissingDependencyError, match="tfrecord format can only be read with"):
         dataset._require_tensorflow("tfrecord")
 
 

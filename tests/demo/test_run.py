@@ -133,13 +133,14 @@ def test_fewer_images_than_a_batch_is_an_error():
 
 
 @pytest.mark.unit
-def test_batches_are_full_and_reshuffled_and_rewind(images):
-    batches = run._Batches(images.train, 20, seed=3)
+def test_batches_are_full_and_reshuffled_and_each_time_the_same(images):
+    settings = DemoSettings(batch_size=20, seed=3)
+    batches = run._Batches(images.train, settings)
     assert len(batches) == 2
     first = np.concatenate([batches[0][1], batches[1][1]])
     batches.on_epoch_end()
     assert not np.array_equal(np.concatenate([batches[0][1], batches[1][1]]), first)
-    batches.rewind()
+    batches = run._Batches(images.train, settings)
     np.testing.assert_array_equal(np.concatenate([batches[0][1], batches[1][1]]), first)
     assert batches[0][0].dtype == "float32"
 
@@ -151,5 +152,5 @@ def test_warnings_of_kerasmp_are_kept_and_others_handed_on():
         warnings.warn("mind the scale", LossScaleWarning, stacklevel=1)
         warnings.warn("somebody else's", UserWarning, stacklevel=1)
     with pytest.warns(UserWarning, match="somebody else's") as handed_on:
-        assert run._own(caught) == ("mind the scale",)
+        assert run._warnings_of_kerasmp(caught) == ("mind the scale",)
     assert len(handed_on) == 1

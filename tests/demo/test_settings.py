@@ -72,6 +72,12 @@ def test_numbers_of_the_wrong_type(value):
         DemoSettings(epochs=value)
 
 
+@pytest.mark.parametrize("value", [3, None, "float32", (1,)])
+def test_policies_that_are_no_names(value):
+    with pytest.raises(ArgumentTypeError, match="`policies` is not a tuple of names"):
+        DemoSettings(policies=value)
+
+
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         DemoSettings().epochs = 3
