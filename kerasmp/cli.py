@@ -1,4 +1,4 @@
-"""The command `kerasmp`: parse, call, print."""
+"""The command `kerasmp`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command; errors of kerasmp end it with one line and without a traceback.
+    """Run the command. An error of kerasmp ends it with one line and without a traceback.
 
-    Exit codes: 0, 1 for what is missing or cannot be written, 2 for wrong usage.
+    The exit code is 0, 1 if something is missing or cannot be written, or 2 for wrong usage.
     """
     try:
         app()
@@ -43,12 +43,12 @@ def main() -> None:
         sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
-def _nothing(option: str, given: str, expected: str) -> ArgumentError:
+def _empty(option: str, given: str, expected: str) -> ArgumentError:
     return ArgumentError(
-        f"`--{option}` names nothing.",
+        f"`--{option}` has an invalid value.",
         received=repr(given),
         expected=expected,
-        fix=f"Leave --{option} out for its default.",
+        fix=f"Leave --{option} out to use its default.",
     )
 
 
@@ -90,7 +90,7 @@ def demo(  # noqa: PLR0913 - one argument for each option
     dataset: Annotated[
         str,
         typer.Option(
-            help="A tfds data set that is prepared on disk: name, name/config, name:1.2.3."
+            help="A tfds data set that is prepared on disk: name, name/config or name:1.2.3."
         ),
     ] = "kerasmp_digits",
     data_dir: Annotated[
@@ -104,14 +104,14 @@ def demo(  # noqa: PLR0913 - one argument for each option
     output: Annotated[
         str, typer.Option(metavar="PATH", help="Folder for the report.")
     ] = "kerasmp-demo",
-    seed: Annotated[int, typer.Option(help="Decides weights and order of the images.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides the weights and the order of the images.")] = 0,
     limit: Annotated[
-        int | None, typer.Option(help="Use at most so many training and test images.")
+        int | None, typer.Option(help="Use at most this many training and this many test images.")
     ] = None,
 ) -> None:
-    """Train a small CNN under each policy and report what came of it.
+    """Train a small CNN under each policy and report the results.
 
-    Without --dataset it trains on the handwritten digits that ship inside scikit-learn. Nothing is
+    Without --dataset it trains on the handwritten digits that are part of scikit-learn. Nothing is
     ever downloaded.
     """
     from rich.console import Console
@@ -121,10 +121,10 @@ def demo(  # noqa: PLR0913 - one argument for each option
 
     for option, given in {"dataset": dataset, "data-dir": data_dir, "output": output}.items():
         if given is not None and not given.strip():
-            raise _nothing(option, given, "a name" if option == "dataset" else "a folder")
+            raise _empty(option, given, "a name" if option == "dataset" else "a folder")
     names = tuple(name.strip() for name in policies.split(",") if name.strip())
     if policies and not names:
-        raise _nothing("policies", policies, "names, separated by commas")
+        raise _empty("policies", policies, "names, separated by commas")
     settings = DemoSettings(
         dataset=dataset,
         data_dir=None if data_dir is None else Path(data_dir),

@@ -122,12 +122,16 @@ def test_demo_from_digits_to_report(call, tmp_path):
         (("--seed", "-1"), 2, "`seed` has an invalid value. Received: -1. Expected: an int"),
         (("--limit", "0"), 2, "`limit` has an invalid value."),
         (("--epochs", "many"), 2, "Invalid value for '--epochs'"),
-        (("--policies", ","), 2, "`--policies` names nothing. Received: ','. Expected: names"),
-        (("--policies", " , "), 2, "`--policies` names nothing."),
-        (("--output", ""), 2, "`--output` names nothing. Received: ''. Expected: a folder."),
-        (("--output", " "), 2, "`--output` names nothing."),
-        (("--data-dir", ""), 2, "`--data-dir` names nothing."),
-        (("--dataset", ""), 2, "`--dataset` names nothing. Received: ''. Expected: a name."),
+        (
+            ("--policies", ","),
+            2,
+            "`--policies` has an invalid value. Received: ','. Expected: n",
+        ),
+        (("--policies", " , "), 2, "`--policies` has an invalid value."),
+        (("--output", ""), 2, "`--output` has an invalid value. Received: ''. Expected: a folder."),
+        (("--output", " "), 2, "`--output` has an invalid value."),
+        (("--data-dir", ""), 2, "`--data-dir` has an invalid value."),
+        (("--dataset", ""), 2, "`--dataset` has an invalid value. Received: ''. Expected: a name."),
     ],
 )
 def test_wrong_usage_is_told_without_a_traceback(call, tmp_path, arguments, code, message):

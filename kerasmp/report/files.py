@@ -1,4 +1,4 @@
-"""Reports on disk: the folder is checked first, files appear whole or not at all."""
+"""Writes reports to disk. The folder is checked first, and a file is never half written."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def check_folder(folder: Path) -> Path:
-    """Make sure that a folder can be created and written; call this before the work.
+    """Check that a folder can be created and written. Call this before the work.
 
     Args:
-        folder: The folder. Where there was none, there is none afterwards.
+        folder: The folder. If it does not exist, it does not exist afterwards either.
 
     Returns:
-        The folder, with the user's home filled in.
+        The folder, with "~" replaced by the user's home.
 
     Raises:
         OutputError: If it cannot be created or written.
@@ -47,10 +47,10 @@ def check_folder(folder: Path) -> Path:
 
 
 def write_demo(result: DemoResult, folder: Path) -> tuple[Path, Path]:
-    """Write `report.html` and `results.json`; files of the same names are replaced.
+    """Write `report.html` and `results.json`. Files of the same names are replaced.
 
     Args:
-        result: What `run_demo` returned.
+        result: The result of `run_demo`.
         folder: The folder.
 
     Returns:
@@ -61,18 +61,14 @@ def write_demo(result: DemoResult, folder: Path) -> tuple[Path, Path]:
     """
     folder = check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {
-        folder / "report.html": demo_html(result),
-        folder / "results.json": json.dumps(plain(result), indent=1, allow_nan=False) + "\n",
-    }
-    for path, text in texts.items():
-        _replace(path, text)
-    report, results = texts
+    report, results = folder / "report.html", folder / "results.json"
+    _replace(report, demo_html(result))
+    _replace(results, json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
     return report, results
 
 
 def _replace(path: Path, text: str) -> None:
-    # An interrupted run must not leave half a report where a whole one was.
+    # An interrupted run must not leave half a report in place of an earlier one.
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8")

@@ -1,8 +1,9 @@
-"""Results as one self-contained HTML page."""
+"""Turns results into one HTML page that needs no other file."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from typing import TYPE_CHECKING
 
 from kerasmp.report import plots
 from kerasmp.report.text import COLUMNS, cells, number, scale, seconds
@@ -12,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def demo_html(result: DemoResult) -> str:
-    """Return a page with the settings, the table and the plots; it loads nothing from elsewhere.
+    """Return a page with the settings, the table and the plots. It loads no other file.
 
     Args:
-        result: What `run_demo` returned.
+        result: The result of `run_demo`.
     """
     import jinja2
 
@@ -31,8 +32,8 @@ def demo_html(result: DemoResult) -> str:
         columns=COLUMNS,
         rows=[cells(run) for run in result.runs],
         facts=_facts(result),
-        fates=_fates(result),
-        told=[(run.recipe.name, text) for run in result.runs for text in run.warnings],
+        shares=_shares(result),
+        warnings=[(run.recipe.name, text) for run in result.runs for text in run.warnings],
         loss_svg=plots.loss_curves(result),
         scale_svg=plots.scale_curves(result),
         exponents_svg=plots.exponent_histograms(result),
@@ -67,16 +68,14 @@ def _facts(result: DemoResult) -> list[tuple[str, str]]:
     ]
 
 
-def _fates(result: DemoResult) -> list[tuple[str, ...]]:
-    """Return rows: what float16 would do to the gradients at the scales that the runs ended on."""
-    ends = {run.final_scale for run in result.runs if run.final_scale}
+def _shares(result: DemoResult) -> list[tuple[str, ...]]:
+    """Return what float16 would make of the gradients at the final scales, as rows of a table."""
+    scales = sorted({1.0, *(run.final_scale for run in result.runs if run.final_scale)})
     rows = []
     for histogram in result.histograms:
-        if histogram.moment != "end":
-            continue
-        for value in sorted({1.0, *ends}):
-            fate: Any = histogram.fate(value)
-            shares = (fate.lost, fate.subnormal, fate.kept, fate.overflow)
-            scaled = "1 (not scaled)" if value == 1.0 else scale(value)
-            rows.append((histogram.name, scaled, *(number(share, ".2%") for share in shares)))
+        if histogram.moment == "end":
+            for value in scales:
+                shares = dataclasses.astuple(histogram.fate(value))
+                scaled = "1 (not scaled)" if value == 1.0 else scale(value)
+                rows.append((histogram.name, scaled, *(number(share, ".2%") for share in shares)))
     return rows

@@ -1,89 +1,134 @@
-"""Results as SVG drawings that sit in a page and follow its colours."""
+"""Turns results into SVG drawings that are part of a page and follow its colours."""
 
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from kerasmp.demo.results import FLOAT16_NORMAL, FLOAT16_OVERFLOW, FLOAT16_SMALLEST
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
-    from kerasmp.demo import DemoResult, ExponentHistogram
+    from kerasmp.demo import DemoResult, ExponentHistogram, ScaleReading
 
-# Legible on white and on black, and told apart by the colour-blind (Okabe and Ito's order); line
-# styles say the same once more.
+# They are legible on white and on black, and the colour-blind can tell them apart (Okabe and Ito).
+# Each has a line style of its own.
 _COLOURS = ("#808080", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
 _STYLES = ("-", "--", "-", "-.", ":")
-# Stands for the page's text colour until the drawing is done: matplotlib knows no "currentColor".
-_INK = "#010203"
-_FAINT = 0.25
+# It is replaced by "currentColor", the text colour of the page, which matplotlib does not know.
+_TEXT_COLOUR = "#010203"
+_FAINT = 0.25  # opacity
 _SETTINGS: Any = {
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
+    "axes.edgecolor": _TEXT_COLOUR,
+    "axes.labelcolor": _TEXT_COLOUR,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 11,
     "font.family": "sans-serif",
     "font.size": 10,
     "legend.frameon": False,
-    "legend.labelcolor": _INK,
+    "legend.labelcolor": _TEXT_COLOUR,
     "svg.fonttype": "none",
     "svg.hashsalt": "kerasmp",
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": _TEXT_COLOUR,
+    "xtick.color": _TEXT_COLOUR,
+    "ytick.color": _TEXT_COLOUR,
 }
 
 
 def loss_curves(result: DemoResult) -> str:
     """Return the training and test losses of all runs over the epochs, as SVG."""
-    with _Drawing("loss", "Loss over the epochs, one line for each policy", columns=2) as drawing:
-        for axes, title, values in zip(
-            drawing.axes,
-            ("training", "test"),
-            ([run.loss for run in result.runs], [run.test_loss for run in result.runs]),
-            strict=True,
-        ):
-            for colour, style, run, losses in _with_styles(result, values):
-                axes.plot(
-                    range(1, len(losses) + 1), losses, style, color=colour, label=run.recipe.name,
-                    marker="." if len(losses) == 1 else None, alpha=0.9,
-                )  # fmt: skip
-            axes.set_title(f"{title} loss")
-            axes.set_xlabel("epoch")
-            axes.set_yscale("log")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        drawing.axes[0].legend(fontsize=9)
-    return drawing.svg
+    label = "Loss over the epochs, one line for each policy"
+    return _svg("loss", label, 2, lambda axes: _draw_losses(axes, result))
 
 
 def scale_curves(result: DemoResult) -> str:
-    """Return the loss scale over the steps, skips marked, as SVG; empty if none was scaled."""
+    """Return the loss scale over the steps, with skips marked, as SVG; empty if none was scaled."""
     if not any(run.scales for run in result.runs):
         return ""
-    with _Drawing("scale", "Loss scale over the steps, with skipped steps marked") as drawing:
-        (axes,) = drawing.axes
-        for colour, style, run, readings in _with_styles(
-            result, [run.scales for run in result.runs]
-        ):
-            if not readings:
-                continue
+    label = "Loss scale over the steps, with skipped steps marked"
+    return _svg("scale", label, 1, lambda axes: _draw_scales(axes[0], result))
+
+
+def exponent_histograms(result: DemoResult) -> str:
+    """Return the exponents of the gradients against float16's range, as SVG."""
+    label = "Histogram of gradient exponents against float16's range"
+    return _svg("exponents", label, 2, lambda axes: _draw_exponents(axes, result))
+
+
+def _svg(name: str, label: str, columns: int, draw: Callable[[Sequence[Any]], None]) -> str:
+    """Return what `draw` puts on the axes as an SVG element.
+
+    Args:
+        name: A prefix of all ids, since several drawings in a page must not share them.
+        label: A description for screen readers.
+        columns: The number of axes.
+        draw: Draws on the axes.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_SETTINGS):
+        # pyplot would look for a display, and keep the figure for good.
+        figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+        axes = figure.subplots(1, columns, squeeze=False)[0]
+        for each in axes:
+            each.grid(color=_TEXT_COLOUR, alpha=_FAINT / 2, lw=0.6)
+        draw(axes)
+        stream = io.StringIO()
+        figure.savefig(
+            stream, format="svg", transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )  # fmt: skip
+    return _inline(stream.getvalue(), name, label)
+
+
+def _inline(svg: str, name: str, label: str) -> str:
+    """Return matplotlib's SVG file as an element of a page."""
+    svg = svg[svg.index("<svg") :]
+    # The page decides on the size.
+    head, rest = svg.split(">", 1)
+    head = " ".join(part for part in head.split() if not part.startswith(("width=", "height=")))
+    svg = f'{head} role="img" aria-label="{label}">{rest}'
+    for before in ('id="', "url(#", 'href="#'):
+        svg = svg.replace(before, f"{before}{name}-")
+    return svg.replace(_TEXT_COLOUR, "currentColor")
+
+
+def _draw_losses(axes: Sequence[Any], result: DemoResult) -> None:
+    losses = {
+        "training": [run.loss for run in result.runs],
+        "test": [run.test_loss for run in result.runs],
+    }
+    for each, (title, values) in zip(axes, losses.items(), strict=True):
+        for colour, style, run, loss in _with_styles(result, values):
+            each.plot(
+                range(1, len(loss) + 1), loss, style, color=colour, label=run.recipe.name,
+                marker="." if len(loss) == 1 else None, alpha=0.9,
+            )  # fmt: skip
+        each.set_title(f"{title} loss")
+        each.set_xlabel("epoch")
+        each.set_yscale("log")
+        each.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].legend(fontsize=9)
+
+
+def _draw_scales(axes: Any, result: DemoResult) -> None:
+    for colour, style, run, readings in _with_styles(result, [run.scales for run in result.runs]):
+        if readings:
             steps = [reading.step for reading in readings]
             scales = [reading.scale for reading in readings]
             axes.step(steps, scales, style, where="pre", color=colour, label=run.recipe.name)
-            _mark_skips(axes, readings, colour)
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss scale")
-        axes.set_yscale("log", base=2)
-        axes.margins(y=0.15)
-        axes.legend(fontsize=9)
-    return drawing.svg
+            _mark_skips(axes, [reading for reading in readings if reading.skipped], colour)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss scale")
+    axes.set_yscale("log", base=2)
+    axes.margins(y=0.15)
+    axes.legend(fontsize=9)
 
 
-def _mark_skips(axes: Any, readings: Any, colour: str) -> None:
-    skips = [reading for reading in readings if reading.skipped]
+def _mark_skips(axes: Any, skips: Sequence[ScaleReading], colour: str) -> None:
     if not skips:
         return
     axes.scatter(
@@ -93,30 +138,23 @@ def _mark_skips(axes: Any, readings: Any, colour: str) -> None:
     for reading in skips:
         axes.annotate(
             str(reading.skipped), (reading.step, reading.scale),
-            textcoords="offset points", xytext=(5, 5), fontsize=9, color=_INK,
+            textcoords="offset points", xytext=(5, 5), fontsize=9, color=_TEXT_COLOUR,
         )  # fmt: skip
 
 
-def exponent_histograms(result: DemoResult) -> str:
-    """Return the exponents of the gradients against float16's range, as SVG."""
-    names = sorted({histogram.name for histogram in result.histograms})
-    with _Drawing(
-        "exponents", "Histogram of gradient exponents against float16's range", columns=len(names)
-    ) as drawing:
-        for axes, name in zip(drawing.axes, names, strict=True):
-            chosen = [histogram for histogram in result.histograms if histogram.name == name]
-            _exponents(axes, chosen)
-            axes.set_title(f"gradients with respect to {name}")
-        drawing.axes[0].set_ylabel("share of the values")
-        drawing.axes[0].legend(fontsize=9, loc="upper left")
-    return drawing.svg
+def _draw_exponents(axes: Sequence[Any], result: DemoResult) -> None:
+    for each, name in zip(axes, ("activations", "weights"), strict=True):
+        _draw_histograms(each, [found for found in result.histograms if found.name == name])
+        each.set_title(f"gradients with respect to {name}")
+    axes[0].set_ylabel("share of the values")
+    axes[0].legend(fontsize=9, loc="upper left")
 
 
-def _exponents(axes: Any, histograms: list[ExponentHistogram]) -> None:
+def _draw_histograms(axes: Any, histograms: list[ExponentHistogram]) -> None:
     low, high = FLOAT16_SMALLEST - 8, FLOAT16_OVERFLOW + 2
-    for histogram, colour in zip(histograms, (_COLOURS[0], _COLOURS[1]), strict=False):
+    for histogram, colour in zip(histograms, _COLOURS, strict=False):
         total = sum(histogram.counts) or 1
-        edges = [histogram.first + place for place in range(len(histogram.counts) + 1)]
+        edges = range(histogram.first, histogram.first + len(histogram.counts) + 1)
         axes.stairs(
             [count / total for count in histogram.counts], edges, fill=True, alpha=0.55,
             color=colour, label=f"{histogram.moment} of training",
@@ -130,10 +168,11 @@ def _exponents(axes: Any, histograms: list[ExponentHistogram]) -> None:
         (FLOAT16_OVERFLOW, high, _COLOURS[2], "inf"),
     ):
         axes.axvspan(start, end, ymin=0, ymax=0.03, color=colour, lw=0)
-        axes.axvline(start, color=_INK, lw=0.6, alpha=_FAINT) if start != low else None
+        if start != low:
+            axes.axvline(start, color=_TEXT_COLOUR, lw=0.6, alpha=_FAINT)
         axes.annotate(
             name, ((start + end) / 2, -0.10), xycoords=("data", "axes fraction"),
-            ha="center", va="top", fontsize=8, color=_INK, annotation_clip=False,
+            ha="center", va="top", fontsize=8, color=_TEXT_COLOUR, annotation_clip=False,
         )  # fmt: skip
     axes.set_xlim(low, high)
     axes.margins(y=0.25)
@@ -142,51 +181,3 @@ def _exponents(axes: Any, histograms: list[ExponentHistogram]) -> None:
 
 def _with_styles(result: DemoResult, values: Any) -> Iterator[tuple[str, str, Any, Any]]:
     return zip(_COLOURS, _STYLES, result.runs, values, strict=False)
-
-
-class _Drawing:
-    """A figure that becomes one SVG element, with names of its own, when the block ends."""
-
-    def __init__(self, name: str, label: str, columns: int = 1) -> None:
-        self._name = name
-        self._label = label
-        self._columns = columns
-        self.svg = ""
-
-    def __enter__(self) -> Self:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-
-        self._settings = mpl.rc_context(_SETTINGS)
-        self._settings.__enter__()
-        # A bare Figure: pyplot would look for a display and keep the figure for good.
-        self._figure = Figure(figsize=(9.6, 3.6), layout="constrained")
-        axes = self._figure.subplots(1, self._columns, squeeze=False)
-        self.axes = list(axes[0])
-        for one in self.axes:
-            one.grid(color=_INK, alpha=_FAINT / 2, lw=0.6)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        try:
-            if error[0] is None:
-                stream = io.StringIO()
-                self._figure.savefig(
-                    stream, format="svg", transparent=True,
-                    metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-                )  # fmt: skip
-                self.svg = _inline(stream.getvalue(), self._name, self._label)
-        finally:
-            self._settings.__exit__(None, None, None)
-
-
-def _inline(svg: str, name: str, label: str) -> str:
-    """Return matplotlib's file as an element of a page."""
-    svg = svg[svg.index("<svg") :]
-    # The size comes from the page; several drawings must not share ids.
-    head, rest = svg.split(">", 1)
-    head = " ".join(part for part in head.split() if not part.startswith(("width=", "height=")))
-    svg = f'{head} role="img" aria-label="{label}">{rest}'
-    for before in ('id="', "url(#", 'href="#'):
-        svg = svg.replace(before, f"{before}{name}-")
-    return svg.replace(_INK, "currentColor")

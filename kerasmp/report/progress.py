@@ -1,4 +1,4 @@
-"""The progress of a demo: bars on a terminal, plain lines elsewhere."""
+"""Shows the progress of a demo: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class ProgressDisplay:
-    """Shows `Progress` events; a context manager, and the callable that `run_demo` takes.
+    """Shows `Progress` events. It is a context manager, and the callable that `run_demo` takes.
 
-    On a terminal each policy has a bar with the steps and the loss. Elsewhere, in a log file say,
-    each policy has one line when it starts and one when it has ended.
+    On a terminal each policy has a bar with the steps and the loss. Elsewhere, for example in a log
+    file, each policy has one line when it starts and one when it has ended.
 
     Args:
         console: The Rich console to write to.
@@ -33,7 +33,7 @@ class ProgressDisplay:
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
-        """Start the bars, if there is a terminal to draw them on."""
+        """Start the bars if the console is a terminal."""
         if self._console.is_terminal:
             from rich import progress
 
@@ -49,29 +49,27 @@ class ProgressDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop the bars; they stay on the screen as they were."""
+        """Stop the bars. They stay on the screen."""
         if self._bars is not None:
             self._bars.stop()
 
     def __call__(self, event: Progress) -> None:
         """Show one event."""
-        loss = number(event.loss, ".4f")
+        name, loss = f"{event.run}/{event.runs} {event.recipe}", number(event.loss, ".4f")
+        new = event.recipe not in self._tasks
         if self._bars is None:
-            self._line(event, loss)
+            self._tasks[event.recipe] = None
+            if event.finished:
+                self._print(f"{name}: {event.steps} steps done, loss {loss}")
+            elif new:
+                self._print(f"{name}: training for {event.steps} steps")
             return
-        if event.recipe not in self._tasks:
-            self._tasks[event.recipe] = self._bars.add_task(
-                f"{event.run}/{event.runs} {event.recipe}", total=event.steps, loss=loss
-            )
+        if new:
+            self._tasks[event.recipe] = self._bars.add_task(name, total=event.steps, loss=loss)
         task = self._tasks[event.recipe]
         self._bars.update(task, completed=event.step, loss=loss)
         if event.finished:
             self._bars.stop_task(task)
 
-    def _line(self, event: Progress, loss: str) -> None:
-        what = f"{event.run}/{event.runs} {event.recipe}:"
-        if event.finished:
-            self._console.print(f"{what} {event.steps} steps done, loss {loss}", highlight=False)
-        elif event.recipe not in self._tasks:
-            self._tasks[event.recipe] = None
-            self._console.print(f"{what} training for {event.steps} steps", highlight=False)
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False)

@@ -1,4 +1,4 @@
-"""Results as Rich tables."""
+"""Turns results into Rich tables."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from kerasmp.diagnosis import LintReport
 
 _CAPTION = (
-    "accuracy and loss: on the test images, at the end. time a step: wall time through fit, "
-    "without compilation. skipped: steps. memory: the layers' outputs for one batch, computed from "
-    "shapes and dtypes, not measured; weights are float32 in all."
+    "accuracy and loss: on the test images, at the end. time a step: wall time in fit, without "
+    "compilation. skipped: steps. memory: the layers' outputs for one batch, computed from shapes "
+    "and dtypes, not measured. All weights are float32."
 )
 
 
 def demo_table(result: DemoResult) -> Table:
-    """Return the table at the end of a demo: one row for each policy.
+    """Return the table at the end of a demo, with a row for each policy.
 
     Args:
-        result: What `run_demo` returned.
+        result: The result of `run_demo`.
 
     Returns:
         A table to print with a Rich console.
@@ -40,8 +40,10 @@ def demo_table(result: DemoResult) -> Table:
         caption=_CAPTION,
         caption_justify="left",
     )
-    for place, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if place else "left", no_wrap=not place)
+    first, *others = COLUMNS
+    table.add_column(first, no_wrap=True)
+    for column in others:
+        table.add_column(column, justify="right")
     for run in result.runs:
         table.add_row(*cells(run))
     return table
@@ -51,7 +53,7 @@ def environment_table(environment: Environment) -> Table:
     """Return versions, devices and the recommended policy as a table of two columns.
 
     Args:
-        environment: What `kerasmp.demo.environment` returned.
+        environment: The result of `kerasmp.demo.environment`.
 
     Returns:
         A table to print with a Rich console.
@@ -61,24 +63,25 @@ def environment_table(environment: Environment) -> Table:
     table = Table(show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, version in environment.versions.items():
-        table.add_row(name, version)
-    table.add_row("Keras backend", environment.backend)
-    table.add_row("devices", ", ".join(environment.devices))
-    table.add_row(
-        "processor", f"{environment.processor}, {environment.cores} cores for this process"
-    )
-    table.add_row("system", environment.system)
-    table.add_row("recommended policy", environment.recommended)
-    table.add_row("because", environment.reason)
+    rows = {
+        **environment.versions,
+        "Keras backend": environment.backend,
+        "devices": ", ".join(environment.devices),
+        "processor": f"{environment.processor}, {environment.cores} cores for this process",
+        "system": environment.system,
+        "recommended policy": environment.recommended,
+        "because": environment.reason,
+    }
+    for row in rows.items():
+        table.add_row(*row)
     return table
 
 
 def lint_table(report: LintReport) -> Table:
-    """Return what lint found as a table: one row for each finding.
+    """Return the findings of lint as a table with a row for each.
 
     Args:
-        report: What `kerasmp.lint` returned.
+        report: The result of `kerasmp.lint`.
 
     Returns:
         A table to print with a Rich console.

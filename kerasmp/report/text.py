@@ -1,4 +1,4 @@
-"""Numbers to words, the same in the terminal and on the page."""
+"""Turns numbers into text, the same for the terminal and for the page."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ COLUMNS = (
 
 
 def number(value: float | None, pattern: str, unit: str = "") -> str:
-    """Return a number in a format, a dash for None, and a word for what is not finite.
+    """Return a number as text: a dash for None, and "inf" or "nan" without a unit.
 
     Args:
         value: The number.
         pattern: A format specification, such as ".3f".
-        unit: What to put behind it.
+        unit: The unit behind it.
 
     Example:
 
@@ -49,9 +49,8 @@ def scale(value: float | None) -> str:
     """
     if value is None:
         return NONE
-    if math.isfinite(value) and value > 0 and math.frexp(value)[0] == 0.5:  # noqa: PLR2004 - a power of two
-        return f"2^{math.frexp(value)[1] - 1}"
-    return f"{value:g}"
+    fraction, exponent = math.frexp(value)
+    return f"2^{exponent - 1}" if fraction == 0.5 else f"{value:g}"  # noqa: PLR2004 - a power of two
 
 
 def kibibytes(value: int) -> str:
@@ -67,7 +66,7 @@ def kibibytes(value: int) -> str:
 
 
 def cells(run: RunResult) -> tuple[str, ...]:
-    """Return the row of one run, in the order of `COLUMNS`."""
+    """Return the row of one run, with a cell for each of `COLUMNS`."""
     milliseconds = None if math.isnan(run.seconds_per_step) else run.seconds_per_step * 1e3
     return (
         run.recipe.name,
@@ -90,14 +89,15 @@ def seconds(value: float) -> str:
     """
     if value < 60:  # noqa: PLR2004 - a minute
         return f"{value:.1f} s"
-    return f"{int(value // 60)} min {value % 60:.0f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest} s"
 
 
 def plain(value: object) -> object:
-    """Return a result as what JSON knows; what is not finite becomes None.
+    """Return a result as a value for JSON. A number that is not finite becomes None.
 
     Args:
-        value: A result, or what one consists of.
+        value: A result, or a part of one.
 
     Example:
 
@@ -105,12 +105,9 @@ def plain(value: object) -> object:
     {'loss': [1.0, None]}
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            "type": type(value).__name__,
-            **{
-                field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)
-            },
-        }
+        names = [field.name for field in dataclasses.fields(value)]
+        parts = {name: plain(getattr(value, name)) for name in names}
+        return {"type": type(value).__name__, **parts}
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
