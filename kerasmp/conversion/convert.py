@@ -171,7 +171,7 @@ def _convert(
     changes = [row for row in rows if row.before != row.after]
     undo.callback(put_back, model, [(row.layer, row.layer.dtype_policy) for row in changes])
     for row in changes:
-        let_follow(row.layer, keras.dtype_policies.get(row.after))
+        let_follow(row.layer, row.policy_after)
     rows, untried = settle(model, rows, sample)
     notes += untried
     changed = change_variables(rows, undo)
@@ -274,9 +274,7 @@ def _refuse_quantising(rows: list[Assignment]) -> None:
         PolicyError: There. Nothing could bring back what rounding takes.
     """
     for row in rows:
-        have, want = (
-            keras.dtype_policies.get(name).quantization_mode for name in (row.before, row.after)
-        )
+        have, want = (each.quantization_mode for each in (row.policy, row.policy_after))
         if have != want:
             raise PolicyError(
                 "convert does not quantise: that rounds weights for good."

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import keras
-
 from kerasmp.backend.keras_private import flatten_layers
 from kerasmp.conversion.compiled import set_attribute
 from kerasmp.conversion.variables import Narrowed, Wanted, narrow_variables
@@ -73,11 +71,11 @@ def with_variables(rows: Iterable[Assignment], variables: str | None) -> list[As
         for row in rows
     ]
     for row in rows:
-        have, want = map(variable_dtype, (row.before, row.after))
+        have, want = _variable_dtypes(row)
         widens = have in HALVES and want == "float32"  # to the last bit
         if want != variables and not widens:
             refuse_other_variables(row)
-    if variables in HALVES and all(variable_dtype(row.after) != variables for row in rows):
+    if variables in HALVES and all(_variable_dtypes(row)[1] != variables for row in rows):
         raise PolicyError(
             f"No layer computes in {variables}, so that none can have its variables in it.",
             received=f"variables={variables!r}, and layers under "
@@ -88,9 +86,9 @@ def with_variables(rows: Iterable[Assignment], variables: str | None) -> list[As
     return rows
 
 
-def variable_dtype(policy: str) -> str:
-    """Return the dtype in which layers under a Keras policy keep their variables."""
-    return str(keras.dtype_policies.get(policy).variable_dtype)
+def _variable_dtypes(row: Assignment) -> tuple[str, str]:
+    """Return the dtypes of variables of a layer's policy, now and after."""
+    return str(row.policy.variable_dtype), str(row.policy_after.variable_dtype)
 
 
 def change_variables(rows: Iterable[Assignment], undo: contextlib.ExitStack) -> list[Narrowed]:
@@ -104,15 +102,15 @@ def change_variables(rows: Iterable[Assignment], undo: contextlib.ExitStack) -> 
         What became of the variables of each layer whose policy wants them otherwise.
     """
     rows = list(rows)
-    changes = [variable_dtype(row.before) != variable_dtype(row.after) for row in rows]
-    if not any(changes):
-        return []
+    pairs = [_variable_dtypes(row) for row in rows]
     wanted = [
-        Wanted(row.layer, row.path, variable_dtype(row.after) if change else None)
-        for row, change in zip(rows, changes, strict=True)
+        Wanted(row.layer, row.path, after if after != before else None)
+        for row, (before, after) in zip(rows, pairs, strict=True)
     ]
-    facts = zip(narrow_variables(wanted, undo), changes, strict=True)
-    return [narrowed for narrowed, change in facts if change]
+    if all(each.dtype is None for each in wanted):
+        return []
+    facts = zip(narrow_variables(wanted, undo), wanted, strict=True)
+    return [narrowed for narrowed, each in facts if each.dtype is not None]
 
 
 def any_half(model: Any) -> bool:

@@ -110,7 +110,7 @@ class _Trial:
     def keep_without_kernels(self) -> None:
         """Keep in float32 the stock layers that are known to fail, and what is inside of them."""
         for row in self.rows:
-            half = _compute_dtype(row.after)
+            half = _compute_dtype(row)
             fails = half in HALVES and isinstance(row.layer, layers_without_kernel(half))
             if fails and not is_ours(row.layer):
                 reason = f"{type(row.layer).__name__} has no {half} kernel on this backend"
@@ -174,12 +174,12 @@ class _Trial:
         return [
             row
             for row in rows
-            if row is not None and row.before != row.after and _compute_dtype(row.after) in HALVES
+            if row is not None and row.before != row.after and _compute_dtype(row) in HALVES
         ]
 
     def _keep(self, rows: list[Assignment], error: Exception, holder: Any | None = None) -> None:
         for row in rows:
-            reason = f"cannot compute in {_compute_dtype(row.after)}: {first_line(error)}"
+            reason = f"cannot compute in {_compute_dtype(row)}: {first_line(error)}"
             if holder is not None:
                 reason = f'in "{self._rows[id(holder)].path}", which {reason}'
             if row.reason.startswith(("your rule", "the text")):
@@ -269,8 +269,8 @@ def _culprits(error: Exception, layer: Any) -> list[Any]:
     return raised or [part for name in reversed(names) for part in inside if part.name == name]
 
 
-def _compute_dtype(policy: str) -> str:
-    return str(keras.dtype_policies.get(policy).compute_dtype)
+def _compute_dtype(row: Assignment) -> str:
+    return str(row.policy_after.compute_dtype)
 
 
 def _not_callable(model: Any, error: Exception) -> PolicyError:

@@ -11,7 +11,7 @@ from kerasmp.backend import current
 from kerasmp.backend.keras_graph import calls, children, graph_of, outermost_graphs
 from kerasmp.backend.keras_private import flatten_layers
 from kerasmp.diagnosis.finding import Finding
-from kerasmp.policy import Policy, global_policy
+from kerasmp.policy import Policy
 from kerasmp.policy.assign import assign
 from kerasmp.policy.places import places
 from kerasmp.policy.safe import (
@@ -224,8 +224,8 @@ def _ignoring(model: Any) -> Iterator[Finding]:
     with_weights = [layer for layer in flatten_layers(model)[1:] if layer.weights]
     if not with_weights or any(layer.compute_dtype in HALVES for layer in with_weights):
         return
-    policy = global_policy()
-    compute = next((c for c in (model.compute_dtype, policy.compute_dtype) if c in HALVES), None)
+    of_policy = keras.config.dtype_policy().compute_dtype  # which may be one of the user's own
+    compute = next((c for c in (model.compute_dtype, of_policy) if c in HALVES), None)
     if compute is None or not _would_follow(model, with_weights, compute):
         return
     if model.compute_dtype in HALVES:
@@ -241,7 +241,7 @@ def _ignoring(model: Any) -> Iterator[Finding]:
             "warning",
             model.name,
             "ignores-policy",
-            f"The global policy computes in {policy.compute_dtype}, and no layer does: they were "
+            f"The global policy computes in {of_policy}, and no layer does: they were "
             "made, loaded or cloned with a dtype of their own.",
             "Use kerasmp.convert(model, policy).",
         )

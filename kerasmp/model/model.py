@@ -11,7 +11,7 @@ import keras
 
 from kerasmp import backend
 from kerasmp.backend.keras_private import Functional, float16_layers, functional_init_arguments
-from kerasmp.errors import ArgumentTypeError, LossScaleWarning, refuse_no_bool
+from kerasmp.errors import ArgumentTypeError, LossScaleWarning, PolicyError, refuse_no_bool
 from kerasmp.model.float32 import at_least_float32, cast, widen_activity_regularizers
 from kerasmp.model.guards import with_guards
 from kerasmp.model.hints import dtype_hints
@@ -92,7 +92,10 @@ class Model(keras.Model):
             cls: Any = type(self)
             object.__setattr__(self, "__class__", _functional_subclass(cls))
         super().__init__(*args, **kwargs)
-        policy = global_policy()
+        try:
+            policy = global_policy()
+        except PolicyError:  # one of the user's own, of which Keras follows all
+            policy = Policy("float32")
         self._output_dtype = policy.output_dtype
         self._rules = RulesToFollow(policy)
         self._keeps_layer_policies = self._rules.any

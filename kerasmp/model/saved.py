@@ -190,7 +190,8 @@ class LayersToFollow:
             for layer, policy in zip(
                 _inputs(model), self.waiting.get("input_policies", ()), strict=False
             ):
-                set_policy(layer, keras.dtype_policies.get(policy))
+                with contextlib.suppress(TypeError, ValueError):  # a user's own, and no matter
+                    set_policy(layer, keras.dtype_policies.get(policy))
             _refuse_training_inside(model)
         self.waiting = {}
 
@@ -202,18 +203,7 @@ def _assigned(model: Any, policies: LayerPolicies) -> list[Assignment]:
     for part in flatten_layers(model):
         if id(part) in ours and isinstance(part, keras.Model):
             type(model).from_keras(part)
-    rows = policies.assign(model, names_may_be_lost=True)
-    for row in rows:
-        try:
-            _ = row.before == row.after or keras.dtype_policies.get(row.after)
-        except (TypeError, ValueError) as error:
-            raise PolicyError(
-                "A policy of the user's own cannot be made of its name.",
-                received=f'"{row.path}" with {row.before!r}',
-                expected=f"{row.after!r}, as in the file",
-                fix="Let the constructor of the model, or of the layer, set that policy.",
-            ) from error
-    return rows
+    return policies.assign(model, names_may_be_lost=True)
 
 
 def _warn_of_others(model: Any, text: str, error: PolicyError) -> None:

@@ -6,12 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kerasmp.backend.keras_graph import (
-    policy_of,
-    refresh_symbolic_dtypes,
-    renew_mask_casts,
-    set_policy,
-)
+from kerasmp.backend.keras_graph import refresh_symbolic_dtypes, renew_mask_casts, set_policy
 from kerasmp.errors import PolicyError
 
 if TYPE_CHECKING:
@@ -43,7 +38,7 @@ def apply(
     changed = [(row.layer, row.layer.dtype_policy) for row in todo]
     try:
         for row in todo:
-            let_follow(row.layer, keras.dtype_policies.get(row.after))
+            let_follow(row.layer, row.policy_after)
         if todo:
             refresh_symbolic_dtypes(model)
     except BaseException:  # a layer that cannot be called in its new dtype, or an interrupt
@@ -91,8 +86,7 @@ def refuse_other_variables(row: Assignment) -> None:
     Raises:
         PolicyError: If they would.
     """
-    have = policy_of(row.layer).variable_dtype
-    want = keras.dtype_policies.get(row.after).variable_dtype
+    have, want = row.policy.variable_dtype, row.policy_after.variable_dtype
     if have != want and row.layer.weights:
         raise PolicyError(
             "The layer is built, and its weights stay in the dtype they have.",

@@ -25,16 +25,40 @@ class Assignment(NamedTuple):
     Args:
         layer: The layer.
         path: Its path.
-        before: The name of the Keras policy that it follows now.
+        policy: The Keras policy that it follows now. One of the user's own may have any name.
         after: The name of the Keras policy that it is to follow.
         reason: The rule that says so; "the policy" where there is none.
     """
 
     layer: Any
     path: str
-    before: str
+    policy: keras.DTypePolicy
     after: str
     reason: str
+
+    @property
+    def before(self) -> str:
+        """The name of the Keras policy that it follows now."""
+        return str(self.policy.name)
+
+    @property
+    def policy_after(self) -> keras.DTypePolicy:
+        """The Keras policy that it is to follow: the very one of now, if it has that name.
+
+        Raises:
+            PolicyError: If it has not, and Keras can make none of the name.
+        """
+        if self.after == self.before:
+            return self.policy
+        try:
+            return keras.dtype_policies.get(self.after)
+        except (TypeError, ValueError) as error:
+            raise PolicyError(
+                "A policy of the user's own cannot be made of its name.",
+                received=f'"{self.path}" with {self.before!r}',
+                expected=f"{self.after!r}, as {self.reason} says",
+                fix="Let the constructor of the model, or of the layer, set that policy.",
+            ) from error
 
 
 class _Claim(NamedTuple):
@@ -81,10 +105,10 @@ def assign(model: Any, policy: Policy) -> list[Assignment]:
         if isinstance(layer, keras.layers.InputLayer):
             continue  # its dtype is the data's
         above = inherited.get(id(place.holder), _Inherited())
-        before = policy_of(layer).name
-        claim, passed_on = _decide(layer, place, policy, above, before)
+        present = policy_of(layer)
+        claim, passed_on = _decide(layer, place, policy, above, str(present.name))
         inherited[id(layer)] = passed_on
-        rows.append(Assignment(layer, place.path, before, *claim))
+        rows.append(Assignment(layer, place.path, present, *claim))
     return rows
 
 

@@ -84,7 +84,7 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
             ArgumentTypeError: If `model` is no Keras model or layer.
         """
         return cls(
-            LayerPolicy(depth, layer.name, _class_name(layer), policy_of(layer).name)
+            LayerPolicy(depth, layer.name, _class_name(layer), str(policy_of(layer).name))
             for layer, _, depth in _with_depths(model)
         )
 
@@ -120,7 +120,8 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
             One row for the model and for each layer in it.
 
         Raises:
-            PolicyError: If the model's layers are not those that the policies are of.
+            PolicyError: If the model's layers are not those that the policies are of, or a layer is
+                to follow one of the user's own that it does not follow now.
             ArgumentTypeError: If `model` is no Keras model or layer.
         """
         present = list(_with_depths(model))
@@ -137,10 +138,13 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
             raise _misfit("no further layer", f'"{place.path}" ({_class_name(layer)})')
         if len(present) < len(self):
             raise _misfit(str(self[len(present)]).strip(), "no further layer")
-        return [
-            Assignment(layer, place.path, policy_of(layer).name, wanted.policy, "the text")
+        rows = [
+            Assignment(layer, place.path, policy_of(layer), wanted.policy, "the text")
             for wanted, (layer, place, _) in zip(self, present, strict=True)
         ]
+        for row in rows:
+            _ = row.policy_after  # raises where there is no such policy
+        return rows
 
     def ours_in(self, model: Any) -> set[int]:
         """Return the `id`s of the layers that were kerasmp's and are stock here.
@@ -238,7 +242,8 @@ def _read(number: int, line: str, may_be_unknown: bool) -> LayerPolicy:  # noqa:
                 f"Keras does not know the policy in line {number}.",
                 received=repr(policy),
                 expected='a name such as "mixed_float16"',
-                fix=f"Keras says: {error}",
+                fix="One of your own is set by the constructor of its layer, and not by a text. "
+                f"Keras says: {error}",
             ) from error
     return LayerPolicy(len(blanks) // len(_INDENT), name, class_name, policy)
 

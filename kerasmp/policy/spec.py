@@ -91,15 +91,18 @@ def from_keras(policy: keras.DTypePolicy) -> Spec:
             `amax_history_length` that is not the default, or a name that Keras has erased.
     """
     name = policy.name
-    spec = parse(name) if isinstance(name, str) else None
-    if spec is None or keras.dtype_policies.get(spec.name) != policy:
+    try:
+        is_told = isinstance(name, str) and keras.dtype_policies.get(name) == policy
+    except (TypeError, ValueError):  # a user's own may have any name
+        is_told = False
+    if not is_told:
         raise PolicyError(
             "This Keras policy cannot be told by its name alone.",
-            received=repr(policy),
+            received=f"{name!r}, a {type(policy).__name__}",
             expected=_EXPECTED,
             fix="Give it to the layers themselves, through their dtype argument.",
         )
-    return spec
+    return parse(name)
 
 
 def _split(text: str) -> dict[str, str]:

@@ -217,8 +217,38 @@ def test_a_policy_of_the_users_own_comes_from_the_constructor(tmp_path, monkeypa
     assert_same(loaded, model)
     assert loaded.dense.dtype_policy.name == "my rounding"
     monkeypatch.setattr(OfRounding, "sets", False)
-    with pytest.warns(mp.errors.PolicyWarning, match="Expected: 'my rounding', as in the file"):
+    with pytest.warns(mp.errors.PolicyWarning, match="Expected: 'my rounding', as the text says"):
         keras.models.load_model(tmp_path / "model.keras")
+
+
+def test_a_policy_of_the_users_own_gives_way_to_a_conversion_and_comes_back():
+    own = Rounding()
+    alone, kept = layers.Dense(3, dtype=own), mp.layers.WithDtype(layers.Dense(3), own)
+    model = keras.Sequential([keras.Input((4,)), alone, kept, layers.Dense(2)])
+    before = mp.LayerPolicies.of(model)
+    dry = mp.convert(model, "mixed_float16", dry_run=True)
+    report = mp.convert(model, "mixed_float16")
+    for each in (dry, report):
+        pairs = [(row.before, row.after) for row in each.rows if row.layer in (alone, kept)]
+        assert pairs == [("my rounding", "mixed_float16"), ("my rounding", "my rounding")]
+    assert (alone.compute_dtype, kept.dtype_policy) == ("float16", own)
+    with pytest.raises(mp.errors.PolicyError, match=r"made of its name.*Expected: 'my rounding'"):
+        mp.convert(model, before)
+    assert mp.LayerPolicies.of(model) == report.layer_policies
+    report.restore()
+    assert alone.dtype_policy is own
+    assert [row.after for row in mp.convert(model, before).rows] == [x.policy for x in before]
+
+
+def test_a_global_policy_of_the_users_own_is_followed_as_in_stock_keras(tmp_path):
+    plain = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.Dense(2)])
+    keras.config.set_dtype_policy(Rounding())
+    model = mp.Sequential([keras.Input((4,)), layers.Dense(3), layers.Dense(2)])
+    (found,) = mp.lint(plain)
+    assert found.reason.startswith("The global policy computes in bfloat16, and no layer does")
+    mp.convert(model, "mixed_float16")
+    loaded = saved_and_loaded(model, tmp_path)
+    assert [x.compute_dtype for x in loaded.layers] == ["float16", "float32"]
 
 
 def test_a_model_without_call_that_is_never_built(tmp_path):

@@ -159,11 +159,20 @@ class TellsMore(keras.DTypePolicy):
     """A Keras policy whose name is not all of it."""
 
 
+class OfAnyName(keras.DTypePolicy):
+    """A Keras policy whose name says nothing to Keras."""
+
+    def __init__(self):
+        super().__init__("mixed_float16")
+        self._name = "int8 or so"
+
+
 @pytest.mark.unit
 @pytest.mark.parametrize(
     "make",
     [
         lambda: TellsMore("float32"),
+        OfAnyName,
         lambda: keras.dtype_policies.QuantizedFloat8DTypePolicy(
             "float8", "float32", amax_history_length=3
         ),
