@@ -16,10 +16,9 @@ class ByIdentity(Generic[T]):
 
     Example:
 
-    >>> layer = keras.layers.Dense(2)
-    >>> known = ByIdentity()
-    >>> known[layer] = "seen"
-    >>> known.get(layer), known.get(keras.layers.Dense(2)), len(known)
+    >>> one, known = ByIdentity(), ByIdentity()
+    >>> known[one] = "seen"
+    >>> known.get(one), known.get(ByIdentity()), len(known)
     ('seen', None, 1)
     """
 

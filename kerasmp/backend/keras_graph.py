@@ -46,12 +46,17 @@ def children(layer: Any) -> list[Any]:
     return list(layer._flatten_layers(include_self=False, recursive=False))  # noqa: SLF001 - no public way
 
 
+def has_call(model: Any) -> bool:
+    """Return whether a model has a `call`; a GAN, say, has none."""
+    return type(model).call not in {keras.Layer.call, keras.Model.call}
+
+
 def called_parts(model: Any) -> list[Any]:
-    """Return what calls begin with: the model, or its parts if it has no `call`, as with a GAN.
+    """Return what calls begin with: the model, or its parts if it has no `call`.
 
     A part without one stands for its own parts.
     """
-    if type(model).call not in {keras.Layer.call, keras.Model.call}:
+    if has_call(model):
         return [model]
     return [part for child in children(model) for part in called_parts(child)]
 

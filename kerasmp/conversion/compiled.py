@@ -104,7 +104,7 @@ def _attributes(model: Any) -> dict[str, Any]:
 
 def _put_back(model: Any, its_class: type, optimizer: Any, attributes: dict[str, Any]) -> None:
     # An optimizer that the user has compiled the model with since is theirs.
-    if _inner(_optimizer(model)) in _with_inner(optimizer):
+    if any(_inner(_optimizer(model)) is each for each in _with_inner(optimizer)):
         model.optimizer = optimizer
     _put_attributes_back(model, attributes)
     object.__setattr__(model, "__class__", its_class)

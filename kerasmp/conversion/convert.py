@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kerasmp.backend.keras_graph import called_parts
+from kerasmp.backend.keras_graph import called_parts, has_call
 from kerasmp.backend.keras_private import flatten_layers, losses_kept
 from kerasmp.conversion.compiled import (
     compiled_steps,
@@ -117,15 +117,14 @@ def convert(  # noqa: PLR0913 - all but two have to be named
         else _with_rules(over_float32(Policy(policy), variables), rules)
     )
     _build(model, sample)
-    has_call = called_parts(model) == [model]
     steps = compiled_steps(model)
     undo = contextlib.ExitStack()
     undo.callback(forget_compiled_steps, model)
     try:
         replaced = _turn_layers(model, wanted, undo, all_of_them=safe_layers)
         rows, notes = _convert(model, wanted, variables, sample, undo)
-        costs = measure(model, sample) if has_call and sample is not None else {}
-        if not has_call and sample is not None:
+        costs = measure(model, sample) if has_call(model) and sample is not None else {}
+        if not has_call(model) and sample is not None:
             notes.append("the sample was not used: the model has no call")
         policy = wanted if isinstance(wanted, Policy) else None
         to = "the policies of a text" if policy is None else f'"{policy}"'
@@ -230,7 +229,7 @@ def _build(model: Any, sample: Any) -> None:
         PolicyError: If there is none, or no part of a model without a `call` is built.
     """
     parts = called_parts(model)
-    if parts == [model] and not model.built and sample is not None:
+    if has_call(model) and not model.built and sample is not None:
         build_by(model, sample)
         if not model.built:
             with losses_kept(model):
@@ -239,11 +238,11 @@ def _build(model: Any, sample: Any) -> None:
         raise PolicyError(
             "The model is not built, and parts that come later would not follow.",
             received=f'the model "{model.name}"'
-            + ("" if parts == [model] else ", which has no call, and none of its parts is built"),
+            + ("" if has_call(model) else ", which has no call, and none of its parts is built"),
             expected="a built model",
             fix="Give a batch of inputs as sample=, or call the model on one first, or build it "
             "under kerasmp.policy_scope(policy)."
-            if parts == [model]
+            if has_call(model)
             else "Call its parts on a batch first.",
         )
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import weakref
 from typing import TYPE_CHECKING, Any
 
+from kerasmp.backend.by_identity import ByIdentity
 from kerasmp.errors import PolicyError
 
 if TYPE_CHECKING:
@@ -44,16 +44,15 @@ class _Known:
     begun: int = 0
 
 
-# By the `id` of a layer: its class may have an `__eq__` of its own, and no `__hash__`. Kept apart
-# from reports, which may be dropped: what they have changed stands all the same.
-_KNOWN: dict[int, _Known] = {}
+# Of layers. Kept apart from reports, which may be dropped: what they have changed stands all the
+# same.
+_KNOWN: ByIdentity[_Known] = ByIdentity()
 
 
 def _known_of(layer: Any) -> _Known:
-    known = _KNOWN.get(id(layer))
+    known = _KNOWN.get(layer)
     if known is None:
-        known = _KNOWN[id(layer)] = _Known()
-        weakref.finalize(layer, _KNOWN.pop, id(layer), None).atexit = False
+        known = _KNOWN[layer] = _Known()
     return known
 
 

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from kerasmp.backend.keras_graph import called_parts, graph_of, outermost_graphs, symbolic_dtypes
+from kerasmp.backend.keras_graph import (
+    called_parts,
+    graph_of,
+    has_call,
+    outermost_graphs,
+    symbolic_dtypes,
+)
 from kerasmp.backend.keras_private import layers_in, losses_kept, traces_kept, whole_tracebacks
 from kerasmp.diagnosis import data, dtypes, outputs, sizes, source, traced, training
 from kerasmp.diagnosis.finding import Finding, LintReport, sorted_report
@@ -53,7 +59,7 @@ def lint(model: Any, x: Any = None) -> LintReport:
             expected="a keras.Model",
             fix="Pass the model, and a batch of its input after it.",
         )
-    if called_parts(model) != [model]:
+    if not has_call(model):
         x = None  # what its train step does with it, nobody can tell
     if x is not None:
         given, x = x, keras.tree.map_structure(np.asarray, x)

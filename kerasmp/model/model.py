@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import warnings
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import keras
 
 from kerasmp import backend
+from kerasmp.backend.by_identity import ByIdentity
 from kerasmp.backend.keras_private import Functional, float16_layers, functional_init_arguments
 from kerasmp.errors import ArgumentTypeError, LossScaleWarning, PolicyError, refuse_no_bool
 from kerasmp.model.float32 import at_least_float32, cast, widen_activity_regularizers
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kerasmp.model.saved import LayersToFollow
 
 # Not an attribute of the model: a step sets none, since another thread may be using it.
-_LOOKED_FOR_LATE_LAYERS: weakref.WeakSet[Any] = weakref.WeakSet()
+_LOOKED_FOR_LATE_LAYERS: ByIdentity[bool] = ByIdentity()
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
@@ -214,7 +214,7 @@ class Model(keras.Model):
         if not isinstance(model, Model):
             object.__setattr__(model, "__class__", _ours_of(model))
             widen_activity_regularizers(model)
-            _LOOKED_FOR_LATE_LAYERS.discard(model)
+            _LOOKED_FOR_LATE_LAYERS[model] = False
             model._scale_as_turned(auto_scale_loss)  # noqa: SLF001 - one of ours, now
         return model
 
@@ -324,8 +324,8 @@ class Model(keras.Model):
 
     def _warn_if_too_late(self) -> None:
         """Warn once if the first step has built float16 layers, as it does on TensorFlow."""
-        if self not in _LOOKED_FOR_LATE_LAYERS:
-            _LOOKED_FOR_LATE_LAYERS.add(self)
+        if not _LOOKED_FOR_LATE_LAYERS.get(self):
+            _LOOKED_FOR_LATE_LAYERS[self] = True
             if self._must_wrap(self.optimizer):
                 warnings.warn(
                     "Layers that compute in float16 were made during the first step, after "

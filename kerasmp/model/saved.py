@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import keras
 
+from kerasmp.backend.by_identity import ByIdentity
 from kerasmp.backend.keras_graph import policy_of, set_policy
 from kerasmp.backend.keras_private import flatten_layers, own_variables
 from kerasmp.backend.variable_dtypes import set_variable_dtype, takes_dtype
@@ -31,8 +31,8 @@ KEY = "kerasmp"
 _OF_LAYERS = ("layer_policies", "input_policies", "variable_dtypes", "built", "layers_may_differ")
 # Files have all that their layers are made of; others are made by a constructor.
 _REBUILT = ("keras", __name__.partition(".")[0])
-# Models of which a config tells that was asked for since they were last saved.
-_TOLD: weakref.WeakSet[Any] = weakref.WeakSet()
+# Of models, whether a config tells of them that was asked for since they were last saved.
+_TOLD: ByIdentity[bool] = ByIdentity()
 
 
 def adding_extras(get_config: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
@@ -104,8 +104,9 @@ def with_extras(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
         extras |= waiting
     elif model._keeps_layer_policies or _has_users_layers(model):  # noqa: SLF001
         extras |= _of_layers(model)
-    inside = flatten_layers(model) if "layer_policies" in extras else [model]
-    _TOLD.update(each for each in inside if _is_ours(each))
+    for each in flatten_layers(model) if "layer_policies" in extras else [model]:
+        if _is_ours(each):
+            _TOLD[each] = True
     return {**config, KEY: extras} if extras else dict(config)
 
 
@@ -230,8 +231,8 @@ def warn_if_untold(model: Any) -> None:
     Warns:
         PolicyWarning: If it was converted, or follows rules.
     """
-    if model in _TOLD:
-        _TOLD.discard(model)
+    if _TOLD.get(model):
+        _TOLD[model] = False
     elif model._keeps_layer_policies:  # noqa: SLF001 - its own room
         warnings.warn(
             f'The file tells nothing of the policies of "{model.name}": it is inside a model whose '

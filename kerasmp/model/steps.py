@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import keras
 
 from kerasmp import backend
+from kerasmp.backend.by_identity import ByIdentity
 from kerasmp.backend.calls import Call, entered, running
 from kerasmp.model.hints import dtype_hints
 from kerasmp.model.inference import refuse_training
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-# The models in whose last guarded step Keras's own had its part. Not an attribute of the model: a
-# step sets none, since another thread may be using it.
-_BY_KERAS: weakref.WeakSet[Any] = weakref.WeakSet()
+# Of models, whether Keras's own step had its part in the last guarded one. Not an attribute of the
+# model: a step sets none, since another thread may be using it.
+_BY_KERAS: ByIdentity[bool] = ByIdentity()
 
 
 def guarded(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,7 +69,7 @@ def no_step_is_nan(model: Any) -> bool:
 
     Not within the step, whose logs have the numbers of its batch then.
     """
-    return model in _BY_KERAS and not running(model)
+    return bool(_BY_KERAS.get(model)) and not running(model)
 
 
 def numbers_of_batch(result_or_logs: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,7 +82,7 @@ def numbers_of_batch(result_or_logs: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(result_or_logs)
     def metrics_result_or_logs(model: Any, logs: Any) -> Any:
         result = result_or_logs(model, logs)
-        if result is logs or model in _BY_KERAS:
+        if result is logs or _BY_KERAS.get(model):
             return result
         counts = _counts(model)
         return {
@@ -105,7 +105,7 @@ def _run(call: Call, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         return _logs(model, logs, skipped, by_keras=call.by_keras)
 
     logs = backend.current().train_step(model, optimizers, step, logs_after, *args)
-    (_BY_KERAS.add if call.by_keras else _BY_KERAS.discard)(model)
+    _BY_KERAS[model] = call.by_keras
     return logs
 
 

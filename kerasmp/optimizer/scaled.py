@@ -7,6 +7,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from kerasmp import backend
+from kerasmp.backend.by_identity import ByIdentity
 from kerasmp.backend.calls import innermost
 from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.loss_scale import FixedLossScale, NoLossScale
@@ -14,14 +15,14 @@ from kerasmp.loss_scale import FixedLossScale, NoLossScale
 if TYPE_CHECKING:
     from kerasmp.optimizer.wrapper import LossScaleOptimizer
 
-# Optimizers that were asked for their scale. What was traced then, an inner function say, may scale
-# a loss again without a word to us. No attributes: a step sets none, since another thread may be
-# using them.
-_HAVE_SCALED: weakref.WeakSet[Any] = weakref.WeakSet()
+# Of optimizers, whether they were asked for their scale. What was traced then, an inner function
+# say, may scale a loss again without a word to us. No attributes: a step sets none, since another
+# thread may be using them.
+_HAVE_SCALED: ByIdentity[bool] = ByIdentity()
 # For each model those that it has applied scaled gradients by, of before too.
-_OF_MODELS: weakref.WeakKeyDictionary[Any, list[weakref.ref[Any]]] = weakref.WeakKeyDictionary()
-# Optimizers whose user was told that the step scales no loss.
-_TOLD: weakref.WeakSet[Any] = weakref.WeakSet()
+_OF_MODELS: ByIdentity[list[weakref.ref[Any]]] = ByIdentity()
+# Of optimizers, whether their user was told that the step scales no loss.
+_TOLD: ByIdentity[bool] = ByIdentity()
 
 
 def note_scaling(optimizer: LossScaleOptimizer, what: str) -> None:
@@ -40,8 +41,8 @@ def note_scaling(optimizer: LossScaleOptimizer, what: str) -> None:
         return
     call = innermost()
     if call is None:
-        if optimizer not in _HAVE_SCALED and backend.current().is_traced():
-            _HAVE_SCALED.add(optimizer)
+        if not _HAVE_SCALED.get(optimizer) and backend.current().is_traced():
+            _HAVE_SCALED[optimizer] = True
         return
     if _holds(call.unscaled, optimizer):
         raise LossScaleError(
@@ -52,7 +53,7 @@ def note_scaling(optimizer: LossScaleOptimizer, what: str) -> None:
         )
     if not _holds(call.scaled, optimizer):
         call.scaled.append(optimizer)
-        _HAVE_SCALED.add(optimizer)
+        _HAVE_SCALED[optimizer] = True
 
 
 def note_reading(optimizer: LossScaleOptimizer, what: str) -> None:
@@ -88,11 +89,11 @@ def is_scaled(optimizer: LossScaleOptimizer) -> bool:
     call = innermost()
     if call is None or _is_always_1(optimizer):
         return True
-    if optimizer in _HAVE_SCALED:
+    if _HAVE_SCALED.get(optimizer):
         _mark(call.model, optimizer)
         return True
     if not _holds(call.unscaled, optimizer):
-        marks = _OF_MODELS.get(call.model, [])
+        marks = _OF_MODELS.get(call.model) or []
         others = call.scaled or [o for o in (mark() for mark in marks) if _keeps(call.model, o)]
         if others:
             raise _unknown_loss(optimizer, others)
@@ -107,12 +108,14 @@ def is_scaled(optimizer: LossScaleOptimizer) -> bool:
 def note_successor(model: Any) -> None:
     """Note that a model gets another optimizer, whose gradients may be scaled as those before."""
     optimizer = getattr(model, "optimizer", None)
-    if optimizer in _HAVE_SCALED:
+    if _HAVE_SCALED.get(optimizer):
         _mark(model, optimizer)
 
 
 def _mark(model: Any, optimizer: Any) -> None:
-    marks = _OF_MODELS.setdefault(model, [])
+    marks = _OF_MODELS.get(model)
+    if marks is None:
+        marks = _OF_MODELS[model] = []
     if all(mark() is not optimizer for mark in marks):
         marks.append(weakref.ref(optimizer))
 
@@ -139,7 +142,7 @@ def _unknown_loss(optimizer: LossScaleOptimizer, others: list[Any]) -> LossScale
 
 
 def _warn_of_predecessor(optimizer: LossScaleOptimizer, model: Any) -> None:
-    if optimizer in _TOLD:
+    if _TOLD.get(optimizer):
         return
     warnings.warn(
         f"The train step of {model.name!r} has asked not {optimizer.name!r} for its scale, but the "
@@ -149,11 +152,11 @@ def _warn_of_predecessor(optimizer: LossScaleOptimizer, model: Any) -> None:
         LossScaleWarning,
         stacklevel=2,
     )
-    _TOLD.add(optimizer)
+    _TOLD[optimizer] = True
 
 
 def _warn(optimizer: LossScaleOptimizer, model: Any) -> None:
-    if optimizer in _TOLD:
+    if _TOLD.get(optimizer):
         return
     scaling = "scaled = self.optimizer.scale_loss(loss)"
     if backend.current().PURE:
@@ -171,7 +174,7 @@ def _warn(optimizer: LossScaleOptimizer, model: Any) -> None:
         LossScaleWarning,
         stacklevel=2,
     )
-    _TOLD.add(optimizer)
+    _TOLD[optimizer] = True
 
 
 def _is_always_1(optimizer: LossScaleOptimizer) -> bool:
