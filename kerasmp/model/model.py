@@ -220,6 +220,7 @@ class Model(keras.Model):
 
     def _scale_as_turned(self, auto_scale_loss: bool) -> None:  # noqa: FBT001 - one caller
         self._auto_scale_loss = auto_scale_loss
+        note_successor(self)
         stock = keras.optimizers.LossScaleOptimizer
         if self.compiled and (
             self._must_wrap(self.optimizer)
@@ -283,6 +284,7 @@ class Model(keras.Model):
         """
         refuse_training(self)
         if self._must_wrap(self.optimizer):
+            note_successor(self)
             self.optimizer = ours_for(self.optimizer, self.trainable_variables)
             self.optimizer.build(self.trainable_variables)
             force = True  # a step that is compiled already holds the optimizer of before

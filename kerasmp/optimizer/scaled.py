@@ -6,6 +6,8 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import keras
+
 from kerasmp import backend
 from kerasmp.backend.by_identity import ByIdentity
 from kerasmp.backend.calls import innermost
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 _HAVE_SCALED: ByIdentity[bool] = ByIdentity()
 # For each model those that it has applied scaled gradients by, of before too.
 _OF_MODELS: ByIdentity[list[weakref.ref[Any]]] = ByIdentity()
+# Of models, one of Keras's that scaled their loss in a step that was traced. Held: what was traced
+# needs its scale, and where that is gone TensorFlow says so in words of its own.
+_OF_KERAS: ByIdentity[Any] = ByIdentity()
 # Of optimizers, whether their user was told that the step scales no loss.
 _TOLD: ByIdentity[bool] = ByIdentity()
 
@@ -80,7 +85,8 @@ def is_scaled(optimizer: LossScaleOptimizer) -> bool:
         optimizer: The optimizer.
 
     Raises:
-        LossScaleError: If the step, or the model in other steps, has asked other optimizers only.
+        LossScaleError: If the step, or the model in other steps, has asked other optimizers only,
+            or one of Keras's before.
 
     Warns:
         LossScaleWarning: Once for each optimizer whose loss is not scaled, or may be scaled by what
@@ -93,6 +99,8 @@ def is_scaled(optimizer: LossScaleOptimizer) -> bool:
         _mark(call.model, optimizer)
         return True
     if not _holds(call.unscaled, optimizer):
+        if _OF_KERAS.get(call.model) is not None:
+            raise _traced_before(optimizer, _OF_KERAS.get(call.model))
         marks = _OF_MODELS.get(call.model) or []
         others = call.scaled or [o for o in (mark() for mark in marks) if _keeps(call.model, o)]
         if others:
@@ -110,6 +118,14 @@ def note_successor(model: Any) -> None:
     optimizer = getattr(model, "optimizer", None)
     if _HAVE_SCALED.get(optimizer):
         _mark(model, optimizer)
+    elif _scales_unseen(optimizer) and getattr(model, "train_function", None) is not None:
+        _OF_KERAS[model] = optimizer
+
+
+def _scales_unseen(optimizer: Any) -> bool:
+    stock = keras.optimizers.LossScaleOptimizer
+    is_stock = isinstance(optimizer, stock) and not hasattr(optimizer, "schedule")  # not ours
+    return is_stock or bool(getattr(optimizer, "loss_scale_factor", None))
 
 
 def _mark(model: Any, optimizer: Any) -> None:
@@ -138,6 +154,19 @@ def _unknown_loss(optimizer: LossScaleOptimizer, others: list[Any]) -> LossScale
         "loss for several optimizers needs one LossScaleOptimizer around a "
         "keras.optimizers.MultiOptimizer. One that shall scale nothing is "
         "LossScaleOptimizer(..., loss_scale=None).",
+    )
+
+
+def _traced_before(optimizer: LossScaleOptimizer, before: Any) -> LossScaleError:
+    return LossScaleError(
+        "apply cannot know whether its gradients are those of a scaled loss.",
+        received=f"gradients for {optimizer.name!r}, which nothing has asked for its scale, in a "
+        f"model whose steps were traced with Keras's {before.name!r}",
+        expected="the loss scaled by the optimizer that applies its gradients",
+        fix="Make the functions anew that you compiled yourself (tf.function, jax.jit): what they "
+        "have traced keeps that scale, and the dtypes of then. A step that scales no loss shall "
+        "do so, by self.optimizer.scale_loss(loss), or be compiled with "
+        "kerasmp.LossScaleOptimizer(optimizer, loss_scale=None).",
     )
 
 

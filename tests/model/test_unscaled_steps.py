@@ -4,6 +4,7 @@ Each test compares with a model whose optimizer scales nothing, `loss_scale=None
 """
 
 import contextlib
+import gc
 
 import keras
 import numpy as np
@@ -169,6 +170,41 @@ def test_a_scale_in_a_function_that_was_traced_before_is_not_overlooked(first, t
         model.fit(*rest, **SOME)
     assert len(traced) == before  # no word of the scale reached us
     assert_same(model.get_weights(), wanted)
+
+
+@pytest.mark.backend("tensorflow")
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)),
+        full(lambda: keras.optimizers.SGD(0.1, loss_scale_factor=1024.0)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The inner optimizer's loss_scale_factor")
+def test_what_was_traced_with_the_scale_of_keras_is_an_error_until_it_is_made_anew(optimizer):
+    import tensorflow as tf
+
+    class Scales(BareStep):
+        def loss_and_gradients(self, *args):
+            return self.inner(*args)
+
+        to_differentiate = by_scale_loss
+
+    model = network(Scales, keras.Sequential, dtype="float32")
+    model.inner = tf.function(BareStep.loss_and_gradients.__get__(model))
+    model.compile(optimizer(), "mse", jit_compile=False)
+    model.fit(X, Y, **SOME)
+    mp.convert(model, "mixed_bfloat16")
+    if not isinstance(model.optimizer, mp.LossScaleOptimizer):
+        mp.convert(model, "mixed_float16")
+    before = model.get_weights()
+    gc.collect()
+    with pytest.raises(mp.errors.LossScaleError, match="functions anew that you compiled yourself"):
+        model.fit(X, Y, **SOME)
+    assert_same(model.get_weights(), before)
+    model.inner = tf.function(BareStep.loss_and_gradients.__get__(model))
+    model.fit(X, Y, **SOME)
+    assert model.optimizer.applied_steps == len(X) // 16
 
 
 @pytest.mark.backend("tensorflow", "torch")
