@@ -143,7 +143,7 @@ def _walk(jaxpr: Any, known: dict[Any, float], scope: str, found: list[Constant]
         name = eqn.primitive.name
         inner_scope = "/".join(part for part in (scope, str(eqn.source_info.name_stack)) if part)
         values = [(var, _value(var, known)) for var in eqn.invars]
-        for inner in _inner(eqn.params):
+        for inner in inner_jaxprs(eqn.params):
             # Aligned at the end: a branch has its index in front.
             pairs = zip(reversed(inner.invars), reversed(values), strict=False)
             inside = {var: value for var, (_, value) in pairs if value is not None}
@@ -169,7 +169,8 @@ def _is_half(var: Any) -> bool:
     return str(var.aval.dtype) == "float16"
 
 
-def _inner(params: Any) -> list[Any]:
+def inner_jaxprs(params: Any) -> list[Any]:
+    """Return the jaxprs that JAX keeps among the parameters of an operation, as of a loop."""
     inner = []
     for value in params.values():
         for each in value if isinstance(value, tuple | list) else [value]:

@@ -11,7 +11,9 @@ from jax import numpy as jnp
 
 from kerasmp.backend.base import Backend, finite_sums, wide_dtype
 from kerasmp.backend.calls import running
-from kerasmp.backend.keras_private import optimizer_in_fit
+from kerasmp.backend.constants import inner_jaxprs
+from kerasmp.backend.keras_private import compute_output_spec, optimizer_in_fit
+from kerasmp.errors import BackendError
 
 try:
     from jax.extend.core import get_opaque_trace_state
@@ -270,6 +272,64 @@ class Jax(Backend):
     def eagerly(self) -> Any:
         """Let all be computed when it is called, each step of a loop and what is compiled too."""
         return jax.disable_jit()
+
+    def trace(self, call: Callable[..., Any], args: Any, kwargs: Any, *, backwards: bool) -> None:  # noqa: ARG002 - gradients lack no kernel that the call itself has
+        """Trace a call; raise what it raises, and where this device has no kernel for it."""
+        traced = []
+
+        def called(*args: Any, **kwargs: Any) -> None:
+            def tensors() -> list[Any]:
+                return [
+                    x for x in keras.tree.flatten(call(*args, **kwargs)) if keras.ops.is_tensor(x)
+                ]
+
+            traced.append(jax.make_jaxpr(tensors)())
+
+        compute_output_spec(called, *args, **kwargs)
+        for each in traced:
+            _refuse_missing_kernels(each.jaxpr, "")
+
+
+def _refuse_missing_kernels(jaxpr: Any, scope: str) -> None:
+    """Raise where an operation has half-precision tensors, and this machine no kernel for them.
+
+    Raises:
+        BackendError: There, with the names of the layers around it as its note.
+    """
+    for eqn in jaxpr.eqns:
+        within = "/".join(part for part in (scope, str(eqn.source_info.name_stack)) if part)
+        inner = inner_jaxprs(eqn.params)
+        for each in inner:
+            _refuse_missing_kernels(each, within)
+        dtypes = tuple(str(getattr(var.aval, "dtype", "")) for var in eqn.invars)
+        half = next((dtype for dtype in dtypes if dtype in {"float16", "bfloat16"}), None)
+        if half and not inner and not _has_kernel(eqn, dtypes):
+            error = BackendError(f"JAX has no {half} kernel for {eqn.primitive.name} here.")
+            error.add_note(within)
+            raise error
+
+
+# For operations and dtypes of what they take, once JAX was asked. Only lowering tells.
+_KERNELS: dict[tuple[str, tuple[str, ...]], bool] = {}
+
+
+def _has_kernel(eqn: Any, dtypes: tuple[str, ...]) -> bool:
+    key = (eqn.primitive.name, dtypes)
+    if key not in _KERNELS:
+        try:
+            given = [
+                # A dimension that is not known is another name for a number.
+                jax.ShapeDtypeStruct([d if isinstance(d, int) else 2 for d in x.shape], x.dtype)
+                for x in (var.aval for var in eqn.invars)
+            ]
+            jax.jit(lambda *xs: eqn.primitive.bind(*xs, **eqn.params)).lower(*given)
+        except NotImplementedError:
+            _KERNELS[key] = False
+        except Exception:  # noqa: BLE001 - parameters that say a dimension, say: nobody knows
+            return True
+        else:
+            _KERNELS[key] = True
+    return _KERNELS[key]
 
 
 def _can_be_joined(value: Any, dtype: str) -> bool:

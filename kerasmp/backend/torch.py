@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import traceback
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import keras
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
 
 from kerasmp.backend.base import Backend, finite_sums, in_parts, name_of
-from kerasmp.backend.keras_private import held, states_of
+from kerasmp.backend.keras_private import compute_output_spec, held, states_of
+from kerasmp.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +26,15 @@ MIXED_DTYPES = re.compile(
     r"to have the same dtype, but got|expected scalar type (Half|BFloat16|Float) but found"
     r"|Input type \(.*\) and (weight|bias) type \(.*\) should be the same"
 )
+
+# What kernels say of a dtype that they are not made for.
+NO_KERNEL = re.compile(
+    r"not implemented for '(Complex)?(Half|BFloat16)'|Low precision dtypes not supported"
+    r"|(Unsupported dtype|support tensors of type:?|types other than float and double).*"
+    r"|expected scalar type (Float|Double) but found (Half|BFloat16)"
+    r"|Expected both inputs to be Half, Float or Double tensors"
+)
+_HALVES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.complex32: "float16"}
 
 # So many numbers stay in the cache of a CPU from one kernel of an update to the next.
 _IN_CACHE = 2**18
@@ -72,6 +88,22 @@ class Torch(Backend):
     def eagerly(self) -> Any:
         """Let no gradients be recorded; all else is eager."""
         return torch.no_grad()
+
+    def trace(self, call: Callable[..., Any], args: Any, kwargs: Any, *, backwards: bool) -> None:
+        """Trace a call; raise what it raises, and where this device has no kernel for it.
+
+        Keras calls it with tensors that have no numbers, for which torch asks no kernel, and with
+        numbers if that raises.
+        """
+        asking = _Asking(backwards)
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if asking.error is not None:
+                raise asking.error
+            with asking:
+                return call(*args, **kwargs)
+
+        compute_output_spec(called, *args, **kwargs)
 
     def shapes_of(self, variables: Sequence[Any]) -> list[Any]:
         """Return the shape of each variable, to be compared with that of its gradient."""
@@ -303,6 +335,70 @@ class Torch(Backend):
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
         return logs_after(logs, skipped)
+
+
+class _Asking(TorchDispatchMode):
+    """Raises where an operation is given half-precision tensors, and has no kernel for them.
+
+    Args:
+        backwards: Whether its gradient needs one, too.
+    """
+
+    def __init__(self, backwards: bool) -> None:  # noqa: FBT001 - one caller
+        super().__init__()
+        self.error: BackendError | None = None
+        self._backwards = backwards
+
+    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Ask for a kernel, then call the operation."""
+        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        half = next((_HALVES[x.dtype] for x in tensors if x.dtype in _HALVES), None)
+        if half and not _has_kernel(func, args, kwargs or {}, tensors, backwards=self._backwards):
+            name = func.__name__.partition(".")[0]
+            self.error = BackendError(f"torch has no {half} kernel for {name} here.")
+            # Keras may make an error of its own of it, and call anew.
+            owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_stack(None)]
+            layers = [each.name for each in owners if isinstance(each, keras.Layer)]
+            self.error.add_note("/".join(reversed(layers)))
+            raise self.error
+        return func(*args, **(kwargs or {}))
+
+
+# For operations and dtypes of what they take, once torch was asked. Only a call tells.
+_KERNELS: dict[Any, bool] = {}
+_FEW = 4  # numbers along each axis, for a call that takes no time
+
+
+def _has_kernel(func: Any, args: Any, kwargs: Any, tensors: list[Any], *, backwards: bool) -> bool:
+    key = (func, backwards, *(x.dtype for x in tensors))
+    if key not in _KERNELS:
+        # In a thread of its own, which knows of no trace, and records gradients.
+        call = functools.partial(_call_on_few, func, args, kwargs, backwards=backwards)
+        with ThreadPoolExecutor(1) as pool:
+            error = pool.submit(call).exception()
+        _KERNELS[key] = error is None or NO_KERNEL.search(str(error)) is None
+        if error is not None and _KERNELS[key] and backwards:  # what changes its input, say
+            _KERNELS[key] = _has_kernel(func, args, kwargs, tensors, backwards=False)
+    return _KERNELS[key]
+
+
+def _call_on_few(func: Any, args: Any, kwargs: Any, *, backwards: bool) -> None:
+    device = keras.ops.ones(()).device
+    leaves = []
+
+    def few(x: Any) -> Any:
+        if isinstance(x, torch.device):
+            return device
+        if not isinstance(x, torch.Tensor):
+            return x
+        leaves.append(torch.ones([min(d, _FEW) for d in x.shape], dtype=x.dtype, device=device))
+        return leaves[-1].requires_grad_(backwards and x.dtype.is_floating_point)
+
+    given, named = tree_map(few, (args, kwargs))
+    outputs = [x for x in tree_flatten(func(*given, **named))[0] if isinstance(x, torch.Tensor)]
+    sums = [x.abs().sum() for x in outputs if x.requires_grad]
+    if sums:
+        torch.autograd.grad(sums, [x for x in leaves if x.requires_grad], allow_unused=True)
 
 
 def _squares(values: Sequence[Any], divisor: Any) -> Any:

@@ -78,7 +78,7 @@ def settle(
     with whole_tracebacks():
         for part in called_parts(model):
             if graph_of(part) is None and trial.asks(part):
-                trial.settle(part, _attempts(part, sample if part is model else None))
+                trial.settle(part, attempts_at(part, sample if part is model else None))
         try:
             refresh_symbolic_dtypes(model, trial.look if trial.asks(model) else None)
             if trial.kept:  # one of them may have been called before, too
@@ -105,7 +105,7 @@ class _Trial:
 
     def asks(self, layer: Any) -> bool:
         """Return whether only a call can tell that a layer computes in half precision."""
-        return bool(self._halves(layer)) and not all(map(_is_known, flatten_layers(layer)))
+        return bool(self._halves(layer)) and not is_known(layer)
 
     def keep_without_kernels(self) -> None:
         """Keep in float32 the stock layers that are known to fail, and what is inside of them."""
@@ -119,7 +119,7 @@ class _Trial:
     def look(self, operation: Any, args: Any, kwargs: Any) -> None:
         """Try a layer of a graph; see `symbolic_dtypes`."""
         if isinstance(operation, keras.Layer) and self.asks(operation):
-            self.settle(operation, [functools.partial(_traced, operation, args, kwargs)])
+            self.settle(operation, [functools.partial(traced, operation, args, kwargs)])
 
     def settle(self, layer: Any, attempts: list[Attempt]) -> None:
         """Keep in float32 what fails in half precision and not in float32.
@@ -155,7 +155,7 @@ class _Trial:
     def _keep_what_fails(self, layer: Any, attempt: Attempt, error: Exception | None) -> None:
         # Each turn keeps a layer in float32, and with all of them there the attempt works.
         while error is not None and self._halves(layer):
-            for culprit in (*_culprits(error, layer), layer):
+            for culprit in (*culprits(error, layer), layer):
                 halves = self._halves(culprit)
                 if halves:
                     alone = halves[0].layer is culprit
@@ -202,8 +202,12 @@ class _Trial:
             return _error(layer, attempt)
 
 
+def is_known(layer: Any) -> bool:
+    """Return whether all that a layer, or one inside it, computes is stock."""
+    return all(map(_is_known, flatten_layers(layer)))
+
+
 def _is_known(layer: Any) -> bool:
-    """Return whether all that a layer computes itself is stock."""
     if not _is_stock(type(layer)) or isinstance(layer, keras.layers.Lambda):
         return False
     # An activation, say: its code may be a user's.
@@ -215,14 +219,14 @@ def _is_stock(what: Any) -> bool:
     return str(getattr(what, "__module__", "")).partition(".")[0] in _STOCK
 
 
-def _attempts(model: Any, sample: Any) -> list[Attempt]:
+def attempts_at(model: Any, sample: Any) -> list[Attempt]:
     """Return the ways to call a model that no graph calls; none where its inputs are not known."""
     # Around what a model of ours does beside: it may not change what is being tried.
     ours = isinstance(model, Model)
     call = functools.partial(keras.Model.__call__, model) if ours else model
     if sample is not None:
-        return [functools.partial(_traced, call, (symbols_of(sample),), {})]
-    return [functools.partial(_traced, call, *arguments) for arguments in _arguments(model)]
+        return [functools.partial(traced, call, (symbols_of(sample),), {})]
+    return [functools.partial(traced, call, *arguments) for arguments in _arguments(model)]
 
 
 def _arguments(model: Any) -> Iterator[tuple[Any, Any]]:
@@ -246,7 +250,8 @@ def _arguments(model: Any) -> Iterator[tuple[Any, Any]]:
                 yield (keras.tree.map_shape_structure(symbol, config["input_shape"]),), {}
 
 
-def _traced(call: Any, args: Any, kwargs: Any, *, training: bool, backwards: bool) -> None:
+def traced(call: Any, args: Any, kwargs: Any, *, training: bool, backwards: bool) -> None:
+    """Trace a call, as `kerasmp.backend.trace` does, in training or in inference."""
     # With a scope around it, a layer reads variables that have another dtype in its own, too.
     with AutocastScope(_WIDE):
         trace(call, args, {"training": training, **kwargs}, backwards=backwards)
@@ -261,7 +266,7 @@ def _error(layer: Any, attempt: Attempt) -> Exception | None:
     return None
 
 
-def _culprits(error: Exception, layer: Any) -> list[Any]:
+def culprits(error: Exception, layer: Any) -> list[Any]:
     """Return the layers, of one and those inside it, that an error comes from, innermost first."""
     inside = flatten_layers(layer)
     raised = [each for each in layers_in(error) if any(each is part for part in inside)]

@@ -14,13 +14,23 @@ from kerasmp.backend.keras_graph import (
     outermost_graphs,
     symbolic_dtypes,
 )
-from kerasmp.backend.keras_private import layers_in, losses_kept, traces_kept, whole_tracebacks
+from kerasmp.backend.keras_private import (
+    flatten_layers,
+    losses_kept,
+    traces_kept,
+    whole_tracebacks,
+)
+from kerasmp.conversion.trial import attempts_at, culprits, is_known
+from kerasmp.conversion.trial import traced as traced_call
 from kerasmp.diagnosis import data, dtypes, outputs, sizes, source, traced, training
 from kerasmp.diagnosis.finding import Finding, LintReport, sorted_report
 from kerasmp.errors import ArgumentError, ArgumentTypeError, first_line
+from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+CANNOT_COMPUTE = "cannot-compute"
 
 
 def lint(model: Any, x: Any = None) -> LintReport:
@@ -73,7 +83,7 @@ def lint(model: Any, x: Any = None) -> LintReport:
             )
         _refuse_other_inputs(model, arrays)
     with losses_kept(model):
-        return sorted_report(_findings(model, x))
+        return sorted_report(_told_once(_findings(model, x)))
 
 
 def _in_order(model: Any, x: Any) -> list[Any]:
@@ -108,6 +118,12 @@ def _refuse_other_inputs(model: Any, arrays: list[Any]) -> None:
         )
 
 
+def _told_once(found: list[Finding]) -> list[Finding]:
+    """Leave out what is told of a layer anew: another way to call it has other words for it."""
+    first = {each.place: each for each in reversed(found) if each.rule == CANNOT_COMPUTE}
+    return [x for x in found if x.rule != CANNOT_COMPUTE or x is first[x.place]]
+
+
 def _findings(model: Any, x: Any) -> list[Finding]:
     if x is not None and not model.built:
         _, failed = _tried(model, lambda: model(x))
@@ -126,6 +142,11 @@ def _findings_of_built(model: Any, x: Any) -> list[Finding]:
     found += [*(in_data or []), *failed]
     constants, failed = _tried(model, lambda: traced.findings(model, x))
     found += [*(constants or []), *failed]
+    if not failed and graph_of(model) is None and _asks_for_kernels(model):
+        _, failed = _tried(
+            model, lambda: [each(training=False, backwards=False) for each in attempts_at(model, x)]
+        )
+        found += failed
     if constants is None:
         return found
     # The graph has told for certain.
@@ -140,18 +161,32 @@ def cheap_findings(model: Any) -> list[Finding]:
     """
     with traces_kept(model):
         symbolic, failed = _tried(model, lambda: _symbolic_dtypes(model))
+        if not failed and _asks_for_kernels(model):
+            _, failed = _tried(model, lambda: _symbolic_dtypes(model, _ask_for_kernels))
     if symbolic is None:
         return [*failed, *dtypes.findings(model, {}), *source.findings(model)]
     return [
+        *failed,
         *(each for part in called_parts(model) for each in outputs.findings(part, symbolic)),
         *dtypes.findings(model, symbolic),
         *source.findings(model),
     ]
 
 
-def _symbolic_dtypes(model: Any) -> dict[int, str]:
-    graphs = [symbolic_dtypes(graph) for graph in outermost_graphs(model)]
+def _symbolic_dtypes(model: Any, look: Callable[..., object] | None = None) -> dict[int, str]:
+    graphs = [symbolic_dtypes(graph, look) for graph in outermost_graphs(model)]
     return {key: dtype for graph in graphs for key, dtype in graph.items()}
+
+
+def _asks_for_kernels(layer: Any) -> bool:
+    """Return whether something in a layer computes in half precision that is not stock."""
+    return not is_known(layer) and any(x.compute_dtype in HALVES for x in flatten_layers(layer))
+
+
+def _ask_for_kernels(operation: Any, args: Any, kwargs: Any) -> None:
+    """Raise where a layer of a graph calls an operation that has no kernel."""
+    if isinstance(operation, keras.Layer) and _asks_for_kernels(operation):
+        traced_call(operation, args, kwargs, training=False, backwards=False)
 
 
 def _tried(model: Any, action: Callable[[], Any]) -> tuple[Any, list[Finding]]:
@@ -160,13 +195,13 @@ def _tried(model: Any, action: Callable[[], Any]) -> tuple[Any, list[Finding]]:
         with whole_tracebacks():
             return action(), []
     except Exception as error:  # noqa: BLE001 - whatever a layer raises
-        layers = layers_in(error)
+        layers = culprits(error, model)
         place = (layers[0].path or layers[0].name) if layers else model.name
         return None, [
             Finding(
                 "error",
                 place,
-                "cannot-compute",
+                CANNOT_COMPUTE,
                 f"Calling it raises {first_line(error)}.",
                 'If float32 would do, give it dtype="float32", or let kerasmp.convert(model) find '
                 "what has to stay in it.",

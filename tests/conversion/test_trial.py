@@ -5,7 +5,7 @@ import re
 import keras
 import numpy as np
 import pytest
-from helpers.marks import full, marks_on
+from helpers.marks import few, full, marks_on
 from keras import ops
 
 import kerasmp as mp
@@ -133,6 +133,50 @@ def test_an_operation_without_a_kernel_is_found_where_it_runs_and_in_its_gradien
         rows = float32_rows(mp.convert(model))
         said = f"cannot compute in float16: TensorFlow has no float16 kernel for {operation} here"
         assert {name: row.reason for name, row in rows.items()} == {"lambda": said}
+
+
+LINEAR_ALGEBRA = {
+    "svd": lambda x: ops.svd(x)[2],
+    "cholesky": lambda x: ops.cholesky(positive(x)),
+    "qr": lambda x: ops.qr(x)[0],
+    "eigh": lambda x: ops.eigh(positive(x))[1],
+    "lu_factor": lambda x: ops.lu_factor(x)[0],
+    "inv": lambda x: ops.inv(positive(x)),
+    "fft": lambda x: ops.fft((x, x))[0],
+    "rfft": lambda x: ops.rfft(x)[0],
+}
+if keras.backend.backend() == "tensorflow":  # of which one has a kernel, and two fail anyway
+    for each in ("inv", "qr", "lu_factor"):
+        del LINEAR_ALGEBRA[each]
+
+
+def positive(x):
+    return ops.matmul(x, ops.transpose(x, (0, 2, 1))) + 4 * ops.cast(ops.eye(4), x.dtype)
+
+
+@pytest.mark.parametrize("name", few(LINEAR_ALGEBRA, ["svd", "cholesky"]))
+@pytest.mark.parametrize("half", ["float16", full("bfloat16")])
+def test_linear_algebra_stays_in_float32_and_what_is_around_it_converts(name, half):
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = layers.Dense(4), layers.Dense(2)
+            self.algebra = layers.Lambda(LINEAR_ALGEBRA[name], name="algebra")
+
+        def call(self, inputs):
+            return self.last(self.algebra(self.first(inputs)))
+
+    model = Net()
+    x = np.random.default_rng(0).normal(size=(2, 4, 4)).astype("float32")
+    model(x)
+    report = mp.convert(model, f"mixed_{half}")
+    assert list(float32_rows(report)) == ["algebra"]
+    assert {model.first.compute_dtype, model.last.compute_dtype} == {half}
+    assert np.isfinite(model.predict(x, verbose=0)).all()
+    assert not mp.lint(model, x).errors
+    model.algebra.dtype_policy = f"mixed_{half}"  # as by hand, of which convert knows nothing
+    (found,) = [each for each in mp.lint(model, x) if each.rule == "cannot-compute"]
+    assert found.place.endswith("algebra")
 
 
 def test_trying_changes_no_variable_and_no_loss():
