@@ -37,7 +37,7 @@ _BEARABLE = ("activation", "probabilities")
 # Those of which other findings say more.
 _TOLD_APART = ("head", "mask-value", "dropout")
 # Those that are as bad in bfloat16: errors, sums of many small terms, few random numbers.
-_IN_BFLOAT16 = ("kernel", "spectrum", "interpolation", "embedding", "noise")
+_IN_BFLOAT16 = ("kernel", "spectrum", "interpolation", "recurrent", "embedding", "noise")
 
 
 def findings(model: Any, dtypes: dict[int, str]) -> list[Finding]:

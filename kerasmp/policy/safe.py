@@ -1,8 +1,8 @@
 """The rule set "safe": which stock layers, and which places, compute in float32 and not in half.
 
 Only where a whole layer in float32 is right and cheap. Products of matrices, which are what half
-precision is for, stay in it, but for heads and for what `ACTIVATED` lists; for those that it hurts
-there are layers in `kerasmp.layers`. The numbers are those of docs/rules.md.
+precision is for, stay in it, but for heads and for what `ACTIVATED` and `STEPPING` list; for others
+that it hurts there are layers in `kerasmp.layers`. The numbers are those of docs/rules.md.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from kerasmp.backend import (
     sums_rows_narrowly,
 )
 from kerasmp.backend.keras_graph import children
+from kerasmp.backend.keras_private import flatten_layers
 from kerasmp.policy.places import SPECTRA
 from kerasmp.policy.spec import HALVES
 
@@ -45,6 +46,8 @@ LARGEST_WINDOW = 16
 ATTENTION = (layers.MultiHeadAttention, layers.GroupQueryAttention)
 NOISE = (layers.GaussianNoise, layers.GaussianDropout)
 POOLING = (layers.AveragePooling1D, layers.AveragePooling2D, layers.AveragePooling3D)
+# What steps through time, and has no counterpart in `kerasmp.layers`.
+STEPPING = (layers.SimpleRNNCell, layers.ConvLSTM1D, layers.ConvLSTM2D, layers.ConvLSTM3D)
 ACTIVATED = (
     layers.Dense,
     layers.EinsumDense,
@@ -221,6 +224,11 @@ def _takes_rows(layer: Any, _: Place) -> bool:
     return isinstance(layer, layers.Embedding) and sums_rows_narrowly()
 
 
+def _steps_through_time(layer: Any, _: Place) -> bool:
+    parts = flatten_layers(layer) if isinstance(layer, layers.RNN) else []
+    return any(isinstance(part, STEPPING) for part in parts)
+
+
 def _ends_in_probabilities(layer: Any, _: Place) -> bool:
     return isinstance(layer, ACTIVATED) and activation_name(layer) in PROBABILITIES
 
@@ -350,6 +358,14 @@ RULES = (
         "21",
         "the gradient of an id that a batch has many times is summed in half precision",
         _takes_rows,
+    ),
+    SafeRule(
+        "recurrent",
+        "12",
+        "the gradient of its bias, a sum over batch, steps and positions, gathers roundings",
+        _steps_through_time,
+        inside=True,
+        ours=True,
     ),
     SafeRule(
         "mask-value",

@@ -155,7 +155,7 @@ def test_ops_in_a_functional_model_follow(function, tmp_path):
 def test_parts_of_wrappers_and_of_cells_follow():
     inputs = keras.Input((6, 4))
     x = layers.Bidirectional(layers.LSTM(2, return_sequences=True))(inputs)
-    x = layers.RNN([layers.GRUCell(2), layers.SimpleRNNCell(2)])(x)
+    x = layers.RNN([layers.GRUCell(2), layers.LSTMCell(2)])(x)
     model = keras.Model(inputs, layers.Dense(2)(x))
     before = keras.ops.convert_to_numpy(model(X[:1]))
     report = mp.convert(model)

@@ -126,6 +126,17 @@ CASES = {
         [lambda: relu_after(layers.SpectralNormalization(layers.Dense(2)), (4,))],
         [lambda: relu_after(layers.TimeDistributed(layers.Dense(2)), (4, 2))],
     ),
+    "recurrent": (
+        [
+            lambda: relu_after(layers.SimpleRNN(2), (3, 2)),
+            lambda: relu_after(layers.ConvLSTM1D(2, 1), (3, 4, 2)),
+            lambda: relu_after(mp.layers.RNN([layers.GRUCell(2), layers.SimpleRNNCell(2)]), (3, 2)),
+        ],
+        [
+            lambda: relu_after(layers.LSTM(2), (3, 2)),
+            lambda: relu_after(layers.RNN(layers.GRUCell(2)), (3, 2)),
+        ],
+    ),
     "embedding": (
         [lambda: relu_after(layers.Embedding(4, 2), (3,))],
         [

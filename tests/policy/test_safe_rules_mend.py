@@ -154,6 +154,38 @@ def test_the_gradient_of_a_row_is_not_summed_in_float16(name):
     assert gradient("safe") == 4096
 
 
+def ones(x):
+    """Return gates that are open, whatever there is."""
+    return keras.ops.ones_like(x)
+
+
+# A layer on each backend whose bias gets the sum of 4096 ones, and the shape of its inputs.
+STEPPING = {
+    "tensorflow": (lambda **k: layers.SimpleRNN(2, activation=None, **k), (4096, 1, 1)),
+    "jax": (
+        lambda **k: layers.ConvLSTM1D(1, 1, activation=None, recurrent_activation=ones, **k),
+        (64, 1, 64, 1),
+    ),
+}
+
+
+@pytest.mark.backend(*STEPPING)
+def test_the_gradient_of_a_recurrent_bias_is_not_summed_in_bfloat16():
+    make, shape = STEPPING[keras.backend.backend()]
+
+    def gradient(rules):
+        layer = make(kernel_initializer="zeros", recurrent_initializer="zeros")
+        model = relu_after(layer, shape[1:])
+        mp.convert(model, "mixed_bfloat16", rules=rules)
+        (bias,) = [v for v in layer.trainable_variables if v.name == "bias"]
+        run = gradients.compile_(layer, [bias], "quick")
+        _, found = run([np.zeros(shape, "float32")], None)
+        return found[-1].max()
+
+    assert gradient(None) < 4096
+    assert gradient("safe") == 4096
+
+
 @pytest.mark.parametrize("fused", [True, full(False)])
 def test_attention_scores_do_not_overflow(fused):
     x = far_from_zero(64)
