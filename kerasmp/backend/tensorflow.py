@@ -61,6 +61,24 @@ MIXED_DTYPES = re.compile(
 )
 
 
+@functools.cache
+def _adds_up_narrowly() -> bool:
+    """Return whether convolutions on the CPU add bfloat16 up in bfloat16, as all but oneDNN's do.
+
+    Which ones there are hangs on the CPU, too: one is asked, before and outside of any graph.
+    """
+    with tf.init_scope(), tf.device("CPU:0"):
+        values = tf.reshape(tf.constant([256.0] + [1.0] * 256, "bfloat16"), (1, 257, 1, 1))
+        summed = tf.raw_ops.Conv2DBackpropFilter(
+            input=values,
+            filter_sizes=(1, 1, 1, 1),
+            out_backprop=tf.ones_like(values),
+            strides=[1] * 4,
+            padding="VALID",
+        )
+        return float(tf.reduce_sum(summed)) != 512.0  # noqa: PLR2004 - the sum of them
+
+
 @tf.custom_gradient
 def _add_bias(outputs: Any, bias: Any) -> Any:
     def gradient(upstream: Any) -> tuple[Any, Any]:
@@ -104,11 +122,14 @@ class TensorFlow(Backend):
     def convolution_dtype(self, dtype: str) -> str:
         """Return the dtype in which convolutions compute whose inputs have `dtype`.
 
-        TensorFlow's kernels for the CPU add float16 up in float16: the gradient of a kernel is then
-        off by 10 to 70 times the rounding, and takes several times as long as in float32.
+        TensorFlow's kernels for the CPU add float16 up in float16, and without oneDNN bfloat16 in
+        bfloat16: the gradient of a kernel is then off by 10 to 100 times the rounding, and takes
+        several times as long as in float32.
         """
-        on_cpu = dtype == "float16" and not tf.config.list_logical_devices("GPU")
-        return "float32" if on_cpu else dtype
+        half = dtype in {"float16", "bfloat16"}
+        if not half or tf.config.list_logical_devices("GPU"):
+            return dtype
+        return "float32" if dtype == "float16" or _adds_up_narrowly() else dtype
 
     def add_bias(self, outputs: Any, bias: Any) -> Any:
         """Return a sum, for whose gradient the one of the outputs is summed in float32.

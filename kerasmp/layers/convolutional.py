@@ -17,9 +17,9 @@ from kerasmp.layers.twin import twin
 
 _PROSE = """
     The gradient of the bias, a sum over all positions, is summed in float32; in stock Keras in the
-    compute dtype on JAX, and in bfloat16 on TensorFlow. Under "mixed_float16" on TensorFlow without
-    a GPU the convolution runs in float32, since float16 kernels for the CPU lose accuracy in the
-    gradients, and time.
+    compute dtype on JAX, and in bfloat16 on TensorFlow. On TensorFlow without a GPU the convolution
+    runs in float32 under "mixed_float16", and without oneDNN under "mixed_bfloat16" too, since
+    those kernels for the CPU lose accuracy in the gradients, and time.
 """
 
 

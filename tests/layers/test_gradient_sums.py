@@ -81,6 +81,17 @@ def test_the_gradient_of_a_bias_of_one_number_is_not_rounded_either():
     assert found[-1] == 4097  # float16 has 4096 and 4100
 
 
+@pytest.mark.backend("tensorflow")
+def test_the_gradient_of_a_kernel_is_one_whichever_convolutions_the_cpu_has():
+    """Those of oneDNN add bfloat16 up in float32, and the tests run without it."""
+    layer = layers.Conv1D(1, 1, use_bias=False, dtype="mixed_bfloat16")
+    layer.build((1, 257, 1))
+    run = gradients.compile_(layer, [layer.kernel], "quick")
+    values = np.array([256.0] + [1.0] * 256).reshape(1, 257, 1)
+    _, found = run([values.astype("float16")], None)
+    assert found[-1] == 512
+
+
 # Layers whose gradients are no plain sums: their arguments, and the shape of the inputs.
 OTHERS = {
     "LSTM": ({"units": 2}, (ROWS, 2, 3)),
