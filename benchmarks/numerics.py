@@ -1,9 +1,11 @@
-"""How far float16 layers are from float64: stock Keras, kerasmp, and the best that can be had.
+"""How far half precision is from float64: stock Keras, kerasmp, and the best that can be had.
 
 Measures tests/helpers/hazards.py on one backend, keeps the errors in docs/numerics.json beside
-those of the other backends, and makes docs/numerics.md from all of them.
+those of the other backends, and makes docs/numerics.md from all of them. Each hazard is kept once
+it is measured: run one backend after the other.
 
     KERAS_BACKEND=tensorflow python benchmarks/numerics.py
+    KERAS_BACKEND=tensorflow python benchmarks/numerics.py --dtype bfloat16
 """
 
 import argparse
@@ -17,18 +19,19 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the tests hold t
 
 import keras
 from helpers import gradients, measurements, numerics_page, precision
-from helpers.hazards import HAZARDS
+from helpers.float16 import HALVES
+from helpers.hazards import BY_NAME, MEASURED
 
 NAMES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "torch"}
 
 
-def measure(hazard, way):
+def measure(hazard, way, half):
     """Yield the errors of a hazard as plain data."""
-    measured = precision.Measured(hazard, way)
+    measured = precision.Measured(hazard, way, half)
     inputs = [(numerics_page.HAZARD, measured.arrays)]
     inputs += [
         (f"{std:g}", arrays)
-        for std, arrays in zip(hazard.ordinary, hazard.ordinary_inputs(), strict=True)
+        for std, arrays in zip(hazard.ordinary, hazard.ordinary_inputs(half), strict=True)
     ]
     for title, arrays in inputs:
         for part, rows in zip(("output", "gradient"), measured.rows(arrays), strict=True):
@@ -59,27 +62,43 @@ def framework():
     return f"{NAMES[backend]} {version}"
 
 
+def keep(name, half):
+    """Measure a hazard in one half precision, and put its rows in the place of those kept."""
+    rows = []
+    for way in gradients.WAYS:
+        found = list(measure(BY_NAME[name], way, half))
+        rows += found
+        worst = max(map(numerics_page.ratio, found))
+        print(f"{BY_NAME[name].number:3} {name:60} {half:8} {way:6} {worst:.1f}", flush=True)
+    data = measurements.read(numerics_page.DATA)
+    run = numerics_page.run(keras.backend.backend(), half)
+    rows += [row for row in data.get(run, {"rows": []})["rows"] if row["name"] != name]
+    listed = [each for each, measured_in in MEASURED if measured_in == half]
+    rows = [row for row in rows if row["name"] in listed]
+    data[run] = {
+        "keras": keras.__version__,
+        "framework": framework(),
+        "allowed": precision.ALLOWED,
+        "least": precision.LEAST[half],
+        "rows": sorted(rows, key=lambda row: listed.index(row["name"])),
+    }
+    measurements.write(numerics_page.DATA, data, numerics_page.page(data))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("hazards", nargs="*", help="parts of their names; all, if none is given")
+    parser.add_argument("--dtype", nargs="+", choices=HALVES, default=list(HALVES))
     parser.add_argument("--page-only", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
-    data = measurements.read(numerics_page.DATA)
-    if not arguments.page_only:
-        rows = []
-        for hazard in HAZARDS:
-            for way in gradients.WAYS:
-                found = list(measure(hazard, way))
-                rows += found
-                worst = max(map(numerics_page.ratio, found))
-                print(f"{hazard.number:3} {hazard.name:60} {way:6} {worst:.1f}", flush=True)
-        data[keras.backend.backend()] = {
-            "keras": keras.__version__,
-            "framework": framework(),
-            "allowed": precision.ALLOWED,
-            "least": precision.LEAST,
-            "rows": rows,
-        }
-    measurements.write(numerics_page.DATA, data, numerics_page.page(data))
+    if arguments.page_only:
+        data = measurements.read(numerics_page.DATA)
+        measurements.write(numerics_page.DATA, data, numerics_page.page(data))
+        return
+    for name, half in MEASURED:
+        asked = not arguments.hazards or any(part in name for part in arguments.hazards)
+        if asked and half in arguments.dtype:
+            keep(name, half)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The best that float16 can do in layers that multiply matrices: for comparison, not for use.
+"""The best that layers which multiply matrices can do in half precision: to compare, not to use.
 
-Products by weights are the backend's own in float16. Everything else is float32, and so are the
-sums of the products within attention, whose factors are float16. Where a softmax is one weight
+Products by weights are the backend's own in that. Everything else is float32, and so are the sums
+of the products within attention, whose factors are in half precision. Where a softmax is one weight
 alone, all that can be wrong of it is the backend's own softmax in float32: TensorFlow's multiplies
 by a reciprocal, so that without oneDNN a weight of 1 is 1 - 2^-24.
 """
@@ -10,45 +10,46 @@ import keras
 from keras import ops
 
 
-def narrow(x):
-    """Round to float16, and the gradient too."""
-    return ops.cast(ops.cast(x, "float16"), "float32")
+def narrow(x, half):
+    """Round to half precision, and the gradient too."""
+    return ops.cast(ops.cast(x, half), "float32")
 
 
-def _attend(query, key, value, scale):
+def _attend(query, key, value, scale, half):
     """Return softmax(query @ key * scale) @ value for (batch, time, heads, features)."""
     query, key, value = (ops.cast(x, "float32") for x in (query, key, value))
     scores = ops.einsum("btnh,bsnh->bnts", query, key) * scale
-    weights = narrow(ops.softmax(scores))
-    return ops.cast(ops.einsum("bnts,bsnh->btnh", weights, value), "float16")
+    weights = narrow(ops.softmax(scores), half)
+    return ops.cast(ops.einsum("bnts,bsnh->btnh", weights, value), half)
 
 
 class Attention(keras.layers.Attention):
     def call(self, inputs):
         outputs = super().call([ops.cast(x, "float32") for x in inputs])
-        return ops.cast(outputs, "float16")
+        return ops.cast(outputs, self.compute_dtype)
 
 
 class MultiHeadAttention(keras.layers.MultiHeadAttention):
     def _compute_attention(self, query, key, value, *_, **__):
-        outputs = _attend(query, key, value, self._inverse_sqrt_key_dim)
-        return outputs, None
+        scale = self._inverse_sqrt_key_dim
+        return _attend(query, key, value, scale, self.compute_dtype), None
 
 
 class GroupQueryAttention(keras.layers.GroupQueryAttention):
     def _compute_attention(self, query, key, value, *_, **__):
-        outputs = _attend(query, key, value, self._inverse_sqrt_head_dim)
-        return outputs, None
+        scale = self._inverse_sqrt_head_dim
+        return _attend(query, key, value, scale, self.compute_dtype), None
 
 
 class _Separable:
-    """What comes between the two products is float16, the products themselves are float32."""
+    """What comes between the two products is half, the products themselves are float32."""
 
     def call(self, inputs):
         x = ops.cast(inputs, "float32")
-        x = narrow(ops.depthwise_conv(x, ops.cast(self.depthwise_kernel, "float32")))
+        between = ops.depthwise_conv(x, ops.cast(self.depthwise_kernel, "float32"))
+        x = narrow(between, self.compute_dtype)
         x = ops.conv(x, ops.cast(self.pointwise_kernel, "float32"))
-        return ops.cast(x + ops.cast(self.bias, "float32"), "float16")
+        return ops.cast(x + ops.cast(self.bias, "float32"), self.compute_dtype)
 
 
 class SeparableConv1D(_Separable, keras.layers.SeparableConv1D):
@@ -59,25 +60,52 @@ class SeparableConv2D(_Separable, keras.layers.SeparableConv2D):
     pass
 
 
-def product(inputs, kernel):
-    return ops.cast(ops.matmul(*(ops.cast(x, "float16") for x in (inputs, kernel))), "float32")
+class _Product:
+    """The bias, whose gradient is a sum, is float32."""
+
+    def add_weight(self, *args, **kwargs):
+        narrow = kwargs.get("name") != "bias"
+        return super().add_weight(*args, **{**kwargs, "autocast": narrow})
+
+    def call(self, inputs):
+        outputs = ops.cast(self.product(inputs), "float32") + self.bias
+        return ops.cast(outputs, self.compute_dtype)
 
 
-class LSTMCell(keras.layers.LSTMCell):
+class Dense(_Product, keras.layers.Dense):
+    def product(self, inputs):
+        return ops.matmul(inputs, self.kernel)
+
+
+class EinsumDense(_Product, keras.layers.EinsumDense):
+    def product(self, inputs):
+        return ops.einsum(self.equation, inputs, self.kernel)
+
+
+class _Cell:
+    """A cell whose states are float32."""
+
+    def product(self, inputs, kernel):
+        factors = (ops.cast(x, self.half) for x in (inputs, kernel))
+        return ops.cast(ops.matmul(*factors), "float32")
+
+
+class LSTMCell(_Cell, keras.layers.LSTMCell):
     def call(self, inputs, states, training=False):  # noqa: ARG002, FBT002 - Keras's signature
         output, carry = states
-        gates = product(inputs, self.kernel) + product(output, self.recurrent_kernel) + self.bias
+        gates = self.product(inputs, self.kernel) + self.product(output, self.recurrent_kernel)
+        gates = gates + self.bias
         enter, forget, candidate, leave = ops.split(gates, 4, -1)
         carry = ops.sigmoid(forget) * carry + ops.sigmoid(enter) * ops.tanh(candidate)
         output = ops.sigmoid(leave) * ops.tanh(carry)
         return output, [output, carry]
 
 
-class GRUCell(keras.layers.GRUCell):
+class GRUCell(_Cell, keras.layers.GRUCell):
     def call(self, inputs, states, training=False):  # noqa: ARG002, FBT002 - Keras's signature
         (state,) = keras.tree.flatten(states)
-        new = ops.split(product(inputs, self.kernel) + self.bias[0], 3, -1)
-        old = ops.split(product(state, self.recurrent_kernel) + self.bias[1], 3, -1)
+        new = ops.split(self.product(inputs, self.kernel) + self.bias[0], 3, -1)
+        old = ops.split(self.product(state, self.recurrent_kernel) + self.bias[1], 3, -1)
         update, reset = ops.sigmoid(new[0] + old[0]), ops.sigmoid(new[1] + old[1])
         state = update * state + (1 - update) * ops.tanh(new[2] + reset * old[2])
         return state, [state]
@@ -86,9 +114,11 @@ class GRUCell(keras.layers.GRUCell):
 class _RNN(keras.layers.RNN):
     def __init__(self, units, return_sequences, dtype):
         super().__init__(self.CELL(units, dtype="float32"), return_sequences, dtype=dtype)
+        self.cell.half = self.compute_dtype
 
     def call(self, sequences, initial_state=None, mask=None, training=False):  # noqa: FBT002 - Keras's
-        return ops.cast(super().call(sequences, initial_state, mask, training), "float16")
+        outputs = super().call(sequences, initial_state, mask, training)
+        return ops.cast(outputs, self.compute_dtype)
 
 
 class LSTM(_RNN):

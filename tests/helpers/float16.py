@@ -1,8 +1,9 @@
-"""How far a float16 computation is from a float64 reference, and how near it could be."""
+"""How far a computation in half precision is from float64, and how near it could be."""
 
 import math
 from functools import cache
 
+import ml_dtypes
 import numpy as np
 from helpers import gradients
 from helpers.gradients import WAYS as MODES
@@ -10,14 +11,17 @@ from helpers.gradients import numpy as numpy_of
 
 __all__ = ["MODES", "assert_near_best", "draw", "error", "errors", "numpy_of", "rounded", "step"]
 
-LARGEST = 65504.0
-SMALLEST = 2.0**-14  # of the normal numbers of float16
+HALVES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+LARGEST = {name: float(ml_dtypes.finfo(dtype).max) for name, dtype in HALVES.items()}
+# In float16, of its normal numbers. Those of bfloat16 are as small as float32's, but where the
+# result is 0 by the formula, the roundings of float32, in which the best is computed, leave these.
+SMALLEST = {"float16": 2.0**-14, "bfloat16": 2.0**-20}
 
 
-def rounded(values):
-    """Return the float64 values nearest to `values` that float16 holds."""
+def rounded(values, dtype="float16"):
+    """Return the float64 values nearest to `values` that a half precision holds."""
     with np.errstate(over="ignore"):
-        return np.asarray(values, "float64").astype("float16").astype("float64")
+        return np.asarray(values, "float64").astype(HALVES[dtype]).astype("float64")
 
 
 def draw(seed, shape, scale=1.0):
@@ -46,23 +50,23 @@ def step(mode, function, inputs, upstream, variables=(), *, dtype="float16"):
     return outputs, found
 
 
-def error(found, wanted, *, subnormal=False):
+def error(found, wanted, *, subnormal=False, dtype="float16"):
     """Return ||found - wanted|| / ||wanted||; None if there is nothing to compare.
 
-    Left out is what is wanted beyond float16's range and, unless `subnormal` counts, what is below
-    its normal numbers both as found and as wanted. A tensor that is wanted below them everywhere
-    says nothing: its true value may be 0, as for the bias of an attention's keys.
+    Left out is what is wanted beyond the range of `dtype` and, unless `subnormal` counts, what is
+    below `SMALLEST` both as found and as wanted. A tensor that is wanted below it everywhere says
+    nothing: its true value may be 0, as for the bias of an attention's keys.
     """
     assert found.shape == wanted.shape
     assert not np.any(np.isnan(wanted))
-    fits = np.abs(wanted) <= LARGEST
+    fits = np.abs(wanted) <= LARGEST[dtype]
     if not np.all(np.isfinite(found[fits])):
         return math.inf
     if not subnormal:
-        tiny = (np.abs(wanted) < SMALLEST) & (wanted != 0)
+        tiny = (np.abs(wanted) < SMALLEST[dtype]) & (wanted != 0)
         if np.all(tiny | (wanted == 0)) and np.any(tiny):
             return None
-        fits &= ~(tiny & (np.abs(found) < SMALLEST))
+        fits &= ~(tiny & (np.abs(found) < SMALLEST[dtype]))
     found, wanted = found[fits], wanted[fits]
     return float(np.linalg.norm(found - wanted) / (np.linalg.norm(wanted) or 1.0))
 

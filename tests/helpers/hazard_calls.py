@@ -75,3 +75,14 @@ def cross_entropy(layer, x, labels):
 
 def binary_cross_entropy(layer, x, targets):
     return ops.multiply(keras.losses.BinaryCrossentropy()(targets, layer(x)), SCALE)
+
+
+def steps(layer, x):
+    """Return the outputs of a SimpleRNN, which in Keras on JAX are float32 for float64."""
+    if not layer.built:
+        layer.build(x.shape)
+    kernel, recurrent, bias = map(ops.convert_to_tensor, layer.trainable_variables)
+    states = [ops.tanh(x[:, 0] @ kernel + bias)]
+    for step in range(1, x.shape[1]):
+        states.append(ops.tanh(x[:, step] @ kernel + bias + states[-1] @ recurrent))
+    return ops.stack(states, 1)

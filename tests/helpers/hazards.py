@@ -1,4 +1,4 @@
-"""Where float16 goes wrong in stock Keras: one list, for the tests and for the page of numbers.
+"""Where half precision goes wrong in stock Keras: one list, for the tests and for the page.
 
 A new entry is measured against float64, tested on every backend, and shown in docs/numerics.md.
 """
@@ -7,14 +7,16 @@ import keras
 import numpy as np
 from helpers import hazard_calls as calls
 from helpers import hazard_inputs as inputs
+from helpers.float16 import HALVES
 from helpers.hazard import Hazard
 
 
-def _attention(number, layer, std, call, *, mean=0):
-    """Return a hazard of an attention layer with projections.
+def _attention(number, layer, half, std, call, *, mean=0):
+    """Return a hazard of an attention layer with projections, in one half precision.
 
     With a mean above 0 queries and keys are long and alike: their products are large, and differ by
-    little, so that small errors of the scores are small errors of the weights.
+    little, so that small errors of the scores are small errors of the weights. What is such a
+    hazard in float16 leaves no right digit in bfloat16, whose roundings are eight times as large.
     """
     path = "fused" if call is calls.self_attention else "with scores"
     alike = f", mean {mean}" if mean else ""
@@ -42,16 +44,17 @@ def _attention(number, layer, std, call, *, mean=0):
         reference_call=calls.with_scores,
         upstream=2.0**-4 if mean else 1.0,  # else the gradients of kernels are beyond float16
         products=True,
-        ordinary=(0.25, 1.0, 4.0),
+        ordinary=(0.25, 1.0, 4.0) if half == "float16" else (0.25, 1.0),
+        halves=(half,),
     )
 
 
 def _positions(number, layer, shape, **arguments):
     """Return a hazard of a layer whose kernel and bias get sums over many positions."""
     of = " x ".join(str(size) for size in shape[1:-1])
-    two = layer.startswith("Separable")  # products, one after the other
+    products = "Dense" in layer or layer.startswith("Separable")
     title = f"{layer}, {of} positions"
-    return Hazard(number, title, layer, inputs.normal(shape), arguments, products=two)
+    return Hazard(number, title, layer, inputs.normal(shape), arguments, products=products)
 
 
 def _recurrent(layer):
@@ -64,6 +67,12 @@ def _recurrent(layer):
         products=True,
         ordinary=(2.0**-5, 2.0**3),
     )
+
+
+def _conv_lstm(layer, shape):
+    of = " x ".join(str(size) for size in shape[2:-1])
+    settings = {"filters": 2, "kernel_size": 3, "padding": "same", "return_sequences": True}
+    return Hazard(12, f"{layer}, {of} positions", layer, inputs.normal(shape), settings, rules=True)
 
 
 def _activation(function, low=-30, high=30, upstream=2.0**12):
@@ -98,11 +107,14 @@ HAZARDS = [
         call=calls.binary_cross_entropy,
         ordinary=(2.0**-5, 1.0),
     ),
-    _attention(2, "MultiHeadAttention", 20, calls.self_attention),
-    _attention(2, "MultiHeadAttention", 0.5, calls.self_attention, mean=30),
-    _attention(2, "GroupQueryAttention", 0.5, calls.self_attention, mean=30),
-    _attention(3, "MultiHeadAttention", 0.5, calls.with_scores, mean=30),
-    _attention(3, "GroupQueryAttention", 0.5, calls.with_scores, mean=30),
+    _attention(2, "MultiHeadAttention", "float16", 20, calls.self_attention),
+    _attention(2, "MultiHeadAttention", "bfloat16", 7, calls.self_attention),
+    *(
+        _attention(number, layer, half, 0.5, call, mean=mean)
+        for number, call in ((2, calls.self_attention), (3, calls.with_scores))
+        for layer in ("MultiHeadAttention", "GroupQueryAttention")
+        for half, mean in (("float16", 30), ("bfloat16", 10))
+    ),
     Hazard(
         4,
         "Attention to itself, 64 features of std 40",
@@ -287,7 +299,7 @@ HAZARDS = [
         19,
         "Softmax with a mask, logits of -40000",
         "Softmax",
-        inputs.beside(lambda _: [np.full((2, 16), -4e4, "float16")], inputs.some),
+        inputs.beside(lambda _: [np.full((2, 16), -4e4)], inputs.some),
         call=calls.masked,
         ordinary=(2.0**-5, 1.0),  # a larger one decides, and all gradients are subnormal
     ),
@@ -313,6 +325,35 @@ HAZARDS = [
         inputs.normal((2, 112, 112, 1)),
         lambda: {"shared_axes": [1, 2], "alpha_initializer": keras.initializers.Constant(0.25)},
     ),
+    Hazard(
+        12,
+        "SimpleRNN, 2048 rows",
+        "SimpleRNN",
+        inputs.normal((2048, 2, 4)),
+        {"units": 4, "return_sequences": True},
+        rules=True,
+        reference_call=calls.steps,
+    ),
+    _conv_lstm("ConvLSTM1D", (2, 2, 2048, 2)),
+    _conv_lstm("ConvLSTM2D", (2, 2, 32, 32, 2)),
+    _conv_lstm("ConvLSTM3D", (2, 2, 12, 12, 12, 1)),
+    Hazard(
+        21,
+        "Embedding, an id that a batch has 4096 times",
+        "Embedding",
+        inputs.often,
+        {"input_dim": 3, "output_dim": 4},
+        ordinary=(),
+    ),
+    Hazard(
+        21,
+        "ReversibleEmbedding, an id that a batch has 4096 times",
+        "ReversibleEmbedding",
+        inputs.often,
+        {"input_dim": 3, "output_dim": 4},
+        rules=True,
+        ordinary=(),
+    ),
     Hazard(11, "ELU, near 0", "ELU", inputs.normal((4000,), std=0.05)),
     # Those of kerasmp.layers whose stock twin is right, held to the same.
     Hazard(
@@ -325,3 +366,5 @@ HAZARDS = [
     *map(_recurrent, ("LSTM", "GRU")),
 ]
 BY_NAME = {hazard.name: hazard for hazard in HAZARDS}
+# Of each half precision, what is measured in it.
+MEASURED = [(hazard.name, half) for half in HALVES for hazard in HAZARDS if half in hazard.halves]

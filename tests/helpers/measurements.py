@@ -1,4 +1,4 @@
-"""What a page of docs/ is made from: JSON beside it, by backend. Needs no framework."""
+"""What a page of docs/ is made from: JSON beside it, by run, such as a backend. No framework."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def read(path):
-    """Return what is measured, by backend."""
+    """Return what is measured, by run."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
@@ -20,8 +20,8 @@ def write(path, data, page):
 def compact(data):
     """Return JSON with a line for each row, so that a change shows as the lines that changed."""
     parts = []
-    for backend, entry in sorted(data.items()):
+    for run, entry in sorted(data.items()):
         head = {key: value for key, value in entry.items() if key != "rows"}
         rows = ",\n".join("   " + json.dumps(row) for row in entry["rows"])
-        parts.append(f'  "{backend}": {json.dumps(head)[:-1]}, "rows": [\n{rows}\n  ]}}')
+        parts.append(f'  "{run}": {json.dumps(head)[:-1]}, "rows": [\n{rows}\n  ]}}')
     return "{\n" + ",\n".join(parts) + "\n}\n"

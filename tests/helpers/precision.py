@@ -1,8 +1,8 @@
-"""How far float16 layers are from float64, and how near float16 can come at all.
+"""How far layers in half precision are from float64, and how near they could come at all.
 
-An error is ||found - wanted|| / ||wanted||. The best is that of the float64 result rounded to
-float16; where a layer multiplies matrices in float16, that of the same layer with the backend's own
-float16 products and all else in float32.
+An error is ||found - wanted|| / ||wanted||. The best is that of the float64 result rounded to the
+half precision; where a layer multiplies matrices in it, that of the same layer with the backend's
+own products in it and all else in float32.
 """
 
 import dataclasses
@@ -10,12 +10,13 @@ import functools
 import math
 
 import keras
+import ml_dtypes
 import numpy as np
 from helpers import gradients
-from helpers.float16 import error, rounded
+from helpers.float16 import HALVES, error, rounded
 
 # A smaller best is luck: a zero, a power of two, a single number. Four times this is one rounding.
-LEAST = 2.0**-13
+LEAST = {name: float(ml_dtypes.finfo(dtype).eps) / 8 for name, dtype in HALVES.items()}
 LEAST_WIDE = 2.0**-21  # for what has to be a float32 number, after a few operations
 ALLOWED = 4  # times the best
 
@@ -37,14 +38,14 @@ class Row:
 class Measured:
     """The layers of a hazard with the same weights, each compiled once for one way of running."""
 
-    def __init__(self, hazard, way):
-        self.hazard, self.way = hazard, way
-        self.arrays = hazard.inputs(np.random.default_rng(0))
+    def __init__(self, hazard, way, half="float16"):
+        self.hazard, self.way, self.half = hazard, way, half
+        self.arrays = hazard.hazardous_inputs(half)
         with gradients.float64():
             keras.utils.set_random_seed(0)
-            layer = hazard.make("reference")
+            layer = hazard.make("reference", half)
             wide = self._compiled(layer, hazard.reference_call or hazard.call, "float64")
-            self._weights = [_weight(v) for v in _floats(layer)]
+            self._weights = [_weight(v, half) for v in _floats(layer)]
             self._wide = functools.partial(self._anew, layer, wide)
         # Without the layer's own name, which has a number.
         self._names = [v.path.partition("/")[2] for v in layer.trainable_variables]
@@ -65,8 +66,8 @@ class Measured:
 
     @functools.cache  # noqa: B019 - as long-lived as this object
     def _runs(self, contestant):
-        layer = self.hazard.make(contestant)
-        run = self._compiled(layer, self.hazard.call, "float16")
+        layer = self.hazard.make(contestant, self.half)
+        run = self._compiled(layer, self.hazard.call, self.half)
         return functools.partial(self._anew, layer, run)
 
     def _anew(self, layer, run, *arguments):
@@ -86,12 +87,12 @@ class Measured:
             contestant: self._errors(contestant, arrays, upstream, [*outputs, *wanted])
             for contestant in (*contestants, "best")
         }
-        least = LEAST_WIDE if self.hazard.wide else LEAST
+        least = LEAST_WIDE if self.hazard.wide else LEAST[self.half]
         nothing = [None] * len(names)
         columns = (found.get(c, nothing) for c in ("stock", "ours", "best"))
         rows = [
-            # Where the best overflows too, float16 has no answer; where all that is wanted is
-            # subnormal, any answer is good that is finite.
+            # Where the best overflows too, there is no answer; where all that is wanted is too
+            # small, any answer is good that is finite.
             Row(name, stock, ours, max(best or 0.0, least))
             if best != math.inf and not (best is None and ours != math.inf)
             else None
@@ -101,18 +102,20 @@ class Measured:
         return [r for r in forward if r], [r for r in backward if r]
 
     def _wanted(self, arrays):
-        wide = [x.astype("float64") if x.dtype.kind == "f" else x for x in arrays]
         random = np.random.default_rng(1)
-        upstream = [rounded(random.normal(size=s) * self.hazard.upstream) for s in self._shapes]
+        drawn = [random.normal(size=s) * self.hazard.upstream for s in self._shapes]
+        upstream = [rounded(u, self.half) for u in drawn]
         with gradients.float64():
-            outputs, wanted = self._wide(wide, upstream)
+            outputs, wanted = self._wide(arrays, upstream)
         return outputs, wanted, upstream
 
     def _errors(self, contestant, arrays, upstream, wanted):
         if contestant == "best" and self.hazard.wide:
             return [LEAST_WIDE] * len(wanted)
         if contestant == "best" and not self.hazard.products:
-            return [self._error(rounded(w), w) for w in wanted]
+            return [self._error(rounded(w, self.half), w) for w in wanted]
+        narrow = HALVES[self.half]
+        arrays = [x.astype(narrow) if x.dtype.kind == "f" else x for x in arrays]
         try:
             outputs, found = self._runs(contestant)(arrays, upstream)
         except Exception:
@@ -122,13 +125,13 @@ class Measured:
         return [self._error(f, w) for f, w in zip([*outputs, *found], wanted, strict=True)]
 
     def _error(self, found, wanted):
-        return error(found, wanted, subnormal=self.hazard.subnormal)
+        return error(found, wanted, subnormal=self.hazard.subnormal, dtype=self.half)
 
 
 def _floats(layer):
     return [v for v in layer.variables if keras.backend.is_float_dtype(v.dtype)]
 
 
-def _weight(variable):
+def _weight(variable, half):
     value = gradients.numpy(variable)
-    return rounded(value) if variable.trainable else value
+    return rounded(value, half) if variable.trainable else value

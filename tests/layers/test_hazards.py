@@ -1,9 +1,10 @@
-"""Every hazard of float16: ours is as accurate as float16 can be, and stock Keras is not."""
+"""Every hazard of half precision: ours is as accurate as that can be, and stock Keras is not."""
 
 import keras
 import pytest
 from helpers import gradients, measurements, numerics_page
-from helpers.hazards import BY_NAME, HAZARDS
+from helpers.float16 import HALVES
+from helpers.hazards import BY_NAME, HAZARDS, MEASURED
 from helpers.marks import few
 from helpers.precision import Measured
 
@@ -31,10 +32,28 @@ MECHANISMS = {
 }
 # They compile for 9 and 6 s; contracts/test_every_layer takes a step with an LSTM and attention.
 LONG = {"GRU, 64 steps", "MultiHeadAttention, with scores, inputs of std 0.5, mean 30"}
+# In bfloat16: where a sum, a rounding or a kernel is another one than in float16.
+IN_BFLOAT16 = {
+    "ActivityRegularization",
+    "UnitNormalization, a row of zeros",
+    "AveragePooling1D(2048), a mean of 40",
+    "DepthwiseConv1D, 6272 positions",
+}
+if not JAX:
+    IN_BFLOAT16 |= {
+        "Attention, 64 features of std 5",
+        "Dense, 10000 positions",
+        "PReLU, its slope for 112 x 112 positions",
+    }
+# Elsewhere all in float16, but for those that take seconds.
+FLOAT16 = [n for n, half in MEASURED if half == "float16" and not n.startswith("ConvLSTM")]
+QUICK = [
+    *((name, "float16") for name in (MECHANISMS - LONG if JAX else FLOAT16)),
+    *((name, "bfloat16") for name in IN_BFLOAT16),
+]
 # Layers that need no entry of their own.
 WITHOUT = {
     "Dropout": "random, as the next: layers/test_noise.py",
-    "Embedding": "only its gradient can be wrong, which is in test_gradient_sums.py",
     "GaussianDropout": "random",
     "GaussianNoise": "random",
     "GRUCell": "within GRU",
@@ -50,11 +69,13 @@ WITHOUT = {
 
 def recorded():
     """Return the hazards and ways in which stock Keras was found far off, with the tensors."""
-    entry = measurements.read(numerics_page.DATA).get(keras.backend.backend(), {"rows": []})
+    data = measurements.read(numerics_page.DATA)
     far = {}
-    for row in entry["rows"]:
-        if row["inputs"] == numerics_page.HAZARD and numerics_page.ratio(row, "stock") > FAR:
-            far.setdefault((row["name"], row["way"]), set()).add(row["tensor"])
+    for half in HALVES:
+        entry = data.get(numerics_page.run(keras.backend.backend(), half), {"rows": []})
+        for row in entry["rows"]:
+            if row["inputs"] == numerics_page.HAZARD and numerics_page.ratio(row, "stock") > FAR:
+                far.setdefault((row["name"], half, row["way"]), set()).add(row["tensor"])
     return far
 
 
@@ -74,29 +95,29 @@ def assert_near_the_best(measured, arrays):
     assert not [row for row in [*forward, *backward] if not row.good("ours")]
 
 
-@pytest.mark.parametrize("name", few(BY_NAME, MECHANISMS - LONG, where=JAX))
-def test_ours_is_near_the_best(name):
+@pytest.mark.parametrize(("name", "half"), few(MEASURED, QUICK))
+def test_ours_is_near_the_best(name, half):
     """Forward and gradients, by what is quickest; JAX rounds otherwise where it optimises less."""
-    measured = Measured(BY_NAME[name], "jit" if JAX else "quick")
+    measured = Measured(BY_NAME[name], "jit" if JAX else "quick", half)
     assert_near_the_best(measured, measured.arrays)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize(("name", "half"), MEASURED)
 @pytest.mark.parametrize("way", gradients.WAYS)
-def test_so_it_is_in_every_way_and_on_ordinary_inputs_of_several_magnitudes(name, way):
-    measured = Measured(BY_NAME[name], way)
-    for arrays in (measured.arrays, *measured.hazard.ordinary_inputs()):
+def test_so_it_is_in_every_way_and_on_ordinary_inputs_of_several_magnitudes(name, half, way):
+    measured = Measured(BY_NAME[name], way, half)
+    for arrays in (measured.arrays, *measured.hazard.ordinary_inputs(half)):
         assert_near_the_best(measured, arrays)
 
 
 @pytest.mark.full
 @pytest.mark.keras("3.15")
 @pytest.mark.parametrize(
-    ("name", "way"), [pytest.param(name, way, id=f"{name}-{way}") for name, way in recorded()]
+    ("name", "half", "way"), [pytest.param(*case, id="-".join(case)) for case in recorded()]
 )
-def test_stock_keras_is_as_far_off_as_the_page_says(name, way):
-    forward, backward = Measured(BY_NAME[name], way).rows(contestants=["stock"])
+def test_stock_keras_is_as_far_off_as_the_page_says(name, half, way):
+    forward, backward = Measured(BY_NAME[name], way, half).rows(contestants=["stock"])
     far = {row.tensor for row in [*forward, *backward] if not row.good("stock")}
     # One of them: where small errors grow large, how far off each is hangs on the machine.
-    assert far & recorded()[name, way]
+    assert far & recorded()[name, half, way]
