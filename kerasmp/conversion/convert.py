@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp.backend.keras_graph import called_parts, has_call
-from kerasmp.backend.keras_private import flatten_layers, losses_kept
+from kerasmp.backend.keras_private import flatten_layers, layers_in, losses_kept
 from kerasmp.conversion.compiled import (
     compiled_steps,
     forget_compiled_steps,
@@ -29,7 +29,14 @@ from kerasmp.conversion.kept import kept_tensors, narrow_inputs
 from kerasmp.conversion.order import begin
 from kerasmp.conversion.report import ConversionReport, ConvertedLayer
 from kerasmp.conversion.trial import settle
-from kerasmp.errors import ArgumentTypeError, PolicyError, refuse_no_bool
+from kerasmp.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    KerasMPError,
+    PolicyError,
+    first_line,
+    refuse_no_bool,
+)
 from kerasmp.layers.from_stock import turn_to_safe
 from kerasmp.policy import Policy
 from kerasmp.policy.apply import let_follow, put_back
@@ -39,6 +46,8 @@ from kerasmp.policy.layer_policies import LayerPolicies
 from kerasmp.policy.matching import refuse_unmatched, unmatched_classes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kerasmp.policy.policy import PolicyLike, RulesLike
 
 
@@ -90,7 +99,7 @@ def convert(  # noqa: PLR0913 - all but two have to be named
             a weight would become inf in it, a policy would quantise a layer, or a rule wants a
             layer in half precision that cannot compute in it.
         ArgumentTypeError: If `model` is no Keras model, or a switch no bool.
-        Exception: Whatever the model raises when it is called on `sample`.
+        ArgumentError: If the model cannot be called on `sample`.
 
     Warns:
         LossScaleWarning: If layers train in float16 and the model keeps optimizers in attributes
@@ -123,7 +132,8 @@ def convert(  # noqa: PLR0913 - all but two have to be named
     try:
         replaced = _turn_layers(model, wanted, undo, all_of_them=safe_layers)
         rows, notes = _convert(model, wanted, variables, sample, undo)
-        costs = measure(model, sample) if has_call(model) and sample is not None else {}
+        with _calls_on_sample(model):
+            costs = measure(model, sample) if has_call(model) and sample is not None else {}
         if not has_call(model) and sample is not None:
             notes.append("the sample was not used: the model has no call")
         policy = wanted if isinstance(wanted, Policy) else None
@@ -232,7 +242,7 @@ def _build(model: Any, sample: Any) -> None:
     if has_call(model) and not model.built and sample is not None:
         build_by(model, sample)
         if not model.built:
-            with losses_kept(model):
+            with _calls_on_sample(model), losses_kept(model):
                 model(sample, training=False)
     if not any(part.built for part in parts):
         raise PolicyError(
@@ -245,6 +255,27 @@ def _build(model: Any, sample: Any) -> None:
             if has_call(model)
             else "Call its parts on a batch first.",
         )
+
+
+@contextlib.contextmanager
+def _calls_on_sample(model: Any) -> Iterator[None]:
+    """Raise for whatever a call of a model on a sample raises.
+
+    Raises:
+        ArgumentError: Then.
+    """
+    try:
+        yield
+    except KerasMPError:
+        raise
+    except Exception as error:
+        where = [layer.path or layer.name for layer in layers_in(error)]
+        raise ArgumentError(
+            "The model cannot be called on `sample`.",
+            received=f'"{where[0] if where else model.name}", which raised {first_line(error)}',
+            expected="a batch as model.predict_on_batch takes it",
+            fix="Pass one, or leave `sample` out.",
+        ) from error
 
 
 def _of_built_parts(model: Any, rows: list[Assignment], notes: list[str]) -> list[Assignment]:

@@ -32,7 +32,7 @@ def check_asked(variables: str | None) -> None:
     Raises:
         PolicyError: If it is none of "float16", "bfloat16", "float32" and None.
     """
-    if variables is not None and variables not in _ASKED:
+    if variables is not None and not (isinstance(variables, str) and variables in _ASKED):
         raise PolicyError(
             "Variables cannot have this dtype.",
             received=f"variables={variables!r}",

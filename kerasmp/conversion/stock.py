@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pathlib
 import tempfile
 import zipfile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 
@@ -18,9 +19,6 @@ from kerasmp.model.saved import KEY
 from kerasmp.policy import LayerPolicies, policy_scope
 from kerasmp.policy.places import places
 from kerasmp.policy.safe import is_ours
-
-if TYPE_CHECKING:
-    import os
 
 # What our classes of models are without us, as Keras writes them: only one has a public name.
 _STOCK = {
@@ -66,10 +64,10 @@ def save_for_stock_keras(model: Any, path: str | os.PathLike[str]) -> None:
             expected="a keras.Model",
             fix="Pass the model, and the path after it.",
         )
-    if pathlib.Path(path).suffix != ".keras":
+    if not isinstance(path, str | os.PathLike) or pathlib.Path(path).suffix != ".keras":
         raise ArgumentError(
             "Only one format keeps the policies of layers.",
-            received=f"the path {str(path)!r}",
+            received=f"the path {path!r}",
             expected='a path that ends in ".keras"',
             fix="model.export(path) is for places without Keras.",
         )

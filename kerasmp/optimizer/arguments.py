@@ -71,6 +71,24 @@ def refuse(kwargs: dict[str, Any]) -> None:
             )
 
 
+def refuse_name(name: Any) -> None:
+    """Raise for what can be no optimizer's name.
+
+    Args:
+        name: What the constructor got.
+
+    Raises:
+        LossScaleError: Unless it is None or a text without "/".
+    """
+    if name is not None and (not isinstance(name, str) or "/" in name):
+        raise LossScaleError(
+            "`name` cannot be an optimizer's name.",
+            received=f"{name!r} of type {type(name).__name__}",
+            expected='a text without "/", or None',
+            fix='Pass one such as "optimizer", or leave it out.',
+        )
+
+
 def names(variables: Sequence[Any]) -> str:
     """Return what to call variables in a message; TensorFlow's own ones have no path."""
     return ", ".join(str(getattr(v, "path", None) or getattr(v, "name", v)) for v in variables)

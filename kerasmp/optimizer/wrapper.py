@@ -55,7 +55,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         step_counter: Integer scalar variable, good steps since the scale last moved.
 
     Raises:
-        LossScaleError: For a scale or schedule that cannot work, for an inner optimizer that
+        LossScaleError: For a scale, schedule or name that cannot work, for an inner optimizer that
             scales already, and for arguments that belong to the inner optimizer.
         ArgumentTypeError: If `inner_optimizer` is no optimizer.
 
@@ -91,6 +91,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         **kwargs: Any,
     ) -> None:
         arguments.refuse(kwargs)
+        arguments.refuse_name(name)
         inner_optimizer = arguments.inner(inner_optimizer)
         schedule = arguments.schedule(
             loss_scale,

@@ -197,6 +197,7 @@ def test_what_nobody_asked_for_is_refused_and_nothing_changes():
         ({"policy": "float16", "variables": "float32"}, "float32 variables"),
         ({"policy": "mixed_bfloat16", "variables": "float16"}, "No layer computes in float16"),
         ({"variables": "int8"}, "variables='int8'.*'float16', 'bfloat16', 'float32' or None"),
+        ({"variables": np.ones(2)}, "Variables cannot have this dtype"),
         ({"policy": "float16", "variables": "float16", "rules": None}, "would become inf"),
     ]
     for arguments, said in calls:

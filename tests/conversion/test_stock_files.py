@@ -117,6 +117,13 @@ def test_a_class_that_needs_kerasmp_is_refused(tmp_path):
         mp.save_for_stock_keras(model, tmp_path / "model.keras")
 
 
+@pytest.mark.parametrize("path", ["model.h5", None, 3, b"model.keras"], ids=str)
+def test_what_is_no_path_of_a_keras_file_is_refused(path):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    with pytest.raises(mp.errors.ArgumentError, match=r"Expected: a path that ends in \".keras\""):
+        mp.save_for_stock_keras(model, path)
+
+
 def test_a_stock_model_is_saved_as_it_is(tmp_path):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(2, dtype="mixed_float16")])
     mp.save_for_stock_keras(model, tmp_path / "model.keras")

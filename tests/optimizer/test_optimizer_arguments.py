@@ -119,6 +119,12 @@ def test_unknown_arguments_are_all_named():
         LossScaleOptimizer("sgd", foo=1, bar=2)
 
 
+@pytest.mark.parametrize("name", [3, True, "a/b", b"sgd"], ids=str)
+def test_what_is_no_name_is_a_value_error(name):
+    with pytest.raises(LossScaleError, match="`name` cannot be an optimizer's name"):
+        LossScaleOptimizer("sgd", name=name)
+
+
 @pytest.mark.parametrize("inner", [3, None, [], keras.optimizers.SGD, object], ids=str)
 def test_no_optimizer_is_a_type_error(inner):
     with pytest.raises(ArgumentTypeError, match="is no optimizer") as caught:
