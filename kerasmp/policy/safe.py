@@ -21,7 +21,7 @@ from kerasmp.backend import (
     multiplies_mixed,
     sums_rows_narrowly,
 )
-from kerasmp.backend.keras_graph import children
+from kerasmp.backend.keras_graph import children, graph_of
 from kerasmp.backend.keras_private import flatten_layers
 from kerasmp.policy.places import SPECTRA
 from kerasmp.policy.spec import HALVES
@@ -138,8 +138,12 @@ def loses_mask_value(value: Any, half: str) -> bool:
         value: The mask value.
         half: The dtype that the inputs are rounded to.
     """
+    return compares_in_float32(value) and _is_rounded(value, half)
+
+
+def _is_rounded(value: Any, half: str) -> bool:
     number = keras.ops.convert_to_numpy(value)
-    if half not in HALVES or number.dtype.kind in "biu" or not compares_in_float32(value):
+    if half not in HALVES or number.dtype.kind in "biu":
         return False
     wide = number.astype("float32")
     if half == "bfloat16":  # which NumPy does not have: the first half of the bits
@@ -239,6 +243,16 @@ def _is_unsafe_activation(layer: Any, _: Place) -> bool:
 
 def _masks_nothing(layer: Any, place: Place) -> bool:
     return isinstance(layer, layers.Masking) and loses_mask_value(layer.mask_value, place.half)
+
+
+def _rounds_before_masking(layer: Any, place: Place) -> bool:
+    # Models with a graph hand their inputs on as they come. Inside of others it may be such a one,
+    # which then looks for the value among numbers that are float32 again.
+    return graph_of(layer) is None and any(
+        isinstance(part, layers.Masking) and _is_rounded(part.mask_value, place.half)
+        for part in flatten_layers(layer)
+        if part is not layer
+    )
 
 
 def _drops_another_share(layer: Any, place: Place) -> bool:
@@ -372,6 +386,14 @@ RULES = (
         "24",
         "its mask value is another number in half precision, and masks no step",
         _masks_nothing,
+    ),
+    SafeRule(
+        "rounded-mask",
+        "24",
+        "it rounds its inputs, and a Masking inside finds its mask value no more",
+        _rounds_before_masking,
+        ours=True,
+        takes=True,
     ),
     SafeRule(
         "dropout",

@@ -135,6 +135,30 @@ def test_it_is_that_of_the_rule_too(tmp_path):
     np.testing.assert_array_equal(numpy(model(x)), before)
 
 
+class Holds(keras.Model):
+    """A user's model, which rounds its inputs under a policy, and a graph that makes them wide."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def call(self, inputs):
+        return self.part(inputs)
+
+
+@full_on("jax")
+@pytest.mark.parametrize("how", [{}, full({"safe_layers": True})], ids=str)
+@pytest.mark.parametrize("value", [full(VALUE), -99999.0])
+def test_a_model_that_holds_a_graph_rounds_no_value(value, how):
+    model = Holds(keras.Sequential([keras.Input((4, 2)), keras.layers.Masking(value)]))
+    x = steps(value)
+    model(x)
+    report = mp.convert(Holds(model), sample=x, **how)  # at any depth
+    assert "rounded-mask" in str(report)
+    assert not numpy(report.model(x))[0, 2:].any()
+    assert numpy(report.model(x)._keras_mask).tolist() == MASK
+
+
 def test_whole_numbers_stay_what_they_are():
     x = np.array([[[3, 3], [1, 3]]], "int32")
     outputs = mp.layers.Masking(3, dtype="mixed_float16")(x)
