@@ -201,6 +201,17 @@ def set_policy(layer: Any, policy: keras.DTypePolicy) -> None:
         layer.dtype_policy = policy
 
 
+def set_input_dtype(layer: Any, dtype: str) -> None:
+    """Let an input have a dtype, to which its model casts what it is given.
+
+    Args:
+        layer: An `InputLayer`.
+        dtype: The dtype.
+    """
+    layer._dtype = dtype  # noqa: SLF001 - `dtype` refuses to be set
+    layer.output._dtype = dtype  # noqa: SLF001 - nor the tensor's
+
+
 def policy_of(layer: Any) -> keras.DTypePolicy:
     """Return the policy that a layer follows: of a `DTypePolicyMap`, the member for its path."""
     policy = layer.dtype_policy

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp.backend.by_identity import ByIdentity
-from kerasmp.backend.keras_graph import policy_of, set_policy
+from kerasmp.backend.keras_graph import (
+    policy_of,
+    refresh_symbolic_dtypes,
+    set_input_dtype,
+    set_policy,
+)
 from kerasmp.backend.keras_private import flatten_layers, own_variables
 from kerasmp.backend.variable_dtypes import set_variable_dtype, takes_dtype
 from kerasmp.errors import KerasMPWarning, PolicyError, PolicyWarning
@@ -28,7 +33,14 @@ if TYPE_CHECKING:
 # One key for all: a user's class need not know what is in it.
 KEY = "kerasmp"
 # What a file says of layers.
-_OF_LAYERS = ("layer_policies", "input_policies", "variable_dtypes", "built", "layers_may_differ")
+_OF_LAYERS = (
+    "layer_policies",
+    "input_policies",
+    "input_dtypes",
+    "variable_dtypes",
+    "built",
+    "layers_may_differ",
+)
 # Files have all that their layers are made of; others are made by a constructor.
 _REBUILT = ("keras", __name__.partition(".")[0])
 # Of models, whether a config tells of them that was asked for since they were last saved.
@@ -186,6 +198,7 @@ class LayersToFollow:
             follow = written is not None or model._for_inference  # noqa: SLF001 - ours
             had = [policy_of(row.layer).variable_dtype for row in rows]
             apply(model, rows, variables_follow=follow)
+            _inputs_follow(model, self.waiting.get("input_dtypes", ()))
             if follow:
                 _variables_follow(rows, had, written)
             for layer, policy in zip(
@@ -293,6 +306,7 @@ def _of_layers(model: Any) -> dict[str, Any]:
     found: dict[str, Any] = {
         "layer_policies": str(policies),
         "input_policies": [policy_of(layer).name for layer in _inputs(model)],
+        "input_dtypes": [layer.dtype for layer in _inputs(model)],
         "variable_dtypes": {
             str(number): dtypes
             for number, row in enumerate(policies.assign(model))
@@ -310,6 +324,21 @@ def _of_layers(model: Any) -> dict[str, Any]:
 def _inputs(model: Any) -> list[Any]:
     """Return what `LayerPolicies` has not: whatever their policy, inputs have the data's dtype."""
     return [x for x in flatten_layers(model) if isinstance(x, keras.layers.InputLayer)]
+
+
+def _inputs_follow(model: Any, dtypes: Iterable[str]) -> None:
+    """Give inputs the dtypes of the file: a Sequential without `Input` takes that of its layers.
+
+    Args:
+        model: The model.
+        dtypes: One for each input; none in an older file.
+    """
+    pairs = zip(_inputs(model), dtypes, strict=False)
+    others = [(layer, dtype) for layer, dtype in pairs if layer.dtype != dtype]
+    for layer, dtype in others:
+        set_input_dtype(layer, dtype)
+    if others:
+        refresh_symbolic_dtypes(model)
 
 
 def _variables_follow(

@@ -161,11 +161,39 @@ def test_a_model_that_was_made_under_a_policy(policy, case, tmp_path):
     assert_same(saved_and_loaded(model, tmp_path, "mixed_bfloat16"), model)
 
 
+@keras.saving.register_keras_serializable("own_configs")
+class HoldsSequential(keras.Model):
+    """A user's model that holds a Sequential without `Input`."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = keras.Sequential([layers.Dense(4), layers.Dense(3)])
+
+    def call(self, x):
+        return self.part(x)
+
+    def get_config(self):
+        return {}
+
+
+@pytest.mark.parametrize("policies", [("float32", "mixed_bfloat16"), ("mixed_bfloat16", "float32")])
+def test_an_input_that_keras_gives_a_sequential_rounds_as_before(policies, tmp_path):
+    """Keras lets it have the dtype of the first layer, when that is built."""
+    built, loading = policies
+    with mp.policy_scope(built):
+        model = HoldsSequential()
+    model(X)
+    mp.convert(model, "mixed_float16")
+    loaded = saved_and_loaded(model, tmp_path, loading)
+    assert loaded.part.inputs[0].dtype == model.part.inputs[0].dtype
+    assert_same(loaded, model)
+
+
 def test_what_files_did_not_say_before_is_not_needed():
     model = made("keras-with_supers-subclassed-kwargs")
     mp.convert(model, "float16", variables="float16")
     written = keras.saving.serialize_keras_object(model)
-    for key in ("variable_dtypes", "input_policies"):
+    for key in ("variable_dtypes", "input_policies", "input_dtypes"):
         del written["config"]["kerasmp"][key]
     loaded = keras.saving.deserialize_keras_object(written)
     loaded.set_weights(model.get_weights())
