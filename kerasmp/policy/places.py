@@ -18,7 +18,7 @@ from kerasmp.backend.keras_graph import (
 from kerasmp.backend.keras_private import flatten_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 # What hands its input on, element by element, so that the layer before it makes the output.
 HANDING_ON = (
@@ -62,6 +62,7 @@ class Place(NamedTuple):
         final: Whether the model's outputs come from it.
         masked: Whether a mask comes with its input; None where no graph tells.
         spectra: Whether spectra come with its input that nothing has normalised.
+        maskings: Those that are given its outputs, where it only hands on what it is given.
         half: The half precision that the policy would have it compute in, "" for none.
     """
 
@@ -70,6 +71,7 @@ class Place(NamedTuple):
     final: bool = False
     masked: bool | None = None
     spectra: bool = False
+    maskings: tuple[Any, ...] = ()
     half: str = ""
 
 
@@ -97,11 +99,17 @@ def places(model: Any) -> Iterator[tuple[Any, Place]]:
         waiting = inside + waiting
     masked = _masks(graphs)
     spectra = _taking_spectra(model)
+    maskings = _maskings(graphs)
     for layer, place in found:
         key = id(layer)
         yield (
             layer,
-            place._replace(final=key in final, masked=masked.get(key), spectra=key in spectra),
+            place._replace(
+                final=key in final,
+                masked=masked.get(key),
+                spectra=key in spectra,
+                maskings=maskings.get(key, ()),
+            ),
         )
 
 
@@ -117,9 +125,14 @@ def final_layers(model: Any) -> list[Any]:
     if graph is None:
         parts = called_parts(model)
         return [layer for x in parts if x is not model for layer in final_layers(x)]
+    return makers_of(graph, graph.outputs)
+
+
+def makers_of(graph: Any, tensors: Iterable[Any]) -> list[Any]:
+    """Return the layers that make tensors of a model's graph; see `final_layers`."""
     found: list[Any] = []
     makers = {id(out): call for call in calls(graph) for out in call.outputs}
-    waiting = list(graph.outputs)
+    waiting = list(tensors)
     seen = set()
     while waiting:
         tensor = waiting.pop()
@@ -150,6 +163,25 @@ def _masks(graphs: list[Any]) -> dict[int, bool]:
             key = id(call.operation)
             masked[key] = masked.get(key, False) or any(has_mask(each) for each in call.inputs)
     return masked
+
+
+def _maskings(graphs: list[Any]) -> dict[int, tuple[Any, ...]]:
+    """Return which Maskings are given what layers only hand on, and those in what is given it."""
+    found: dict[int, tuple[Any, ...]] = {}
+    for graph in graphs:
+        for call in calls(graph):
+            if not isinstance(call.operation, keras.Layer):
+                continue
+            masks = maskings_in(call.operation)
+            for layer in makers_of(graph, call.inputs) if masks else ():
+                if isinstance(layer, HANDING_ON):
+                    found[id(layer)] = (*found.get(id(layer), ()), *masks)
+    return found
+
+
+def maskings_in(layer: Any) -> list[Any]:
+    """Return each Masking in a layer, the layer itself among them."""
+    return [part for part in flatten_layers(layer) if isinstance(part, keras.layers.Masking)]
 
 
 def _taking_spectra(model: Any) -> set[int]:

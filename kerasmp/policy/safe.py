@@ -22,8 +22,7 @@ from kerasmp.backend import (
     sums_rows_narrowly,
 )
 from kerasmp.backend.keras_graph import children, graph_of
-from kerasmp.backend.keras_private import flatten_layers
-from kerasmp.policy.places import SPECTRA
+from kerasmp.policy.places import SPECTRA, maskings_in
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
@@ -248,10 +247,11 @@ def _masks_nothing(layer: Any, place: Place) -> bool:
 def _rounds_before_masking(layer: Any, place: Place) -> bool:
     # Models with a graph hand their inputs on as they come. Inside of others it may be such a one,
     # which then looks for the value among numbers that are float32 again.
-    return graph_of(layer) is None and any(
-        isinstance(part, layers.Masking) and _is_rounded(part.mask_value, place.half)
-        for part in flatten_layers(layer)
-        if part is not layer
+    inside = maskings_in(layer) if graph_of(layer) is None else []
+    return any(
+        _is_rounded(each.mask_value, place.half)
+        for each in (*inside, *place.maskings)
+        if each is not layer
     )
 
 

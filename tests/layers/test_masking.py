@@ -159,6 +159,19 @@ def test_a_model_that_holds_a_graph_rounds_no_value(value, how):
     assert numpy(report.model(x)._keras_mask).tolist() == MASK
 
 
+@full_on("jax")
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_layer_before_it_that_hands_on_rounds_no_value(nested):
+    part = keras.Sequential([keras.Input((4, 2)), keras.layers.Masking(-99999.0)])
+    inputs = keras.Input((2, 4))
+    x = keras.layers.Permute((2, 1), name="permute")(inputs)
+    model = keras.Model(inputs, part(x) if nested else part.layers[0](x))
+    report = mp.convert(model)
+    outputs = report.model(ops.transpose(steps(-99999.0), (0, 2, 1)))
+    assert numpy(outputs._keras_mask).tolist() == MASK
+    assert model.get_layer("permute").compute_dtype == "float32"
+
+
 def test_whole_numbers_stay_what_they_are():
     x = np.array([[[3, 3], [1, 3]]], "int32")
     outputs = mp.layers.Masking(3, dtype="mixed_float16")(x)
