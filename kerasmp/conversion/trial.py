@@ -16,6 +16,7 @@ import keras
 from kerasmp.backend import layers_without_kernel, trace
 from kerasmp.backend.keras_graph import (
     called_parts,
+    calls,
     graph_of,
     refresh_symbolic_dtypes,
 )
@@ -30,6 +31,7 @@ from kerasmp.errors import BackendError, PolicyError, first_line
 from kerasmp.model import Model
 from kerasmp.policy.apply import let_follow
 from kerasmp.policy.follow import symbols_of
+from kerasmp.policy.places import makers_of
 from kerasmp.policy.safe import is_ours
 from kerasmp.policy.spec import HALVES
 
@@ -80,7 +82,7 @@ def settle(
             if graph_of(part) is None and trial.asks(part):
                 trial.settle(part, attempts_at(part, sample if part is model else None))
         try:
-            refresh_symbolic_dtypes(model, trial.look if trial.asks(model) else None)
+            refresh_symbolic_dtypes(model, functools.partial(trial.look, model))
             if trial.kept:  # one of them may have been called before, too
                 refresh_symbolic_dtypes(model)
         except PolicyError:
@@ -116,10 +118,32 @@ class _Trial:
                 reason = f"{type(row.layer).__name__} has no {half} kernel on this backend"
                 self._keep(self._halves(row.layer), BackendError(reason))
 
-    def look(self, operation: Any, args: Any, kwargs: Any) -> None:
-        """Try a layer of a graph; see `symbolic_dtypes`."""
-        if isinstance(operation, keras.Layer) and self.asks(operation):
-            self.settle(operation, [functools.partial(traced, operation, args, kwargs)])
+    def look(self, model: Any, operation: Any, args: Any, kwargs: Any) -> None:
+        """Try a layer, or an operation of a user's, of a model's graph; see `symbolic_dtypes`."""
+        if isinstance(operation, keras.Layer):
+            if self.asks(operation):
+                self.settle(operation, [functools.partial(traced, operation, args, kwargs)])
+        elif not _is_stock(type(operation)):
+            attempt = functools.partial(trace, operation, backwards=False)
+            error = _error(model, functools.partial(attempt, args, kwargs))
+            wide = keras.tree.map_structure(_in_float32, (args, kwargs))
+            if error is not None and _error(model, functools.partial(attempt, *wide)) is None:
+                self._keep_what_feeds(model, operation, error)
+
+    def _keep_what_feeds(self, model: Any, operation: Any, error: Exception) -> None:
+        """Keep in float32 the layers before an operation, which has no policy of its own."""
+        layers = [
+            layer
+            for graph in flatten_layers(model)
+            for call in calls(graph)
+            if call.operation is operation
+            for layer in makers_of(graph, call.inputs)
+        ]
+        rows = [row for layer in layers for row in self._halves(layer)]
+        if not rows:
+            raise error
+        what = f'"{operation.name}" takes what it gives, and raised {first_line(error)}'
+        self._keep(rows, BackendError(what))
 
     def settle(self, layer: Any, attempts: list[Attempt]) -> None:
         """Keep in float32 what fails in half precision and not in float32.
@@ -264,6 +288,11 @@ def _error(layer: Any, attempt: Attempt) -> Exception | None:
     except Exception as error:  # noqa: BLE001 - whatever a user's layer raises
         return error
     return None
+
+
+def _in_float32(value: Any) -> Any:
+    is_half = isinstance(value, keras.KerasTensor) and value.dtype in HALVES
+    return keras.KerasTensor(value.shape, _WIDE, value.sparse) if is_half else value
 
 
 def culprits(error: Exception, layer: Any) -> list[Any]:

@@ -43,6 +43,16 @@ def scaled(x):
     return x * ops.convert_to_tensor(WIDE)
 
 
+class ScaledOperation(keras.Operation):
+    """One of the user's own, which is no layer, and follows no policy."""
+
+    def call(self, inputs):
+        return inputs * ops.convert_to_tensor(WIDE)
+
+    def compute_output_spec(self, inputs):
+        return keras.KerasTensor(inputs.shape, inputs.dtype)
+
+
 MIXING = {
     "layer": encoder,
     "layer-with-a-shape": lambda x: Scaled(name="mixes")(1 * x),
@@ -75,6 +85,19 @@ def test_what_mixes_dtypes_stays_in_float32_and_the_rest_converts(kind, half):
     assert np.isfinite(model.predict(ONES, verbose=0)).all()
     report.restore()
     assert {layer.compute_dtype for layer in model.layers} == {"float32"}
+
+
+@TENSORFLOW
+def test_what_feeds_an_operation_that_mixes_dtypes_stays_in_float32():
+    inputs = keras.Input((4,))
+    x = layers.Dense(4, name="feeds")(layers.Dense(4, name="before")(inputs))
+    model = keras.Model(inputs, layers.Dense(2)(ScaledOperation(name="mixes")(2 * x)))
+    report = mp.convert(model)
+    rows = float32_rows(report)
+    assert [*rows] == ["feeds"]
+    assert '"mixes" takes what it gives, and raised' in rows["feeds"].reason
+    assert model.get_layer("before").compute_dtype == "float16"
+    assert np.isfinite(model.predict(ONES, verbose=0)).all()
 
 
 class Block(layers.Layer):
