@@ -35,6 +35,15 @@ HANDING_ON = (
     keras.layers.ZeroPadding2D,
     keras.layers.ZeroPadding3D,
 )
+# What hands data on to those that need it as it comes, or scales it for them.
+_HANDING_ON_DATA = (*HANDING_ON, keras.layers.Concatenate, keras.layers.Rescaling)
+# What is given data, and makes something else of two numbers that half precision takes for one.
+TAKING_DATA = (
+    keras.layers.CategoryEncoding,
+    keras.layers.Discretization,
+    keras.layers.Masking,
+    keras.layers.Normalization,
+)
 
 SPECTRA = (keras.layers.MelSpectrogram, keras.layers.STFTSpectrogram)
 # Of STFTSpectrogram: "log" and "angle" are small numbers, as are the decibels of MelSpectrogram.
@@ -62,7 +71,7 @@ class Place(NamedTuple):
         final: Whether the model's outputs come from it.
         masked: Whether a mask comes with its input; None where no graph tells.
         spectra: Whether spectra come with its input that nothing has normalised.
-        maskings: Those that are given its outputs, where it only hands on what it is given.
+        feeds: The layers that need data as it comes, and are given it by this one.
         half: The half precision that the policy would have it compute in, "" for none.
     """
 
@@ -71,7 +80,7 @@ class Place(NamedTuple):
     final: bool = False
     masked: bool | None = None
     spectra: bool = False
-    maskings: tuple[Any, ...] = ()
+    feeds: tuple[Any, ...] = ()
     half: str = ""
 
 
@@ -99,7 +108,7 @@ def places(model: Any) -> Iterator[tuple[Any, Place]]:
         waiting = inside + waiting
     masked = _masks(graphs)
     spectra = _taking_spectra(model)
-    maskings = _maskings(graphs)
+    feeds = _feeds(graphs)
     for layer, place in found:
         key = id(layer)
         yield (
@@ -108,7 +117,7 @@ def places(model: Any) -> Iterator[tuple[Any, Place]]:
                 final=key in final,
                 masked=masked.get(key),
                 spectra=key in spectra,
-                maskings=maskings.get(key, ()),
+                feeds=feeds.get(key, ()),
             ),
         )
 
@@ -128,8 +137,16 @@ def final_layers(model: Any) -> list[Any]:
     return makers_of(graph, graph.outputs)
 
 
-def makers_of(graph: Any, tensors: Iterable[Any]) -> list[Any]:
-    """Return the layers that make tensors of a model's graph; see `final_layers`."""
+def makers_of(
+    graph: Any, tensors: Iterable[Any], handing_on: tuple[type, ...] = HANDING_ON
+) -> list[Any]:
+    """Return the layers that make tensors of a model's graph; see `final_layers`.
+
+    Args:
+        graph: The functional model.
+        tensors: Tensors in it.
+        handing_on: The layers for which the one before counts, too.
+    """
     found: list[Any] = []
     makers = {id(out): call for call in calls(graph) for out in call.outputs}
     waiting = list(tensors)
@@ -146,7 +163,7 @@ def makers_of(graph: Any, tensors: Iterable[Any]) -> list[Any]:
         is_layer = isinstance(operation, keras.Layer)
         if is_layer and not isinstance(operation, keras.layers.InputLayer):
             found.append(operation)
-        if not is_layer or isinstance(operation, HANDING_ON):
+        if not is_layer or isinstance(operation, handing_on):
             waiting += makers[id(tensor)].inputs
     return found
 
@@ -165,23 +182,27 @@ def _masks(graphs: list[Any]) -> dict[int, bool]:
     return masked
 
 
-def _maskings(graphs: list[Any]) -> dict[int, tuple[Any, ...]]:
-    """Return which Maskings are given what layers only hand on, and those in what is given it."""
+def _feeds(graphs: list[Any]) -> dict[int, tuple[Any, ...]]:
+    """Return which layers that need data as it comes are given it by each that hands it on."""
     found: dict[int, tuple[Any, ...]] = {}
     for graph in graphs:
         for call in calls(graph):
-            if not isinstance(call.operation, keras.Layer):
-                continue
-            masks = maskings_in(call.operation)
-            for layer in makers_of(graph, call.inputs) if masks else ():
-                if isinstance(layer, HANDING_ON):
-                    found[id(layer)] = (*found.get(id(layer), ()), *masks)
+            taken = [x for x in call.inputs if keras.backend.is_float_dtype(x.dtype)]
+            is_rows = isinstance(call.operation, keras.layers.Embedding)
+            takers = [call.operation] if is_rows else _takers_in(call.operation)
+            for layer in makers_of(graph, taken, _HANDING_ON_DATA) if takers else ():
+                if isinstance(layer, _HANDING_ON_DATA):
+                    found[id(layer)] = (*found.get(id(layer), ()), *takers)
     return found
 
 
-def maskings_in(layer: Any) -> list[Any]:
-    """Return each Masking in a layer, the layer itself among them."""
-    return [part for part in flatten_layers(layer) if isinstance(part, keras.layers.Masking)]
+def _takers_in(operation: Any) -> list[Any]:
+    return takers_in(operation) if isinstance(operation, keras.Layer) else []
+
+
+def takers_in(layer: Any) -> list[Any]:
+    """Return each layer in a layer that needs data as it comes, the layer itself among them."""
+    return [part for part in flatten_layers(layer) if isinstance(part, TAKING_DATA)]
 
 
 def _taking_spectra(model: Any) -> set[int]:

@@ -22,7 +22,7 @@ from kerasmp.backend import (
     sums_rows_narrowly,
 )
 from kerasmp.backend.keras_graph import children, graph_of
-from kerasmp.policy.places import SPECTRA, maskings_in
+from kerasmp.policy.places import SPECTRA, takers_in
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
@@ -244,13 +244,12 @@ def _masks_nothing(layer: Any, place: Place) -> bool:
     return isinstance(layer, layers.Masking) and loses_mask_value(layer.mask_value, place.half)
 
 
-def _rounds_before_masking(layer: Any, place: Place) -> bool:
-    # Models with a graph hand their inputs on as they come. Inside of others it may be such a one,
-    # which then looks for the value among numbers that are float32 again.
-    inside = maskings_in(layer) if graph_of(layer) is None else []
+def _rounds_data(layer: Any, place: Place) -> bool:
+    # Models with a graph hand their inputs on as they come.
+    inside = takers_in(layer) if graph_of(layer) is None else []
     return any(
-        _is_rounded(each.mask_value, place.half)
-        for each in (*inside, *place.maskings)
+        not isinstance(each, layers.Masking) or _is_rounded(each.mask_value, place.half)
+        for each in (*inside, *place.feeds)
         if each is not layer
     )
 
@@ -388,10 +387,10 @@ RULES = (
         _masks_nothing,
     ),
     SafeRule(
-        "rounded-mask",
-        "24",
-        "it rounds its inputs, and a Masking inside finds its mask value no more",
-        _rounds_before_masking,
+        "data",
+        "27",
+        "it would round data for a layer inside or after it that needs it as it comes",
+        _rounds_data,
         ours=True,
         takes=True,
     ),
