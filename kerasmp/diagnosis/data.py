@@ -10,6 +10,7 @@ import numpy as np
 from kerasmp.backend.constants import LARGEST
 from kerasmp.backend.keras_graph import calls, graph_of
 from kerasmp.backend.keras_private import flatten_layers
+from kerasmp.diagnosis.dtypes import EXACT
 from kerasmp.diagnosis.finding import Finding
 from kerasmp.diagnosis.sizes import MULTIPLE
 from kerasmp.policy.places import HANDING_ON
@@ -43,6 +44,15 @@ def findings(model: Any, arrays: list[Any]) -> Iterator[Finding]:
                 "Scale the data, or begin with a Normalization or Rescaling layer with "
                 'dtype="float32".',
             )
+        if graph is None and _rounds_ids(model, array):
+            yield Finding(
+                "error",
+                f"input {number}",
+                "float-ids",
+                f"It may hold ids, which {model.name} takes as {array.dtype} and rounds to "
+                f"{model.compute_dtype}: above {EXACT[model.compute_dtype]} they become others.",
+                "Pass whole numbers.",
+            )
     batch = min((len(array) for array in arrays if array.ndim), default=0)
     if batch % MULTIPLE and any(layer.compute_dtype in HALVES for layer in flatten_layers(model)):
         yield Finding(
@@ -52,6 +62,17 @@ def findings(model: Any, arrays: list[Any]) -> Iterator[Finding]:
             f"batch size {batch}: Tensor Cores want multiples of {MULTIPLE}.",
             "Round up.",
         )
+
+
+def _rounds_ids(model: Any, array: Any) -> bool:
+    """Return whether a model rounds whole numbers that come as floats, and may look rows up."""
+    exact = EXACT.get(model.compute_dtype)
+    return (
+        exact is not None
+        and array.dtype.kind == "f"
+        and bool(np.any(array > exact) and np.all(array == np.round(array)))
+        and any(isinstance(layer, keras.layers.Embedding) for layer in flatten_layers(model))
+    )
 
 
 def _largest(array: Any) -> float:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # Up to here every whole number has a value of its own.
-_EXACT = {"float16": 2**11, "bfloat16": 2**8}
+EXACT = {"float16": 2**11, "bfloat16": 2**8}
 # Safe rules whose layers go on training, with a lower loss scale or less accuracy in the tails.
 _BEARABLE = ("activation", "probabilities")
 # Those of which other findings say more.
@@ -205,9 +205,9 @@ def vanishes(value: float) -> bool:
 def _float_ids(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
     for call in _all_calls(model):
         layer = call.operation
-        if not isinstance(layer, keras.layers.Embedding) or layer.compute_dtype not in _EXACT:
+        if not isinstance(layer, keras.layers.Embedding) or layer.compute_dtype not in EXACT:
             continue
-        exact = _EXACT[layer.compute_dtype]
+        exact = EXACT[layer.compute_dtype]
         given = dtypes.get(id(call.inputs[0]), call.inputs[0].dtype)
         if keras.backend.is_float_dtype(given) and layer.input_dim > exact + 1:
             yield Finding(

@@ -128,3 +128,27 @@ def test_models_without_a_graph_cast_what_they_are_given():
     with np.errstate(over="ignore"):
         assert found(own, "input-range", LARGE)
         assert not found(Own(), "input-range", LARGE)
+
+
+# float-ids
+
+
+class LooksUp(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.rows, self.dense = layers.Embedding(6000, 4), layers.Dense(8, dtype="float32")
+
+    def call(self, ids):
+        return self.dense(self.rows(ids))
+
+
+def test_ids_that_a_subclassed_model_rounds_are_an_error():
+    """It rounds floats before Embedding, which would not, sees them."""
+    ids = np.full((8, 4), 4001.0, "float32")
+    for policy, largest in (("mixed_float16", "2048"), ("mixed_bfloat16", "256")):
+        with mp.policy_scope(policy):
+            model = LooksUp()
+        model(ids)
+        assert f"above {largest}" in only(model, "float-ids", ids).reason
+        for other in (ids.astype("int32"), ids / 100, ids - 3901.0):
+            assert not found(model, "float-ids", other)
