@@ -205,17 +205,16 @@ def vanishes(value: float) -> bool:
 def _float_ids(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
     for call in _all_calls(model):
         layer = call.operation
-        if not isinstance(layer, keras.layers.Embedding) or layer.compute_dtype not in EXACT:
+        if not isinstance(layer, keras.layers.Embedding):
             continue
-        exact = EXACT[layer.compute_dtype]
+        # It takes ids as they come: only what is before it, or an input of its own, rounds them.
         given = dtypes.get(id(call.inputs[0]), call.inputs[0].dtype)
-        if keras.backend.is_float_dtype(given) and layer.input_dim > exact + 1:
+        if given in EXACT and layer.input_dim > EXACT[given] + 1:
             yield Finding(
                 "error",
                 layer.path or layer.name,
                 "float-ids",
-                f"Its ids come as {given} and are rounded to {layer.compute_dtype}: above {exact} "
-                "they become others.",
+                f"Its ids come as {given}: above {EXACT[given]} they have become others.",
                 'Feed whole numbers, through keras.Input(..., dtype="int32").',
             )
 

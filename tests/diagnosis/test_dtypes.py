@@ -51,7 +51,7 @@ def test_float32_masters_and_frozen_weights_are_in_peace():
 
 
 def embedding(size, policy="mixed_float16", **arguments):
-    parts = (lambda: layers.Embedding(size, 8), layers.Flatten)
+    parts = (layers.Flatten, lambda: layers.Embedding(size, 8), layers.Flatten)
     return made(*parts, shape=(4,), policy=policy, **arguments)
 
 
@@ -70,6 +70,9 @@ def test_whole_numbers_few_ids_and_float32_are_in_peace():
     assert not found(embedding(2049), "float-ids")
     assert not found(embedding(257, "mixed_bfloat16"), "float-ids")
     assert not found(embedding(5000, "float32"), "float-ids")
+    # Embedding itself rounds no ids.
+    alone = made(lambda: layers.Embedding(5000, 8), layers.Flatten, shape=(4,))
+    assert not found(alone, "float-ids")
 
 
 # mask-value
