@@ -22,6 +22,7 @@ from kerasmp.backend import (
     sums_rows_narrowly,
 )
 from kerasmp.backend.keras_graph import children, graph_of
+from kerasmp.backend.keras_private import flatten_layers
 from kerasmp.policy.places import SPECTRA, takers_in
 from kerasmp.policy.spec import HALVES
 
