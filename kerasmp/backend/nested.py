@@ -41,6 +41,12 @@ def is_stock(optimizer: Any) -> bool:
     return own and not has_replaced_methods(optimizer)
 
 
+def has_own_pure_step(optimizer: Any) -> bool:
+    """Return whether `stateless_apply` is another one than that of all optimizers of Keras."""
+    own = getattr(optimizer.stateless_apply, "__func__", None)
+    return own is not keras.optimizers.Optimizer.stateless_apply
+
+
 def has_replaced_methods(optimizer: Any) -> bool:
     """Return whether a method was put into this one object in the place of its class's."""
     kind: Any = type(optimizer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +11,8 @@ import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.keras_private import learning_rate_functions, weights_and_averages
-from kerasmp.backend.nested import optimizers_in
+from kerasmp.backend.keras_private import held, learning_rate_functions, weights_and_averages
+from kerasmp.backend.nested import has_own_pure_step, optimizers_in
 from kerasmp.optimizer import arguments
 from kerasmp.optimizer import step as pure_step
 from kerasmp.optimizer.causes import Forgetful, LossNotes
@@ -28,9 +30,23 @@ from kerasmp.optimizer.step import (
 from kerasmp.optimizer.unscaled import UnscaledMarks, number_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from kerasmp.optimizer.wrapper import LossScaleOptimizer
+
+
+# In the thread of its replica. A user's `apply` is given gradients and variables, and no more.
+_THROUGH: contextvars.ContextVar[str] = contextvars.ContextVar("_THROUGH", default="apply")
+
+
+@contextlib.contextmanager
+def through(method: str) -> Iterator[None]:
+    """Let the steps that are taken here reach the inner optimizer through this method of it."""
+    token = _THROUGH.set(method)
+    try:
+        yield
+    finally:
+        _THROUGH.reset(token)
 
 
 class Pending(Forgetful):
@@ -80,7 +96,8 @@ def taken(optimizer: LossScaleOptimizer, grads: Sequence[Any], variables: Sequen
     each = "each" if any(inner.clipnorm for inner in inside) else None
     clips = "all" if any(inner.global_clipnorm for inner in inside) else each
     places = optimizer.places_of(variables)
-    return Step(grads, variables, dtypes, places, scale, scaled, unscaled, losses, clips, fused)
+    known = (grads, variables, dtypes, places, scale, scaled, unscaled, losses, clips, fused)
+    return Step(*known, _THROUGH.get())
 
 
 def run(optimizer: LossScaleOptimizer, step: Step) -> None:
@@ -184,7 +201,15 @@ def _update(inner: Any, step: Step, applied: Any) -> None:
             None if u is None else room.with_values(u, ops.cast(room.dense_values(u), dtype))
             for u, dtype in zip(updates, step.dtypes, strict=True)
         ]
-    inner.apply(updates, step.variables)
+    if step.through == "apply_gradients":
+        inner.apply_gradients(list(zip(updates, step.variables, strict=True)))
+    elif step.through == "stateless_apply" and has_own_pure_step(inner):
+        kept = inner.variables
+        values = inner.stateless_apply(held(kept), updates, held(step.variables))
+        for variable, value in zip([*step.variables, *kept], [*values[0], *values[1]], strict=True):
+            variable.assign(value)
+    else:
+        inner.apply(updates, step.variables)
 
 
 def _advance(optimizer: LossScaleOptimizer, step: Step, finite: Any, *, applied: bool) -> None:
@@ -219,7 +244,8 @@ def _run_compiled(optimizer: LossScaleOptimizer, step: Step) -> None:
         return pure(optimizer, with_rates(inner, rates), this, touched, values)
 
     # Made anew each time, the step would be compiled each time.
-    key = (step.scaled, step.unscaled, tuple(step.positions), kept_by_a_trace(inner))
+    how = (step.scaled, step.unscaled, step.through)
+    key = (*how, tuple(step.positions), kept_by_a_trace(inner))
     compiled = optimizer.pending.compiled.get(key, lambda: backend.current().compiled(take))
     given = {"grads": step.grads, "losses": step.losses, "scale": step.scale}
     rates = rates_now(learning_rate_functions(inner))

@@ -37,6 +37,8 @@ class Step:
         clips: Whether "each" is clipped by its norm, or "all" by theirs, which must be finite then;
             or None.
         fused: The inner optimizer's update, where it has one in a kernel for each variable.
+        through: The method that was called for it, which a user's inner optimizer may have of its
+            own: "apply", "apply_gradients" or "stateless_apply".
     """
 
     grads: Sequence[Any]
@@ -49,6 +51,7 @@ class Step:
     losses: Sequence[Any]
     clips: str | None
     fused: Fused | None
+    through: str
 
 
 class State(NamedTuple):

@@ -243,7 +243,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     @backend.as_written
     def apply_gradients(self, grads_and_vars: Any) -> Any:
         """Apply `(gradient, variable)` pairs; returns `iterations`, as tf.keras does."""
-        self.apply(*arguments.pairs_in(grads_and_vars))
+        grads, variables = arguments.pairs_in(grads_and_vars)
+        with running.through("apply_gradients"):
+            self.apply(grads, variables)
         return self.iterations
 
     def stateless_apply(
@@ -272,7 +274,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         )
         touched = [*self._trainable_variables, *self.variables]
         values = [*weights, *state]
-        with keras.StatelessScope(state_mapping=list(zip(touched, values, strict=True))):
+        scope = keras.StatelessScope(state_mapping=list(zip(touched, values, strict=True)))
+        with scope, running.through("stateless_apply"):
             step = running.taken(self, grads, self._trainable_variables)
         new = running.pure(self, self.inner_optimizer, step, touched, values)
         number = len(self._trainable_variables)

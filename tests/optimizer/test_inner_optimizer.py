@@ -57,3 +57,29 @@ def test_wrapped_a_second_time_it_keeps_its_state_and_the_scale_starts_anew():
     assert (first.loss_scale, first.applied_steps, first.skipped_steps) == (2.0, 2, 1)
     assert (second.loss_scale, second.applied_steps, second.skipped_steps) == (8.0, 1, 0)
     assert int(numpy([second.iterations])[0]) == 3
+
+
+class Signs(keras.optimizers.SGD):
+    """Takes the signs of gradients in the methods that Keras's own steps call, but not in apply."""
+
+    def apply_gradients(self, grads_and_vars):
+        return super().apply_gradients([(keras.ops.sign(g), v) for g, v in grads_and_vars])
+
+    def stateless_apply(self, optimizer_variables, grads, trainable_variables):
+        signs = [keras.ops.sign(g) for g in grads]
+        return super().stateless_apply(optimizer_variables, signs, trainable_variables)
+
+
+def test_a_step_goes_through_the_same_method_of_it_as_without_the_wrapper():
+    optimizer, variables = LossScaleOptimizer(Signs(0.5), loss_scale=2.0), variables_of([1.0])
+    optimizer.apply_gradients(zip(tensors([6.0]), variables, strict=True))
+    assert numpy(variables)[0].tolist() == [0.5]
+    optimizer.apply(tensors([6.0]), variables)
+    assert numpy(variables)[0].tolist() == [-1.0]
+    if keras.backend.backend() == "jax":
+        state, values = [[v.value for v in some] for some in (optimizer.variables, variables)]
+        (value,), state = optimizer.stateless_apply(state, tensors([6.0]), values)
+        assert value.tolist() == [-1.5]
+        count = optimizer.iterations
+        pairs = zip(state, optimizer.variables, strict=True)
+        assert [int(value) for value, variable in pairs if variable is count] == [3]
