@@ -18,6 +18,7 @@ class Call:
     Attributes:
         model: The model.
         by_keras: Whether Keras's own step has its part in it.
+        of_keras: Whether it is that part.
         losses: The unscaled losses that its metrics were given, in order.
         scaled: The optimizers that it has asked for their scale.
         unscaled: Those that have taken its gradients for those of an unscaled loss.
@@ -25,6 +26,7 @@ class Call:
 
     model: Any
     by_keras: bool = False
+    of_keras: bool = False
     losses: list[Any] = dataclasses.field(default_factory=list)
     scaled: list[Any] = dataclasses.field(default_factory=list)
     unscaled: list[Any] = dataclasses.field(default_factory=list)
@@ -45,9 +47,9 @@ def innermost() -> Call | None:
 
 
 @contextlib.contextmanager
-def entered(model: Any) -> Iterator[Call]:
-    """Let a train step of a model run here."""
-    call = Call(model)
+def entered(model: Any, *, of_keras: bool = False) -> Iterator[Call]:
+    """Let a train step of a model run here, the user's own or Keras's part in it."""
+    call = Call(model, of_keras=of_keras)
     token = _RUNNING.set((*_RUNNING.get(), call))
     try:
         yield call

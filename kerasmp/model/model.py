@@ -18,7 +18,7 @@ from kerasmp.model.hints import dtype_hints
 from kerasmp.model.inference import refuse_training
 from kerasmp.model.own_optimizers import is_of_file, warn_of_unscaled
 from kerasmp.model.saved import take_up, warn_if_untold, warn_of_no_variables
-from kerasmp.model.steps import no_step_is_nan, note_kerass_own
+from kerasmp.model.steps import kerass_own, no_step_is_nan
 from kerasmp.model.turning import class_between, loader, ours_for
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.optimizer.scaled import note_successor
@@ -303,8 +303,8 @@ class Model(keras.Model):
         Warns:
             LossScaleWarning: If the first step has made float16 layers and nothing scales its loss.
         """
-        note_kerass_own(self)
-        return super().train_step(*args)
+        with kerass_own(self):
+            return super().train_step(*args)
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Run one step; see `keras.Model.train_on_batch`. All NaN where it was skipped.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from kerasmp.model.own_optimizers import optimizers_of
 from kerasmp.optimizer import LossScaleOptimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 # Of models, whether Keras's own step had its part in the last guarded one. Not an attribute of the
@@ -57,11 +58,17 @@ def losses_noted(update: Callable[..., Any]) -> Callable[..., Any]:
     return update_metrics
 
 
-def note_kerass_own(model: Any) -> None:
-    """Note that Keras's own train step has its part in the one that runs."""
+@contextlib.contextmanager
+def kerass_own(model: Any) -> Iterator[None]:
+    """Let Keras's own train step have its part in the one that runs.
+
+    What it scales, it applies: that tells nothing of gradients of the user's own before or after.
+    """
     call = running(model)
     if call:
         call.by_keras = True
+    with entered(model, of_keras=True):
+        yield
 
 
 def no_step_is_nan(model: Any) -> bool:

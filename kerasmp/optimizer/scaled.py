@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from kerasmp.optimizer.wrapper import LossScaleOptimizer
 
 # Of optimizers, whether they were asked for their scale. What was traced then, an inner function
-# say, may scale a loss again without a word to us. No attributes: a step sets none, since another
-# thread may be using them.
+# say, may scale a loss again without a word to us; not so Keras's own step, which asks each time.
+# No attributes: a step sets none, since another thread may be using them.
 _HAVE_SCALED: ByIdentity[bool] = ByIdentity()
 # For each model those that it has applied scaled gradients by, of before too.
 _OF_MODELS: ByIdentity[list[weakref.ref[Any]]] = ByIdentity()
@@ -58,7 +58,8 @@ def note_scaling(optimizer: LossScaleOptimizer, what: str) -> None:
         )
     if not _holds(call.scaled, optimizer):
         call.scaled.append(optimizer)
-        _HAVE_SCALED[optimizer] = True
+        if not call.of_keras:
+            _HAVE_SCALED[optimizer] = True
 
 
 def note_reading(optimizer: LossScaleOptimizer, what: str) -> None:
@@ -97,6 +98,8 @@ def is_scaled(optimizer: LossScaleOptimizer) -> bool:
         return True
     if _HAVE_SCALED.get(optimizer):
         _mark(call.model, optimizer)
+        return True
+    if call.of_keras and _holds(call.scaled, optimizer):
         return True
     if not _holds(call.unscaled, optimizer):
         if _OF_KERAS.get(call.model) is not None:

@@ -233,6 +233,30 @@ def test_gradients_of_earlier_steps_are_unscaled_where_the_step_itself_scales_no
     assert_same(fitted(model, 1024.0, X[:32], Y[:32], **how), wanted)
 
 
+def test_keras_own_step_scales_for_itself_alone():
+    class Turns(BareStep):
+        """Is trained by Keras's step first, and then by one that scales nothing."""
+
+        first = True
+
+        def train_step(self, *args):
+            if self.first:
+                return mp.Model.train_step(self, *args)
+            return super().train_step(*args)
+
+    def trained(loss_scale):
+        model = network(Turns, mp.Sequential)
+        fitted(model, loss_scale, X[:16], Y[:16])
+        model.first = False
+        model.make_train_function(force=True)
+        model.fit(X[16:], Y[16:], **SOME)
+        return model.get_weights()
+
+    wanted = trained(None)
+    with pytest.warns(mp.errors.LossScaleWarning, match="scales no loss"):
+        assert_same(trained(1024.0), wanted)
+
+
 @pytest.mark.backend("tensorflow", "torch")
 def test_a_loss_that_is_scaled_after_gradients_were_applied_is_an_error():
     class Late(BareStep):
