@@ -540,7 +540,7 @@ class TensorFlow(Backend):
         before = [tf.identity(v.value) for v in guarded]
         skips = [o.skips() for o in optimizers]
         known = {id(v) for v in model.metrics_variables}
-        logs = step(data)
+        logs = keras.tree.map_structure(_read_now, step(data))
         used = [(o, n) for o, n in zip(optimizers, skips, strict=True) if o.built]
         if not used:  # nothing is trainable
             return logs
@@ -638,6 +638,12 @@ def _kernels(op_type: str) -> list[list[tuple[str, set[int]]]]:
         for kernel in kernels.get_registered_kernels_for_op(op_type).kernel
         if kernel.device_type in devices
     ]
+
+
+def _read_now(value: Any) -> Any:
+    # A metric's variable would be read after it is put back.
+    is_variable = isinstance(value, (keras.Variable, tf.Variable))
+    return tf.convert_to_tensor(value) if is_variable else value
 
 
 def _widened(values: Any) -> Any:

@@ -329,6 +329,8 @@ class Torch(Backend):
         skipped = any(bool(o.skips() > number) for o, number in pairs if o.built)
         if not skipped:
             return logs
+        # A result may be the tensor of a metric's variable itself.
+        logs = keras.tree.map_structure(_kept_apart, logs)
         with torch.no_grad():
             for variable, value in zip(guarded, before, strict=True):
                 variable.assign(value)
@@ -399,6 +401,11 @@ def _call_on_few(func: Any, args: Any, kwargs: Any, *, backwards: bool) -> None:
     sums = [x.abs().sum() for x in outputs if x.requires_grad]
     if sums:
         torch.autograd.grad(sums, [x for x in leaves if x.requires_grad], allow_unused=True)
+
+
+def _kept_apart(value: Any) -> Any:
+    value = value.value if isinstance(value, keras.Variable) else value
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def _squares(values: Sequence[Any], divisor: Any) -> Any:

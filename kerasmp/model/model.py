@@ -18,7 +18,7 @@ from kerasmp.model.hints import dtype_hints
 from kerasmp.model.inference import refuse_training
 from kerasmp.model.own_optimizers import is_of_file, warn_of_unscaled
 from kerasmp.model.saved import take_up, warn_if_untold, warn_of_no_variables
-from kerasmp.model.steps import kerass_own, no_step_is_nan
+from kerasmp.model.steps import is_over_nothing, kerass_own, no_step_is_nan
 from kerasmp.model.turning import class_between, loader, ours_for
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.optimizer.scaled import note_successor
@@ -315,14 +315,10 @@ class Model(keras.Model):
         skipped = (
             isinstance(self.optimizer, LossScaleOptimizer) and self.optimizer.last_step_skipped
         )
-        if skipped and all(float(count) == 0 for count in self._loss_counts()):
+        nothing = is_over_nothing(self) if skipped else False
+        if nothing is None or bool(nothing):
             return keras.tree.map_structure(lambda _: float("nan"), logs)
         return logs
-
-    def _loss_counts(self) -> list[Any]:
-        """Return how many samples the average of the loss is over, in a list if there is one."""
-        loss = next((m for m in self.metrics if m.name == "loss"), None)
-        return [loss.count] if isinstance(loss, keras.metrics.Mean) else []
 
     def _warn_if_too_late(self) -> None:
         """Warn once if the first step has built float16 layers, as it does on TensorFlow."""
@@ -360,14 +356,14 @@ class Model(keras.Model):
     def get_metrics_result(self) -> Any:
         """Return the metrics; all NaN where every step since the last reset was skipped.
 
-        Keras averages over no step at all to 0, which would look like a perfect loss.
+        Keras averages over no step at all to 0, which would look like a perfect loss. `fit` says
+        what the last step has said.
         """
         result = super().get_metrics_result()
-        counts = self._loss_counts()
-        # A user's own train step may never touch the loss metric: only ours says what 0 means.
-        if not counts or not no_step_is_nan(self):
+        # A user's own train step may never touch the metrics: only ours says what 0 means.
+        nothing = is_over_nothing(self) if no_step_is_nan(self) else None
+        if nothing is None:
             return result
-        nothing = keras.ops.equal(counts[0], 0)
         return keras.tree.map_structure(
             lambda value: keras.ops.where(nothing, float("nan"), value), result
         )

@@ -79,6 +79,12 @@ def no_step_is_nan(model: Any) -> bool:
     return bool(_BY_KERAS.get(model)) and not running(model)
 
 
+def is_over_nothing(model: Any) -> Any:
+    """Return whether no metric of a model has seen anything, a scalar bool, or None without any."""
+    counts = [keras.ops.cast(count, "float32") for count in _counts(model).values()]
+    return keras.ops.equal(sum(counts), 0) if counts else None
+
+
 def numbers_of_batch(result_or_logs: Callable[..., Any]) -> Callable[..., Any]:
     """Return the method that makes logs of an epoch, which has no 0 for an average over nothing.
 
@@ -89,11 +95,12 @@ def numbers_of_batch(result_or_logs: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(result_or_logs)
     def metrics_result_or_logs(model: Any, logs: Any) -> Any:
         result = result_or_logs(model, logs)
-        if result is logs or _BY_KERAS.get(model):
+        if result is logs:
             return result
         counts = _counts(model)
+        all_alike = counts.get("loss") if _BY_KERAS.get(model) else None
         return {
-            key: _unless_of_nothing(counts.get(key), value, logs[key])
+            key: _unless_of_nothing(counts.get(key, all_alike), value, logs[key])
             for key, value in result.items()
         }
 
@@ -137,14 +144,18 @@ def _logs(model: Any, logs: Any, skipped: Any, *, by_keras: bool) -> Any:
         if key not in after:
             return value
         # No step was good yet, or the metric was never asked: the number of this batch is true.
-        known = _unless_of_nothing(counts.get(key, all_alike), after[key], value)
+        count = counts.get(key) if all_alike is None else all_alike
+        known = _unless_of_nothing(count, after[key], value)
         return known if by_keras else keras.ops.where(skipped, known, value)
 
     return {key: put_back(key, value) for key, value in logs.items()}
 
 
 def _counts(model: Any) -> dict[str, Any]:
-    """Return over how much those metrics average that do, by the names of their results."""
+    """Return how much metrics have seen, by the names of their results: not 0 if anything at all.
+
+    Those that average say how much. Any other has seen something if not all that it keeps is 0.
+    """
     counts: dict[str, Any] = {}
     for metric in model.metrics:
         means = [
@@ -152,9 +163,16 @@ def _counts(model: Any) -> dict[str, Any]:
             for each in (metric, *getattr(metric, "metrics", ()))  # those of `compile` are in one
             if isinstance(each, keras.metrics.Mean)
         ]
+        kept = [v for v in metric.variables if v.dtype != "string"]
         if means:
-            names = [metric.name] if means[0] is metric else metric.result()
-            counts |= dict.fromkeys(names, sum(each.count for each in means))
+            count = sum(each.count for each in means)
+        elif kept:
+            count = sum(keras.ops.sum(keras.ops.cast(v != 0, "float32")) for v in kept)
+        else:
+            continue
+        result = None if metric in means else metric.result()
+        names = result if isinstance(result, dict) else [metric.name]
+        counts |= dict.fromkeys(names, count)
     return counts
 
 

@@ -114,16 +114,31 @@ def test_a_number_of_the_batch_is_not_taken_for_the_metric_of_its_name():
     assert model.fit(GOOD_X, GOOD_Y, verbose=0).history["loss"][0] > 0
 
 
+class Worst(keras.metrics.Metric):
+    """Averages nothing, and gives its variable as the result."""
+
+    def __init__(self):
+        super().__init__(name="worst")
+        self.worst = self.add_weight(name="worst", initializer="zeros")
+
+    def update_state(self, y, y_pred):
+        errors = keras.ops.abs(keras.ops.subtract(y, y_pred))
+        self.worst.assign(keras.ops.maximum(self.worst, keras.ops.max(errors)))
+
+    def result(self):
+        return self.worst.value
+
+
 class WithTracker(OwnStep, mp.Sequential):
-    """Averages the loss in a metric of its own."""
+    """Has metrics of its own."""
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.tracker = keras.metrics.Mean(name="loss")
+        self.trackers = [keras.metrics.Mean(name="loss"), Worst()]
 
     @property
     def metrics(self):
-        return [self.tracker]
+        return self.trackers
 
 
 class OfTheBatch(BareStep, mp.Sequential):
@@ -146,13 +161,39 @@ def test_no_step_is_no_perfect_loss(kind):
         GOOD_X, GOOD_Y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0, callbacks=[see]
     ).history
     assert optimizer.skipped_steps == len(seen) == 8
+    if kind is mp.Sequential:
+        assert np.isnan(keras.ops.convert_to_numpy(model.get_metrics_result()["loss"]))
     errors = (model.predict(GOOD_X, verbose=0) - GOOD_Y).reshape(4, -1)
     true = {"loss": np.square(errors).mean(1), "mae": np.abs(errors).mean(1)}
+    true["worst"] = np.abs(errors).max(1)
     for name, values in of_epochs.items():
         found = [float(logs[name]) for logs in seen]
         np.testing.assert_allclose(found, np.tile(true[name], 2), rtol=1e-3)
-        wanted = np.nan if kind is mp.Sequential else true[name][-1]
-        np.testing.assert_allclose(values, wanted, rtol=1e-3)
+        np.testing.assert_allclose(values, true[name][-1], rtol=1e-3)
+
+
+@pytest.mark.backend("tensorflow", "torch")
+def test_evaluation_by_a_step_of_the_users_own_says_what_it_has_seen():
+    class Evaluates(mp.Sequential):
+        """Asks one metric of its own, and never that of the loss."""
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.worst = Worst()
+
+        def test_step(self, data):
+            x, y = data
+            y_pred = self(x, training=False)
+            self.worst.update_state(y, y_pred)
+            return {"loss": self.compute_loss(x, y, y_pred), "worst": self.worst.result()}
+
+    model = Evaluates([keras.Input((4,)), keras.layers.Dense(2, dtype="mixed_float16")])
+    model.compile(mp.LossScaleOptimizer("sgd", loss_scale=64.0), "mse", jit_compile=False)
+    model.fit(GOOD_X, GOOD_Y, verbose=0)
+    errors = np.abs(model.predict(GOOD_X, verbose=0) - GOOD_Y)
+    found = model.evaluate(GOOD_X, GOOD_Y, batch_size=len(GOOD_X), verbose=0, return_dict=True)
+    wanted = {"loss": np.square(errors).mean(), "worst": errors.max()}
+    assert found == pytest.approx(wanted, rel=1e-3)
 
 
 @pytest.mark.backend("tensorflow", "torch")

@@ -92,7 +92,7 @@ def test_our_optimizer_in_a_stock_model_saves_the_weights_and_no_more():
     assert all(np.isfinite(value).all() for path, value in weights.items() if "kernel" in path)
 
 
-def test_an_epoch_without_a_good_step_has_nan_for_its_averages():
+def test_an_epoch_of_nothing_but_bad_data_is_not_finite_and_changes_nothing():
     model = KINDS["sequential"](mp)
     before = [np.array(weight) for weight in model.get_weights()]
     logs, _ = train(model, np.tile(BAD, (3, 1)), Y[: 3 * BATCH])
