@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kerasmp.backend.keras_private import RESULT_OR_LOGS, UPDATE_METRICS
@@ -25,6 +26,39 @@ _GUARDS: dict[str, Callable[[Any], Any]] = {
 _MARK = "_kerasmp_guarded"
 
 T = TypeVar("T", bound=type)
+
+
+def guard_late(model: Any, ours: type) -> None:
+    """Put guards around methods that were replaced since: in classes, or on this model alone.
+
+    Args:
+        model: The model.
+        ours: The class of ours that it is of; nothing is put into what it inherits from.
+    """
+    for cls in reversed(type(model).__mro__):
+        if issubclass(cls, ours):
+            with_guards(cls)
+    for name, guard in _GUARDS.items():
+        method = vars(model).get(name)
+        if method is not None and not hasattr(method, _MARK):
+            guarding = functools.partial(guard(_with_model(method)), model)
+            setattr(guarding, _MARK, True)
+            # Around Keras's own __setattr__: this is no state.
+            object.__setattr__(model, name, guarding)
+
+
+def _with_model(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what was put on a single model as a method of its class, which is given the model."""
+
+    def of_class(_: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    return of_class
+
+
+def is_guarded(name: str) -> bool:
+    """Return whether methods of this name get a guard."""
+    return name in _GUARDS
 
 
 def with_guards(cls: T) -> T:

@@ -13,7 +13,7 @@ from kerasmp.backend.by_identity import ByIdentity
 from kerasmp.backend.keras_private import Functional, float16_layers, functional_init_arguments
 from kerasmp.errors import ArgumentTypeError, LossScaleWarning, PolicyError, refuse_no_bool
 from kerasmp.model.float32 import at_least_float32, cast, widen_activity_regularizers
-from kerasmp.model.guards import with_guards
+from kerasmp.model.guards import guard_late, is_guarded, with_guards
 from kerasmp.model.hints import dtype_hints
 from kerasmp.model.inference import refuse_training
 from kerasmp.model.own_optimizers import is_of_file, warn_of_unscaled
@@ -115,6 +115,8 @@ class Model(keras.Model):
         super().__setattr__(name, value)
         if is_news:
             widen_activity_regularizers(self)
+        if is_guarded(name):
+            guard_late(self, Model)
 
     @backend.as_written
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -283,6 +285,7 @@ class Model(keras.Model):
                 attributes that scale no loss.
         """
         refuse_training(self)
+        guard_late(self, Model)
         if self._must_wrap(self.optimizer):
             note_successor(self)
             self.optimizer = ours_for(self.optimizer, self.trainable_variables)

@@ -80,6 +80,22 @@ def test_of_a_converted_model_too():
     assert_same(model.get_weights(), wanted)
 
 
+@pytest.mark.parametrize("place", ["the model", "its class"])
+def test_of_a_step_that_is_put_there_later_too(place):
+    wanted = fitted(network(BareStep, mp.Sequential), None)
+    model = network(mp.Sequential)
+    for name in ("train_step", "loss_and_gradients", "to_differentiate"):
+        method = getattr(BareStep, name)
+        if place == "the model":
+            setattr(model, name, method.__get__(model))
+        else:
+            setattr(type(model), name, method)
+    with pytest.warns(mp.errors.LossScaleWarning, match="scales no loss") as said:
+        weights = fitted(model, 1024.0)
+    assert times(said) == 1
+    assert_same(weights, wanted)
+
+
 def by_scale_loss(self, loss):
     return self.optimizer.scale_loss(loss)
 
