@@ -140,8 +140,11 @@ class Torch(Backend):
     def suits_kernels(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[bool]:
         """Return whether each gradient is a dense tensor of at most float32, its variable in order.
 
-        The kernels walk through memory and ask for no strides: an orthogonal start has others.
+        The kernels walk through memory and ask for no strides: an orthogonal start has others. And
+        torch.compile, which fuses by itself, cannot trace them.
         """
+        if torch.compiler.is_compiling():
+            return [False] * len(grads)
         strided, wide = torch.strided, torch.float64
         return [
             type(g) is torch.Tensor

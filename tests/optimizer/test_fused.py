@@ -360,3 +360,18 @@ def test_the_gradients_are_left_as_they_are():
         wrapped = LossScaleOptimizer(make(), loss_scale=SCALE)
         wrapped.apply(given, started())
     assert_same_bits([keras.ops.convert_to_numpy(g) for g in given], before)
+
+
+@pytest.mark.full
+@pytest.mark.backend("torch")
+@pytest.mark.filterwarnings("ignore")  # torch's compiler gives many, of what it traces
+def test_torch_compile_takes_no_kernel_that_it_cannot_trace():
+    def trained(**how):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+        model.compile(LossScaleOptimizer("adam", loss_scale=64.0), "mse", **how)
+        model.fit(np.ones((8, 4), "float32"), np.ones((8, 2), "float32"), verbose=0)
+        return model.get_weights()
+
+    for each, wanted in zip(trained(jit_compile=True), trained(jit_compile=False), strict=True):
+        np.testing.assert_allclose(each, wanted, rtol=1e-5)
