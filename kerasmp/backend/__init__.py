@@ -87,6 +87,7 @@ def makes_noise_in_own_dtype() -> bool:
     return bool(keras.backend.backend() == "jax")
 
 
+@functools.cache
 def layers_without_kernel(dtype: str) -> tuple[type, ...]:
     """Return the stock layers that fail in a dtype on this backend; none without a backend.
 

@@ -226,6 +226,22 @@ def _graphs(model: Any) -> list[Any]:
     return [] if graph is None else [graph, *nested]
 
 
+def _gives_its_compute_dtype(operation: Any) -> bool:
+    """Return whether a call with symbols gives the dtype that a layer computes in, in any case.
+
+    Keras asks layers that say the shapes of their outputs for these alone. A user's layer is called
+    all the same: it may refuse the dtype of what it is given.
+    """
+    cls, layer = type(operation), keras.Layer
+    return (
+        cls.__module__.partition(".")[0] in {"keras", __name__.partition(".")[0]}
+        and isinstance(operation, layer)
+        and cls.compute_output_shape is not layer.compute_output_shape
+        and cls.compute_output_spec is layer.compute_output_spec
+        and cls.__call__ is layer.__call__
+    )
+
+
 def _dtypes_of_call(
     operation: Any, node: Any, dtypes: dict[int, str], look: Callable[..., object] | None
 ) -> list[str]:
@@ -236,9 +252,14 @@ def _dtypes_of_call(
             return value
         return keras.KerasTensor(value.shape, dtypes.get(id(value), value.dtype), value.sparse)
 
+    is_known = _gives_its_compute_dtype(operation)
+    if is_known and look is None:
+        return [operation.compute_dtype] * len(node.output_tensors)
     args, kwargs = keras.tree.map_structure(anew, (node.arguments.args, node.arguments.kwargs))
     if look is not None:
         look(operation, args, kwargs)
+    if is_known:
+        return [operation.compute_dtype] * len(node.output_tensors)
     inbound = operation._inbound_nodes  # noqa: SLF001 - `layer.output` counts on one call each
     before = len(inbound)
     try:

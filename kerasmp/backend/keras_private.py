@@ -9,6 +9,7 @@ attributes that kerasmp's subclasses inherit and read on themselves, where no ot
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import operator
 import traceback
@@ -47,6 +48,7 @@ __all__ = [
     "losses_kept",
     "moments",
     "optimizer_in_fit",
+    "own_attributes",
     "own_variables",
     "set_autocast",
     "set_keras_mask",
@@ -331,31 +333,41 @@ def traces_kept(model: Any) -> Iterator[None]:
     variables, tensors too on TensorFlow: a layer that is called for the first time makes them.
     """
     stock = {"keras", __name__.partition(".")[0]}
-    of_keras = vars(keras.Layer()).keys()
-    before = [
-        (layer, layer.built, attributes, {n: _copied(v) for n, v in attributes.items()})
-        for layer in flatten_layers(model)
-        for attributes in [{n: v for n, v in vars(layer).items() if n not in of_keras}]
-    ]
+    before = []
+    for layer in flatten_layers(model):
+        own = type(layer).__module__.partition(".")[0] not in stock
+        attributes = own_attributes(layer)
+        # Stock layers put new tensors into attributes, and none into what these hold.
+        copies = {n: _copied(v) for n, v in attributes.items()} if own else {}
+        before.append((layer, own, layer.built, attributes, copies))
     try:
         with losses_kept(model):
             yield
     finally:
-        for layer, was_built, attributes, copies in before:
+        for layer, is_own, was_built, attributes, copies in before:
             # What `build` has set belongs to the variables that it has made.
-            own = type(layer).__module__.partition(".")[0] not in stock and layer.built == was_built
-            for name, value in list(vars(layer).items()):
-                if name in of_keras:
-                    continue
+            own = is_own and layer.built == was_built
+            for name, value in own_attributes(layer).items():
                 old = attributes.get(name)
                 if own and value is old:
                     _put_back(value, copies[name])
                 elif value is not old and (_has_tensor(value) or (own and _is_number(value))):
                     if name in attributes:
                         object.__setattr__(layer, name, old)
-                        _put_back(old, copies[name])
+                        _put_back(old, copies.get(name))
                     else:
                         object.__delattr__(layer, name)
+
+
+def own_attributes(layer: Any) -> dict[str, Any]:
+    """Return the attributes of a layer without those that Keras gives to every layer."""
+    of_keras = _attributes_of_keras()
+    return {name: value for name, value in vars(layer).items() if name not in of_keras}
+
+
+@functools.cache
+def _attributes_of_keras() -> frozenset[str]:
+    return frozenset(vars(keras.Layer(name="layer")))
 
 
 def _is_number(value: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kerasmp.backend.keras_private import flatten_layers
+from kerasmp.backend.keras_private import flatten_layers, own_attributes
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ def kept_tensors(row: Assignment, compute_dtype: str) -> list[str]:
         return []
     kept = [
         name
-        for name, value in vars(layer).items()
-        if keras.ops.is_tensor(value)
+        for name, value in own_attributes(layer).items()
+        if hasattr(value, "dtype")  # to ask Keras takes long
+        and keras.ops.is_tensor(value)
         and not isinstance(value, keras.Variable)
         and keras.backend.standardize_dtype(value.dtype) == compute_dtype
     ]

@@ -85,6 +85,30 @@ def test_dtypes_follow_policies_and_leave_no_trace():
     assert built.get_layer("nested").output.dtype == "bfloat16"
 
 
+def test_a_layer_that_says_its_shape_is_not_called_and_gives_its_compute_dtype():
+    """Nor does Keras look into its call, whatever a function in it returns."""
+    inputs = keras.Input((4,))
+    wide = layers.Dense(4, activation=lambda x: keras.ops.cast(x, "float32"))
+    built = keras.Model(inputs, wide(inputs))
+    wide.dtype_policy = "mixed_float16"
+    asked = []
+    wide.compute_output_shape = lambda input_shape: asked.append(1) or (*input_shape[:-1], 4)
+    found = keras_graph.symbolic_dtypes(built)[id(built.outputs[0])]
+    assert not asked
+    assert found == wide(keras.KerasTensor((None, 4), "float16")).dtype == "float16"
+    assert asked
+
+    class Particular(layers.Dense):
+        def build(self, shape):
+            super().build(shape)
+            self.input_spec = keras.layers.InputSpec(dtype="float32")
+
+    own = keras.Model(inputs, Particular(4)(inputs))
+    own.layers[1].dtype_policy = "mixed_float16"
+    with pytest.raises(ValueError, match="expected dtype=float32"):
+        keras_graph.symbolic_dtypes(own)
+
+
 @pytest.mark.parametrize("path", ["a", None])
 def test_a_policy_in_a_map_is_read_and_replaced_for_one_layer_only(path):
     policies = keras.dtype_policies.DTypePolicyMap(default_policy="float32")
