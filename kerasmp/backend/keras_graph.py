@@ -17,7 +17,7 @@ from kerasmp.backend.keras_private import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 MAP = keras.dtype_policies.DTypePolicyMap
 
@@ -165,8 +165,8 @@ def symbolic_dtypes(model: Any, look: Callable[..., object] | None = None) -> di
     return dtypes
 
 
-def refresh_symbolic_dtypes(model: Any, look: Callable[..., object] | None = None) -> None:
-    """Let the tensors of a model's graph say the dtypes that the layers' present policies give.
+def dtypes_of_graphs(model: Any, look: Callable[..., object] | None = None) -> dict[int, str]:
+    """Return what `symbolic_dtypes` does, of all graphs in a model, and leave no trace in layers.
 
     A user's model has no graph, and may hold several.
 
@@ -174,9 +174,23 @@ def refresh_symbolic_dtypes(model: Any, look: Callable[..., object] | None = Non
         model: A model.
         look: As for `symbolic_dtypes`.
     """
+    dtypes: dict[int, str] = {}
     for outermost in outermost_graphs(model):
         with traces_kept(outermost):
-            dtypes = symbolic_dtypes(outermost, look)
+            dtypes |= symbolic_dtypes(outermost, look)
+    return dtypes
+
+
+def refresh_symbolic_dtypes(model: Any, dtypes: Mapping[int, str] | None = None) -> None:
+    """Let the tensors of a model's graphs say the dtypes that the layers' present policies give.
+
+    Args:
+        model: A model.
+        dtypes: What `dtypes_of_graphs` says of it, where that is known.
+    """
+    if dtypes is None:
+        dtypes = dtypes_of_graphs(model)
+    for outermost in outermost_graphs(model):
         for graph in _graphs(outermost):
             for call in calls(graph):
                 for tensor in call.outputs:

@@ -1,34 +1,22 @@
-"""A built or loaded model into another policy, and back."""
+"""A built or loaded model into another policy, and back: carries out a plan, step by step."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kerasmp.backend.keras_graph import called_parts, has_call
+from kerasmp.backend.keras_graph import called_parts, has_call, refresh_symbolic_dtypes
 from kerasmp.backend.keras_private import flatten_layers, layers_in, losses_kept
-from kerasmp.conversion.compiled import (
-    compiled_steps,
-    forget_compiled_steps,
-    put_compiled_steps_back,
-    turn_to_ours,
-)
-from kerasmp.conversion.costs import Cost, measure
-from kerasmp.conversion.inference import (
-    any_half,
-    change_variables,
-    check_asked,
-    let_train_or_refuse,
-    over_float32,
-    stop_training,
-    with_variables,
-)
-from kerasmp.conversion.kept import kept_tensors, narrow_inputs
+from kerasmp.backend.variable_dtypes import set_variable_dtype
+from kerasmp.conversion.costs import measure
+from kerasmp.conversion.half_variables import check_asked, loadable_initializers, over_float32
 from kerasmp.conversion.order import begin
-from kerasmp.conversion.report import ConversionReport, ConvertedLayer
-from kerasmp.conversion.trial import settle
+from kerasmp.conversion.plan import make_plan
+from kerasmp.conversion.report import ConversionReport
 from kerasmp.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -37,18 +25,25 @@ from kerasmp.errors import (
     first_line,
     refuse_no_bool,
 )
-from kerasmp.layers.from_stock import turn_to_safe
-from kerasmp.policy import Policy
-from kerasmp.policy.apply import let_follow, put_back
-from kerasmp.policy.assign import Assignment, assign
+from kerasmp.layers.from_stock import swap
+from kerasmp.model import Model
+from kerasmp.model.float32 import regularized_in_half, widen_activity_regularizers
+from kerasmp.policy import LayerPolicies, Policy
+from kerasmp.policy.apply import let_follow, take_back
 from kerasmp.policy.follow import build_by
-from kerasmp.policy.layer_policies import LayerPolicies
-from kerasmp.policy.matching import refuse_unmatched, unmatched_classes
+from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
+    from kerasmp.conversion.half_variables import Change
+    from kerasmp.conversion.plan import Plan
+    from kerasmp.policy.apply import Undo
     from kerasmp.policy.policy import PolicyLike, RulesLike
+
+# The compiled steps that Keras keeps: they would go on in the dtypes of before.
+_COMPILED = ("train_function", "test_function", "predict_function")
+_MISSING = object()
 
 
 def convert(  # noqa: PLR0913 - all but two have to be named
@@ -126,75 +121,144 @@ def convert(  # noqa: PLR0913 - all but two have to be named
         else _with_rules(over_float32(Policy(policy), variables), rules)
     )
     _build(model, sample)
-    steps = compiled_steps(model)
-    undo = contextlib.ExitStack()
-    undo.callback(forget_compiled_steps, model)
+    measures = sample is not None and has_call(model)
+    steps = _compiled_steps(model)
+    undo: Undo = []
     try:
-        replaced = _turn_layers(model, wanted, undo, all_of_them=safe_layers)
-        rows, notes = _convert(model, wanted, variables, sample, undo)
-        with _calls_on_sample(model):
-            costs = measure(model, sample) if has_call(model) and sample is not None else {}
-        if not has_call(model) and sample is not None:
-            notes.append("the sample was not used: the model has no call")
-        policy = wanted if isinstance(wanted, Policy) else None
-        to = "the policies of a text" if policy is None else f'"{policy}"'
-        layers = [row.layer for row in rows]
-        report = ConversionReport(
+        plan = make_plan(
+            model, wanted, undo, safe_layers=safe_layers, variables=variables, sample=sample
+        )
+        for text, category in plan.warnings:
+            warnings.warn(text, category, stacklevel=2)
+        if not dry_run or measures:
+            _carry_out(plan, undo)
+        costs = {}
+        if measures:
+            with _calls_on_sample(model):
+                costs = measure(model, sample)
+        if dry_run:
+            take_back(undo)
+            _put_compiled_steps_back(steps)
+        to = f'"{wanted}"' if isinstance(wanted, Policy) else "the policies of a text"
+        return ConversionReport(
             model=model,
-            policy=policy,
-            rows=[_converted(row, replaced, costs) for row in rows],
-            layer_policies=LayerPolicies.of(model),
-            notes=notes,
+            policy=wanted if isinstance(wanted, Policy) else None,
+            rows=[row._replace(cost=costs.get(id(row.layer))) for row in plan.rows],
+            layer_policies=plan.layer_policies,
+            notes=plan.notes,
             undo=undo,
-            conversion=None if dry_run else begin(model, layers, to, undo),
+            conversion=None
+            if dry_run
+            else begin(model, [row.layer for row in plan.rows], to, undo),
         )
     except BaseException:  # an interrupt, too
-        undo.close()
-        put_compiled_steps_back(steps)
+        take_back(undo)
+        _put_compiled_steps_back(steps)
         raise
-    if dry_run:
-        report.restore()
-        put_compiled_steps_back(steps)
-    return report
 
 
-def _convert(
-    model: Any,
-    wanted: Policy | LayerPolicies,
-    variables: str | None,
-    sample: Any,
-    undo: contextlib.ExitStack,
-) -> tuple[list[Assignment], list[str]]:
-    notes: list[str] = []
-    if isinstance(wanted, Policy):
-        rows = assign(model, wanted)
-        refuse_unmatched(rows, wanted)
-        notes += [
-            f"no layer is a {name}, as a rule says" for name in unmatched_classes(rows, wanted)
-        ]
-    else:
-        rows = wanted.assign(model)
-    rows = with_variables(_of_built_parts(model, rows, notes), variables)
-    _refuse_quantising(rows)
-    before = {id(row.layer): row.layer.compute_dtype for row in rows}
-    changes = [row for row in rows if row.before != row.after]
-    undo.callback(put_back, model, [(row.layer, row.layer.dtype_policy) for row in changes])
-    for row in changes:
-        let_follow(row.layer, row.policy_after)
-    rows, untried = settle(model, rows, sample)
-    notes += untried
-    changed = change_variables(rows, undo)
-    notes += [text for row in rows for text in kept_tensors(row, before[id(row.layer)])]
-    notes += narrow_inputs(model)
-    half = any_half(model) and bool(changed or getattr(model, "_for_inference", False))
-    notes += stop_training(model, undo) if half else []
-    # A text says nothing of it.
-    known = getattr(model, "_output_dtype", None)
-    output_dtype = wanted.output_dtype if isinstance(wanted, Policy) else known
-    notes += turn_to_ours(model, output_dtype, undo, trains=not half)
-    notes += let_train_or_refuse(model, changed, undo)
-    forget_compiled_steps(model)
-    return rows, notes
+def _carry_out(plan: Plan, undo: Undo) -> None:
+    """Change a model as a plan says.
+
+    Args:
+        plan: The plan.
+        undo: Is given what takes each change back.
+    """
+    model = plan.model
+    undo.append(functools.partial(_forget_compiled_steps, model))
+    if plan.swaps or plan.policies:
+        undo.append(functools.partial(refresh_symbolic_dtypes, model))
+        if plan.swaps:
+            swap(model, plan.swaps, undo)
+        for layer, policy in plan.policies:
+            undo.append(functools.partial(let_follow, layer, layer.dtype_policy))
+            let_follow(layer, policy)
+        refresh_symbolic_dtypes(model, plan.dtypes)
+    change_variables(plan.variables, undo)
+    if isinstance(model, keras.Model):
+        _turn_to_ours(plan, undo)
+    _forget_compiled_steps(model)
+
+
+def change_variables(changes: Iterable[Change], undo: Undo) -> None:
+    """Change the dtype of variables in place. Policies and compiled steps are left alone.
+
+    Args:
+        changes: What `plan_variables` returned.
+        undo: Is given what puts each variable back, at once. Until it is dropped, the values of
+            before stay in memory.
+    """
+    for layer, dtype, variables in changes:
+        for name, initializer in loadable_initializers(layer, dtype).items():
+            _set(layer, name, initializer, undo)
+        for variable in variables:
+            undo.append(set_variable_dtype(variable, dtype))
+
+
+def _turn_to_ours(plan: Plan, undo: Undo) -> None:
+    """Make a model one of ours, which scales its loss and keeps the policies of its layers."""
+    model = plan.model
+    undo.append(functools.partial(object.__setattr__, model, "__class__", type(model)))
+    scales = getattr(model, "_auto_scale_loss", True)
+    _set(model, "_auto_scale_loss", scales, undo)
+    _set(model, "_output_dtype", plan.output_dtype, undo)
+    _set(model, "_keeps_layer_policies", True, undo)
+    for layer in regularized_in_half(model):
+        put_back = functools.partial(object.__setattr__, layer, "activity_regularizer")
+        undo.append(functools.partial(put_back, layer.activity_regularizer))
+    widen_activity_regularizers(model)
+    optimizer = getattr(model, "optimizer", None)  # a model that is not compiled may lack it
+    undo.append(functools.partial(_put_optimizer_back, model, optimizer))
+    if plan.for_inference and optimizer is not None:
+        model.optimizer = None
+    Model.from_keras(model)._scale_as_turned(scales)  # noqa: SLF001 - one of ours, now
+    for part in flatten_layers(model):
+        if isinstance(part, Model):
+            # The rules that it was made under act no more, as in one that was turned.
+            _set(part, "_rules", Model._rules, undo)  # noqa: SLF001
+            if plan.variables:
+                is_half = any(variable.dtype in HALVES for variable in part.variables)
+                _set(part, "_for_inference", is_half, undo)
+
+
+def _set(layer: Any, name: str, value: Any, undo: Undo) -> None:
+    """Set an attribute of a layer or model, which may be one of its class alone."""
+    undo.append(functools.partial(_put_back, layer, name, vars(layer).get(name, _MISSING)))
+    setattr(layer, name, value)
+
+
+def _put_back(layer: Any, name: str, value: Any) -> None:
+    if value is not _MISSING:
+        setattr(layer, name, value)
+    elif name in vars(layer):
+        delattr(layer, name)
+
+
+def _put_optimizer_back(model: Any, optimizer: Any) -> None:
+    """Give a model the optimizer that it had, unless the user has compiled it anew since."""
+    now = getattr(model, "optimizer", None)
+    inner = getattr(now, "inner_optimizer", None)
+    before = (optimizer, getattr(optimizer, "inner_optimizer", None))
+    is_let_go = now is None and optimizer is not None
+    if is_let_go or (inner is not None and any(inner is each for each in before)):
+        model.optimizer = optimizer
+
+
+def _compiled_steps(model: Any) -> list[tuple[Any, str, Any]]:
+    """Return the compiled steps of a model and of all models inside: owner, name, function."""
+    models = [layer for layer in flatten_layers(model) if isinstance(layer, keras.Model)]
+    return [(each, name, getattr(each, name, None)) for each in models for name in _COMPILED]
+
+
+def _put_compiled_steps_back(steps: list[tuple[Any, str, Any]]) -> None:
+    for model, name, step in steps:
+        setattr(model, name, step)
+
+
+def _forget_compiled_steps(model: Any) -> None:
+    """Let a model, and all models inside it, compile their steps anew."""
+    for each, name, _ in _compiled_steps(model):
+        setattr(each, name, None)
 
 
 def _refuse_beside_text(policy: object, rules: object, *, safe_layers: bool) -> None:
@@ -205,21 +269,6 @@ def _refuse_beside_text(policy: object, rules: object, *, safe_layers: bool) -> 
             expected="LayerPolicies alone",
             fix="Change the text, or convert by a policy with rules.",
         )
-
-
-def _turn_layers(
-    model: Any,
-    wanted: Policy | LayerPolicies,
-    undo: contextlib.ExitStack,
-    *,
-    all_of_them: bool,
-) -> dict[int, str]:
-    if not isinstance(wanted, LayerPolicies) and not all_of_them:
-        return {}
-    late = _unbuilt(model)
-    every = {id(layer) for layer in flatten_layers(model)}
-    meant = wanted.ours_in(model) if isinstance(wanted, LayerPolicies) else every
-    return turn_to_safe(model, undo, only={key for key in every - late if key in meant})
 
 
 def _check(model: Any) -> None:
@@ -278,60 +327,5 @@ def _calls_on_sample(model: Any) -> Iterator[None]:
         ) from error
 
 
-def _of_built_parts(model: Any, rows: list[Assignment], notes: list[str]) -> list[Assignment]:
-    """Return the rows without those of a part that is not built, in a model without a `call`."""
-    late = _unbuilt(model)
-    parts = {id(part) for part in called_parts(model)}
-    notes += [
-        f'"{row.path}" is not built and was left as it is: call it on a batch, and convert again'
-        for row in rows
-        if id(row.layer) in late & parts
-    ]
-    return [row for row in rows if id(row.layer) not in late]
-
-
-def _unbuilt(model: Any) -> set[int]:
-    """Return the `id`s of the layers that only parts which are not built have, without a `call`."""
-    parts = [part for part in called_parts(model) if part is not model]
-    built = {id(x) for part in parts if part.built for x in flatten_layers(part)}
-    return {id(x) for part in parts if not part.built for x in flatten_layers(part)} - built
-
-
-def _refuse_quantising(rows: list[Assignment]) -> None:
-    """Raise where a policy would quantise weights, or take quantised ones for others.
-
-    Raises:
-        PolicyError: There. Nothing could bring back what rounding takes.
-    """
-    for row in rows:
-        have, want = (each.quantization_mode for each in (row.policy, row.policy_after))
-        if have != want:
-            raise PolicyError(
-                "convert does not quantise: that rounds weights for good."
-                if have is None
-                else "The layer is quantised, and what that has rounded does not come back.",
-                received=f'"{row.path}" under "{row.before}", and "{row.after}" for it',
-                expected="a floating point policy"
-                if have is None
-                else f'a policy that keeps "{have}", or no rule for this layer',
-                fix=f'Convert to "mixed_bfloat16", say, and call model.quantize("{want}") then.'
-                if have is None
-                else "Load or build the model anew to have it in another one.",
-            )
-
-
 def _with_rules(policy: Policy, rules: RulesLike) -> Policy:
     return Policy(policy, rules=[rules, policy.rules, "safe" if policy.safe else None])
-
-
-def _converted(row: Assignment, replaced: dict[int, str], costs: dict[int, Cost]) -> ConvertedLayer:
-    return ConvertedLayer(
-        layer=row.layer,
-        path=row.path,
-        class_name=type(row.layer).__name__,
-        before=row.before,
-        after=row.after,
-        reason=row.reason,
-        replaced=replaced.get(id(row.layer)),
-        cost=costs.get(id(row.layer)),
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,9 @@ from kerasmp.backend.by_identity import ByIdentity
 from kerasmp.errors import PolicyError
 
 if TYPE_CHECKING:
-    import contextlib
     from collections.abc import Iterable
+
+    from kerasmp.policy.apply import Undo
 
 _ORDER = itertools.count()
 
@@ -56,21 +58,21 @@ def _known_of(layer: Any) -> _Known:
     return known
 
 
-def begin(model: Any, layers: Iterable[Any], policy: str, undo: contextlib.ExitStack) -> Conversion:
+def begin(model: Any, layers: Iterable[Any], policy: str, undo: Undo) -> Conversion:
     """Note that a conversion of a model and its layers stands.
 
     Args:
         model: The model.
         layers: All that it has in its hands, the model too.
         policy: What it converts to, in words.
-        undo: Takes what notes that it stands no more.
+        undo: Is given what notes that it stands no more.
     """
     known = _known_of(model)
     known.begun += 1
     conversion = Conversion(model.name, known.begun, policy, next(_ORDER))
     for layer in layers:
         standing = _known_of(layer).standing
-        undo.callback(_end, standing, conversion)
+        undo.append(functools.partial(_end, standing, conversion))
         standing.append(conversion)
     return conversion
 

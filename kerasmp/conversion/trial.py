@@ -14,12 +14,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp.backend import layers_without_kernel, trace
-from kerasmp.backend.keras_graph import (
-    called_parts,
-    calls,
-    graph_of,
-    refresh_symbolic_dtypes,
-)
+from kerasmp.backend.keras_graph import called_parts, calls, dtypes_of_graphs, graph_of
 from kerasmp.backend.keras_private import (
     AutocastScope,
     flatten_layers,
@@ -58,8 +53,8 @@ _UNKNOWN = "its inputs are not known: give convert a sample"
 
 def settle(
     model: Any, rows: Iterable[Assignment], sample: Any = None
-) -> tuple[list[Assignment], list[str]]:
-    """Keep in float32 what cannot compute in half precision, and renew the model's graphs.
+) -> tuple[list[Assignment], list[str], dict[int, str]]:
+    """Keep in float32 what cannot compute in half precision.
 
     Args:
         model: A model, whose layers follow the policies of `rows` already.
@@ -67,29 +62,28 @@ def settle(
         sample: A batch as the model takes it, or None.
 
     Returns:
-        The rows as they are now, and what could not be tried, in words.
+        The rows as they are now; what could not be tried, in words; and what the model's graphs
+        are to say of dtypes, as `dtypes_of_graphs` has it.
 
     Raises:
         PolicyError: If the user wants a layer in half precision that cannot compute in it, or if
             the model cannot be called under its new policies, whatever stays in float32.
     """
     trial = _Trial(rows)
-    if all(row.before == row.after for row in trial.rows):
-        return trial.rows, []
     trial.keep_without_kernels()
     with whole_tracebacks():
         for part in called_parts(model):
             if graph_of(part) is None and trial.asks(part):
                 trial.settle(part, attempts_at(part, sample if part is model else None))
         try:
-            refresh_symbolic_dtypes(model, functools.partial(trial.look, model))
+            dtypes = dtypes_of_graphs(model, functools.partial(trial.look, model))
             if trial.kept:  # one of them may have been called before, too
-                refresh_symbolic_dtypes(model)
+                dtypes = dtypes_of_graphs(model)
         except PolicyError:
             raise
         except Exception as error:
             raise _not_callable(model, error) from error
-    return trial.rows, trial.notes
+    return trial.rows, trial.notes, dtypes
 
 
 class _Trial:

@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from kerasmp.backend.keras_graph import (
-    called_parts,
-    graph_of,
-    has_call,
-    outermost_graphs,
-    symbolic_dtypes,
-)
+from kerasmp.backend.keras_graph import called_parts, dtypes_of_graphs, graph_of, has_call
 from kerasmp.backend.keras_private import (
     flatten_layers,
     losses_kept,
@@ -159,10 +153,9 @@ def cheap_findings(model: Any) -> list[Finding]:
     Args:
         model: A Keras model.
     """
-    with traces_kept(model):
-        symbolic, failed = _tried(model, lambda: _symbolic_dtypes(model))
-        if not failed and _asks_for_kernels(model):
-            _, failed = _tried(model, lambda: _symbolic_dtypes(model, _ask_for_kernels))
+    symbolic, failed = _tried(model, lambda: dtypes_of_graphs(model))
+    if not failed and _asks_for_kernels(model):
+        _, failed = _tried(model, lambda: dtypes_of_graphs(model, _ask_for_kernels))
     if symbolic is None:
         return [*failed, *dtypes.findings(model, {}), *source.findings(model)]
     return [
@@ -171,11 +164,6 @@ def cheap_findings(model: Any) -> list[Finding]:
         *dtypes.findings(model, symbolic),
         *source.findings(model),
     ]
-
-
-def _symbolic_dtypes(model: Any, look: Callable[..., object] | None = None) -> dict[int, str]:
-    graphs = [symbolic_dtypes(graph, look) for graph in outermost_graphs(model)]
-    return {key: dtype for graph in graphs for key, dtype in graph.items()}
 
 
 def _asks_for_kernels(layer: Any) -> bool:

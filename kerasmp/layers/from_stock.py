@@ -17,7 +17,12 @@ import keras
 from kerasmp import layers, ops
 from kerasmp.backend import current
 from kerasmp.backend.keras_graph import mask_operations, policy_of, refresh_symbolic_dtypes
-from kerasmp.backend.keras_private import autocasts, own_variables, set_autocast
+from kerasmp.backend.keras_private import (
+    autocasts,
+    flatten_layers,
+    own_variables,
+    set_autocast,
+)
 from kerasmp.layers.bias import WideBias
 from kerasmp.layers.in_float32 import NeverCastWeights
 from kerasmp.layers.masking import as_it_comes, differs
@@ -30,10 +35,9 @@ from kerasmp.policy.places import Place, places
 from kerasmp.policy.safe import ATTENTION
 
 if TYPE_CHECKING:
-    import contextlib
-    from collections.abc import Callable, Container
+    from collections.abc import Callable, Container, Iterable
 
-    Undo = contextlib.ExitStack[bool | None]
+    from kerasmp.policy.apply import Undo
 
 # They compute their activation in float32, whichever it is. Left as it is, losses recognise a
 # stock softmax or sigmoid at the end of a model, and go by its logits.
@@ -55,8 +59,8 @@ def turn_to_safe(model: Any, undo: Undo, only: Container[int] | None = None) -> 
 
     Args:
         model: A model. What is not built yet has no parts that could be found.
-        undo: Is given, before each single change, what takes it back. Close it to have the model as
-            it was, also after an error midway.
+        undo: Is given, before each single change, what takes it back: `take_back` makes the model
+            what it was, also after an error midway.
         only: The `id`s of the layers that may be turned; None for all.
 
     Returns:
@@ -64,39 +68,65 @@ def turn_to_safe(model: Any, undo: Undo, only: Container[int] | None = None) -> 
 
     Example:
 
-    >>> import contextlib
+    >>> from kerasmp.policy.apply import take_back
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Softmax(), keras.layers.Dense(2)])
-    >>> with contextlib.ExitStack() as undo:
-    ...     names = turn_to_safe(model, undo)
-    ...     [type(layer).__name__ for layer in model.layers], list(names.values())
+    >>> undo = []
+    >>> names = turn_to_safe(model, undo)
+    >>> [type(layer).__name__ for layer in model.layers], list(names.values())
     (['Softmax', 'DenseHead'], ['Softmax', 'Dense'])
+    >>> take_back(undo)
     >>> [type(layer).__module__.partition(".")[0] for layer in model.layers]
     ['keras', 'keras']
     """
-    found = list(places(model))
-    todo = [
-        (layer, ours)
-        for layer, ours in _counterparts(found)
-        if ours is not None and (only is None or id(layer) in only)
-    ]
+    swaps = counterparts(places(model), only)
+    names = {id(layer): type(layer).__name__ for layer, _ in swaps}
     # A head's output is float32 where the policy is a narrow one.
-    widens = any(ours is layers.DenseHead and _is_narrow(layer) for layer, ours in todo)
+    widens = any(ours is layers.DenseHead and _is_narrow(layer) for layer, ours in swaps)
     if widens:
-        undo.callback(refresh_symbolic_dtypes, model)
-    holders = Counter(id(v) for layer, _ in found for v in own_variables(layer))
-    names = {}
-    for layer, ours in todo:
-        names[id(layer)] = type(layer).__name__
-        _turn(layer, ours, holders, undo)
-        if isinstance(layer, ATTENTION):
-            for part in projections_in(layer):
-                if policy_of(part).quantization_mode is not None:
-                    continue
-                names[id(part)] = type(part).__name__
-                _turn(part, Projection, holders, undo)
+        undo.append(functools.partial(refresh_symbolic_dtypes, model))
+    swap(model, swaps, undo)
     if widens:
         refresh_symbolic_dtypes(model)
     return names
+
+
+def counterparts(
+    found: Iterable[tuple[Any, Place]], only: Container[int] | None = None
+) -> list[tuple[Any, type]]:
+    """Decide which layers get which class of ours, as `turn_to_safe` says. Nothing is changed.
+
+    Args:
+        found: What `kerasmp.policy.places.places` yields of a model.
+        only: As for `turn_to_safe`.
+    """
+    closed: set[int] = set()
+    answers: list[tuple[Any, type]] = []
+    for layer, place in found:
+        inside = id(place.holder) in closed
+        if inside or _keeps_its_parts(layer):
+            closed.add(id(layer))
+        quantised = policy_of(layer).quantization_mode is not None
+        ours = None if inside or quantised else _counterpart(layer, place)
+        if ours is None or (only is not None and id(layer) not in only):
+            continue
+        answers.append((layer, ours))
+        if isinstance(layer, ATTENTION):
+            parts = [x for x in projections_in(layer) if policy_of(x).quantization_mode is None]
+            answers += [(part, Projection) for part in parts]
+    return answers
+
+
+def swap(model: Any, swaps: Iterable[tuple[Any, type]], undo: Undo) -> None:
+    """Give layers the classes that were decided on; what graphs say of dtypes is left as it is.
+
+    Args:
+        model: The model.
+        swaps: What `counterparts` returned.
+        undo: As for `turn_to_safe`.
+    """
+    holders = Counter(id(v) for layer in flatten_layers(model) for v in own_variables(layer))
+    for layer, ours in swaps:
+        _turn(layer, ours, holders, undo)
 
 
 @functools.cache
@@ -139,19 +169,6 @@ def _has_defaults_of(stock: Callable[..., Any], ours: Callable[..., Any]) -> boo
     return all(one == other for one, other in zip(*defaults, strict=False))
 
 
-def _counterparts(found: list[tuple[Any, Place]]) -> list[tuple[Any, type | None]]:
-    """Return each layer with the class that it is to have; None where it keeps its own."""
-    closed: set[int] = set()
-    answers: list[tuple[Any, type | None]] = []
-    for layer, place in found:
-        inside = id(place.holder) in closed
-        if inside or _keeps_its_parts(layer):
-            closed.add(id(layer))
-        quantised = policy_of(layer).quantization_mode is not None
-        answers.append((layer, None if inside or quantised else _counterpart(layer, place)))
-    return answers
-
-
 def _counterpart(layer: Any, place: Place) -> type | None:
     if type(layer) is keras.layers.Dense and place.final and _is_rebuilt(place.holder):
         return layers.DenseHead
@@ -181,7 +198,7 @@ def _is_narrow(layer: Any) -> bool:
 
 def _turn(layer: Any, ours: type, holders: Counter[int], undo: Undo) -> None:
     if isinstance(layer, keras.layers.Normalization):
-        undo.callback(renew_statistics, layer)  # when its class is what it was
+        undo.append(functools.partial(renew_statistics, layer))  # when its class is what it was
     computed_in = layer.compute_dtype
     if isinstance(layer, keras.layers.Masking):  # while its class is stock Keras's
         _compare_unrounded(layer, undo)
@@ -189,7 +206,7 @@ def _turn(layer: Any, ours: type, holders: Counter[int], undo: Undo) -> None:
     for variable in _never_cast(layer):
         # Another layer that holds it counts on the cast.
         if holders[id(variable)] == 1 and autocasts(variable):
-            undo.callback(set_autocast, variable, to=True)
+            undo.append(functools.partial(set_autocast, variable, to=True))
             set_autocast(variable, to=False)
     if isinstance(layer, QuantizesAsStock):
         _set(layer, "quantize", without_type_check(layer.quantize), undo)
@@ -215,7 +232,7 @@ def _compare_unrounded(layer: Any, undo: Undo) -> None:
 def _compute_by(function: Callable[..., Any], operation: Any, undo: Undo) -> None:
     """Let an operation that is a node of a graph, and no layer, compute something else."""
     for name, value in (("function", function), ("narrow", None)):
-        undo.callback(vars(operation).pop, name)
+        undo.append(functools.partial(vars(operation).pop, name, None))
         vars(operation)[name] = value
     _set(operation, "__class__", OneNode, undo)
 
@@ -239,5 +256,5 @@ def _activate_safely(layer: Any, undo: Undo) -> None:
 
 def _set(layer: Any, name: str, value: Any, undo: Undo) -> None:
     # Around Keras's own __setattr__, which tracks what it is given and locks built layers.
-    undo.callback(object.__setattr__, layer, name, getattr(layer, name))
+    undo.append(functools.partial(object.__setattr__, layer, name, getattr(layer, name)))
     object.__setattr__(layer, name, value)

@@ -11,7 +11,6 @@ from kerasmp.backend.keras_private import flatten_layers, with_mask_of
 from kerasmp.model.hints import dtype_hints
 
 if TYPE_CHECKING:
-    import contextlib
     from collections.abc import Callable
 
 # Keras passes x, y, y_pred in this order to compute_loss and to compute_metrics.
@@ -57,7 +56,7 @@ def _all_at_least_float32(tensors: Any) -> Any:
     return keras.tree.map_structure(at_least_float32, tensors)
 
 
-def widen_activity_regularizers(model: Any, undo: contextlib.ExitStack | None = None) -> None:
+def widen_activity_regularizers(model: Any) -> None:
     """Let the activity regularizers of all layers see float32: in float16 their sums overflow.
 
     For good, and where a layer has one that was not seen yet: what a call set and took back,
@@ -65,19 +64,20 @@ def widen_activity_regularizers(model: Any, undo: contextlib.ExitStack | None = 
 
     Args:
         model: The model.
-        undo: Is given what takes it back.
     """
-    for layer in flatten_layers(model):
-        regularizer = layer.activity_regularizer
-        if regularizer is not None and not getattr(regularizer, "sees_float32", False):
-            if undo is not None:
-                undo.callback(_set, layer, regularizer)
-            _set(layer, _OfFloat32(regularizer))
+    for layer in regularized_in_half(model):
+        # Around Keras's own __setattr__, which tracks what it is given and locks built layers.
+        object.__setattr__(layer, "activity_regularizer", _OfFloat32(layer.activity_regularizer))
 
 
-def _set(layer: Any, regularizer: Callable[[Any], Any]) -> None:
-    # Around Keras's own __setattr__, which tracks what it is given and locks built layers.
-    object.__setattr__(layer, "activity_regularizer", regularizer)
+def regularized_in_half(model: Any) -> list[Any]:
+    """Return the layers whose activity regularizers `widen_activity_regularizers` would change."""
+    return [
+        layer
+        for layer in flatten_layers(model)
+        if layer.activity_regularizer is not None
+        and not getattr(layer.activity_regularizer, "sees_float32", False)
+    ]
 
 
 class _OfFloat32:

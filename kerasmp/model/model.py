@@ -214,7 +214,7 @@ class Model(keras.Model):
             )
         refuse_no_bool("auto_scale_loss", auto_scale_loss)
         if not isinstance(model, Model):
-            object.__setattr__(model, "__class__", _ours_of(model))
+            object.__setattr__(model, "__class__", class_of_ours(model))
             widen_activity_regularizers(model)
             _LOOKED_FOR_LATE_LAYERS[model] = False
             model._scale_as_turned(auto_scale_loss)  # noqa: SLF001 - one of ours, now
@@ -223,14 +223,18 @@ class Model(keras.Model):
     def _scale_as_turned(self, auto_scale_loss: bool) -> None:  # noqa: FBT001 - one caller
         self._auto_scale_loss = auto_scale_loss
         note_successor(self)
-        stock = keras.optimizers.LossScaleOptimizer
-        if self.compiled and (
-            self._must_wrap(self.optimizer)
-            or (self._auto_scale_loss and type(self.optimizer) is stock)
-        ):
+        if self._gets_our_optimizer():
             self.optimizer = ours_for(self.optimizer, self.trainable_variables)
         # What is compiled holds the step and the optimizer of before.
         self.train_function = self.test_function = self.predict_function = None
+
+    def _gets_our_optimizer(self) -> bool:
+        """Return whether a model, turned now, is to have ours for the optimizer that it has."""
+        stock = keras.optimizers.LossScaleOptimizer
+        return bool(self.compiled) and (
+            self._must_wrap(self.optimizer)
+            or (self._auto_scale_loss and type(self.optimizer) is stock)
+        )
 
     def compile(
         self, optimizer: Any = "rmsprop", *args: Any, auto_scale_loss: bool = True, **kwargs: Any
@@ -442,8 +446,10 @@ def _functional_subclass(cls: Any) -> Any:
     return functional
 
 
-def _ours_of(model: Any) -> Any:
-    """Return the class that makes a stock model one of ours."""
+def class_of_ours(model: Any) -> Any:
+    """Return the class that makes a stock model one of ours; of one of ours, its own."""
+    if isinstance(model, Model):
+        return type(model)
     theirs: Any = type(model)
     ours: Any = Model
     if isinstance(model, keras.Sequential):

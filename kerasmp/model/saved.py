@@ -213,7 +213,7 @@ class LayersToFollow:
 def _assigned(model: Any, policies: LayerPolicies) -> list[Assignment]:
     """Return what layers are assigned, once what the class has made of stock ones is ours again."""
     ours = policies.ours_in(model)
-    turn_to_safe(model, contextlib.ExitStack(), only=ours)
+    turn_to_safe(model, [], only=ours)
     for part in flatten_layers(model):
         if id(part) in ours and isinstance(part, keras.Model):
             type(model).from_keras(part)

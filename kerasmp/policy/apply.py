@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import keras
 
@@ -15,18 +17,50 @@ if TYPE_CHECKING:
     from kerasmp.policy.assign import Assignment
 
 
-def apply(
-    model: Any, assignments: Iterable[Assignment], *, variables_follow: bool = False
-) -> list[tuple[Any, keras.DTypePolicy]]:
+# What takes changes back: functions without arguments, to be called from the last to the first.
+# Each comes on the list before its change, or with it.
+Undo: TypeAlias = list[Callable[[], object]]
+
+
+def take_back(undo: Undo) -> None:
+    """Take changes back, the last one first, and empty the list.
+
+    What fails does not keep the others from being taken back. An interrupt does: it leaves on the
+    list what is not done yet, so that this can be called again.
+
+    Args:
+        undo: The list.
+
+    Raises:
+        Exception: The first one that was raised meanwhile, at the end.
+
+    Example:
+
+    >>> undo = [lambda: print("first"), lambda: print("last")]
+    >>> take_back(undo)
+    last
+    first
+    >>> undo
+    []
+    """
+    failed = None
+    while undo:
+        try:
+            undo[-1]()
+        except Exception as error:  # noqa: BLE001 - a user's layer, called anew, may raise any
+            failed = failed or error
+        undo.pop()
+    if failed is not None:
+        raise failed
+
+
+def apply(model: Any, assignments: Iterable[Assignment], *, variables_follow: bool = False) -> None:
     """Let layers follow the policies assigned to them. Weights stay as they are.
 
     Args:
         model: The model.
         assignments: What to do; rows whose policy does not change are passed over.
         variables_follow: Whether the caller changes the dtypes of variables accordingly.
-
-    Returns:
-        The layers that were changed, with the policy of each before, for `put_back`.
 
     Raises:
         PolicyError: If a layer's weights would have to change their dtype; nothing has changed.
@@ -35,30 +69,17 @@ def apply(
     for row in todo:
         if not variables_follow:
             refuse_other_variables(row)
-    changed = [(row.layer, row.layer.dtype_policy) for row in todo]
+    if not todo:
+        return
+    undo: Undo = [functools.partial(refresh_symbolic_dtypes, model)]
     try:
         for row in todo:
+            undo.append(functools.partial(let_follow, row.layer, row.layer.dtype_policy))
             let_follow(row.layer, row.policy_after)
-        if todo:
-            refresh_symbolic_dtypes(model)
-    except BaseException:  # a layer that cannot be called in its new dtype, or an interrupt
-        put_back(model, changed)
-        raise
-    return changed
-
-
-def put_back(model: Any, changed: Iterable[tuple[Any, keras.DTypePolicy]]) -> None:
-    """Give layers the policies that they had.
-
-    Args:
-        model: The model.
-        changed: What `apply` returned.
-    """
-    pairs = list(changed)
-    for layer, policy in pairs:
-        let_follow(layer, policy)
-    if pairs:
         refresh_symbolic_dtypes(model)
+    except BaseException:  # a layer that cannot be called in its new dtype, or an interrupt
+        take_back(undo)
+        raise
 
 
 def let_follow(layer: Any, policy: keras.DTypePolicy) -> None:

@@ -14,6 +14,8 @@ from kerasmp.policy.safe import ATTENTION, is_ours, safe_rule
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from kerasmp.policy.policy import Policy
 
 _WITHOUT_RULE = "the policy"
@@ -75,7 +77,9 @@ class _Inherited(NamedTuple):
     looked_after: bool = False  # by attention of ours
 
 
-def assign(model: Any, policy: Policy) -> list[Assignment]:
+def assign(
+    model: Any, policy: Policy, found: Iterable[tuple[Any, Place]] | None = None
+) -> list[Assignment]:
     """Decide which policy each layer of a model is to follow. Nothing is changed.
 
     The user's rules come first: an exact path, then patterns and classes, which must agree. A class
@@ -86,6 +90,7 @@ def assign(model: Any, policy: Policy) -> list[Assignment]:
     Args:
         model: A model. What is not built yet has no parts that could be found.
         policy: The policy.
+        found: What `places` yields of it, where that is known.
 
     Returns:
         One row for the model and for each layer in it, holders before what they hold.
@@ -101,7 +106,7 @@ def assign(model: Any, policy: Policy) -> list[Assignment]:
     """
     rows = []
     inherited: dict[int, _Inherited] = {}
-    for layer, place in places(model):
+    for layer, place in places(model) if found is None else found:
         if isinstance(layer, keras.layers.InputLayer):
             continue  # its dtype is the data's
         above = inherited.get(id(place.holder), _Inherited())

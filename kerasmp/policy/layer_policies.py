@@ -11,7 +11,7 @@ import keras
 from kerasmp.backend.keras_graph import policy_of
 from kerasmp.errors import ArgumentTypeError, PolicyError
 from kerasmp.policy.assign import Assignment
-from kerasmp.policy.places import places
+from kerasmp.policy.places import Place, places
 from kerasmp.policy.safe import is_ours
 
 _INDENT = "  "
@@ -83,10 +83,7 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
         Raises:
             ArgumentTypeError: If `model` is no Keras model or layer.
         """
-        return cls(
-            LayerPolicy(depth, layer.name, _class_name(layer), str(policy_of(layer).name))
-            for layer, _, depth in _with_depths(model)
-        )
+        return policies_at(_places(model))
 
     @classmethod
     def parse(cls, text: str) -> LayerPolicies:
@@ -124,23 +121,24 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
                 to follow one of the user's own that it does not follow now.
             ArgumentTypeError: If `model` is no Keras model or layer.
         """
-        present = list(_with_depths(model))
-        names = {_plain(layer.name) for layer, _, _ in present}
-        for wanted, (layer, place, depth) in zip(self, present, strict=False):
+        present = _places(model)
+        names = {_plain(layer.name) for layer, _ in present}
+        for wanted, (layer, place) in zip(self, present, strict=False):
             same = _plain(layer.name) == _plain(wanted.name) or (
                 names_may_be_lost and _plain(wanted.name) not in names
             )
             # What the model itself is called, and whether it is one of ours, is the same to us.
-            if depth and not (same and depth == wanted.depth and _is_a(layer, wanted.class_name)):
+            same = same and place.depth == wanted.depth and _is_a(layer, wanted.class_name)
+            if place.depth and not same:
                 raise _misfit(str(wanted).strip(), f'"{place.path}" ({_class_name(layer)})')
         if len(present) > len(self):
-            layer, place, _ = present[len(self)]
+            layer, place = present[len(self)]
             raise _misfit("no further layer", f'"{place.path}" ({_class_name(layer)})')
         if len(present) < len(self):
             raise _misfit(str(self[len(present)]).strip(), "no further layer")
         rows = [
             Assignment(layer, place.path, policy_of(layer), wanted.policy, "the text")
-            for wanted, (layer, place, _) in zip(self, present, strict=True)
+            for wanted, (layer, place) in zip(self, present, strict=True)
         ]
         for row in rows:
             _ = row.policy_after  # raises where there is no such policy
@@ -154,12 +152,25 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
         """
         return {
             id(layer)
-            for wanted, (layer, _, depth) in zip(self, _with_depths(model), strict=False)
-            if depth and wanted.class_name.startswith(_OURS) and not is_ours(layer)
+            for wanted, (layer, place) in zip(self, _places(model), strict=False)
+            if place.depth and wanted.class_name.startswith(_OURS) and not is_ours(layer)
         }
 
     def __str__(self) -> str:
         return "\n".join(map(str, self))
+
+
+def policies_at(found: Iterable[tuple[Any, Place]]) -> LayerPolicies:
+    """Return the policies that layers have now.
+
+    Args:
+        found: What `kerasmp.policy.places.places` yields of a model.
+    """
+    return LayerPolicies(
+        LayerPolicy(place.depth, layer.name, _class_name(layer), str(policy_of(layer).name))
+        for layer, place in found
+        if not isinstance(layer, keras.layers.InputLayer)
+    )
 
 
 def read(text: str, *, may_be_unknown: bool = False) -> LayerPolicies:
@@ -189,7 +200,7 @@ def read(text: str, *, may_be_unknown: bool = False) -> LayerPolicies:
     return LayerPolicies(rows)
 
 
-def _with_depths(model: Any) -> Any:
+def _places(model: Any) -> list[tuple[Any, Place]]:
     if not isinstance(model, keras.Layer):
         raise ArgumentTypeError(
             "Only the layers of a Keras model have policies.",
@@ -197,11 +208,8 @@ def _with_depths(model: Any) -> Any:
             expected="a keras.Model",
             fix="Pass the model itself.",
         )
-    depths = {id(None): -1}
-    for layer, place in places(model):
-        depths[id(layer)] = depths[id(place.holder)] + 1
-        if not isinstance(layer, keras.layers.InputLayer):
-            yield layer, place, depths[id(layer)]
+    is_input = keras.layers.InputLayer
+    return [(layer, place) for layer, place in places(model) if not isinstance(layer, is_input)]
 
 
 def _class_name(layer: Any) -> str:

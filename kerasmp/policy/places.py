@@ -73,6 +73,7 @@ class Place(NamedTuple):
         spectra: Whether spectra come with its input that nothing has normalised.
         feeds: The layers that need data as it comes, and are given it by this one.
         half: The half precision that the policy would have it compute in, "" for none.
+        depth: How many layers and models hold it; 0 for the model itself.
     """
 
     path: str
@@ -82,6 +83,7 @@ class Place(NamedTuple):
     spectra: bool = False
     feeds: tuple[Any, ...] = ()
     half: str = ""
+    depth: int = 0
 
 
 def places(model: Any) -> Iterator[tuple[Any, Place]]:
@@ -102,7 +104,10 @@ def places(model: Any) -> Iterator[tuple[Any, Place]]:
         found.append((layer, place))
         graphs.append(layer)
         inside = [
-            (part, Place(part.path or _join(layer, model, place, part), layer))
+            (
+                part,
+                Place(part.path or _join(layer, model, place, part), layer, depth=place.depth + 1),
+            )
             for part in children(layer)
         ]
         waiting = inside + waiting

@@ -133,6 +133,25 @@ def test_an_interrupt_anywhere_leaves_the_model_as_it_was(step):
     np.testing.assert_array_equal(model.predict(X, verbose=0), before)
 
 
+@pytest.mark.parametrize(
+    "how", [{}, {"safe_layers": True}, {"policy": "float16", "variables": "float16"}]
+)
+def test_the_model_becomes_what_a_dry_run_says(how):
+    model = compiled("adam")
+    kept = state(model)
+    dry = mp.convert(model, dry_run=True, **how)
+    assert_state(model, kept)
+    report = mp.convert(model, **how)
+    assert str(report) == str(dry)
+    assert report.layer_policies == dry.layer_policies == mp.LayerPolicies.of(model)
+    for row in report.rows:
+        policy = row.layer.dtype_policy.name
+        assert (row.class_name, row.after) == (type(row.layer).__name__, policy)
+    wrapped = isinstance(model.optimizer, mp.LossScaleOptimizer)
+    assert ("is inside kerasmp.LossScaleOptimizer now" in str(dry)) is wrapped
+    assert ("is let go" in str(dry)) is (model.optimizer is None)
+
+
 def test_a_dry_run_keeps_what_is_compiled():
     model = compiled("adam")
     model.make_predict_function()

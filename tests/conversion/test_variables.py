@@ -1,7 +1,7 @@
 """Variables of layers in half the bytes: checked before, all or none, and as if built so."""
 
-import contextlib
 import gc
+import sys
 import weakref
 
 import keras
@@ -10,10 +10,11 @@ import pytest
 from helpers import narrowed as models
 from helpers.marks import few, marks_on
 from helpers.narrowed import MODELS, narrowed
+from helpers.undoing import assigned, take_back
 
 import kerasmp as mp
-from kerasmp.conversion import variables
-from kerasmp.conversion.variables import Wanted, narrow_variables
+from kerasmp.conversion.convert import change_variables
+from kerasmp.conversion.half_variables import plan_variables
 
 pytestmark = marks_on("jax", "oldest")
 
@@ -35,7 +36,14 @@ def dense(name="dense", units=2):
 
 
 def wanted(*parts, dtype="float16"):
-    return [Wanted(layer, layer.name, dtype) for layer in parts]
+    return [assigned(layer, dtype) for layer in parts]
+
+
+def narrow_variables(rows, undo=None):
+    """Change the dtypes of variables; return what has become of those of each layer."""
+    facts, changes = plan_variables(rows)
+    change_variables(changes, [] if undo is None else undo)
+    return facts
 
 
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
@@ -59,9 +67,10 @@ def test_recurrent_layers_can_be_built_in_half_precision(dtype):
     layer = layers.GRU(4, recurrent_initializer=keras.initializers.Orthogonal(2.0, seed=3))
     layer.build((None, 5, 3))
     before = layer.cell.recurrent_initializer
-    with contextlib.ExitStack() as undo:
-        narrow_variables(wanted(layer, layer.cell, dtype=dtype), undo)
-        config = layer.get_config()
+    undo = []
+    narrow_variables(wanted(layer, layer.cell, dtype=dtype), undo)
+    config = layer.get_config()
+    take_back(undo)
     assert layer.cell.recurrent_initializer is before
     other = layers.GRU.from_config({**config, "dtype": dtype})
     other.build((None, 5, 3))
@@ -127,17 +136,16 @@ def test_facts_of_each_layer():
     kernel = np.array([[1.0, 1e-9, -1e-9], [0.0, 1 + 2.0**-11, 2.0], [4.0, 8.0, np.inf]])
     layer.kernel.assign(kernel)
     narrow, kept = dense("narrow"), dense("kept")
-    undo = contextlib.ExitStack()
-    narrow_variables(wanted(narrow), undo)
+    narrow_variables(wanted(narrow))
     drop = layers.Dropout(0.5, seed=1)
     seed = drop.seed_generator.state.value
     rows = [*wanted(layer, narrow), *wanted(kept, dtype="float32"), *wanted(drop)]
-    first, second, third, fourth = narrow_variables(rows, undo)
+    first, second, third = narrow_variables(rows)
     assert first[:4] == ("dense", 48, 24, 2)
     assert first.error == pytest.approx(2.0**-11, rel=1e-3)
     assert second == ("narrow", 16, 16, 0, 0.0)
-    assert third == ("kept", 32, 32, 0, 0.0)
-    assert fourth[3:] == (0, 0.0)
+    assert third[3:] == (0, 0.0)
+    assert kept.kernel.dtype == "float32"
     assert drop.seed_generator.state.value is seed
     assert layer.kernel.numpy()[2, 2] == np.inf
 
@@ -146,10 +154,9 @@ def test_numbers_that_do_not_fit_are_named_and_nothing_changes():
     fits, norm = dense(), layers.BatchNormalization(name="norm")
     norm.build((None, 3))
     norm.moving_variance.assign([1.0, 1e6, 2e6])
-    undo = contextlib.ExitStack()
     before = [v.value for v in (*fits.variables, *norm.variables)]
     with pytest.raises(mp.errors.PolicyError) as caught:
-        narrow_variables(wanted(fits, norm), undo)
+        narrow_variables(wanted(fits, norm))
     said = str(caught.value)
     for words in ("moving_variance", '"norm"', "2e+06", "65504", 'rules={"norm": "float32"}'):
         assert words in said
@@ -157,20 +164,20 @@ def test_numbers_that_do_not_fit_are_named_and_nothing_changes():
     after = [v.value for v in (*fits.variables, *norm.variables)]
     assert all(one is other for one, other in zip(before, after, strict=True))
     assert {v.dtype for v in (*fits.variables, *norm.variables)} == {"float32"}
-    narrow_variables(wanted(fits, norm, dtype="bfloat16"), undo)
+    narrow_variables(wanted(fits, norm, dtype="bfloat16"))
     np.testing.assert_allclose(np.float32(norm.moving_variance), [1, 1e6, 2e6], rtol=2.0**-8)
 
 
 def test_the_largest_that_rounds_to_a_number_fits():
     layer = dense()
     layer.bias.assign([65519.0, -65519.0])
-    narrow_variables(wanted(layer), contextlib.ExitStack())
+    narrow_variables(wanted(layer))
     np.testing.assert_array_equal(layer.bias.numpy(), [65504, -65504])
     for value in (65520.0, -65520.0):
         other = dense()
         other.bias.assign([value, 0])
         with pytest.raises(mp.errors.PolicyError, match="65520"):
-            narrow_variables(wanted(other), contextlib.ExitStack())
+            narrow_variables(wanted(other))
 
 
 def test_more_than_a_few_are_counted():
@@ -178,29 +185,32 @@ def test_more_than_a_few_are_counted():
     for layer in parts:
         layer.bias.assign([1e5, 0])
     with pytest.raises(mp.errors.PolicyError, match="2 variables more") as caught:
-        narrow_variables(wanted(*parts), contextlib.ExitStack())
+        narrow_variables(wanted(*parts))
     assert '"dense_4": "float32"' in str(caught.value)
     for layer in parts:
         layer.bias.assign([3.4e38, 0])
         layer.kernel.assign(np.full((3, 2), 3.4028235e38))
     with pytest.raises(mp.errors.PolicyError) as caught:
-        narrow_variables(wanted(*parts, dtype="bfloat16"), contextlib.ExitStack())
+        narrow_variables(wanted(*parts, dtype="bfloat16"))
     assert 'variables="bfloat16"' not in str(caught.value)
 
 
-def test_closing_after_an_error_midway_leaves_all_as_it_was(monkeypatch):
+def test_taking_back_after_an_error_midway_leaves_all_as_it_was(monkeypatch):
     first, second = dense(), dense("second")
     before = [v.value for v in (*first.variables, *second.variables)]
-    change = variables.set_variable_dtype
+    carried_out = sys.modules[change_variables.__module__]  # `convert` of its room is the function
+    change = carried_out.set_variable_dtype
 
     def failing(variable, dtype):
         if variable is second.bias:
             raise MemoryError
         return change(variable, dtype)
 
-    monkeypatch.setattr(variables, "set_variable_dtype", failing)
-    with pytest.raises(MemoryError), contextlib.ExitStack() as undo:
+    monkeypatch.setattr(carried_out, "set_variable_dtype", failing)
+    undo = []
+    with pytest.raises(MemoryError):
         narrow_variables(wanted(first, second), undo)
+    take_back(undo)
     after = [v.value for v in (*first.variables, *second.variables)]
     assert all(one is other for one, other in zip(before, after, strict=True))
     assert {v.dtype for v in (*first.variables, *second.variables)} == {"float32"}
@@ -211,8 +221,8 @@ def test_a_shared_variable_counts_once_and_must_be_wanted_alike():
     two.kernel_of_one = one.kernel
     two.build((None, 3))
     with pytest.raises(mp.errors.PolicyError, match="share"):
-        narrow_variables([*wanted(one), *wanted(two, dtype="float32")], contextlib.ExitStack())
-    first, second = narrow_variables(wanted(one, two), contextlib.ExitStack())
+        narrow_variables([*wanted(one), *wanted(two, dtype="float32")])
+    first, second = narrow_variables(wanted(one, two))
     assert (first.bytes_after, second.bytes_after) == (16, 16)
     assert {v.dtype for v in (*one.variables, *two.variables)} == {"float16"}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
@@ -14,7 +13,6 @@ import keras
 
 from kerasmp.backend.keras_graph import graph_of
 from kerasmp.errors import ArgumentError, ArgumentTypeError, PolicyError
-from kerasmp.model.inference import let_go_optimizer
 from kerasmp.model.saved import KEY
 from kerasmp.policy import LayerPolicies, policy_scope
 from kerasmp.policy.places import places
@@ -84,10 +82,16 @@ def save_for_stock_keras(model: Any, path: str | os.PathLike[str]) -> None:
 
 def _save(model: Any, config: str, path: str | os.PathLike[str]) -> None:
     """Save the model as it is, for all that layers keep beside weights, with another config."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
+    with tempfile.TemporaryDirectory() as folder:
         ours = pathlib.Path(folder, "ours.keras")
-        let_go_optimizer(model, undo)
-        model.save(ours)
+        optimizer = getattr(model, "optimizer", None)
+        try:
+            if optimizer is not None:
+                model.optimizer = None
+            model.save(ours)
+        finally:
+            if optimizer is not None:
+                model.optimizer = optimizer
         with zipfile.ZipFile(ours) as before, zipfile.ZipFile(path, "w") as after:
             for item in before.infolist():
                 is_config = item.filename == _CONFIG

@@ -1,0 +1,46 @@
+"""Changes are taken back from the last to the first, whatever happens meanwhile."""
+
+import pytest
+
+from kerasmp.policy.apply import take_back
+
+pytestmark = pytest.mark.unit
+
+
+def raising(error, done):
+    def function():
+        done.append(type(error).__name__)
+        raise error
+
+    return function
+
+
+def test_what_fails_keeps_nothing_else_from_being_taken_back():
+    done = []
+    undo = [
+        lambda: done.append("first"),
+        raising(KeyError(), done),
+        raising(ValueError("the one that is told"), done),
+        lambda: done.append("last"),
+    ]
+    with pytest.raises(ValueError, match="the one that is told"):
+        take_back(undo)
+    assert done == ["last", "ValueError", "KeyError", "first"]
+    assert not undo
+
+
+def test_after_an_interrupt_it_goes_on_where_it_was():
+    done = []
+    interrupts = [KeyboardInterrupt()]
+
+    def interrupted():
+        if interrupts:
+            raise interrupts.pop()
+        done.append("again")
+
+    undo = [lambda: done.append("first"), interrupted, lambda: done.append("last")]
+    with pytest.raises(KeyboardInterrupt):
+        take_back(undo)
+    assert done == ["last"]
+    take_back(undo)
+    assert done == ["last", "again", "first"]
