@@ -344,19 +344,27 @@ def traces_kept(model: Any) -> Iterator[None]:
         with losses_kept(model):
             yield
     finally:
-        for layer, is_own, was_built, attributes, copies in before:
-            # What `build` has set belongs to the variables that it has made.
-            own = is_own and layer.built == was_built
-            for name, value in own_attributes(layer).items():
-                old = attributes.get(name)
-                if own and value is old:
-                    _put_back(value, copies[name])
-                elif value is not old and (_has_tensor(value) or (own and _is_number(value))):
-                    if name in attributes:
-                        object.__setattr__(layer, name, old)
-                        _put_back(old, copies.get(name))
-                    else:
-                        object.__delattr__(layer, name)
+        try:
+            _forget_traces(before)
+        except BaseException:  # an interrupt
+            _forget_traces(before)
+            raise
+
+
+def _forget_traces(before: list[tuple[Any, ...]]) -> None:
+    for layer, is_own, was_built, attributes, copies in before:
+        # What `build` has set belongs to the variables that it has made.
+        own = is_own and layer.built == was_built
+        for name, value in own_attributes(layer).items():
+            old = attributes.get(name)
+            if own and value is old:
+                _put_back(value, copies[name])
+            elif value is not old and (_has_tensor(value) or (own and _is_number(value))):
+                if name in attributes:
+                    object.__setattr__(layer, name, old)
+                    _put_back(old, copies.get(name))
+                else:
+                    object.__delattr__(layer, name)
 
 
 def own_attributes(layer: Any) -> dict[str, Any]:

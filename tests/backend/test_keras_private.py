@@ -6,11 +6,37 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from helpers.interrupting import interrupted
 
 import kerasmp
 from kerasmp.backend import keras_private
 
 PACKAGE = Path(kerasmp.__file__).parent
+
+
+def test_an_interrupt_while_traces_are_put_back_leaves_none():
+    class Counts(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.calls, self.seen = 0, []
+
+        def call(self, inputs):
+            self.calls += 1
+            self.seen.append(inputs)
+            return inputs
+
+    layer = Counts()
+    layer.build((2,))
+
+    def traced():
+        with keras_private.traces_kept(layer):
+            layer(keras.KerasTensor((2,)))
+
+    number = 0
+    while interrupted(traced, number):
+        assert layer.calls == len(layer.seen) == 0
+        number += 1
+    assert number > 5
 
 
 def test_functional_is_the_class_of_a_model_made_from_inputs_and_outputs():
