@@ -329,7 +329,7 @@ def traces_kept(model: Any) -> Iterator[None]:
     """Put back what symbolic calls leave in a model and its layers: losses, and attributes.
 
     A user's layer may keep the scores of its last call, say, or count its calls: tensors, numbers,
-    and what is in lists, dicts and sets. Numbers and such of stock Keras itself stay. So do
+    None, and what is in lists, dicts and sets. Numbers and such of stock Keras itself stay. So do
     variables, tensors too on TensorFlow: a layer that is called for the first time makes them.
     """
     stock = {"keras", __name__.partition(".")[0]}
@@ -356,11 +356,11 @@ def _forget_traces(before: list[tuple[Any, ...]]) -> None:
         # What `build` has set belongs to the variables that it has made.
         own = is_own and layer.built == was_built
         for name, value in own_attributes(layer).items():
-            old = attributes.get(name)
-            if own and value is old:
-                _put_back(value, copies[name])
-            elif value is not old and (_has_tensor(value) or (own and _is_number(value))):
-                if name in attributes:
+            known, old = name in attributes, attributes.get(name)
+            if known and value is old:
+                _put_back(value, copies.get(name) if own else None)
+            elif _has_tensor(value) or (own and _is_number_or_none(value)):
+                if known:
                     object.__setattr__(layer, name, old)
                     _put_back(old, copies.get(name))
                 else:
@@ -378,8 +378,8 @@ def _attributes_of_keras() -> frozenset[str]:
     return frozenset(vars(keras.Layer(name="layer")))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (bool, int, float))
+def _is_number_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float))
 
 
 def _has_tensor(value: Any) -> bool:

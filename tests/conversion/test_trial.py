@@ -341,6 +341,26 @@ def test_trying_leaves_no_trace_in_what_a_layer_keeps():
     assert not hasattr(keeps, "new")
 
 
+def test_a_none_that_a_layer_keeps_in_training_is_no_error_and_leaves_no_trace():
+    class Forgets(layers.Layer):
+        def build(self, _):
+            self.scores = ops.ones((2,))
+
+        def call(self, inputs, training=None):
+            if training:
+                self.scores = self.new = None
+            return inputs
+
+    inputs = keras.Input((4,))
+    forgets = Forgets()
+    model = keras.Model(inputs, layers.Dense(2)(forgets(inputs)))
+    scores = forgets.scores
+    mp.convert(model)
+    assert forgets.compute_dtype == "float16"
+    assert forgets.scores is scores
+    assert not hasattr(forgets, "new")
+
+
 # All of Keras's layers for images, those that come to be too.
 IMAGES = [
     name
