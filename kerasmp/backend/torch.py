@@ -95,7 +95,9 @@ class Torch(Backend):
         Keras calls it with tensors that have no numbers, for which torch asks no kernel, and with
         numbers if that raises.
         """
-        asking = _Asking(backwards)
+        # What asks for a kernel runs it, and Keras may run the call: both may draw numbers.
+        states = {generator: generator.get_state() for generator in _generators()}
+        asking = _Asking(states, backwards)
 
         def called(*args: Any, **kwargs: Any) -> Any:
             if asking.error is not None:
@@ -103,7 +105,11 @@ class Torch(Backend):
             with asking:
                 return call(*args, **kwargs)
 
-        compute_output_spec(called, *args, **kwargs)
+        try:
+            compute_output_spec(called, *args, **kwargs)
+        finally:
+            for generator, state in states.items():
+                generator.set_state(state)
 
     def shapes_of(self, variables: Sequence[Any]) -> list[Any]:
         """Return the shape of each variable, to be compared with that of its gradient."""
@@ -346,17 +352,23 @@ class _Asking(TorchDispatchMode):
     """Raises where an operation is given half-precision tensors, and has no kernel for them.
 
     Args:
+        states: The states of random generators. Those of more that the call uses are added.
         backwards: Whether its gradient needs one, too.
     """
 
-    def __init__(self, backwards: bool) -> None:  # noqa: FBT001 - one caller
+    def __init__(self, states: dict[Any, Any], backwards: bool) -> None:  # noqa: FBT001 - one caller
         super().__init__()
         self.error: BackendError | None = None
+        self._states = states
         self._backwards = backwards
 
     def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Ask for a kernel, then call the operation."""
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        given = tree_flatten((args, kwargs))[0]
+        for generator in given:
+            if isinstance(generator, torch.Generator) and generator not in self._states:
+                self._states[generator] = generator.get_state()
+        tensors = [x for x in given if isinstance(x, torch.Tensor)]
         half = next((_HALVES[x.dtype] for x in tensors if x.dtype in _HALVES), None)
         if half and not _has_kernel(func, args, kwargs or {}, tensors, backwards=self._backwards):
             name = func.__name__.partition(".")[0]
