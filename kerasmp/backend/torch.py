@@ -95,9 +95,11 @@ class Torch(Backend):
         Keras calls it with tensors that have no numbers, for which torch asks no kernel, and with
         numbers if that raises.
         """
+        # Here, where it is that of the user's scope and process. It starts a GPU's generators, too.
+        device = keras.ops.ones(()).device
         # What asks for a kernel runs it, and Keras may run the call: both may draw numbers.
         states = {generator: generator.get_state() for generator in _generators()}
-        asking = _Asking(states, backwards)
+        asking = _Asking(device, states, backwards=backwards)
 
         def called(*args: Any, **kwargs: Any) -> Any:
             if asking.error is not None:
@@ -352,25 +354,29 @@ class _Asking(TorchDispatchMode):
     """Raises where an operation is given half-precision tensors, and has no kernel for them.
 
     Args:
+        device: The device to ask.
         states: The states of random generators. Those of more that the call uses are added.
         backwards: Whether its gradient needs one, too.
     """
 
-    def __init__(self, states: dict[Any, Any], backwards: bool) -> None:  # noqa: FBT001 - one caller
+    def __init__(self, device: Any, states: dict[Any, Any], *, backwards: bool) -> None:
         super().__init__()
         self.error: BackendError | None = None
+        self._device = device
         self._states = states
         self._backwards = backwards
 
     def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Ask for a kernel, then call the operation."""
-        given = tree_flatten((args, kwargs))[0]
-        for generator in given:
+        given = (args, kwargs or {})
+        flat = tree_flatten(given)[0]
+        for generator in flat:
             if isinstance(generator, torch.Generator) and generator not in self._states:
                 self._states[generator] = generator.get_state()
-        tensors = [x for x in given if isinstance(x, torch.Tensor)]
+        tensors = [x for x in flat if isinstance(x, torch.Tensor)]
         half = next((_HALVES[x.dtype] for x in tensors if x.dtype in _HALVES), None)
-        if half and not _has_kernel(func, args, kwargs or {}, tensors, backwards=self._backwards):
+        ask = functools.partial(_has_kernel, func, given, tensors, self._device)
+        if half and not ask(backwards=self._backwards):
             name = func.__name__.partition(".")[0]
             self.error = BackendError(f"torch has no {half} kernel for {name} here.")
             # Keras may make an error of its own of it, and call anew.
@@ -381,26 +387,25 @@ class _Asking(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# For operations and dtypes of what they take, once torch was asked. Only a call tells.
+# For operations, devices and dtypes of what they take, once torch was asked. Only a call tells.
 _KERNELS: dict[Any, bool] = {}
 _FEW = 4  # numbers along each axis, for a call that takes no time
 
 
-def _has_kernel(func: Any, args: Any, kwargs: Any, tensors: list[Any], *, backwards: bool) -> bool:
-    key = (func, backwards, *(x.dtype for x in tensors))
+def _has_kernel(func: Any, given: Any, tensors: list[Any], device: Any, *, backwards: bool) -> bool:
+    key = (func, device.type, backwards, *(x.dtype for x in tensors))
     if key not in _KERNELS:
         # In a thread of its own, which knows of no trace, and records gradients.
-        call = functools.partial(_call_on_few, func, args, kwargs, backwards=backwards)
+        call = functools.partial(_call_on_few, func, given, device, backwards=backwards)
         with ThreadPoolExecutor(1) as pool:
             error = pool.submit(call).exception()
         _KERNELS[key] = error is None or NO_KERNEL.search(str(error)) is None
         if error is not None and _KERNELS[key] and backwards:  # what changes its input, say
-            _KERNELS[key] = _has_kernel(func, args, kwargs, tensors, backwards=False)
+            _KERNELS[key] = _has_kernel(func, given, tensors, device, backwards=False)
     return _KERNELS[key]
 
 
-def _call_on_few(func: Any, args: Any, kwargs: Any, *, backwards: bool) -> None:
-    device = keras.ops.ones(()).device
+def _call_on_few(func: Any, given: Any, device: Any, *, backwards: bool) -> None:
     leaves = []
 
     def few(x: Any) -> Any:
@@ -408,11 +413,15 @@ def _call_on_few(func: Any, args: Any, kwargs: Any, *, backwards: bool) -> None:
             return device
         if not isinstance(x, torch.Tensor):
             return x
-        leaves.append(torch.ones([min(d, _FEW) for d in x.shape], dtype=x.dtype, device=device))
-        return leaves[-1].requires_grad_(backwards and x.dtype.is_floating_point)
+        # An integer may be an index: a GPU ends the process at a 1 where an axis has length 1.
+        dtype = x.dtype
+        one = dtype.is_floating_point or dtype.is_complex or dtype is torch.bool
+        shape = [min(d, _FEW) for d in x.shape]
+        leaves.append(torch.full(shape, int(one), dtype=dtype, device=device))
+        return leaves[-1].requires_grad_(backwards and dtype.is_floating_point)
 
-    given, named = tree_map(few, (args, kwargs))
-    outputs = [x for x in tree_flatten(func(*given, **named))[0] if isinstance(x, torch.Tensor)]
+    args, kwargs = tree_map(few, given)
+    outputs = [x for x in tree_flatten(func(*args, **kwargs))[0] if isinstance(x, torch.Tensor)]
     sums = [x.abs().sum() for x in outputs if x.requires_grad]
     if sums:
         torch.autograd.grad(sums, [x for x in leaves if x.requires_grad], allow_unused=True)

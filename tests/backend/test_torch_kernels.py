@@ -6,6 +6,7 @@ import keras
 import pytest
 
 from kerasmp import backend
+from kerasmp.errors import BackendError
 
 pytestmark = pytest.mark.backend("torch")
 
@@ -17,8 +18,8 @@ def torch(monkeypatch):
     return importlib.import_module("torch")
 
 
-def trace(function, *shape):
-    with keras.device("cpu"):
+def trace(function, *shape, device="cpu"):
+    with keras.device(device):
         backend.trace(function, (keras.KerasTensor(shape, "float16"),), {}, backwards=True)
 
 
@@ -34,3 +35,16 @@ def test_random_generators_stay_as_they_were(torch, numbers):
     trace(draws, 2, 4)
     after = [each.get_state() for each in (own, torch.default_generator)]
     assert all(map(torch.equal, after, before))
+
+
+def test_the_device_of_the_users_scope_is_asked(torch):
+    trace(torch.linalg.svdvals, 4, 4, device="meta")  # which has each kernel
+    with pytest.raises(BackendError, match="no float16 kernel"):
+        trace(torch.linalg.svdvals, 4, 4)
+
+
+def test_an_index_is_one_of_an_axis_of_length_1(torch):
+    """Of another a GPU's kernel would end the process."""
+    given = (torch.ones(1, dtype=torch.float16), [torch.zeros(2, dtype=torch.int64)])
+    call = importlib.import_module("kerasmp.backend.torch")._call_on_few
+    call(torch.ops.aten.index.Tensor, (given, {}), torch.device("cpu"), backwards=True)
