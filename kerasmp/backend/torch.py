@@ -389,10 +389,12 @@ class _Asking(TorchDispatchMode):
 
 # For operations, devices and dtypes of what they take, once torch was asked. Only a call tells.
 _KERNELS: dict[Any, bool] = {}
-_FEW = 4  # numbers along each axis, for a call that takes no time
+_FEW = 8  # numbers along each axis, for a call that takes no time
 
 
 def _has_kernel(func: Any, given: Any, tensors: list[Any], device: Any, *, backwards: bool) -> bool:
+    if func.namespace != "aten":  # a user's, say, which may print, or wait for other processes
+        return True
     key = (func, device.type, backwards, *(x.dtype for x in tensors))
     if key not in _KERNELS:
         # In a thread of its own, which knows of no trace, and records gradients.
@@ -411,6 +413,8 @@ def _call_on_few(func: Any, given: Any, device: Any, *, backwards: bool) -> None
     def few(x: Any) -> Any:
         if isinstance(x, torch.device):
             return device
+        if isinstance(x, int):  # a size, say
+            return min(x, _FEW)
         if not isinstance(x, torch.Tensor):
             return x
         # An integer may be an index: a GPU ends the process at a 1 where an axis has length 1.

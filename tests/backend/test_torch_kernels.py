@@ -48,3 +48,26 @@ def test_an_index_is_one_of_an_axis_of_length_1(torch):
     given = (torch.ones(1, dtype=torch.float16), [torch.zeros(2, dtype=torch.int64)])
     call = importlib.import_module("kerasmp.backend.torch")._call_on_few
     call(torch.ops.aten.index.Tensor, (given, {}), torch.device("cpu"), backwards=True)
+
+
+def test_sizes_among_the_arguments_are_small_for_a_call_that_asks(torch):
+    """Of what they say, no memory could hold the result."""
+
+    def enlarges(x):
+        return torch.nn.functional.interpolate(torch.complex(x, x), size=(10**6, 10**6))
+
+    with pytest.raises(BackendError, match="no float16 kernel for upsample_nearest2d"):
+        trace(enlarges, 1, 1, 4, 4)
+
+
+def test_a_users_operation_is_not_run(torch):
+    calls = []
+
+    @torch.library.custom_op("kerasmp_tests::counted", mutates_args=())
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x.device.type)
+        return x.clone()
+
+    counted.register_fake(torch.empty_like)
+    trace(counted, 2, 4)
+    assert not calls
