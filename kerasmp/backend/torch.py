@@ -401,9 +401,11 @@ def _has_kernel(func: Any, given: Any, tensors: list[Any], device: Any, *, backw
         call = functools.partial(_call_on_few, func, given, device, backwards=backwards)
         with ThreadPoolExecutor(1) as pool:
             error = pool.submit(call).exception()
-        _KERNELS[key] = error is None or NO_KERNEL.search(str(error)) is None
-        if error is not None and _KERNELS[key] and backwards:  # what changes its input, say
-            _KERNELS[key] = _has_kernel(func, given, tensors, device, backwards=False)
+        if error is not None and not NO_KERNEL.search(str(error)):
+            # A view that few numbers do not fit, say, or what changes its input. The next call of
+            # it may tell.
+            return not backwards or _has_kernel(func, given, tensors, device, backwards=False)
+        _KERNELS[key] = error is None
     return _KERNELS[key]
 
 

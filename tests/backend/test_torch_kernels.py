@@ -71,3 +71,10 @@ def test_a_users_operation_is_not_run(torch):
     counted.register_fake(torch.empty_like)
     trace(counted, 2, 4)
     assert not calls
+
+
+def test_a_call_that_tells_nothing_hides_no_missing_kernel(torch):
+    pool = torch.nn.functional.avg_pool3d
+    trace(lambda x: pool(x, 32, padding=16), 1, 1, 64, 64, 64)  # so much is not allowed for 8
+    with pytest.raises(BackendError, match="no float16 kernel for avg_pool3d"):
+        trace(lambda x: pool(x, 2), 1, 1, 4, 4, 4)
