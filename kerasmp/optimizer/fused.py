@@ -40,7 +40,7 @@ def _largest_of(schedule: LossScale) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """The update of an optimizer, of exactly a class of Keras's own.
+    """The update of an optimizer, of exactly a class of Keras's own, with its own methods.
 
     Attributes:
         inner: The optimizer.
@@ -59,7 +59,8 @@ class Fused:
             schedule: That of the scale.
         """
         known = type(inner) in _classes() and _largest_of(schedule) <= LARGEST_SCALE
-        return cls(inner) if backend.current().FUSED and known else None
+        suits = backend.current().FUSED and known and not has_replaced_methods(inner)
+        return cls(inner) if suits else None
 
     def suited(
         self, grads: Sequence[Any], variables: Sequence[Any], dtypes: Sequence[str]
@@ -77,7 +78,6 @@ class Fused:
             not room.is_one_replica()
             or (inner.use_ema or inner.gradient_accumulation_steps or inner.clipnorm)
             or (inner.clipvalue or getattr(inner, "amsgrad", False))
-            or has_replaced_methods(inner)
             or not all(isinstance(v, keras.Variable) for v in variables)
         ):
             return None

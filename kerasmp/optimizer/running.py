@@ -77,7 +77,7 @@ def taken(optimizer: LossScaleOptimizer, grads: Sequence[Any], variables: Sequen
             unscaled, or it cannot be known whether their loss was scaled.
     """
     inner, fused = optimizer.inner_optimizer, optimizer.fused_update
-    # One of exactly Keras's class, as fused ones are, holds no others.
+    # One of exactly Keras's class and methods, as fused ones are, uses no others.
     inside = optimizers_in(inner) if fused is None else [inner]
     arguments.refuse_second_scale(inside)
     room = backend.current()

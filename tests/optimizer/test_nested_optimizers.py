@@ -58,6 +58,23 @@ def test_its_own_scale_is_refused_before_anything_is_made():
     assert not optimizer.built
 
 
+def delegating(worker):
+    """Return an optimizer of Keras's whose `apply` is left to another one."""
+    outer = keras.optimizers.Adam()
+    outer.worker = worker
+    object.__setattr__(outer, "apply", worker.apply)
+    return outer
+
+
+def test_one_that_a_replaced_method_uses_is_known_too():
+    scaling = LossScaleOptimizer(delegating(keras.optimizers.SGD(1.0, loss_scale_factor=4.0)))
+    with pytest.raises(LossScaleError, match=r"loss_scale_factor = 4\.0"):
+        scaling.apply(tensors([1.0]), variables_of([1.0]))
+    clipping = LossScaleOptimizer(delegating(keras.optimizers.SGD(1.0, clipnorm=1.0)), loss_scale=1)
+    clipping.apply(tensors([3e38, 3e38]), variables_of([1.0, 1.0]))
+    assert (clipping.applied_steps, clipping.skipped_steps) == (0, 1)
+
+
 @every_way
 def test_its_averages_start_as_the_weights(step):
     variables = variables_of([1.0, 2.0])
