@@ -152,8 +152,10 @@ def convert(  # noqa: PLR0913 - all but two have to be named
             else begin(model, [row.layer for row in plan.rows], to, undo),
         )
     except BaseException:  # an interrupt, too
-        take_back(undo)
-        _put_compiled_steps_back(steps)
+        try:
+            take_back(undo)
+        finally:
+            _finish(undo, steps)
         raise
 
 
@@ -248,6 +250,14 @@ def _compiled_steps(model: Any) -> list[tuple[Any, str, Any]]:
     """Return the compiled steps of a model and of all models inside: owner, name, function."""
     models = [layer for layer in flatten_layers(model) if isinstance(layer, keras.Model)]
     return [(each, name, getattr(each, name, None)) for each in models for name in _COMPILED]
+
+
+def _finish(undo: Undo, steps: list[tuple[Any, str, Any]]) -> None:
+    """Take back what an interrupt has left, and put the compiled steps back in any case."""
+    try:
+        take_back(undo)
+    finally:
+        _put_compiled_steps_back(steps)
 
 
 def _put_compiled_steps_back(steps: list[tuple[Any, str, Any]]) -> None:

@@ -135,7 +135,10 @@ class ConversionReport:
         if self._conversion is not None:
             refuse_out_of_order(self._conversion, [row.layer for row in self.rows])
             self._refuse_quantised()
-        take_back(self._undo)
+        try:
+            take_back(self._undo)
+        finally:  # after an interrupt the report would say that it is undone already
+            take_back(self._undo)
 
     def _refuse_quantised(self) -> None:
         for row in self.rows:

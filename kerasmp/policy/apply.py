@@ -26,7 +26,7 @@ def take_back(undo: Undo) -> None:
     """Take changes back, the last one first, and empty the list.
 
     What fails does not keep the others from being taken back. An interrupt does: it leaves on the
-    list what is not done yet, so that this can be called again.
+    list what is not done yet, so that this can be called again. Do so in a `finally`.
 
     Args:
         undo: The list.
@@ -78,7 +78,10 @@ def apply(model: Any, assignments: Iterable[Assignment], *, variables_follow: bo
             let_follow(row.layer, row.policy_after)
         refresh_symbolic_dtypes(model)
     except BaseException:  # a layer that cannot be called in its new dtype, or an interrupt
-        take_back(undo)
+        try:
+            take_back(undo)
+        finally:
+            take_back(undo)
         raise
 
 

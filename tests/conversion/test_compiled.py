@@ -133,6 +133,54 @@ def test_an_interrupt_anywhere_leaves_the_model_as_it_was(step):
     np.testing.assert_array_equal(model.predict(X, verbose=0), before)
 
 
+class Interrupting(layers.Dense):
+    """Is interrupted where it is given a policy, as often as its list says."""
+
+    interrupts = ()
+
+    @property
+    def dtype_policy(self):
+        return layers.Layer.dtype_policy.fget(self)
+
+    @dtype_policy.setter
+    def dtype_policy(self, policy):
+        if self.interrupts and self.interrupts.pop(0):
+            raise KeyboardInterrupt
+        layers.Layer.dtype_policy.fset(self, policy)
+
+
+def interrupting():
+    """Return a model with such a layer, and the policies of all layers."""
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2), Interrupting(2), layers.Dense(1)])
+    model.compile("sgd")
+    model.train_function = len
+    return model, {layer: layer.dtype_policy for layer in flatten_layers(model)}
+
+
+def test_a_second_interrupt_finds_nothing_half_done_either():
+    model, kept = interrupting()
+    for number in range(100):
+        model.layers[1].interrupts = [*[False] * number, True, True]
+        try:
+            mp.convert(model)
+        except KeyboardInterrupt:
+            assert {layer: layer.dtype_policy for layer in kept} == kept
+            assert (type(model), model.train_function) == (keras.Sequential, len)
+        else:
+            break
+    assert number
+
+
+def test_an_interrupted_restore_is_done_all_the_same():
+    model, kept = interrupting()
+    report = mp.convert(model)
+    model.layers[1].interrupts = [True]
+    with pytest.raises(KeyboardInterrupt):
+        report.restore()
+    assert {layer: layer.dtype_policy for layer in kept} == kept
+    assert type(model) is keras.Sequential
+
+
 @pytest.mark.parametrize(
     "how", [{}, {"safe_layers": True}, {"policy": "float16", "variables": "float16"}]
 )
