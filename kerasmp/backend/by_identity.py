@@ -9,7 +9,9 @@ T = TypeVar("T")
 
 
 class ByIdentity(Generic[T]):
-    """Holds a value for each of some objects, for as long as they live; it keeps none alive.
+    """Holds a value for each of some objects, for as long as they live.
+
+    It keeps none alive, as long as no value reaches the object that it is of.
 
     Python's weak sets and dictionaries ask an object which one it is: a class of the user's own may
     have an `__eq__` that says something else, and then no `__hash__`.

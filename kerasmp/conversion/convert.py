@@ -28,6 +28,7 @@ from kerasmp.errors import (
 from kerasmp.layers.from_stock import swap
 from kerasmp.model import Model
 from kerasmp.model.float32 import regularized_in_half, widen_activity_regularizers
+from kerasmp.optimizer.scaled import unnote_successor
 from kerasmp.policy import LayerPolicies, Policy
 from kerasmp.policy.apply import let_follow, take_back
 from kerasmp.policy.follow import build_by
@@ -210,6 +211,7 @@ def _turn_to_ours(plan: Plan, undo: Undo) -> None:
         undo.append(functools.partial(put_back, layer.activity_regularizer))
     widen_activity_regularizers(model)
     optimizer = getattr(model, "optimizer", None)  # a model that is not compiled may lack it
+    undo.append(unnote_successor(model, optimizer))  # once the optimizer is back
     undo.append(functools.partial(_put_optimizer_back, model, optimizer))
     if plan.for_inference and optimizer is not None:
         model.optimizer = None

@@ -15,6 +15,8 @@ from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.loss_scale import FixedLossScale, NoLossScale
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kerasmp.optimizer.wrapper import LossScaleOptimizer
 
 # Of optimizers, whether they were asked for their scale. What was traced then, an inner function
@@ -23,9 +25,12 @@ if TYPE_CHECKING:
 _HAVE_SCALED: ByIdentity[bool] = ByIdentity()
 # For each model those that it has applied scaled gradients by, of before too.
 _OF_MODELS: ByIdentity[list[weakref.ref[Any]]] = ByIdentity()
-# Of models, one of Keras's that scaled their loss in a step that was traced. Held: what was traced
-# needs its scale, and where that is gone TensorFlow says so in words of its own.
-_OF_KERAS: ByIdentity[Any] = ByIdentity()
+# Of models, one of Keras's that scaled their loss in a step that was traced: its name, and its own
+# variables. They are held: what was traced needs its scale, and where that is gone TensorFlow says
+# so in words of its own. Not the optimizer, which may hold the model.
+_OF_KERAS: ByIdentity[tuple[str, list[Any]] | None] = ByIdentity()
+# Of optimizers of Keras's, whether they were such a one. A model forgets its step, they do not.
+_TRACED: ByIdentity[bool] = ByIdentity()
 # Of optimizers, whether their user was told that the step scales no loss.
 _TOLD: ByIdentity[bool] = ByIdentity()
 
@@ -102,8 +107,9 @@ def is_scaled(optimizer: LossScaleOptimizer) -> bool:
     if call.of_keras and _holds(call.scaled, optimizer):
         return True
     if not _holds(call.unscaled, optimizer):
-        if _OF_KERAS.get(call.model) is not None:
-            raise _traced_before(optimizer, _OF_KERAS.get(call.model))
+        of_keras = _OF_KERAS.get(call.model)
+        if of_keras is not None:
+            raise _traced_before(optimizer, of_keras[0])
         marks = _OF_MODELS.get(call.model) or []
         others = call.scaled or [o for o in (mark() for mark in marks) if _keeps(call.model, o)]
         if others:
@@ -118,11 +124,38 @@ def is_scaled(optimizer: LossScaleOptimizer) -> bool:
 
 def note_successor(model: Any) -> None:
     """Note that a model gets another optimizer, whose gradients may be scaled as those before."""
-    optimizer = getattr(model, "optimizer", None)
+    optimizer: Any = getattr(model, "optimizer", None)
     if _HAVE_SCALED.get(optimizer):
         _mark(model, optimizer)
-    elif _scales_unseen(optimizer) and getattr(model, "train_function", None) is not None:
-        _OF_KERAS[model] = optimizer
+    elif _scales_unseen(optimizer) and (
+        getattr(model, "train_function", None) is not None or _TRACED.get(optimizer)
+    ):
+        own = [each for each in vars(optimizer).values() if isinstance(each, keras.Variable)]
+        _OF_KERAS[model] = (optimizer.name, own)
+        _TRACED[optimizer] = True
+
+
+def unnote_successor(model: Any, optimizer: Any) -> Callable[[], None]:
+    """Return what takes the next `note_successor` of a model back, once it has its optimizer again.
+
+    When another follows that one after all, the same is noted again. While the model has another,
+    nothing is taken back.
+
+    Args:
+        model: The model.
+        optimizer: The one that it has.
+    """
+    of_keras, was_marked = _OF_KERAS.get(model), _is_marked(model, optimizer)
+
+    def take_back() -> None:
+        if getattr(model, "optimizer", None) is not optimizer:
+            return
+        _OF_KERAS[model] = of_keras
+        if not was_marked and _is_marked(model, optimizer):
+            marks = _OF_MODELS.get(model) or []
+            _OF_MODELS[model] = [mark for mark in marks if mark() is not optimizer]
+
+    return take_back
 
 
 def _scales_unseen(optimizer: Any) -> bool:
@@ -132,11 +165,12 @@ def _scales_unseen(optimizer: Any) -> bool:
 
 
 def _mark(model: Any, optimizer: Any) -> None:
-    marks = _OF_MODELS.get(model)
-    if marks is None:
-        marks = _OF_MODELS[model] = []
-    if all(mark() is not optimizer for mark in marks):
-        marks.append(weakref.ref(optimizer))
+    if not _is_marked(model, optimizer):
+        _OF_MODELS[model] = [*(_OF_MODELS.get(model) or []), weakref.ref(optimizer)]
+
+
+def _is_marked(model: Any, optimizer: Any) -> bool:
+    return any(mark() is optimizer for mark in _OF_MODELS.get(model) or [])
 
 
 def _keeps(model: Any, optimizer: Any) -> bool:
@@ -160,11 +194,11 @@ def _unknown_loss(optimizer: LossScaleOptimizer, others: list[Any]) -> LossScale
     )
 
 
-def _traced_before(optimizer: LossScaleOptimizer, before: Any) -> LossScaleError:
+def _traced_before(optimizer: LossScaleOptimizer, before: str) -> LossScaleError:
     return LossScaleError(
         "apply cannot know whether its gradients are those of a scaled loss.",
         received=f"gradients for {optimizer.name!r}, which nothing has asked for its scale, in a "
-        f"model whose steps were traced with Keras's {before.name!r}",
+        f"model whose steps were traced with Keras's {before!r}",
         expected="the loss scaled by the optimizer that applies its gradients",
         fix="Make the functions anew that you compiled yourself (tf.function, jax.jit): what they "
         "have traced keeps that scale, and the dtypes of then. A step that scales no loss shall "

@@ -5,6 +5,7 @@ Each test compares with a model whose optimizer scales nothing, `loss_scale=None
 
 import contextlib
 import gc
+import weakref
 
 import keras
 import numpy as np
@@ -210,6 +211,7 @@ def test_what_was_traced_with_the_scale_of_keras_is_an_error_until_it_is_made_an
     model.inner = tf.function(BareStep.loss_and_gradients.__get__(model))
     model.compile(optimizer(), "mse", jit_compile=False)
     model.fit(X, Y, **SOME)
+    mp.convert(model, "mixed_bfloat16").restore()
     mp.convert(model, "mixed_bfloat16")
     if not isinstance(model.optimizer, mp.LossScaleOptimizer):
         mp.convert(model, "mixed_float16")
@@ -221,6 +223,46 @@ def test_what_was_traced_with_the_scale_of_keras_is_an_error_until_it_is_made_an
     model.inner = tf.function(BareStep.loss_and_gradients.__get__(model))
     model.fit(X, Y, **SOME)
     assert model.optimizer.applied_steps == len(X) // 16
+
+
+@pytest.mark.parametrize("way", ["dry run", "restored", full("failed")])
+def test_a_conversion_that_was_taken_back_has_noted_nothing_of_the_scale_of_keras(way):
+    model = network(BareStep, keras.Sequential, dtype="float32")
+    scaling = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam())
+    scaling.build(model.trainable_variables)
+    model.compile(scaling, "mse", jit_compile=False)
+    model.train_function = len  # as if it had been trained
+    if way == "dry run":
+        mp.convert(model, dry_run=True, sample=X)
+    elif way == "restored":
+        mp.convert(model).restore()
+    else:
+        with pytest.raises(mp.errors.ArgumentError):
+            mp.convert(model, sample=X[:, :1])
+    model.compile("sgd", "mse", jit_compile=False)
+    mp.convert(model)
+    with pytest.warns(mp.errors.LossScaleWarning, match="scales no loss"):
+        model.fit(X[:16], Y[:16], **SOME)
+
+
+def test_a_model_keeps_no_optimizer_of_before_and_none_keeps_the_model():
+    def converted():
+        model = network(BareStep, keras.Sequential, dtype="float32")
+        inner = keras.optimizers.SGD(learning_rate=lambda: 0.1 * len(model.layers))
+        model.compile(keras.optimizers.LossScaleOptimizer(inner), "mse")
+        model.optimizer.build(model.trainable_variables)
+        model.train_function = len  # as if it had been trained
+        before = [weakref.ref(model.optimizer), weakref.ref(inner), weakref.ref(model)]
+        mp.convert(model)
+        return model, before
+
+    model, before = converted()
+    model.compile("sgd", "mse")
+    gc.collect()
+    assert [each() for each in before] == [None, None, model]
+    del model
+    gc.collect()
+    assert before[-1]() is None
 
 
 @pytest.mark.backend("tensorflow", "torch")
