@@ -203,18 +203,25 @@ def vanishes(value: float) -> bool:
 
 
 def _float_ids(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
+    through: dict[int, set[str]] = {}  # what hands ids on, before a model inside has cast them, too
+    for layer, place in places(model):
+        for taker in place.feeds:
+            through.setdefault(id(taker), set()).add(str(layer.compute_dtype))
     for call in _all_calls(model):
         layer = call.operation
         if not isinstance(layer, keras.layers.Embedding):
             continue
         # It takes ids as they come: only what is before it, or an input of its own, rounds them.
-        given = dtypes.get(id(call.inputs[0]), call.inputs[0].dtype)
-        if given in EXACT and layer.input_dim > EXACT[given] + 1:
+        come = dtypes.get(id(call.inputs[0]), call.inputs[0].dtype)
+        ways = {come} | through.get(id(layer), set())
+        rounding = (each for each in sorted(ways) if layer.input_dim > EXACT.get(each, np.inf) + 1)
+        half = next(rounding, None)
+        if half is not None:
             yield Finding(
                 "error",
                 layer.path or layer.name,
                 "float-ids",
-                f"Its ids come as {given}: above {EXACT[given]} they have become others.",
+                f"Its ids come as {half}: above {EXACT[half]} they have become others.",
                 'Feed whole numbers, through keras.Input(..., dtype="int32").',
             )
 

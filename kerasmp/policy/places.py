@@ -20,6 +20,8 @@ from kerasmp.backend.keras_private import flatten_layers
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from kerasmp.backend.keras_graph import Call
+
 # What hands its input on, element by element, so that the layer before it makes the output.
 HANDING_ON = (
     keras.layers.Cropping1D,
@@ -142,15 +144,12 @@ def final_layers(model: Any) -> list[Any]:
     return makers_of(graph, graph.outputs)
 
 
-def makers_of(
-    graph: Any, tensors: Iterable[Any], handing_on: tuple[type, ...] = HANDING_ON
-) -> list[Any]:
+def makers_of(graph: Any, tensors: Iterable[Any]) -> list[Any]:
     """Return the layers that make tensors of a model's graph; see `final_layers`.
 
     Args:
         graph: The functional model.
         tensors: Tensors in it.
-        handing_on: The layers for which the one before counts, too.
     """
     found: list[Any] = []
     makers = {id(out): call for call in calls(graph) for out in call.outputs}
@@ -168,7 +167,7 @@ def makers_of(
         is_layer = isinstance(operation, keras.Layer)
         if is_layer and not isinstance(operation, keras.layers.InputLayer):
             found.append(operation)
-        if not is_layer or isinstance(operation, handing_on):
+        if not is_layer or isinstance(operation, HANDING_ON):
             waiting += makers[id(tensor)].inputs
     return found
 
@@ -191,18 +190,75 @@ def _feeds(graphs: list[Any]) -> dict[int, tuple[Any, ...]]:
     """Return which layers that need data as it comes are given it by each that hands it on."""
     found: dict[int, tuple[Any, ...]] = {}
     for graph in graphs:
-        for call in calls(graph):
-            taken = [x for x in call.inputs if keras.backend.is_float_dtype(x.dtype)]
-            is_rows = isinstance(call.operation, keras.layers.Embedding)
-            takers = [call.operation] if is_rows else _takers_in(call.operation)
-            for layer in makers_of(graph, taken, _HANDING_ON_DATA) if takers else ():
-                if isinstance(layer, _HANDING_ON_DATA):
-                    found[id(layer)] = (*found.get(id(layer), ()), *takers)
+        for takers, tensors in _taken(graph):
+            for layer in _handing_on(graph, tensors)[0]:
+                found[id(layer)] = (*found.get(id(layer), ()), *takers)
     return found
 
 
-def _takers_in(operation: Any) -> list[Any]:
-    return takers_in(operation) if isinstance(operation, keras.Layer) else []
+def _taken(model: Any) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Yield layers that need data as it comes, and the tensors of a model's graph that they take.
+
+    Those in a model inside take what it is given and hands on to them.
+    """
+    for call in calls(model):
+        if graph_of(call.operation) is not None:
+            for takers, tensors in _taken(call.operation):
+                _, numbers = _handing_on(call.operation, tensors)
+                yield takers, _given(call, numbers)
+        elif isinstance(call.operation, keras.Layer):
+            is_rows = isinstance(call.operation, keras.layers.Embedding)
+            takers = [call.operation] if is_rows else takers_in(call.operation)
+            if takers:
+                yield takers, call.inputs
+
+
+def _handing_on(model: Any, tensors: Iterable[Any]) -> tuple[list[Any], list[int]]:
+    """Return what hands data on to tensors of a model's graph.
+
+    Args:
+        model: The model.
+        tensors: Tensors in its graph.
+
+    Returns:
+        The layers, those in models inside among them, and the numbers of the model's inputs that
+        the data may come from. Whole numbers are rounded by no layer.
+    """
+    graph: Any = graph_of(model)
+    inputs = {id(tensor): number for number, tensor in enumerate(graph.inputs)}
+    made = {id(x): (call, n) for call in calls(graph) for n, x in enumerate(call.outputs)}
+    layers: list[Any] = []
+    numbers = []
+    waiting = list(tensors)
+    seen = set()
+    while waiting:
+        tensor = waiting.pop()
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if id(tensor) in inputs:
+            # Into whole numbers, too: the model casts what it is given.
+            numbers.append(inputs[id(tensor)])
+        elif id(tensor) in made and keras.backend.is_float_dtype(tensor.dtype):
+            call, number = made[id(tensor)]
+            inside = graph_of(call.operation)
+            if inside is not None:
+                within, given = _handing_on(inside, [inside.outputs[number]])
+                layers += within
+                waiting += _given(call, given)
+            elif not isinstance(call.operation, keras.Layer):
+                waiting += call.inputs
+            elif isinstance(call.operation, _HANDING_ON_DATA):
+                layers.append(call.operation)
+                waiting += call.inputs
+    return layers, numbers
+
+
+def _given(call: Call, numbers: list[int]) -> list[Any]:
+    """Return what a model inside is given for some of its inputs."""
+    if numbers and len(call.inputs) != len(call.operation.inputs):  # a dict with more in it
+        return call.inputs
+    return [call.inputs[number] for number in numbers]
 
 
 def takers_in(layer: Any) -> list[Any]:

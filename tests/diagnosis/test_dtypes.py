@@ -62,6 +62,9 @@ def test_ids_that_come_as_floats_are_an_error():
     assert "2048" in each.reason
     assert "int32" in each.remedy
     assert found(embedding(258, "mixed_bfloat16"), "float-ids")
+    inner = keras.Sequential([keras.Input((4,)), layers.Embedding(2050, 8)])
+    each = only(made(layers.Flatten, lambda: inner, shape=(4,)), "float-ids")
+    assert each.place == inner.layers[0].path
 
 
 @pytest.mark.unit

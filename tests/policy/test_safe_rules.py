@@ -54,6 +54,10 @@ def feeds(layer, taker):
     return keras.Model(inputs, layers.ReLU()(taker(layer(inputs))))
 
 
+def nested(*parts):
+    return keras.Sequential([keras.Input((4,)), *parts])
+
+
 def named(name, **settings):
     return layers.Activation(name, **settings)
 
@@ -69,11 +73,14 @@ CASES = {
             lambda: relu_after(Holding(layers.Normalization(mean=0.0, variance=1.0)), (4,)),
             lambda: feeds(layers.Reshape((4,)), layers.Discretization([0.1])),
             lambda: feeds(layers.Rescaling(0.1), layers.Embedding(2, 3)),
+            lambda: feeds(layers.Reshape((4,)), nested(nested(layers.Embedding(2, 3)))),
+            lambda: nested(layers.Reshape((4,)), nested(layers.Identity()), layers.Embedding(2, 3)),
         ],
         [
             lambda: relu_after(Holding(layers.Masking(0.0)), (4, 2)),
             lambda: relu_after(Holding(layers.Embedding(2, 3)), (4,)),
             lambda: feeds(layers.Reshape((4,)), layers.Masking(0.5)),
+            lambda: feeds(layers.Reshape((4,)), nested(layers.Dense(4), layers.Normalization())),
         ],
     ),
     "activity": (
