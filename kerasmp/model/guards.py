@@ -23,6 +23,7 @@ _GUARDS: dict[str, Callable[[Any], Any]] = {
     "from_config": taking_up_extras,
     "build_from_config": taking_up_layers,
 }
+# What guards refers to itself by it: a wrapper of the user's own may copy it, by functools.wraps.
 _MARK = "_kerasmp_guarded"
 
 T = TypeVar("T", bound=type)
@@ -40,9 +41,9 @@ def guard_late(model: Any, ours: type) -> None:
             with_guards(cls)
     for name, guard in _GUARDS.items():
         method = vars(model).get(name)
-        if method is not None and not hasattr(method, _MARK):
+        if method is not None and not _has_guard(method):
             guarding = functools.partial(guard(_with_model(method)), model)
-            setattr(guarding, _MARK, True)
+            setattr(guarding, _MARK, guarding)
             # Around Keras's own __setattr__: this is no state.
             object.__setattr__(model, name, guarding)
 
@@ -65,8 +66,14 @@ def with_guards(cls: T) -> T:
     """Put a guard around each method that has none: the class's own, or one of a mixin's."""
     for name, guard in _GUARDS.items():
         method = getattr(cls, name, None)
-        if method is not None and not hasattr(method, _MARK):
+        if method is not None and not _has_guard(method):
             guarding = guard(method)
-            setattr(getattr(guarding, "__func__", guarding), _MARK, True)  # of a class method, too
+            function = getattr(guarding, "__func__", guarding)  # of a class method, too
+            setattr(function, _MARK, function)
             setattr(cls, name, guarding)
     return cls
+
+
+def _has_guard(method: Any) -> bool:
+    function = getattr(method, "__func__", method)
+    return getattr(function, _MARK, None) is function

@@ -4,6 +4,7 @@ Each test compares with a model whose optimizer scales nothing, `loss_scale=None
 """
 
 import contextlib
+import functools
 import gc
 import weakref
 
@@ -81,16 +82,19 @@ def test_of_a_converted_model_too():
     assert_same(model.get_weights(), wanted)
 
 
-@pytest.mark.parametrize("place", ["the model", "its class"])
+@pytest.mark.parametrize("place", ["the model", "the model, as the step of before", "its class"])
 def test_of_a_step_that_is_put_there_later_too(place):
     wanted = fitted(network(BareStep, mp.Sequential), None)
     model = network(mp.Sequential)
     for name in ("train_step", "loss_and_gradients", "to_differentiate"):
         method = getattr(BareStep, name)
-        if place == "the model":
-            setattr(model, name, method.__get__(model))
-        else:
+        if place == "its class":
             setattr(type(model), name, method)
+        else:
+            setattr(model, name, method.__get__(model))
+    if place.endswith("before"):
+        step = functools.partial(BareStep.train_step, model)
+        model.train_step = functools.update_wrapper(step, mp.Model.train_step)
     with pytest.warns(mp.errors.LossScaleWarning, match="scales no loss") as said:
         weights = fitted(model, 1024.0)
     assert times(said) == 1
