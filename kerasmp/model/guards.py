@@ -41,7 +41,8 @@ def guard_late(model: Any, ours: type) -> None:
             with_guards(cls)
     for name, guard in _GUARDS.items():
         method = vars(model).get(name)
-        if method is not None and not _has_guard(method):
+        # Models are made by their class's `from_config`, never by one on a model.
+        if method is not None and name != "from_config" and not _has_guard(method):
             guarding = functools.partial(guard(_with_model(method)), model)
             setattr(guarding, _MARK, guarding)
             # Around Keras's own __setattr__: this is no state.

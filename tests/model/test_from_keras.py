@@ -153,6 +153,14 @@ def test_a_train_step_of_theirs_is_guarded():
     assert all(np.isfinite(value).all() for value in values(model.non_trainable_variables))
 
 
+def test_a_from_config_on_a_single_model_is_left_alone():
+    model = KINDS["sequential"](mp)
+    model.compile("sgd", "mse")
+    model.from_config = trained
+    model.make_train_function()
+    assert model.from_config is trained
+
+
 def test_it_need_not_be_built_or_compiled_and_twice_is_once():
     model = mp.Model.from_keras(keras.Sequential([keras.layers.Dense(2, dtype="mixed_float16")]))
     assert mp.Model.from_keras(model) is model
