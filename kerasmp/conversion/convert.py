@@ -28,6 +28,7 @@ from kerasmp.errors import (
 from kerasmp.layers.from_stock import swap
 from kerasmp.model import Model
 from kerasmp.model.float32 import regularized_in_half, widen_activity_regularizers
+from kerasmp.model.guards import take_guards_off
 from kerasmp.optimizer.scaled import unnote_successor
 from kerasmp.policy import LayerPolicies, Policy
 from kerasmp.policy.apply import let_follow, take_back
@@ -201,6 +202,8 @@ def change_variables(changes: Iterable[Change], undo: Undo) -> None:
 def _turn_to_ours(plan: Plan, undo: Undo) -> None:
     """Make a model one of ours, which scales its loss and keeps the policies of its layers."""
     model = plan.model
+    if not isinstance(model, Model):  # one that was ours before keeps its guards
+        undo.append(functools.partial(take_guards_off, model))
     undo.append(functools.partial(object.__setattr__, model, "__class__", type(model)))
     scales = getattr(model, "_auto_scale_loss", True)
     _set(model, "_auto_scale_loss", scales, undo)

@@ -25,6 +25,7 @@ _GUARDS: dict[str, Callable[[Any], Any]] = {
 }
 # What guards refers to itself by it: a wrapper of the user's own may copy it, by functools.wraps.
 _MARK = "_kerasmp_guarded"
+_METHOD = "_kerasmp_method"  # what a guard on a single model is around
 
 T = TypeVar("T", bound=type)
 
@@ -45,8 +46,21 @@ def guard_late(model: Any, ours: type) -> None:
         if method is not None and name != "from_config" and not _has_guard(method):
             guarding = functools.partial(guard(_with_model(method)), model)
             setattr(guarding, _MARK, guarding)
+            setattr(guarding, _METHOD, method)
             # Around Keras's own __setattr__: this is no state.
             object.__setattr__(model, name, guarding)
+
+
+def take_guards_off(model: Any) -> None:
+    """Give a model what was put on it alone as it was, without the guards around it.
+
+    Args:
+        model: The model, which is of a stock class again.
+    """
+    for name in _GUARDS:
+        method = vars(model).get(name)
+        if _has_guard(method) and hasattr(method, _METHOD):
+            object.__setattr__(model, name, getattr(method, _METHOD))
 
 
 def _with_model(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -49,6 +49,21 @@ def test_a_compiled_optimizer_is_wrapped_with_its_state_and_taken_out_again():
     assert int(adam.iterations) == steps + 1
 
 
+def test_what_was_put_on_the_model_alone_comes_back_as_it_was():
+    def step(*_):
+        raise AssertionError
+
+    model = compiled("adam")
+    model.train_step, model.get_config = step, dict
+    report = mp.convert(model)
+    model.make_train_function()
+    model.compute_loss = step
+    assert model.train_step is not step
+    report.restore()
+    kept = (model.train_step, model.compute_loss, model.get_config)
+    assert kept == (step, step, dict)
+
+
 def test_stock_keras_wrapper_is_replaced_with_its_scale_and_comes_back():
     model = compiled(
         keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(), initial_scale=512.0)
