@@ -18,7 +18,7 @@ from kerasmp.model.hints import dtype_hints
 from kerasmp.model.inference import refuse_training
 from kerasmp.model.own_optimizers import is_of_file, warn_of_unscaled
 from kerasmp.model.saved import take_up, warn_if_untold, warn_of_no_variables
-from kerasmp.model.steps import is_over_nothing, kerass_own, no_step_is_nan
+from kerasmp.model.steps import kerass_own, nan_of_nothing, no_step_is_nan
 from kerasmp.model.turning import class_between, loader, ours_for
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.optimizer.scaled import note_successor
@@ -318,14 +318,15 @@ class Model(keras.Model):
 
         Its metrics are those of this batch alone, and there is nothing to average.
         """
+        before = self._skipped_steps()
         logs = super().train_on_batch(*args, **kwargs)
-        skipped = (
-            isinstance(self.optimizer, LossScaleOptimizer) and self.optimizer.last_step_skipped
-        )
-        nothing = is_over_nothing(self) if skipped else False
-        if nothing is None or bool(nothing):
+        if self._skipped_steps() > before:
             return keras.tree.map_structure(lambda _: float("nan"), logs)
         return logs
+
+    def _skipped_steps(self) -> int:
+        ours = isinstance(self.optimizer, LossScaleOptimizer)
+        return self.optimizer.skipped_steps if ours else 0
 
     def _warn_if_too_late(self) -> None:
         """Warn once if the first step has built float16 layers, as it does on TensorFlow."""
@@ -361,19 +362,15 @@ class Model(keras.Model):
         return [at_least_float32(loss) for loss in super().losses]
 
     def get_metrics_result(self) -> Any:
-        """Return the metrics; all NaN where every step since the last reset was skipped.
+        """Return the metrics; NaN where every step since the last reset was skipped.
 
         Keras averages over no step at all to 0, which would look like a perfect loss. `fit` says
-        what the last step has said.
+        what the last step has said. A metric whose variables do not start with 0 has the result
+        that it starts with.
         """
-        result = super().get_metrics_result()
+        results: dict[str, Any] = super().get_metrics_result()
         # A user's own train step may never touch the metrics: only ours says what 0 means.
-        nothing = is_over_nothing(self) if no_step_is_nan(self) else None
-        if nothing is None:
-            return result
-        return keras.tree.map_structure(
-            lambda value: keras.ops.where(nothing, float("nan"), value), result
-        )
+        return nan_of_nothing(self, results) if no_step_is_nan(self) else results
 
     def get_compile_config(self) -> dict[str, Any]:
         """Return what `compile` was called with, serialised."""

@@ -79,10 +79,29 @@ def no_step_is_nan(model: Any) -> bool:
     return bool(_BY_KERAS.get(model)) and not running(model)
 
 
-def is_over_nothing(model: Any) -> Any:
-    """Return whether no metric of a model has seen anything, a scalar bool, or None without any."""
-    counts = [keras.ops.cast(count, "float32") for count in _counts(model).values()]
-    return keras.ops.equal(sum(counts), 0) if counts else None
+def nan_of_nothing(model: Any, results: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of a model's metrics, NaN for each that has seen nothing.
+
+    One that keeps nothing but 0 may have seen perfect numbers: if the loss has seen some. And one
+    that starts with other numbers does not hide what the loss has not seen.
+
+    Args:
+        model: The model.
+        results: What Keras's `get_metrics_result` returned.
+    """
+    counts = {key: keras.ops.cast(count, "float32") for key, count in _counts(model).items()}
+    if not counts:
+        return results
+    of_any = sum(counts.values())
+    of_loss = counts.get("loss", of_any)
+
+    def unless_of_nothing(key: str, value: Any) -> Any:
+        return _unless_of_nothing(counts.get(key, of_any) + of_loss, value, float("nan"))
+
+    return {
+        key: keras.tree.map_structure(functools.partial(unless_of_nothing, key), value)
+        for key, value in results.items()
+    }
 
 
 def numbers_of_batch(result_or_logs: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,8 +118,11 @@ def numbers_of_batch(result_or_logs: Callable[..., Any]) -> Callable[..., Any]:
             return result
         counts = _counts(model)
         all_alike = counts.get("loss") if _BY_KERAS.get(model) else None
+        # A test step of the user's own need not ask the loss, whatever it asks.
+        is_own = getattr(model.test_step, "__func__", None) is not keras.Model.test_step
+        known = counts if is_own or all_alike is None else {}
         return {
-            key: _unless_of_nothing(counts.get(key, all_alike), value, logs[key])
+            key: _unless_of_nothing(known.get(key, all_alike), value, logs[key])
             for key, value in result.items()
         }
 

@@ -117,9 +117,9 @@ def test_a_number_of_the_batch_is_not_taken_for_the_metric_of_its_name():
 class Worst(keras.metrics.Metric):
     """Averages nothing, and gives its variable as the result."""
 
-    def __init__(self):
-        super().__init__(name="worst")
-        self.worst = self.add_weight(name="worst", initializer="zeros")
+    def __init__(self, name="worst", start="zeros"):
+        super().__init__(name=name)
+        self.worst = self.add_weight(name="worst", initializer=start)
 
     def update_state(self, y, y_pred):
         errors = keras.ops.abs(keras.ops.subtract(y, y_pred))
@@ -127,6 +127,20 @@ class Worst(keras.metrics.Metric):
 
     def result(self):
         return self.worst.value
+
+
+class Least(Worst):
+    """Starts with another number than 0."""
+
+    def __init__(self):
+        super().__init__("least", keras.initializers.Constant(9.0))
+
+    def update_state(self, y, y_pred, **_):
+        errors = keras.ops.abs(keras.ops.subtract(y, y_pred))
+        self.worst.assign(keras.ops.minimum(self.worst, keras.ops.min(errors)))
+
+    def reset_state(self):
+        self.worst.assign(9.0)
 
 
 class WithTracker(OwnStep, mp.Sequential):
@@ -148,12 +162,16 @@ class OfTheBatch(BareStep, mp.Sequential):
         return self.optimizer.scale_loss(loss)
 
 
-@pytest.mark.parametrize("kind", [WithTracker, OfTheBatch, mp.Sequential], ids=_name)
-def test_no_step_is_no_perfect_loss(kind):
+@pytest.mark.parametrize(
+    ("kind", "metric"),
+    [(WithTracker, None), (OfTheBatch, None), (mp.Sequential, "mae"), (mp.Sequential, Least)],
+    ids=_name,
+)
+def test_no_step_is_no_perfect_loss(kind, metric):
     model = kind([keras.Input((4,)), keras.layers.Dense(2, dtype="mixed_float16")])
     # The loss is finite, its gradients are not.
     optimizer = mp.LossScaleOptimizer("sgd", loss_scale=2.0**40)
-    how = {"metrics": ["mae"]} if kind is mp.Sequential else {}
+    how = {"metrics": [metric() if metric is Least else metric]} if metric else {}
     model.compile(optimizer, "mse", jit_compile=keras.backend.backend() == "jax", **how)
     seen = []
     see = keras.callbacks.LambdaCallback(on_train_batch_end=lambda _, logs: seen.append(dict(logs)))
@@ -163,9 +181,10 @@ def test_no_step_is_no_perfect_loss(kind):
     assert optimizer.skipped_steps == len(seen) == 8
     if kind is mp.Sequential:
         assert np.isnan(keras.ops.convert_to_numpy(model.get_metrics_result()["loss"]))
+        assert np.isnan(model.train_on_batch(GOOD_X[:BATCH], GOOD_Y[:BATCH])).all()
     errors = (model.predict(GOOD_X, verbose=0) - GOOD_Y).reshape(4, -1)
     true = {"loss": np.square(errors).mean(1), "mae": np.abs(errors).mean(1)}
-    true["worst"] = np.abs(errors).max(1)
+    true |= {"worst": np.abs(errors).max(1), "least": np.abs(errors).min(1)}
     for name, values in of_epochs.items():
         found = [float(logs[name]) for logs in seen]
         np.testing.assert_allclose(found, np.tile(true[name], 2), rtol=1e-3)
@@ -185,7 +204,8 @@ def test_evaluation_by_a_step_of_the_users_own_says_what_it_has_seen():
             x, y = data
             y_pred = self(x, training=False)
             self.worst.update_state(y, y_pred)
-            return {"loss": self.compute_loss(x, y, y_pred), "worst": self.worst.result()}
+            # Of the batch. Keras asks the metric for the number of all batches.
+            return {"loss": self.compute_loss(x, y, y_pred), "worst": keras.ops.zeros(())}
 
     model = Evaluates([keras.Input((4,)), keras.layers.Dense(2, dtype="mixed_float16")])
     model.compile(mp.LossScaleOptimizer("sgd", loss_scale=64.0), "mse", jit_compile=False)
