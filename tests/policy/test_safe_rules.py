@@ -249,6 +249,7 @@ def test_what_a_rule_claims(name, build):
 
 
 @pytest.mark.unit
+@pytest.mark.filterwarnings("ignore:The NumPy backend does not support masking")  # of Keras 3.12
 @pytest.mark.parametrize(("name", "build"), pairs(1))
 def test_what_it_leaves_alone(name, build):
     model = build()
