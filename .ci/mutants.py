@@ -1,8 +1,8 @@
 """Plant small faults in the product, one at a time, and see whether the tests notice.
 
 `.ci/mutants.toml` holds the faults. `mutants.py [NAME ...]` plants those named, or all, each in a
-copy of the files that git knows or would add, and runs the tests of the rooms concerned, up to the
-first that fails:
+copy of the files that git knows or would add, and runs the tests of the packages concerned, up to
+the first that fails:
 
 - `--set quick`: the unit tests on NumPy; if the fault lives on, the quick tests on TensorFlow.
 - `--set full`: the tests that are marked full, on TensorFlow.
@@ -93,8 +93,8 @@ class Fault:
     tests: tuple[str, ...]
 
     @property
-    def room(self) -> str:
-        """The room of the product that it is in."""
+    def package(self) -> str:
+        """The package of the product that it is in."""
         return Path(self.file.removeprefix("kerasmp/")).parts[0].removesuffix(".py")
 
     @property
@@ -449,12 +449,12 @@ def head(*cells: str) -> str:
 def summary(faults: list[Fault], found: list[dict[str, Any]]) -> str:
     """Return what came of faults, as a table and counts."""
     rows = [
-        row(fault.name, fault.room, record["verdict"], record["killed_by"] or "-")
+        row(fault.name, fault.package, record["verdict"], record["killed_by"] or "-")
         for fault, record in zip(faults, found, strict=True)
     ]
     counts = Counter(record["verdict"] for record in found)
     said = ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items()))
-    table = [head("fault", "room", "verdict", "killed by"), *rows]
+    table = [head("fault", "package", "verdict", "killed by"), *rows]
     return "\n".join([*table, "", f"{len(found)} faults: {said}"])
 
 
@@ -515,7 +515,7 @@ def main() -> None:
         sys.exit(f"{tree} is no checkout of kerasmp. Name one with --tree.")
     refuse_misfits(faults, tree)
     if given.list:
-        print("\n".join(f"{fault.name} ({fault.room}): {fault.idea}" for fault in faults))
+        print("\n".join(f"{fault.name} ({fault.package}): {fault.idea}" for fault in faults))
         print(f"{len(faults)} faults")
         return
     results = given.results or FAULTS.with_name(f"mutants-{given.set}.jsonl")

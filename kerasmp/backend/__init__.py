@@ -1,4 +1,4 @@
-"""The only room that imports a framework, lazily, and the only one that touches Keras privates.
+"""The only package that imports a framework, lazily, and the only one that touches Keras privates.
 
 What differs between backends comes from `current()`, a `Backend`; importing `kerasmp` alone imports
 none that Keras has not imported.
@@ -16,7 +16,7 @@ import keras
 from kerasmp.errors import BackendError
 
 if TYPE_CHECKING:
-    from kerasmp.backend.base import Backend
+    from kerasmp.backend.protocol import Backend
 
 __all__ = [
     "as_written",
@@ -105,8 +105,8 @@ def trace(call: Callable[..., Any], args: Any, kwargs: Any, *, backwards: bool) 
     if keras.backend.backend() in _CLASSES:
         current().trace(call, args, kwargs, backwards=backwards)
     else:
-        keras_private = importlib.import_module(f"{__name__}.keras_private")
-        keras_private.compute_output_spec(call, *args, **kwargs)
+        keras_internals = importlib.import_module(f"{__name__}.keras_internals")
+        keras_internals.compute_output_spec(call, *args, **kwargs)
 
 
 def as_written(function: _F) -> _F:

@@ -9,10 +9,10 @@ import keras
 import numpy as np
 from jax import numpy as jnp
 
-from kerasmp.backend.base import Backend, finite_sums, wide_dtype
 from kerasmp.backend.calls import running
 from kerasmp.backend.constants import inner_jaxprs
-from kerasmp.backend.keras_private import compute_output_spec, optimizer_in_fit
+from kerasmp.backend.keras_internals import compute_output_spec, optimizer_in_fit
+from kerasmp.backend.protocol import Backend, finite_sums, wide_dtype
 from kerasmp.errors import BackendError
 
 try:
@@ -33,10 +33,10 @@ class Jax(Backend):
     """See `Backend`."""
 
     # scale_loss runs inside the function that is differentiated, and what it sees stays there.
-    LOSS_MEETS_APPLY = False
+    LOSS_VISIBLE_IN_APPLY = False
     # The gradient of what is broadcast or used in each step of a loop is summed in its own dtype.
-    NARROW_SUMS = True
-    NARROW_GRU = True
+    SUMS_IN_COMPUTE_DTYPE = True
+    GRU_SUMS_IN_COMPUTE_DTYPE = True
     PURE = True
     KEEPS_QUOTIENTS = True
     PRODUCTS = tuple(
@@ -56,7 +56,7 @@ class Jax(Backend):
         one = jnp.ones((), values.dtype)
         return values * jnp.ldexp(one, -half) * (1 / jnp.ldexp(part, exponent - half))
 
-    def finite(
+    def finite_per_tensor(
         self, values: Sequence[Any], dtypes: Sequence[str], scale: Any, *, norm: str | None
     ) -> Any:
         """Return for each tensor whether all of it is finite once it is divided by the scale.
@@ -107,7 +107,7 @@ class Jax(Backend):
         joined = jnp.concatenate([values[i].ravel() for i in small])
         fine = jnp.isfinite(self.quotient(joined, scale))
         rest = [values[i] for i in large], [dtypes[i] for i in large]
-        found = self.finite(*rest, scale, norm=None) if large else jnp.ones(0, bool)
+        found = self.finite_per_tensor(*rest, scale, norm=None) if large else jnp.ones(0, bool)
 
         def each() -> Any:
             # In few operations: XLA takes slices out of the branch, and does them in each step.
@@ -149,15 +149,15 @@ class Jax(Backend):
         is_real = isinstance(gradient, jax.Array) and jnp.issubdtype(gradient.dtype, jnp.floating)
         return is_real and (shape is None or gradient.shape == shape)
 
-    def place(self) -> tuple[Any, Any]:
+    def trace_context(self) -> tuple[Any, Any]:
         """Return what tells this replica and this trace from others; eager code has its own."""
         return None, get_opaque_trace_state(convention="flax")
 
     def is_traced(self) -> bool:
         """Return whether a function is traced here, which will run again without this code."""
-        return self.bakes_in(0.0)
+        return self.is_jit_constant(0.0)
 
-    def bakes_in(self, scale: Any) -> bool:
+    def is_jit_constant(self, scale: Any) -> bool:
         """Return whether a traced function that reads `scale` here keeps it for all its calls."""
         # Under jit alone does JAX trace what depends on no argument; grad and vmap just compute it.
         return not isinstance(scale, jax.core.Tracer) and isinstance(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 
-from kerasmp.backend.keras_private import (
+from kerasmp.backend.keras_internals import (
     AutocastScope,
     Functional,
     flatten_layers,

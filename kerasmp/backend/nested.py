@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def optimizers_in(optimizer: Any) -> list[Any]:
+def optimizer_chain(optimizer: Any) -> list[Any]:
     """Return the optimizer and all that it holds, at any depth, each once.
 
     Those of a `MultiOptimizer` are among them, and those that a user's own optimizer keeps in an
@@ -75,7 +75,7 @@ def standing_in(optimizer: Any, settings: Mapping[int, Mapping[str, Any]]) -> An
                 vars(same).update({name: twin(each) for name, each in vars(value).items()})
                 vars(same).update(settings.get(id(value), {}))
             return twins[id(value)]
-        if not isinstance(value, (dict, list, tuple)) or not optimizers_in(value):
+        if not isinstance(value, (dict, list, tuple)) or not optimizer_chain(value):
             return value
         if isinstance(value, dict):
             return {key: twin(each) for key, each in value.items()}

@@ -15,14 +15,14 @@ import tensorflow as tf
 from tensorflow.python.framework import kernels, op_callbacks
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from kerasmp.backend.base import Backend, in_parts, wide_dtype
-from kerasmp.backend.keras_private import compute_output_spec, states_of
+from kerasmp.backend.keras_internals import compute_output_spec, states_of
+from kerasmp.backend.protocol import Backend, in_parts, wide_dtype
 from kerasmp.errors import BackendError, LossScaleError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from kerasmp.backend.base import Weight
+    from kerasmp.backend.protocol import Weight
 
 # So few tensors are checked in no more time than a branch takes.
 FEW = 8
@@ -104,7 +104,7 @@ class TensorFlow(Backend):
 
     FUSED = True
     # In bfloat16 that of a vector along the last axis, in float16 of nearly any other.
-    NARROW_SUMS = True
+    SUMS_IN_COMPUTE_DTYPE = True
     # Keras's method that sums gradients over replicas; tests/backend tells when it moves.
     REDUCTION = "_all_reduce_sum_gradients"
     PRODUCTS = (
@@ -200,7 +200,7 @@ class TensorFlow(Backend):
             return values * half * rest
         return values / tf.cast(divisor, dtype)
 
-    def short_cut(
+    def branch_if_cheap(
         self,
         state: dict[str, Any],
         allowed: Callable[[dict[str, Any]], Any],
@@ -211,7 +211,7 @@ class TensorFlow(Backend):
         short = allowed(state)
         return whole() if short is None else tf.cond(short, quick, whole)
 
-    def suits_kernels(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[bool]:  # noqa: ARG002 - any do
+    def fits_fused_kernels(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[bool]:  # noqa: ARG002 - any do
         """Return whether each gradient is a dense tensor of at most float32, and there at all."""
         return [isinstance(g, tf.Tensor) and g.dtype != tf.float64 for g in grads]
 
@@ -219,7 +219,7 @@ class TensorFlow(Backend):
         """Return whether Keras may update some variables of a step, and fused kernels others."""
         return not _by_xla()  # where fused updates run in no branch
 
-    def finite(
+    def finite_per_tensor(
         self, values: Sequence[Any], dtypes: Sequence[str], scale: Any, *, norm: str | None
     ) -> Any:
         """Return for each tensor whether all of it is finite once it is divided by the scale.
@@ -250,7 +250,7 @@ class TensorFlow(Backend):
         clearly = tf.math.is_finite(2.0 * tf.add_n(sums)) & (scale >= 1)
         return tf.cond(clearly, lambda: tf.ones((len(values),), "bool"), exactly)
 
-    def place(self) -> tuple[Any, Any]:
+    def trace_context(self) -> tuple[Any, Any]:
         """Return what tells this replica and this trace from others; None in eager code."""
         context = tf.distribute.get_replica_context()
         replica = None if context is None else context.replica_id_in_sync_group
@@ -288,7 +288,7 @@ class TensorFlow(Backend):
                 fix="Call it inside the function that you give to strategy.run().",
             )
 
-    def agreed(
+    def all_reduce(
         self, grads: Sequence[Any], variables: Sequence[Any], losses: Sequence[Any]
     ) -> tuple[Sequence[Any], Sequence[Any]]:
         """Return the gradients summed over all replicas, and whether all losses were finite.
@@ -405,7 +405,7 @@ class TensorFlow(Backend):
         context = tf.distribute.get_replica_context()
         context.merge_call(in_cross_replica_context, args=(finite, step))
 
-    def squares(self, values: Sequence[Any], divisor: Any) -> Any:
+    def sum_of_squares(self, values: Sequence[Any], divisor: Any) -> Any:
         """Return the sum of the squares of all quotients, a float32 scalar."""
         raw = 2.0 * tf.add_n([tf.nn.l2_loss(tf.cast(v, "float32")) for v in values])
 

@@ -13,14 +13,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from kerasmp.backend.base import Backend, finite_sums, in_parts, name_of
-from kerasmp.backend.keras_private import compute_output_spec, held, states_of
+from kerasmp.backend.keras_internals import compute_output_spec, held, states_of
+from kerasmp.backend.protocol import Backend, finite_sums, in_parts, name_of
 from kerasmp.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from kerasmp.backend.base import Weight
+    from kerasmp.backend.protocol import Weight
 
 MIXED_DTYPES = re.compile(
     r"to have the same dtype, but got|expected scalar type (Half|BFloat16|Float) but found"
@@ -133,7 +133,7 @@ class Torch(Backend):
         """Return Keras's name of the dtype of each variable."""
         return [name_of(v.dtype) for v in held(variables)]
 
-    def short_cut(
+    def branch_if_cheap(
         self,
         state: dict[str, Any],
         allowed: Callable[[dict[str, Any]], Any],
@@ -145,7 +145,7 @@ class Torch(Backend):
         short = at_hand and allowed({key: value.item() for key, value in state.items()})
         return quick() if short else whole()
 
-    def suits_kernels(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[bool]:
+    def fits_fused_kernels(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[bool]:
         """Return whether each gradient is a dense tensor of at most float32, its variable in order.
 
         The kernels walk through memory and ask for no strides: an orthogonal start has others. And
@@ -162,7 +162,7 @@ class Torch(Backend):
             for g, v in zip(grads, held(variables), strict=True)
         ]
 
-    def finite(
+    def finite_per_tensor(
         self,
         values: Sequence[Any],
         dtypes: Sequence[str],
@@ -215,7 +215,7 @@ class Torch(Backend):
         return finite_sums(wide, norm)
 
     @torch.no_grad()
-    def squares(self, values: Sequence[Any], divisor: Any) -> Any:
+    def sum_of_squares(self, values: Sequence[Any], divisor: Any) -> Any:
         """Return the sum of the squares of all quotients, a float32 scalar."""
         return _squares(values, divisor).sum().to(torch.float32)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp import backend
-from kerasmp.backend.keras_private import enclosing_callback_list, float16_layers
+from kerasmp.backend.keras_internals import enclosing_callback_list, float16_layers
 from kerasmp.callbacks.readings import Reading, source_of
 from kerasmp.diagnosis.lint import cheap_findings
 from kerasmp.errors import (

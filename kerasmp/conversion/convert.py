@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp.backend.keras_graph import called_parts, has_call, refresh_symbolic_dtypes
-from kerasmp.backend.keras_private import flatten_layers, layers_in, losses_kept
+from kerasmp.backend.keras_internals import flatten_layers, layers_in, losses_kept
 from kerasmp.backend.variable_dtypes import set_variable_dtype
 from kerasmp.conversion.costs import measure
 from kerasmp.conversion.half_variables import check_asked, loadable_initializers, over_float32
@@ -29,7 +29,7 @@ from kerasmp.layers.from_stock import swap
 from kerasmp.model import Model
 from kerasmp.model.float32 import regularized_in_half, widen_activity_regularizers
 from kerasmp.model.guards import take_guards_off
-from kerasmp.optimizer.scaled import unnote_successor
+from kerasmp.optimizer.scaled_losses import unnote_successor
 from kerasmp.policy import LayerPolicies, Policy
 from kerasmp.policy.apply import let_follow, take_back
 from kerasmp.policy.follow import build_by

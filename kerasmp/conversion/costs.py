@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import keras
 
-from kerasmp.backend.keras_private import flatten_layers, losses_kept, own_variables, states_of
-from kerasmp.backend.watched import Watched, watched
+from kerasmp.backend.keras_internals import flatten_layers, losses_kept, own_variables, states_of
+from kerasmp.backend.profiler import Profile, profile
 
 _MATRIX = 2
 _BY_KERAS_OPS = {"keras", "keras_hub", "kerasmp"}
@@ -53,7 +53,7 @@ def measure(model: Any, sample: Any) -> dict[int, Cost]:
     """
     states = [(state, keras.ops.copy(state.value)) for state in states_of(model)]
     try:
-        with losses_kept(model), watched() as seen:
+        with losses_kept(model), profile() as seen:
             model(sample, training=False)
     finally:
         for state, value in states:
@@ -70,7 +70,7 @@ def measure(model: Any, sample: Any) -> dict[int, Cost]:
     }
 
 
-def _is_known(layer: Any, seen: Watched) -> bool:
+def _is_known(layer: Any, seen: Profile) -> bool:
     """Return whether what a layer multiplies was seen.
 
     Keras's layers and ours multiply by functions that are watched. A user's may have a way of its

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import keras
 import numpy as np
 
-from kerasmp.backend.keras_private import flatten_layers, own_variables
+from kerasmp.backend.keras_internals import flatten_layers, own_variables
 from kerasmp.backend.variable_dtypes import takes_dtype
 from kerasmp.errors import PolicyError
 from kerasmp.policy import Policy

@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp.backend.keras_graph import called_parts, has_call
-from kerasmp.backend.keras_private import flatten_layers, own_attributes
-from kerasmp.backend.nested import optimizers_in
+from kerasmp.backend.keras_internals import flatten_layers, own_attributes
+from kerasmp.backend.nested import optimizer_chain
 from kerasmp.conversion.half_variables import plan_variables, rounding_said, with_variables
 from kerasmp.conversion.report import ConvertedLayer
 from kerasmp.conversion.trial import settle
 from kerasmp.errors import LossScaleWarning, PolicyError, PolicyWarning
 from kerasmp.layers.from_stock import counterparts, swap
+from kerasmp.model.find_optimizers import find_optimizers, trained_in_float16, unscaled_optimizers
 from kerasmp.model.model import class_of_ours
-from kerasmp.model.own_optimizers import optimizers_of, trained_in_float16, unscaled_optimizers
 from kerasmp.policy import LayerPolicies, Policy
 from kerasmp.policy.apply import let_follow, take_back
 from kerasmp.policy.assign import assign
 from kerasmp.policy.layer_policies import policies_at
+from kerasmp.policy.locations import locations
 from kerasmp.policy.matching import refuse_unmatched, unmatched_classes
-from kerasmp.policy.places import places
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def make_plan(  # noqa: PLR0913 - what `convert` was given
         PolicyError: For each reason that `convert` names.
     """
     notes: list[str] = []
-    found = list(places(model))
+    found = list(locations(model))
     late = _unbuilt(model)
     swaps: list[tuple[Any, type]] = []
     if safe_layers or isinstance(wanted, LayerPolicies):
@@ -287,13 +287,13 @@ def _of_optimizer(
         return ([] if optimizer is None else [said]), warnings
     wrapped = []
     if model._gets_our_optimizer():  # noqa: SLF001 - one of ours, now
-        wrapped = optimizers_in(optimizer)
+        wrapped = optimizer_chain(optimizer)
         notes.append(
             f"the optimizer {name} is inside kerasmp.LossScaleOptimizer now, its state is kept"
             if inner is optimizer
             else f"stock Keras's LossScaleOptimizer around {name} is ours now, its state is kept"
         )
-    own = optimizers_of(model)
+    own = find_optimizers(model)
     plain = [
         each for each in unscaled_optimizers(model) if not any(own[each] is x for x in wrapped)
     ]

@@ -13,9 +13,9 @@ import keras
 
 from kerasmp.backend.keras_graph import graph_of
 from kerasmp.errors import ArgumentError, ArgumentTypeError, PolicyError
-from kerasmp.model.saved import KEY
+from kerasmp.model.serialization import KEY
 from kerasmp.policy import LayerPolicies, policy_scope
-from kerasmp.policy.places import places
+from kerasmp.policy.locations import locations
 from kerasmp.policy.safe import is_ours
 
 # What our classes of models are without us, as Keras writes them: only one has a public name.
@@ -106,11 +106,11 @@ def _refuse_ours(model: Any) -> None:
             expected="a policy without output=",
             fix=f'Give the last layer dtype="{model._output_dtype}" instead. {_FIX}',  # noqa: SLF001
         )
-    for layer, place in places(model):
+    for layer, location in locations(model):
         if layer is not model and is_ours(layer):
             raise PolicyError(
                 "A layer is one of kerasmp's, and stock Keras would compute something else.",
-                received=f'"{place.path}", a {type(layer).__name__}',
+                received=f'"{location.path}", a {type(layer).__name__}',
                 expected="stock layers, or your own",
                 fix=_FIX,
             )
@@ -162,8 +162,8 @@ def _refuse_parts_of_ours(config: Any, layer: str) -> None:
 
 def _refuse_other_policies(model: Any, stock: Any) -> None:
     present = [
-        (layer, place.path)
-        for layer, place in places(model)
+        (layer, location.path)
+        for layer, location in locations(model)
         if not isinstance(layer, keras.layers.InputLayer)
     ]
     here, there = LayerPolicies.of(model), LayerPolicies.of(stock)

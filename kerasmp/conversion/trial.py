@@ -15,7 +15,7 @@ import keras
 
 from kerasmp.backend import layers_without_kernel, trace
 from kerasmp.backend.keras_graph import called_parts, calls, dtypes_of_graphs, graph_of
-from kerasmp.backend.keras_private import (
+from kerasmp.backend.keras_internals import (
     AutocastScope,
     flatten_layers,
     layers_in,
@@ -26,7 +26,7 @@ from kerasmp.errors import BackendError, PolicyError, first_line
 from kerasmp.model import Model
 from kerasmp.policy.apply import let_follow
 from kerasmp.policy.follow import symbols_of
-from kerasmp.policy.places import makers_of
+from kerasmp.policy.locations import makers_of
 from kerasmp.policy.safe import is_ours
 from kerasmp.policy.spec import HALVES
 

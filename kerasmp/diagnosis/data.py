@@ -9,11 +9,11 @@ import numpy as np
 
 from kerasmp.backend.constants import LARGEST
 from kerasmp.backend.keras_graph import calls, graph_of
-from kerasmp.backend.keras_private import flatten_layers
+from kerasmp.backend.keras_internals import flatten_layers
 from kerasmp.diagnosis.dtypes import EXACT
 from kerasmp.diagnosis.finding import Finding
 from kerasmp.diagnosis.sizes import MULTIPLE
-from kerasmp.policy.places import HANDING_ON
+from kerasmp.policy.locations import PASSING_THROUGH
 from kerasmp.policy.safe import is_ours, loses_mask_value
 from kerasmp.policy.spec import HALVES
 
@@ -125,16 +125,16 @@ def _reaches_float16(
             layer = call.operation
             nested = graph_of(layer)
             if nested is not None:
-                place = next(i for i, each in enumerate(call.inputs) if each is tensor)
+                location = next(i for i, each in enumerate(call.inputs) if each is tensor)
                 inside = [arrays[number]] * len(call.inputs)
                 same = as_given and tensor is first
-                if _reaches_float16(layer, nested, place, inside, as_given=same):
+                if _reaches_float16(layer, nested, location, inside, as_given=same):
                     return True
             elif _computes_in_float16(layer) and (
                 _largest(_unmasked(arrays[number], layer, as_given=as_given and tensor is first))
                 > LARGEST
             ):
                 return True
-            elif not isinstance(layer, keras.Layer) or isinstance(layer, HANDING_ON):
+            elif not isinstance(layer, keras.Layer) or isinstance(layer, PASSING_THROUGH):
                 waiting += [t for t in call.outputs if keras.backend.is_float_dtype(t.dtype)]
     return False

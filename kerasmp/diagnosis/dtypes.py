@@ -9,11 +9,11 @@ import numpy as np
 
 from kerasmp.backend import current
 from kerasmp.backend.keras_graph import calls, children, graph_of, outermost_graphs
-from kerasmp.backend.keras_private import flatten_layers
+from kerasmp.backend.keras_internals import flatten_layers
 from kerasmp.diagnosis.finding import Finding
 from kerasmp.policy import Policy
 from kerasmp.policy.assign import assign
-from kerasmp.policy.places import places
+from kerasmp.policy.locations import locations
 from kerasmp.policy.safe import (
     ACTIVATED,
     ATTENTION,
@@ -110,8 +110,8 @@ def _mask_values(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
         come = {dtypes.get(id(each), each.dtype) for each in call.inputs}
         given.setdefault(id(call.operation), set()).update(come)
     rounded: dict[int, set[str]] = {id(None): set()}  # to what those that hold a layer round
-    for layer, place in places(model):
-        to = rounded[id(place.holder)]
+    for layer, location in locations(model):
+        to = rounded[id(location.holder)]
         if layer.autocast and graph_of(layer) is None:  # a model with a graph casts no inputs
             to = to | {str(layer.compute_dtype)}
         rounded[id(layer)] = to
@@ -122,7 +122,7 @@ def _mask_values(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
         if half is not None:
             yield Finding(
                 "error",
-                place.path,
+                location.path,
                 "mask-value",
                 f"Its mask value {layer.mask_value} is another number in {half}, in which its "
                 "inputs come: no step is masked.",
@@ -131,16 +131,16 @@ def _mask_values(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
 
 
 def _dropout_rates(model: Any) -> Iterator[Finding]:
-    for layer, place in places(model):
+    for layer, location in locations(model):
         half = str(layer.compute_dtype)
-        looked_after = is_ours(place.holder) and isinstance(place.holder, ATTENTION)
+        looked_after = is_ours(location.holder) and isinstance(location.holder, ATTENTION)
         if half not in HALVES or is_ours(layer) or looked_after:
             continue
         for rate in _rates(layer):
             if drops_another_share(rate, half):
                 yield Finding(
                     "warning",
-                    place.path,
+                    location.path,
                     "dropout-rate",
                     f"In {half} it drops {100 * share_dropped(rate, half):.3g} % and not "
                     f"{100 * rate:.3g} %: there are few random numbers.",
@@ -204,8 +204,8 @@ def vanishes(value: float) -> bool:
 
 def _float_ids(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
     through: dict[int, set[str]] = {}  # what hands ids on, before a model inside has cast them, too
-    for layer, place in places(model):
-        for taker in place.feeds:
+    for layer, location in locations(model):
+        for taker in location.feeds:
             through.setdefault(id(taker), set()).add(str(layer.compute_dtype))
     for call in _all_calls(model):
         layer = call.operation

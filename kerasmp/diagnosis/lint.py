@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from kerasmp.backend.keras_graph import called_parts, dtypes_of_graphs, graph_of, has_call
-from kerasmp.backend.keras_private import (
+from kerasmp.backend.keras_internals import (
     flatten_layers,
     losses_kept,
     traces_kept,

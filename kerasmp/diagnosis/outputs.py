@@ -8,7 +8,7 @@ import keras
 
 from kerasmp.backend.keras_graph import graph_of
 from kerasmp.diagnosis.finding import Finding
-from kerasmp.policy.places import final_layers
+from kerasmp.policy.locations import final_layers
 from kerasmp.policy.safe import PROBABILITIES, activation_name
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kerasmp.backend.keras_private import flatten_layers
+from kerasmp.backend.keras_internals import flatten_layers
 from kerasmp.diagnosis.finding import Finding
-from kerasmp.policy.places import final_layers
+from kerasmp.policy.locations import final_layers
 from kerasmp.policy.safe import ATTENTION
 from kerasmp.policy.spec import HALVES
 

@@ -9,7 +9,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from kerasmp.backend.constants import LARGEST
-from kerasmp.backend.keras_private import flatten_layers
+from kerasmp.backend.keras_internals import flatten_layers
 from kerasmp.diagnosis.dtypes import is_custom, vanishes
 from kerasmp.diagnosis.finding import Finding
 

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from kerasmp.backend.constants import infinite_constants
-from kerasmp.backend.keras_private import flatten_layers, float16_layers
+from kerasmp.backend.keras_internals import flatten_layers, float16_layers
 from kerasmp.diagnosis.finding import Finding
 
 INFINITE = "infinite-constant"

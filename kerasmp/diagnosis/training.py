@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kerasmp.diagnosis.finding import Finding
-from kerasmp.model.own_optimizers import trained_in_float16, unscaled_optimizers
+from kerasmp.model.find_optimizers import trained_in_float16, unscaled_optimizers
 from kerasmp.policy.safe import is_ours
 
 if TYPE_CHECKING:

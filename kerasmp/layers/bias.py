@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from kerasmp.backend import current
-from kerasmp.backend.keras_private import AutocastScope
+from kerasmp.backend.keras_internals import AutocastScope
 from kerasmp.layers.quantizing import QuantizesAsStock
 
 
@@ -17,7 +17,7 @@ class WideBias(keras.layers.Layer):
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
         """Add a weight; the bias is not cast where its gradient would then be summed in half."""
-        if kwargs.get("name") == "bias" and current().NARROW_SUMS:
+        if kwargs.get("name") == "bias" and current().SUMS_IN_COMPUTE_DTYPE:
             kwargs["autocast"] = False
         return super().add_weight(*args, **kwargs)
 

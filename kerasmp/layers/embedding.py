@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from kerasmp.backend import current
-from kerasmp.backend.keras_private import AutocastScope, own_variables
+from kerasmp.backend.keras_internals import AutocastScope, own_variables
 from kerasmp.layers.quantizing import QuantizesAsStock
 from kerasmp.ops.precision import registered
 

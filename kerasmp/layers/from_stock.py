@@ -17,7 +17,7 @@ import keras
 from kerasmp import layers, ops
 from kerasmp.backend import current
 from kerasmp.backend.keras_graph import mask_operations, policy_of, refresh_symbolic_dtypes
-from kerasmp.backend.keras_private import (
+from kerasmp.backend.keras_internals import (
     autocasts,
     flatten_layers,
     own_variables,
@@ -31,7 +31,7 @@ from kerasmp.layers.projection import projections_in
 from kerasmp.layers.quantizing import QuantizesAsStock, without_type_check
 from kerasmp.ops.precision import OneNode, wide_dtype
 from kerasmp.policy.apply import renew_statistics
-from kerasmp.policy.places import Place, places
+from kerasmp.policy.locations import Location, locations
 from kerasmp.policy.safe import ATTENTION
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def turn_to_safe(model: Any, undo: Undo, only: Container[int] | None = None) -> 
     >>> [type(layer).__module__.partition(".")[0] for layer in model.layers]
     ['keras', 'keras']
     """
-    swaps = counterparts(places(model), only)
+    swaps = counterparts(locations(model), only)
     names = {id(layer): type(layer).__name__ for layer, _ in swaps}
     # A head's output is float32 where the policy is a narrow one.
     widens = any(ours is layers.DenseHead and _is_narrow(layer) for layer, ours in swaps)
@@ -91,22 +91,22 @@ def turn_to_safe(model: Any, undo: Undo, only: Container[int] | None = None) -> 
 
 
 def counterparts(
-    found: Iterable[tuple[Any, Place]], only: Container[int] | None = None
+    found: Iterable[tuple[Any, Location]], only: Container[int] | None = None
 ) -> list[tuple[Any, type]]:
     """Decide which layers get which class of ours, as `turn_to_safe` says. Nothing is changed.
 
     Args:
-        found: What `kerasmp.policy.places.places` yields of a model.
+        found: What `kerasmp.policy.locations.locations` yields of a model.
         only: As for `turn_to_safe`.
     """
     closed: set[int] = set()
     answers: list[tuple[Any, type]] = []
-    for layer, place in found:
-        inside = id(place.holder) in closed
+    for layer, location in found:
+        inside = id(location.holder) in closed
         if inside or _keeps_its_parts(layer):
             closed.add(id(layer))
         quantised = policy_of(layer).quantization_mode is not None
-        ours = None if inside or quantised else _counterpart(layer, place)
+        ours = None if inside or quantised else _counterpart(layer, location)
         if ours is None or (only is not None and id(layer) not in only):
             continue
         answers.append((layer, ours))
@@ -169,8 +169,8 @@ def _has_defaults_of(stock: Callable[..., Any], ours: Callable[..., Any]) -> boo
     return all(one == other for one, other in zip(*defaults, strict=False))
 
 
-def _counterpart(layer: Any, place: Place) -> type | None:
-    if type(layer) is keras.layers.Dense and place.final and _is_rebuilt(place.holder):
+def _counterpart(layer: Any, location: Location) -> type | None:
+    if type(layer) is keras.layers.Dense and location.final and _is_rebuilt(location.holder):
         return layers.DenseHead
     return stock_to_safe().get(type(layer))
 
@@ -242,7 +242,7 @@ def _never_cast(layer: Any) -> list[Any]:
     variables = own_variables(layer)
     if isinstance(layer, NeverCastWeights):
         return variables
-    narrow_sums = isinstance(layer, WideBias) and current().NARROW_SUMS
+    narrow_sums = isinstance(layer, WideBias) and current().SUMS_IN_COMPUTE_DTYPE
     return [v for v in variables if narrow_sums and v.name == "bias"]
 
 

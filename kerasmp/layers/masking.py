@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kerasmp.backend.keras_private import set_keras_mask
+from kerasmp.backend.keras_internals import set_keras_mask
 from kerasmp.ops.precision import as_one_node, as_tensors, is_narrow, registered, wide_dtype
 
 

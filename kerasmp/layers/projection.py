@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from kerasmp.backend import current
-from kerasmp.backend.keras_private import flatten_layers, set_autocast
+from kerasmp.backend.keras_internals import flatten_layers, set_autocast
 from kerasmp.layers import dense
 from kerasmp.layers.quantizing import without_type_check
 
@@ -30,5 +30,5 @@ def turn_projections(attention: Any) -> None:
         projection.__class__ = EinsumDense
         # Around Keras's own __setattr__, which has locked the layer.
         object.__setattr__(projection, "quantize", without_type_check(projection.quantize))
-        if projection.bias is not None and current().NARROW_SUMS:
+        if projection.bias is not None and current().SUMS_IN_COMPUTE_DTYPE:
             set_autocast(projection.bias, to=False)

@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from kerasmp.backend import current
-from kerasmp.backend.keras_private import AutocastScope, flatten_layers
+from kerasmp.backend.keras_internals import AutocastScope, flatten_layers
 from kerasmp.layers.recurrent_cells import EarlyCast, GRUCell, LSTMCell
 from kerasmp.layers.twin import twin
 
@@ -127,7 +127,10 @@ class GRU(keras.layers.GRU, RNN):
         training: bool = False,  # noqa: FBT001, FBT002 - Keras's
     ) -> Any:
         """Run the cell over the time steps; see `keras.layers.RNN`."""
-        if current().NARROW_GRU and self.cell.compute_dtype != self.cell.variable_dtype:
+        if (
+            current().GRU_SUMS_IN_COMPUTE_DTYPE
+            and self.cell.compute_dtype != self.cell.variable_dtype
+        ):
             # Keras has a loop of its own here, no cuDNN, that sums gradients in the compute dtype.
             mask = mask[0] if keras.tree.is_nested(mask) else mask
             return RNN.inner_loop(self, sequences, initial_state, mask, training)

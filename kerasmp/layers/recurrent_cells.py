@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import keras
 from keras import ops
 
-from kerasmp.backend.keras_private import AutocastScope
+from kerasmp.backend.keras_internals import AutocastScope
 from kerasmp.layers.twin import twin
 from kerasmp.ops.precision import widen
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from kerasmp.backend.keras_private import AutocastScope
+from kerasmp.backend.keras_internals import AutocastScope
 from kerasmp.ops.precision import registered
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kerasmp.backend.keras_private import flatten_layers
+from kerasmp.backend.keras_internals import flatten_layers
 from kerasmp.errors import PolicyError, did_you_mean
 from kerasmp.ops.precision import registered
 from kerasmp.policy.spec import DTYPES

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kerasmp.backend.keras_private import flatten_layers, with_mask_of
+from kerasmp.backend.keras_internals import flatten_layers, with_mask_of
 from kerasmp.model.hints import dtype_hints
 
 if TYPE_CHECKING:

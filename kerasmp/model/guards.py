@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kerasmp.backend.keras_private import RESULT_OR_LOGS, UPDATE_METRICS
+from kerasmp.backend.keras_internals import RESULT_OR_LOGS, UPDATE_METRICS
 from kerasmp.model.float32 import float32_predictions
-from kerasmp.model.saved import adding_extras, taking_up_extras, taking_up_layers
-from kerasmp.model.steps import guarded, losses_noted, numbers_of_batch
+from kerasmp.model.serialization import adding_extras, taking_up_extras, taking_up_layers
+from kerasmp.model.train_step import guarded, losses_noted, numbers_of_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,23 +10,23 @@ import keras
 
 from kerasmp import backend
 from kerasmp.backend.by_identity import ByIdentity
-from kerasmp.backend.keras_private import Functional, float16_layers, functional_init_arguments
+from kerasmp.backend.keras_internals import Functional, float16_layers, functional_init_arguments
 from kerasmp.errors import ArgumentTypeError, LossScaleWarning, PolicyError, refuse_no_bool
+from kerasmp.model.adopt import class_between, loader, ours_for
+from kerasmp.model.find_optimizers import is_of_file, warn_of_unscaled
 from kerasmp.model.float32 import at_least_float32, cast, widen_activity_regularizers
 from kerasmp.model.guards import guard_late, is_guarded, with_guards
 from kerasmp.model.hints import dtype_hints
 from kerasmp.model.inference import refuse_training
-from kerasmp.model.own_optimizers import is_of_file, warn_of_unscaled
-from kerasmp.model.saved import take_up, warn_if_untold, warn_of_no_variables
-from kerasmp.model.steps import kerass_own, nan_of_nothing, no_step_is_nan
-from kerasmp.model.turning import class_between, loader, ours_for
+from kerasmp.model.serialization import take_up, warn_if_untold, warn_of_no_variables
+from kerasmp.model.train_step import kerass_own, nan_of_nothing, no_step_is_nan
 from kerasmp.optimizer import LossScaleOptimizer
-from kerasmp.optimizer.scaled import note_successor
+from kerasmp.optimizer.scaled_losses import note_successor
 from kerasmp.policy import Policy, global_policy
 from kerasmp.policy.follow import RulesToFollow
 
 if TYPE_CHECKING:
-    from kerasmp.model.saved import LayersToFollow
+    from kerasmp.model.serialization import LayersToFollow
 
 # Not an attribute of the model: a step sets none, since another thread may be using it.
 _LOOKED_FOR_LATE_LAYERS: ByIdentity[bool] = ByIdentity()

@@ -1,4 +1,4 @@
-"""Narrow tensors outside, float32 inside: the one rule that all of this room stands on."""
+"""Narrow tensors outside, float32 inside: the one rule that all of this package stands on."""
 
 from __future__ import annotations
 

@@ -13,11 +13,11 @@ import numpy as np
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.base import name_of
-from kerasmp.backend.keras_private import are_all_of, learning_rate_numbers
+from kerasmp.backend.keras_internals import are_all_of, learning_rate_numbers
+from kerasmp.backend.protocol import name_of
 from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale, resolve, validation
-from kerasmp.optimizer.measures import MEASURES
+from kerasmp.optimizer.gradient_statistics import STATISTICS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -175,20 +175,20 @@ def gradients(grads: Sequence[Any], variables: Sequence[Any] | None = None) -> l
     Raises:
         LossScaleError: If one cannot be the gradient of its variable.
     """
-    room = backend.current()
-    if variables is not None and room.are_gradients(grads, variables):
+    framework = backend.current()
+    if variables is not None and framework.are_gradients(grads, variables):
         return list(grads)
     known = [None] * len(grads) if variables is None else variables
-    shapes = known if variables is None else room.shapes_of(variables)
+    shapes = known if variables is None else framework.shapes_of(variables)
     return [
-        g if g is None or room.is_gradient(g, shape) else _gradient(g, v, shape)
+        g if g is None or framework.is_gradient(g, shape) else _gradient(g, v, shape)
         for g, v, shape in zip(grads, known, shapes, strict=True)
     ]
 
 
 def _gradient(given: Any, variable: Any, shape: Any) -> Any:
-    room = backend.current()
-    values = room.dense_values(given)
+    framework = backend.current()
+    values = framework.dense_values(given)
     tensor = real_tensor(
         "A gradient", values, "" if variable is None else f" for {names([variable])}"
     )
@@ -199,7 +199,7 @@ def _gradient(given: Any, variable: Any, shape: Any) -> Any:
     if shape is None:
         return tensor
     wanted: Any = tuple(shape)
-    found: Any = room.static_shape(tensor)
+    found: Any = framework.static_shape(tensor)
     if found is None or (
         len(found) == len(wanted)
         and all(a in {None, b} for a, b in zip(found, wanted, strict=True))
@@ -334,7 +334,7 @@ def variables_of(optimizer: Any, grads: Sequence[Any], given: Sequence[Any] | No
     refuse_no_gradient(grads)
     if optimizer.built and not are_all_of(optimizer, variables):
         try:
-            optimizer._check_variables_are_known(variables)  # noqa: SLF001 - see keras_private
+            optimizer._check_variables_are_known(variables)  # noqa: SLF001 - see keras_internals
         except (AttributeError, ValueError) as error:  # TensorFlow asks for what a variable has
             raise LossScaleError(
                 "Unknown variable: the optimizer was built with others.",
@@ -540,9 +540,11 @@ def usable(schedule: Any) -> None:
         )
     if type(schedule).__module__.partition(".")[0] == "kerasmp":
         return
-    unknown = [name for name in schedule.measures if name not in MEASURES]
+    unknown = [name for name in schedule.measures if name not in STATISTICS]
     if unknown:
-        raise _no_rule(schedule, f"measures = {schedule.measures!r}", f"names among {[*MEASURES]}")
+        raise _no_rule(
+            schedule, f"measures = {schedule.measures!r}", f"names among {[*STATISTICS]}"
+        )
     for name in ("initial_scale", "min_scale", "max_scale"):
         if not hasattr(schedule, name):
             raise _no_rule(schedule, f"no attribute `{name}`", f"a number `{name}`")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.nested import is_stock, optimizers_in, standing_in
-from kerasmp.optimizer.unscaled import divided, takes_gradient_as_value
+from kerasmp.backend.nested import is_stock, optimizer_chain, standing_in
+from kerasmp.optimizer.unscaled_gradients import divided, takes_gradient_as_value
 
 if TYPE_CHECKING:
     from kerasmp.optimizer.step import Step
@@ -28,24 +28,28 @@ def divisors(inner: Any, step: Step) -> list[Any] | None:
     Returns:
         A scalar, at least 1, for each gradient; None for what is no gradient or not clipped.
     """
-    room = backend.current()
+    framework = backend.current()
     norm = inner.clipnorm or inner.global_clipnorm or 0
-    if norm <= 0 or not room.KEEPS_QUOTIENTS:
+    if norm <= 0 or not framework.KEEPS_QUOTIENTS:
         return None
-    if inner.gradient_accumulation_steps or optimizers_in(inner) != [inner] or not is_stock(inner):
+    if (
+        inner.gradient_accumulation_steps
+        or optimizer_chain(inner) != [inner]
+        or not is_stock(inner)
+    ):
         return None  # which clip later, or each by itself, or may clip otherwise
-    places = [
+    indices = [
         i
         for i, (g, v) in enumerate(zip(step.grads, step.variables, strict=True))
         if g is not None and not takes_gradient_as_value(v)
     ]
-    if not places:
+    if not indices:
         return None
-    norms = room.norms([step.grads[i] for i in places], step.scale)
+    norms = framework.norms([step.grads[i] for i in indices], step.scale)
     if not inner.clipnorm:
         norms = ops.full_like(norms, ops.sqrt(ops.sum(ops.square(norms))))
     found: list[Any] = [None] * len(step.grads)
-    for i, each in zip(places, ops.unstack(ops.maximum(norms / norm, 1)), strict=True):
+    for i, each in zip(indices, ops.unstack(ops.maximum(norms / norm, 1)), strict=True):
         found[i] = each
     return found
 

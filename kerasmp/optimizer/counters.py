@@ -24,15 +24,15 @@ def with_skip(counts: Any, cause: Any) -> Any:
         cause: Its cause, a position in `CAUSES`.
     """
     counts = ops.convert_to_tensor(counts)
-    place = ops.arange(len(COUNTERS))
+    index = ops.arange(len(COUNTERS))
     hit = ops.logical_or(
-        place == COUNTERS.index("skipped_steps"),
-        place == ops.cast(cause, place.dtype) + COUNTERS.index(CAUSES[0]),
+        index == COUNTERS.index("skipped_steps"),
+        index == ops.cast(cause, index.dtype) + COUNTERS.index(CAUSES[0]),
     )
     after = counts + ops.cast(hit, counts.dtype)
-    after = ops.where(place == COUNTERS.index("streak"), consecutive_skips(counts) + 1, after)
+    after = ops.where(index == COUNTERS.index("streak"), consecutive_skips(counts) + 1, after)
     applied = counts[COUNTERS.index("applied_steps")]
-    return ops.where(place == COUNTERS.index("applied_before_streak"), applied, after)
+    return ops.where(index == COUNTERS.index("applied_before_streak"), applied, after)
 
 
 def consecutive_skips(counts: Any) -> Any:

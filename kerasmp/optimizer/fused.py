@@ -10,11 +10,11 @@ import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.base import Weight
-from kerasmp.backend.keras_private import decays, moments
+from kerasmp.backend.keras_internals import decays, moments
 from kerasmp.backend.nested import has_replaced_methods
+from kerasmp.backend.protocol import Weight
 from kerasmp.loss_scale import FixedLossScale
-from kerasmp.optimizer.unscaled import divided
+from kerasmp.optimizer.unscaled_gradients import divided
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,16 +73,16 @@ class Fused:
             dtypes: Theirs.
         """
         inner = self.inner
-        room = backend.current()
+        framework = backend.current()
         if (
-            not room.is_one_replica()
+            not framework.is_one_replica()
             or (inner.use_ema or inner.gradient_accumulation_steps or inner.clipnorm)
             or (inner.clipvalue or getattr(inner, "amsgrad", False))
             or not all(isinstance(v, keras.Variable) for v in variables)
         ):
             return None
         # Where Keras would do to a variable nothing but what the update does.
-        suits = room.suits_kernels(grads, variables)
+        suits = framework.fits_fused_kernels(grads, variables)
         takes = [
             fits
             and dtype == "float32"
@@ -92,17 +92,17 @@ class Fused:
         ]
         # What Keras is given goes by no norm of others, and is not all None.
         apart = not inner.global_clipnorm and all(g is not None for g in grads)
-        if all(takes) or (any(takes) and apart and room.updates_apart()):
+        if all(takes) or (any(takes) and apart and framework.updates_apart()):
             return Fused(inner, takes)
         return None
 
     def __call__(self, step: Step, applied: Any) -> None:
         """Update the variables; see `Backend.run_step` for `applied`."""
-        inner, room = self.inner, backend.current()
+        inner, framework = self.inner, backend.current()
         rate = ops.cast(inner.learning_rate, "float32")
         divisor = step.scale
         if inner.global_clipnorm:
-            norm = ops.sqrt(room.squares(step.grads, divisor))
+            norm = ops.sqrt(framework.sum_of_squares(step.grads, divisor))
             divisor = divisor * ops.maximum(norm / inner.global_clipnorm, 1.0)
         decay = rate * inner.weight_decay if inner.weight_decay else None
         rows = list(zip(step.variables, step.grads, moments(inner, step.variables), strict=True))
@@ -112,14 +112,16 @@ class Fused:
             if takes
         ]
         if isinstance(inner, keras.optimizers.SGD):
-            room.sgd(weights, rate / divisor, inner.momentum, applied, nesterov=inner.nesterov)
+            framework.sgd(weights, rate / divisor, inner.momentum, applied, nesterov=inner.nesterov)
         else:
             number = ops.cast(inner.iterations + 1, "float32")
             powers = [
                 ops.power(ops.cast(b, "float32"), number) for b in (inner.beta_1, inner.beta_2)
             ]
             alpha = rate * ops.sqrt(1 - powers[1]) / (1 - powers[0])
-            room.adam(weights, divisor, alpha, (inner.beta_1, inner.beta_2), inner.epsilon, applied)
+            framework.adam(
+                weights, divisor, alpha, (inner.beta_1, inner.beta_2), inner.epsilon, applied
+            )
         if len(weights) < len(rows):
             others = [row for row, takes in zip(rows, self.takes, strict=True) if not takes]
             updates = [g if step.unscaled else divided(g, v, step.scale) for v, g, _ in others]

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.base import wide_dtype
+from kerasmp.backend.protocol import wide_dtype
 from kerasmp.optimizer.causes import all_finite, cause_of
 from kerasmp.optimizer.counters import APPLIED, skipped_last, with_skip
-from kerasmp.optimizer.measures import MEASURES
-from kerasmp.optimizer.unscaled import divided, takes_gradient_as_value
+from kerasmp.optimizer.gradient_statistics import STATISTICS
+from kerasmp.optimizer.unscaled_gradients import divided, takes_gradient_as_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ class Step:
         grads: One gradient, or None, for each variable.
         variables: The variables that they belong to.
         dtypes: Keras's name of the dtype of each variable.
-        positions: The place of each variable among those that the optimizer was built with.
+        positions: The index of each variable among those that the optimizer was built with.
         scale: What the gradients are to be divided by, a float32 scalar.
         scaled: Whether their loss was scaled; else the schedule has no part in the step, and stays.
         unscaled: Whether they are those of the unscaled loss already; `scale` is 1 then.
@@ -85,7 +85,7 @@ def finite_gradients(step: Step) -> Any:
     Where they are clipped by their norm, one that is too large to be squared is not finite either:
     of an infinite norm Keras makes NaN, or zeros.
     """
-    return _ask(step, backend.current().finite)
+    return _ask(step, backend.current().finite_per_tensor)
 
 
 def all_gradients_finite(step: Step) -> tuple[Any, Callable[[], Any]]:
@@ -95,8 +95,8 @@ def all_gradients_finite(step: Step) -> tuple[Any, Callable[[], Any]]:
 
 
 def _ask(step: Step, question: Callable[..., Any]) -> Any:
-    room = backend.current()
-    values = [room.dense_values(g) for g in step.grads if g is not None]
+    framework = backend.current()
+    values = [framework.dense_values(g) for g in step.grads if g is not None]
     kept = [d for g, d in zip(step.grads, step.dtypes, strict=True) if g is not None]
     if not values:  # of a frozen model
         values, kept = [ops.zeros((1,))], ["float32"]
@@ -136,7 +136,7 @@ def _after_update(schedule: LossScale, state: State, step: Step) -> State:
     def counted() -> dict[str, Any]:
         return before | {"step_counter": before["step_counter"] + 1}
 
-    after = backend.current().short_cut(before, schedule.only_counts, counted, moved)
+    after = backend.current().branch_if_cheap(before, schedule.only_counts, counted, moved)
     return _counted(state)._replace(schedule=after)
 
 
@@ -150,8 +150,8 @@ def _after_skip(schedule: LossScale, state: State, step: Step, finite: Any) -> S
     hit = ops.cast(ops.logical_not(finite), state.nonfinite_counts.dtype)
     positions = [p for p, g in zip(step.positions, step.grads, strict=True) if g is not None]
     if positions != list(range(state.nonfinite_counts.shape[0])):
-        places = ops.array(positions)[:, None]
-        hit = ops.scatter(places, hit, tuple(state.nonfinite_counts.shape))
+        indices = ops.array(positions)[:, None]
+        hit = ops.scatter(indices, hit, tuple(state.nonfinite_counts.shape))
     return State(_like(before, after), with_skip(state.counts, cause), state.nonfinite_counts + hit)
 
 
@@ -163,15 +163,15 @@ def _measured(schedule: LossScale, step: Step, scale: Any) -> dict[str, Any]:
     """Return what the schedule wants to know of the gradients."""
     if not schedule.measures:
         return {}
-    room = backend.current()
+    framework = backend.current()
     grads = [
-        room.dense_values(g)
+        framework.dense_values(g)
         for g, v in zip(step.grads, step.variables, strict=True)
         if g is not None and not takes_gradient_as_value(v)
     ]
     if step.unscaled:
         grads = [ops.cast(g, "float32") * scale for g in grads]
-    return {name: MEASURES[name](grads, scale) for name in schedule.measures}
+    return {name: STATISTICS[name](grads, scale) for name in schedule.measures}
 
 
 def with_known_loss(schedule: LossScale, before: State, after: State, loss_finite: Any) -> State:

@@ -1,4 +1,4 @@
-"""Makes layers follow the policies that were assigned to them, in place, and back."""
+"""Makes layers follow the policies that were assigned to them, in location, and back."""
 
 from __future__ import annotations
 

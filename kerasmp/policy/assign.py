@@ -9,7 +9,7 @@ import keras
 
 from kerasmp.backend.keras_graph import policy_of
 from kerasmp.errors import PolicyError
-from kerasmp.policy.places import Place, places
+from kerasmp.policy.locations import Location, locations
 from kerasmp.policy.safe import ATTENTION, is_ours, safe_rule
 from kerasmp.policy.spec import HALVES
 
@@ -78,7 +78,7 @@ class _Inherited(NamedTuple):
 
 
 def assign(
-    model: Any, policy: Policy, found: Iterable[tuple[Any, Place]] | None = None
+    model: Any, policy: Policy, found: Iterable[tuple[Any, Location]] | None = None
 ) -> list[Assignment]:
     """Decide which policy each layer of a model is to follow. Nothing is changed.
 
@@ -90,7 +90,7 @@ def assign(
     Args:
         model: A model. What is not built yet has no parts that could be found.
         policy: The policy.
-        found: What `places` yields of it, where that is known.
+        found: What `locations` yields of it, where that is known.
 
     Returns:
         One row for the model and for each layer in it, holders before what they hold.
@@ -106,28 +106,28 @@ def assign(
     """
     rows = []
     inherited: dict[int, _Inherited] = {}
-    for layer, place in places(model) if found is None else found:
+    for layer, location in locations(model) if found is None else found:
         if isinstance(layer, keras.layers.InputLayer):
             continue  # its dtype is the data's
-        above = inherited.get(id(place.holder), _Inherited())
+        above = inherited.get(id(location.holder), _Inherited())
         present = policy_of(layer)
-        claim, passed_on = _decide(layer, place, policy, above, str(present.name))
+        claim, passed_on = _decide(layer, location, policy, above, str(present.name))
         inherited[id(layer)] = passed_on
-        rows.append(Assignment(layer, place.path, present, *claim))
+        rows.append(Assignment(layer, location.path, present, *claim))
     return rows
 
 
 def _decide(
-    layer: Any, place: Place, policy: Policy, above: _Inherited, before: str
+    layer: Any, location: Location, policy: Policy, above: _Inherited, before: str
 ) -> tuple[_Claim, _Inherited]:
-    own, covers_inside = _by_user(layer, place, policy)
+    own, covers_inside = _by_user(layer, location, policy)
     by_user = own if own is not None and covers_inside else above.by_user
     why_kept = _why_kept(layer, above)
     looked_after = above.looked_after or (is_ours(layer) and isinstance(layer, ATTENTION))
     safe, by_safe = None, above.by_safe
     if policy.safe and policy.compute_dtype in HALVES:
-        place = place._replace(half=policy.compute_dtype)
-        rule = safe_rule(layer, place, looked_after=above.looked_after)
+        location = location._replace(half=policy.compute_dtype)
+        rule = safe_rule(layer, location, looked_after=above.looked_after)
         if rule is not None:
             hazard = "hazards" if "," in rule.hazard else "hazard"
             safe = _Claim("float32", f'"safe", {rule.name}: {rule.reason} ({hazard} {rule.hazard})')
@@ -144,13 +144,13 @@ def _decide(
     return claim, _Inherited(by_user, by_safe, kept, looked_after)
 
 
-def _by_user(layer: Any, place: Place, policy: Policy) -> tuple[_Claim | None, bool]:
+def _by_user(layer: Any, location: Location, policy: Policy) -> tuple[_Claim | None, bool]:
     """Return what the user's rules say of a layer, and whether that holds for what is inside."""
-    if place.path in policy.rules:
-        return _Claim(policy.rules[place.path].name, f'your rule "{place.path}"'), False
+    if location.path in policy.rules:
+        return _Claim(policy.rules[location.path].name, f'your rule "{location.path}"'), False
     claims = {}
     for key, answer in policy.rules.items():
-        if isinstance(key, str) and re.fullmatch(key, place.path):
+        if isinstance(key, str) and re.fullmatch(key, location.path):
             claims[f'your rule "{key}"'] = answer
         elif isinstance(key, type) and isinstance(layer, key):
             claims[f"your rule for the class {key.__name__}"] = answer
@@ -158,7 +158,7 @@ def _by_user(layer: Any, place: Place, policy: Policy) -> tuple[_Claim | None, b
         return None, False
     if len({answer.name for answer in claims.values()}) > 1:
         raise PolicyError(
-            f'Two rules claim the layer "{place.path}" with different answers.',
+            f'Two rules claim the layer "{location.path}" with different answers.',
             received=" and ".join(f"{name}: {str(p)!r}" for name, p in claims.items()),
             expected="rules that agree on each layer",
             fix="Make one of them narrower, or name the layer's exact path, which comes first.",

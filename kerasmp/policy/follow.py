@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kerasmp.backend.keras_private import flatten_layers
+from kerasmp.backend.keras_internals import flatten_layers
 from kerasmp.policy.apply import apply
 from kerasmp.policy.assign import assign
 

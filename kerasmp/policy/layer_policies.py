@@ -11,7 +11,7 @@ import keras
 from kerasmp.backend.keras_graph import policy_of
 from kerasmp.errors import ArgumentTypeError, PolicyError
 from kerasmp.policy.assign import Assignment
-from kerasmp.policy.places import Place, places
+from kerasmp.policy.locations import Location, locations
 from kerasmp.policy.safe import is_ours
 
 _INDENT = "  "
@@ -123,22 +123,22 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
         """
         present = _places(model)
         names = {_plain(layer.name) for layer, _ in present}
-        for wanted, (layer, place) in zip(self, present, strict=False):
+        for wanted, (layer, location) in zip(self, present, strict=False):
             same = _plain(layer.name) == _plain(wanted.name) or (
                 names_may_be_lost and _plain(wanted.name) not in names
             )
             # What the model itself is called, and whether it is one of ours, is the same to us.
-            same = same and place.depth == wanted.depth and _is_a(layer, wanted.class_name)
-            if place.depth and not same:
-                raise _misfit(str(wanted).strip(), f'"{place.path}" ({_class_name(layer)})')
+            same = same and location.depth == wanted.depth and _is_a(layer, wanted.class_name)
+            if location.depth and not same:
+                raise _misfit(str(wanted).strip(), f'"{location.path}" ({_class_name(layer)})')
         if len(present) > len(self):
-            layer, place = present[len(self)]
-            raise _misfit("no further layer", f'"{place.path}" ({_class_name(layer)})')
+            layer, location = present[len(self)]
+            raise _misfit("no further layer", f'"{location.path}" ({_class_name(layer)})')
         if len(present) < len(self):
             raise _misfit(str(self[len(present)]).strip(), "no further layer")
         rows = [
-            Assignment(layer, place.path, policy_of(layer), wanted.policy, "the text")
-            for wanted, (layer, place) in zip(self, present, strict=True)
+            Assignment(layer, location.path, policy_of(layer), wanted.policy, "the text")
+            for wanted, (layer, location) in zip(self, present, strict=True)
         ]
         for row in rows:
             _ = row.policy_after  # raises where there is no such policy
@@ -152,23 +152,23 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
         """
         return {
             id(layer)
-            for wanted, (layer, place) in zip(self, _places(model), strict=False)
-            if place.depth and wanted.class_name.startswith(_OURS) and not is_ours(layer)
+            for wanted, (layer, location) in zip(self, _places(model), strict=False)
+            if location.depth and wanted.class_name.startswith(_OURS) and not is_ours(layer)
         }
 
     def __str__(self) -> str:
         return "\n".join(map(str, self))
 
 
-def policies_at(found: Iterable[tuple[Any, Place]]) -> LayerPolicies:
+def policies_at(found: Iterable[tuple[Any, Location]]) -> LayerPolicies:
     """Return the policies that layers have now.
 
     Args:
-        found: What `kerasmp.policy.places.places` yields of a model.
+        found: What `kerasmp.policy.locations.locations` yields of a model.
     """
     return LayerPolicies(
-        LayerPolicy(place.depth, layer.name, _class_name(layer), str(policy_of(layer).name))
-        for layer, place in found
+        LayerPolicy(location.depth, layer.name, _class_name(layer), str(policy_of(layer).name))
+        for layer, location in found
         if not isinstance(layer, keras.layers.InputLayer)
     )
 
@@ -200,7 +200,7 @@ def read(text: str, *, may_be_unknown: bool = False) -> LayerPolicies:
     return LayerPolicies(rows)
 
 
-def _places(model: Any) -> list[tuple[Any, Place]]:
+def _places(model: Any) -> list[tuple[Any, Location]]:
     if not isinstance(model, keras.Layer):
         raise ArgumentTypeError(
             "Only the layers of a Keras model have policies.",
@@ -209,7 +209,9 @@ def _places(model: Any) -> list[tuple[Any, Place]]:
             fix="Pass the model itself.",
         )
     is_input = keras.layers.InputLayer
-    return [(layer, place) for layer, place in places(model) if not isinstance(layer, is_input)]
+    return [
+        (layer, location) for layer, location in locations(model) if not isinstance(layer, is_input)
+    ]
 
 
 def _class_name(layer: Any) -> str:

@@ -22,14 +22,14 @@ from kerasmp.backend import (
     sums_rows_narrowly,
 )
 from kerasmp.backend.keras_graph import children, graph_of
-from kerasmp.backend.keras_private import flatten_layers
-from kerasmp.policy.places import SPECTRA, takers_in
+from kerasmp.backend.keras_internals import flatten_layers
+from kerasmp.policy.locations import SPECTRA, takers_in
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kerasmp.policy.places import Place
+    from kerasmp.policy.locations import Location
 
 layers = keras.layers
 
@@ -90,32 +90,32 @@ class SafeRule(NamedTuple):
     name: str
     hazard: str
     reason: str
-    claims: Callable[[Any, Place], bool]
+    claims: Callable[[Any, Location], bool]
     inside: bool = False
     ours: bool = False
     takes: bool = False
 
 
-def safe_rule(layer: Any, place: Place, *, looked_after: bool = False) -> SafeRule | None:
+def safe_rule(layer: Any, location: Location, *, looked_after: bool = False) -> SafeRule | None:
     """Return the first rule that claims a layer, or None.
 
     Args:
         layer: A layer.
-        place: Where it stands.
+        location: Where it stands.
         looked_after: Whether the layer that holds it looks after it.
 
     Example:
 
-    >>> from kerasmp.policy.places import Place
-    >>> safe_rule(keras.layers.Softmax(), Place("softmax")).hazard
+    >>> from kerasmp.policy.locations import Location
+    >>> safe_rule(keras.layers.Softmax(), Location("softmax")).hazard
     '3, 14, 18, 19'
-    >>> safe_rule(keras.layers.Dense(2), Place("dense")) is None
+    >>> safe_rule(keras.layers.Dense(2), Location("dense")) is None
     True
     """
     ours = is_ours(layer)
     looked_after = looked_after or (ours and getattr(layer, "gives_float32", False))
     rules = (rule for rule in RULES if (rule.ours or not ours) and (rule.takes or not looked_after))
-    return next((rule for rule in rules if rule.claims(layer, place)), None)
+    return next((rule for rule in rules if rule.claims(layer, location)), None)
 
 
 def is_ours(layer: Any) -> bool:
@@ -177,89 +177,89 @@ def drops_another_share(rate: float, half: str) -> bool:
     return abs(share_dropped(rate, half) - rate) > _SHARE_OFF * min(rate, 1 - rate)
 
 
-def _is(*classes: type) -> Callable[[Any, Place], bool]:
+def _is(*classes: type) -> Callable[[Any, Location], bool]:
     return lambda layer, _: isinstance(layer, classes)
 
 
-def _has_no_kernel(layer: Any, place: Place) -> bool:
-    return isinstance(layer, layers_without_kernel(place.half))
+def _has_no_kernel(layer: Any, location: Location) -> bool:
+    return isinstance(layer, layers_without_kernel(location.half))
 
 
-def _makes_or_takes_spectra(layer: Any, place: Place) -> bool:
-    return isinstance(layer, SPECTRA) or place.spectra
+def _makes_or_takes_spectra(layer: Any, location: Location) -> bool:
+    return isinstance(layer, SPECTRA) or location.spectra
 
 
-def _is_head(layer: Any, place: Place) -> bool:
+def _is_head(layer: Any, location: Location) -> bool:
     # What a user's layer with layers inside gives back is theirs to say: no rule can reach it.
     own = type(layer).__module__.partition(".")[0] not in {"keras", _PACKAGE}
-    return place.final and not (own and children(layer))
+    return location.final and not (own and children(layer))
 
 
-def _sums_outputs(layer: Any, _: Place) -> bool:
+def _sums_outputs(layer: Any, _: Location) -> bool:
     if isinstance(layer, layers.ActivityRegularization):
         return not is_ours(layer)
     return getattr(layer, "activity_regularizer", None) is not None
 
 
-def _is_scores_part(layer: Any, place: Place) -> bool:
+def _is_scores_part(layer: Any, location: Location) -> bool:
     """With a float32 query the scores are float32; keys, values and the output stay as they are."""
     # Torch alone does not multiply a float32 tensor with a float16 one.
     projections = ("query",) if multiplies_mixed() else ("query", "key", "value")
-    return isinstance(place.holder, ATTENTION) and (
+    return isinstance(location.holder, ATTENTION) and (
         isinstance(layer, (layers.Softmax, layers.Dropout)) or layer.name in projections
     )
 
 
-def _has_large_window(layer: Any, _: Place) -> bool:
+def _has_large_window(layer: Any, _: Location) -> bool:
     return isinstance(layer, POOLING) and math.prod(layer.pool_size) > LARGEST_WINDOW
 
 
-def _may_be_masked(layer: Any, place: Place) -> bool:
-    return isinstance(layer, layers.GlobalAveragePooling1D) and place.masked is not False
+def _may_be_masked(layer: Any, location: Location) -> bool:
+    return isinstance(layer, layers.GlobalAveragePooling1D) and location.masked is not False
 
 
-def _interpolates(layer: Any, _: Place) -> bool:
+def _interpolates(layer: Any, _: Location) -> bool:
     return isinstance(layer, (layers.UpSampling2D, layers.Resizing)) and (
         layer.interpolation != "nearest"
     )
 
 
-def _takes_rows(layer: Any, _: Place) -> bool:
+def _takes_rows(layer: Any, _: Location) -> bool:
     return isinstance(layer, layers.Embedding) and sums_rows_narrowly()
 
 
-def _steps_through_time(layer: Any, _: Place) -> bool:
+def _steps_through_time(layer: Any, _: Location) -> bool:
     parts = flatten_layers(layer) if isinstance(layer, layers.RNN) else []
     return any(isinstance(part, STEPPING) for part in parts)
 
 
-def _ends_in_probabilities(layer: Any, _: Place) -> bool:
+def _ends_in_probabilities(layer: Any, _: Location) -> bool:
     return isinstance(layer, ACTIVATED) and activation_name(layer) in PROBABILITIES
 
 
-def _is_unsafe_activation(layer: Any, _: Place) -> bool:
+def _is_unsafe_activation(layer: Any, _: Location) -> bool:
     return isinstance(layer, layers.Activation) and activation_name(layer) in UNSAFE_ACTIVATIONS
 
 
-def _masks_nothing(layer: Any, place: Place) -> bool:
-    return isinstance(layer, layers.Masking) and loses_mask_value(layer.mask_value, place.half)
+def _masks_nothing(layer: Any, location: Location) -> bool:
+    return isinstance(layer, layers.Masking) and loses_mask_value(layer.mask_value, location.half)
 
 
-def _rounds_data(layer: Any, place: Place) -> bool:
+def _rounds_data(layer: Any, location: Location) -> bool:
     # Models with a graph hand their inputs on as they come.
     inside = takers_in(layer) if graph_of(layer) is None else []
     return any(
-        not isinstance(each, layers.Masking) or _is_rounded(each.mask_value, place.half)
-        for each in (*inside, *place.feeds)
+        not isinstance(each, layers.Masking) or _is_rounded(each.mask_value, location.half)
+        for each in (*inside, *location.feeds)
         if each is not layer
     )
 
 
-def _drops_another_share(layer: Any, place: Place) -> bool:
-    return isinstance(layer, layers.Dropout) and drops_another_share(layer.rate, place.half)
+def _drops_another_share(layer: Any, location: Location) -> bool:
+    return isinstance(layer, layers.Dropout) and drops_another_share(layer.rate, location.half)
 
 
-def _makes_noise(layer: Any, _: Place) -> bool:
+def _makes_noise(layer: Any, _: Location) -> bool:
     return isinstance(layer, NOISE) and makes_noise_in_own_dtype()
 
 

@@ -31,7 +31,7 @@ def watched(layer, *names):
 
         return recorded
 
-    cls = type("Watched", (type(layer),), {name: recorder(name) for name in names})
+    cls = type("Profile", (type(layer),), {name: recorder(name) for name in names})
     return cls.from_config(layer.get_config()), calls
 
 

@@ -19,7 +19,7 @@ def test_no_layer_is_forgotten():
 
 def test_each_of_ours_is_a_subclass_of_the_stock_layer_of_its_name():
     for name in set(mp.layers.__all__) - WITHOUT_A_TWIN:
-        stock, ours = (getattr(room, name) for room in (keras.layers, mp.layers))
+        stock, ours = (getattr(package, name) for package in (keras.layers, mp.layers))
         assert issubclass(ours, stock), name
         assert ours is not stock, name
     assert not [name for name in WITHOUT_A_TWIN if hasattr(keras.layers, name)]
@@ -36,7 +36,7 @@ def missing(own, stock):
 
 def test_a_method_of_ours_takes_what_that_of_the_stock_layer_takes():
     for name in set(mp.layers.__all__) - WITHOUT_A_TWIN:
-        stock, ours = (getattr(room, name) for room in (keras.layers, mp.layers))
+        stock, ours = (getattr(package, name) for package in (keras.layers, mp.layers))
         for method in {
             x for base in ours.__mro__ if "kerasmp" in base.__module__ for x in vars(base)
         }:

@@ -198,7 +198,9 @@ def test_more_than_a_few_are_counted():
 def test_taking_back_after_an_error_midway_leaves_all_as_it_was(monkeypatch):
     first, second = dense(), dense("second")
     before = [v.value for v in (*first.variables, *second.variables)]
-    carried_out = sys.modules[change_variables.__module__]  # `convert` of its room is the function
+    carried_out = sys.modules[
+        change_variables.__module__
+    ]  # `convert` of its package is the function
     change = carried_out.set_variable_dtype
 
     def failing(variable, dtype):

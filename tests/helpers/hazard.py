@@ -60,9 +60,9 @@ class Hazard:
         arguments["dtype"] = "float64" if contestant == "reference" else f"mixed_{half}"
         if contestant == "ours" and self.rules:
             return self._converted(getattr(keras.layers, self.layer)(**arguments), half)
-        room = {"ours": safe, "best": best}.get(contestant, keras.layers)
+        package = {"ours": safe, "best": best}.get(contestant, keras.layers)
         name = self.ours if contestant == "ours" and self.ours else self.layer
-        return getattr(room, name)(**arguments)
+        return getattr(package, name)(**arguments)
 
     def _converted(self, layer, half):
         """Give a layer, within a model, the policy that the rules "safe" find for it."""

@@ -6,7 +6,7 @@ import sys
 # Of the backend what changes models; the rest only looks, thousands of times.
 WATCHED = (
     *("kerasmp.conversion", "kerasmp.policy", "kerasmp.layers", "kerasmp.model"),
-    *(f"kerasmp.backend.{name}" for name in ("keras_graph", "keras_private", "variable_dtypes")),
+    *(f"kerasmp.backend.{name}" for name in ("keras_graph", "keras_internals", "variable_dtypes")),
 )
 
 

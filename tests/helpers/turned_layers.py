@@ -6,7 +6,7 @@ from helpers.flattened import flatten_layers
 
 import kerasmp as mp
 from kerasmp.backend.keras_graph import policy_of
-from kerasmp.backend.keras_private import autocasts, own_variables
+from kerasmp.backend.keras_internals import autocasts, own_variables
 
 layers = keras.layers
 # Our class of each stock one that has a counterpart.

@@ -7,7 +7,7 @@ import keras.src.backend as keras_backend
 from helpers.flattened import flatten_layers
 
 _MISSING = object()
-_ROOMS = {"keras", "kerasmp"}
+_PACKAGES = {"keras", "kerasmp"}
 
 
 @contextlib.contextmanager
@@ -28,8 +28,8 @@ def changes(*layers):
                         found.add(f"{name}.{key}")
 
     def profile(frame, event, _):
-        room = frame.f_globals.get("__name__", "").partition(".")[0]
-        if event in {"call", "return"} and room in _ROOMS:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if event in {"call", "return"} and package in _PACKAGES:
             look()
 
     sys.setprofile(profile)

@@ -16,9 +16,9 @@ from kerasmp import layers
 ALPHAS = -(0.375 * 2 * 112 * 112)
 
 
-def gradient_of_alpha(room, mode):
+def gradient_of_alpha(package, mode):
     x, dy = rounded(np.full((2, 112, 112, 1), -1.0)), rounded(np.full((2, 112, 112, 1), 0.375))
-    layer = room.PReLU(shared_axes=[1, 2], dtype="mixed_float16")
+    layer = package.PReLU(shared_axes=[1, 2], dtype="mixed_float16")
     layer.build(x.shape)
 
     def loss(alpha):
@@ -139,13 +139,13 @@ def test_a_stock_penalty_overflows():
     assert not np.isfinite(numpy_of(stock.losses[0]))
 
 
-def trained_with_a_penalty(room):
+def trained_with_a_penalty(package):
     """Return the loss of one step, to which 0.1 * 8 * 4² is added."""
     model = keras.Sequential(
         [
             keras.Input((4,)),
             keras.layers.Dense(8, dtype="mixed_float16", kernel_initializer="ones"),
-            room.ActivityRegularization(l2=0.1, dtype="mixed_float16"),
+            package.ActivityRegularization(l2=0.1, dtype="mixed_float16"),
             keras.layers.Dense(1, dtype="float32"),
         ]
     )

@@ -217,9 +217,9 @@ def test_a_layer_of_ours_is_quantized_as_a_stock_one(cls):
         ),
     }[cls]
     found = []
-    for room in (layers, keras.layers):
+    for package in (layers, keras.layers):
         keras.utils.set_random_seed(0)
-        layer = getattr(room, cls)(**arguments, dtype="mixed_bfloat16")
+        layer = getattr(package, cls)(**arguments, dtype="mixed_bfloat16")
         layer(x)
         layer.quantize("int8")
         assert layer.quantization_mode == "int8"

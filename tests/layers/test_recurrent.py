@@ -161,8 +161,8 @@ def test_gradients_of_kernels_are_summed_over_the_steps_in_float32(name, mode):
     upstream = np.full((1, 64, 1), 2.0)
     upstream[:, -1] = 2.0**13
     found = []
-    for room, dtype in ((keras.layers, "float32"), (layers, "mixed_float16")):
-        layer = getattr(room, name)(
+    for package, dtype in ((keras.layers, "float32"), (layers, "mixed_float16")):
+        layer = getattr(package, name)(
             1,
             activation="linear",
             recurrent_activation=half,
@@ -385,7 +385,9 @@ class Holding(keras.layers.Layer):
 def test_a_cell_may_hold_a_layer_that_has_a_loop_of_its_own(name):
     x = sequences()
     keras.config.set_dtype_policy("mixed_float16")
-    ours, stock = (room.RNN(Holding(getattr(room, name)(UNITS))) for room in (layers, keras.layers))
+    ours, stock = (
+        package.RNN(Holding(getattr(package, name)(UNITS))) for package in (layers, keras.layers)
+    )
     for layer in (ours, stock):
         layer.build(x.shape)
     stock.set_weights(ours.get_weights())

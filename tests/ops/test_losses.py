@@ -209,7 +209,9 @@ def test_gradients_of_other_losses_are_within_four_times_the_best(name, cases, m
 def test_losses_of_float32_are_those_of_keras():
     p = ops.convert_to_tensor(softmax(draw(0, (6, 5))).astype("float32"))
     hot = ops.cast(ONE_HOT, "float32")
-    ours, stock = (room.categorical_crossentropy(hot, p) for room in (kerasmp.ops, ops))
+    ours, stock = (package.categorical_crossentropy(hot, p) for package in (kerasmp.ops, ops))
     np.testing.assert_array_equal(numpy_of(ours), numpy_of(stock))
-    ours, stock = (room.sparse_categorical_crossentropy(LABELS, p) for room in (kerasmp.ops, ops))
+    ours, stock = (
+        package.sparse_categorical_crossentropy(LABELS, p) for package in (kerasmp.ops, ops)
+    )
     np.testing.assert_array_equal(numpy_of(ours), numpy_of(stock))

@@ -143,7 +143,7 @@ def test_dtypes_are_those_of_keras(name, dtype):
         return
     x = ops.ones((1, 4, 4, 1), dtype)
     argument = {"pool_size": 2, "strides": 2} if name == "average_pool" else {"axis": 1}
-    ours, stock = (getattr(room, name)(x, **argument) for room in (kerasmp.ops, ops))
+    ours, stock = (getattr(package, name)(x, **argument) for package in (kerasmp.ops, ops))
     assert ours.dtype == stock.dtype
     symbol = keras.KerasTensor((1, 4, 4, 1), dtype)
     assert getattr(kerasmp.ops, name)(symbol, **argument).dtype == keras.backend.standardize_dtype(

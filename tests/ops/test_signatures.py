@@ -15,10 +15,12 @@ pytestmark = pytest.mark.unit
 
 
 def of_keras(name):
-    """Return Keras's function of that name: that of the room that ours says it follows."""
+    """Return Keras's function of that name: that of the package that ours says it follows."""
     activations = hasattr(keras.activations, name) and name not in {"softmax", "log_softmax"}
     first = keras.activations if activations else ops
-    return next(getattr(room, name) for room in (first, ops, keras.losses) if hasattr(room, name))
+    return next(
+        getattr(package, name) for package in (first, ops, keras.losses) if hasattr(package, name)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

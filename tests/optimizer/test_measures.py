@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from kerasmp.optimizer.measures import gradient_max, underflow
+from kerasmp.optimizer.gradient_statistics import gradient_max, underflow
 
 pytestmark = pytest.mark.unit
 

@@ -14,7 +14,7 @@ from helpers.stepping import (
 )
 from keras import ops
 
-from kerasmp.backend.nested import optimizers_in
+from kerasmp.backend.nested import optimizer_chain
 from kerasmp.errors import LossScaleError
 from kerasmp.optimizer import LossScaleOptimizer
 
@@ -45,10 +45,10 @@ def test_all_are_found_each_once():
     inmost, listed = keras.optimizers.SGD(), keras.optimizers.Adam()
     outer = Outer(Outer(inmost))
     outer.more = [listed, {"again": inmost}]
-    assert {id(o) for o in optimizers_in(outer)} == {
+    assert {id(o) for o in optimizer_chain(outer)} == {
         id(o) for o in (outer, outer.worker, inmost, listed)
     }
-    assert len(optimizers_in(outer)) == 4
+    assert len(optimizer_chain(outer)) == 4
 
 
 def test_its_own_scale_is_refused_before_anything_is_made():

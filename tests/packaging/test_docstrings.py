@@ -45,21 +45,21 @@ def test_every_public_name_has_a_docstring_with_an_example():
 
 @pytest.mark.unit
 @pytest.mark.parametrize(
-    ("room", "parts"),
+    ("package", "parts"),
     [
         (kerasmp.layers, ("Args:", "Output shape:")),
         (kerasmp.ops, ("Args:", "shape", "Returns:|the result has both")),
     ],
 )
-def test_numerics_have_an_example_that_is_run_and_say_what_comes_in_and_out(room, parts):
+def test_numerics_have_an_example_that_is_run_and_say_what_comes_in_and_out(package, parts):
     bare = [
         (name, part)
-        for name, thing in public(room)
+        for name, thing in public(package)
         for part in parts
         if not re.search(part, thing.__doc__ or "")
     ]
     assert not bare
-    assert not [name for name, thing in public(room) if not is_run(thing)]
+    assert not [name for name, thing in public(package) if not is_run(thing)]
 
 
 def is_run(thing):

@@ -25,8 +25,11 @@ def files():
             check=True,
         ).stdout.split("\0")
         return [ROOT / name for name in listed if name and (ROOT / name).is_file()]
-    rooms = ["kerasmp", "tests", "examples", "docs", "benchmarks"]
-    return [*ROOT.glob("*.*"), *(file for room in rooms for file in (ROOT / room).rglob("*.*"))]
+    packages = ["kerasmp", "tests", "examples", "docs", "benchmarks"]
+    return [
+        *ROOT.glob("*.*"),
+        *(file for package in packages for file in (ROOT / package).rglob("*.*")),
+    ]
 
 
 def test_no_file_mentions_a_place_outside():

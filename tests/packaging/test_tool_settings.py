@@ -51,11 +51,11 @@ def unexplained(lines):
     return bare
 
 
-@pytest.mark.parametrize("room", ["kerasmp", "tests", "examples", "benchmarks", ".ci"])
-def test_each_silenced_line_has_a_reason(room):
+@pytest.mark.parametrize("package", ["kerasmp", "tests", "examples", "benchmarks", ".ci"])
+def test_each_silenced_line_has_a_reason(package):
     bare = [
         f"{file.relative_to(ROOT)}:{line}"
-        for file in sorted((ROOT / room).rglob("*.py"))
+        for file in sorted((ROOT / package).rglob("*.py"))
         if file != Path(__file__) and "work" not in file.relative_to(ROOT).parts
         for line in unexplained(file.read_text(encoding="utf-8").splitlines())
     ]

@@ -70,11 +70,11 @@ def test_what_a_layer_applies_counts_whoever_makes_it(name, given):
 
 
 @pytest.mark.parametrize("wrapper", [mp.layers.SpectralNormalization, keras.layers.TimeDistributed])
-@pytest.mark.parametrize("room", [mp.layers, keras.layers])
-def test_what_a_wrapper_holds_is_seen(wrapper, room):
-    inside = room.Dense(3, activation="softmax")
+@pytest.mark.parametrize("package", [mp.layers, keras.layers])
+def test_what_a_wrapper_holds_is_seen(wrapper, package):
+    inside = package.Dense(3, activation="softmax")
     inputs = keras.Input((5, 6))
     outputs = keras.layers.ReLU()(keras.layers.ReLU()(wrapper(inside)(inputs)))
     after = {type(row.layer): row.after for row in rows(keras.Model(inputs, outputs))}
-    assert after[room.Dense] == "float32"
+    assert after[package.Dense] == "float32"
     assert after[wrapper] == "mixed_float16"

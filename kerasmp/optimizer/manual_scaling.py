@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from kerasmp import backend
 from kerasmp.optimizer import arguments
-from kerasmp.optimizer.unscaled import belonging_to, divided, number_of
+from kerasmp.optimizer.unscaled_gradients import belonging_to, divided, number_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kerasmp.optimizer.wrapper import LossScaleOptimizer
+    from kerasmp.optimizer.loss_scale_optimizer import LossScaleOptimizer
 
 
 def get_scaled_loss(self: LossScaleOptimizer, loss: Any) -> Any:
@@ -60,7 +60,7 @@ def get_unscaled_gradients(
     scale = self.scale_here("get_unscaled_gradients")
     known = self.target_variables if self.built else ()
     variables = belonging_to(grads, trainable_variables, known)
-    self.pending.unscaled.set(*backend.current().place(), number_of(grads))
+    self.pending.unscaled.set(*backend.current().trace_context(), number_of(grads))
     return [divided(g, v, scale) for g, v in zip(grads, variables, strict=True)]
 
 

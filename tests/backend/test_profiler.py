@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from kerasmp.backend import current
-from kerasmp.backend.products import COUNTS
-from kerasmp.backend.watched import watched
+from kerasmp.backend.flops import COUNTS
+from kerasmp.backend.profiler import profile
 
 layers, ops = keras.layers, keras.ops
 
@@ -35,7 +35,7 @@ def test_every_product_is_found_in_this_keras():
 def test_everything_is_put_back_after_an_error():
     before = held()
     layer = Calling(lambda x: len(x.shape) // 0)
-    with pytest.raises(ZeroDivisionError), watched():  # noqa: PT012 - what it does meanwhile counts
+    with pytest.raises(ZeroDivisionError), profile():  # noqa: PT012 - what it does meanwhile counts
         changed = held()
         assert sum(changed[key] != value for key, value in before.items()) > 2 * len(COUNTS)
         layer(ops.ones((1, 2)))
@@ -55,7 +55,7 @@ class Calling(layers.Layer):
 
 def seen_of(function, *shape, dtype="float32"):
     layer = Calling(function, dtype=dtype)
-    with watched() as seen:
+    with profile() as seen:
         layer(ops.ones(shape))
     return [numbers.get(id(layer)) for numbers in (seen.multiply_adds, seen.cast_bytes)]
 
@@ -122,7 +122,7 @@ def test_a_variable_is_cast_each_time_that_it_is_read(autocast):
     layer = Reader(dtype="mixed_float16")
     layer.build((1, 5))
     x = ops.ones((1, 5), "float16")
-    with watched() as seen:
+    with profile() as seen:
         layer(x)
     assert seen.cast_bytes[id(layer)] == 2 * 5 * 2
 
@@ -132,7 +132,7 @@ def test_outputs_are_counted_once():
     model = keras.Sequential(
         [keras.Input((4,)), inner, layers.Dropout(0.5), layers.Reshape((3, 1))]
     )
-    with watched() as seen:
+    with profile() as seen:
         model(np.ones((2, 4), "float32"))
     handed_on = [seen.output_bytes[id(layer)] for layer in (model, model.layers[1])]
     assert handed_on == [0, 0]
@@ -153,7 +153,7 @@ def test_threads_that_watch_at_once_see_their_own_and_leave_keras_as_it_was():
         layer(ops.ones((number, 4)))
         return seen_of(lambda x: ops.matmul(x, ops.ones((4, 5))), number, 4)[0]
 
-    with watched() as seen:
+    with profile() as seen:
         assert in_a_thread(lambda: rows(2)) == {"float32": 2 * 4 * 5}
         # The other one has ended, and this one goes on.
         layer(ops.ones((1, 4)))
@@ -165,7 +165,7 @@ def test_a_module_of_keras_that_is_imported_meanwhile_keeps_nothing():
     module = types.ModuleType("keras.late")
     sys.modules["keras.late"] = module
     try:
-        with watched():
+        with profile():
             module.cast = keras_backend.cast
         assert module.cast is keras_backend.cast
     finally:
@@ -184,7 +184,7 @@ def test_a_tf_function_is_seen_into_and_stays_compiled_in_other_threads():
         return tf.matmul(x, x)
 
     layer = Calling(multiplied)
-    with watched() as seen:
+    with profile() as seen:
         layer(ops.ones((3, 3)))
         in_a_thread(lambda: layer(ops.ones((3, 3))))
     assert seen.multiply_adds[id(layer)] == {"float32": 3 * 3 * 3}
@@ -192,6 +192,6 @@ def test_a_tf_function_is_seen_into_and_stays_compiled_in_other_threads():
 
 
 def test_what_is_no_layers_is_not_counted():
-    with watched() as seen:
+    with profile() as seen:
         ops.cast(ops.matmul(ops.ones((2, 3)), ops.ones((3, 4))), "float16")
     assert not any((seen.multiply_adds, seen.cast_bytes, seen.output_bytes))

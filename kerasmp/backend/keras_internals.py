@@ -1,7 +1,7 @@
 """Every name that kerasmp takes from Keras's private modules, each with the reason.
 
 `tests/backend/test_keras_private.py` tells when one of them moves. It also watches the private
-attributes that kerasmp's subclasses inherit and read on themselves, where no other room could:
+attributes that kerasmp's subclasses inherit and read on themselves, where no other package could:
 `_trainable_variables`, `_variables`, `_get_variable_index` and `_check_variables_are_known` of
 `keras.optimizers.Optimizer`, for which there is no public reader.
 """
@@ -23,7 +23,7 @@ from keras.src.backend.common.variables import AutocastScope
 from keras.src.models.functional import Functional
 from keras.src.models.model import functional_init_arguments
 
-from kerasmp.backend.nested import optimizers_in
+from kerasmp.backend.nested import optimizer_chain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -121,7 +121,7 @@ def weights_and_averages(optimizer: Any) -> list[tuple[Any, Any]]:
     """
     return [
         (variable, average)
-        for inside in optimizers_in(optimizer)
+        for inside in optimizer_chain(optimizer)
         if inside.use_ema and inside.built
         for variable, average in zip(
             inside._trainable_variables,  # noqa: SLF001
@@ -163,8 +163,8 @@ def moments(optimizer: Any, variables: Sequence[Any]) -> list[tuple[Any, ...]]:
     if not lists:
         return [()] * len(variables)
     if not are_all_of(optimizer, variables):
-        places = [optimizer._get_variable_index(v) for v in variables]  # noqa: SLF001
-        lists = [[each[place] for place in places] for each in lists]
+        indices = [optimizer._get_variable_index(v) for v in variables]  # noqa: SLF001
+        lists = [[each[index] for index in indices] for each in lists]
     return list(zip(*lists, strict=True))
 
 
@@ -205,7 +205,7 @@ def learning_rate_numbers(optimizer: Any) -> list[float]:
     Publicly a schedule would be asked for the one of now. In a trace none can be read.
     """
     found = []
-    for inside in optimizers_in(optimizer):
+    for inside in optimizer_chain(optimizer):
         rate = inside._learning_rate  # noqa: SLF001 - see above
         if isinstance(rate, keras.Variable):
             with contextlib.suppress(Exception):  # each framework has its own for a trace
@@ -226,14 +226,14 @@ def unchanged_if_it_fails(optimizers: Sequence[Any]) -> Iterator[None]:
     try:
         yield
     except BaseException:  # an interrupt, too
-        for each, attributes, number, places in kept:
+        for each, attributes, number, indices in kept:
             for variable in each._variables[number:]:  # noqa: SLF001
                 each._untrack_variable(variable)  # noqa: SLF001
             for name in vars(each).keys() - attributes.keys():
                 del vars(each)[name]
             vars(each).update(attributes)
             each._trainable_variables_indices.clear()  # noqa: SLF001
-            each._trainable_variables_indices.update(places)  # noqa: SLF001
+            each._trainable_variables_indices.update(indices)  # noqa: SLF001
         raise
 
 
@@ -244,7 +244,7 @@ def learning_rate_schedules(optimizer: Any) -> list[tuple[Any, Any]]:
     """
     return [
         (inside, inside._learning_rate)  # noqa: SLF001
-        for inside in optimizers_in(optimizer)
+        for inside in optimizer_chain(optimizer)
         if isinstance(inside._learning_rate, LearningRateSchedule)  # noqa: SLF001
     ]
 
@@ -256,7 +256,7 @@ def learning_rate_functions(optimizer: Any) -> list[tuple[Any, Any]]:
     """
     return [
         (inside, inside._learning_rate)  # noqa: SLF001
-        for inside in optimizers_in(optimizer)
+        for inside in optimizer_chain(optimizer)
         if callable(inside._learning_rate)  # noqa: SLF001
         and not isinstance(inside._learning_rate, LearningRateSchedule)  # noqa: SLF001
     ]

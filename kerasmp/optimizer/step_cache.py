@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kerasmp.backend.keras_private import learning_rate_functions
-from kerasmp.backend.nested import optimizers_in, standing_in
+from kerasmp.backend.keras_internals import learning_rate_functions
+from kerasmp.backend.nested import optimizer_chain, standing_in
 from kerasmp.optimizer.causes import Forgetful
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _PLAIN = (numbers.Number, str, type(None))
 _KEPT_STEPS = 16
 
 
-class CompiledSteps(Forgetful):
+class StepCache(Forgetful):
     """Eager steps that JAX has compiled, by what they depend on; the last few that were used."""
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ def kept_by_a_trace(optimizer: Any) -> tuple[Any, ...]:
         All attributes: numbers, names and lists of them by value, anything else by identity.
     """
     kept: list[Any] = []
-    for inside in optimizers_in(optimizer):
+    for inside in optimizer_chain(optimizer):
         for name, value in vars(inside).items():
             if isinstance(value, _PLAIN):
                 kept.append((name, value))

@@ -7,25 +7,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from keras import ops
 
-from kerasmp.backend.keras_private import steps_of
-from kerasmp.backend.nested import optimizers_in
+from kerasmp.backend.keras_internals import steps_of
+from kerasmp.backend.nested import optimizer_chain
 from kerasmp.errors import LossScaleError
 from kerasmp.optimizer.causes import CAUSES
 from kerasmp.optimizer.counters import COUNTERS, skipped_in_all
 from kerasmp.optimizer.counters import consecutive_skips as in_a_row
 from kerasmp.optimizer.counters import skipped_last as was_skipped
 from kerasmp.optimizer.fused import Fused
-from kerasmp.optimizer.scaled import note_reading
-from kerasmp.optimizer.unscaled import refuse_baking
+from kerasmp.optimizer.scaled_losses import note_reading
+from kerasmp.optimizer.unscaled_gradients import refuse_jit_constant
 
 if TYPE_CHECKING:
-    from kerasmp.optimizer.wrapper import LossScaleOptimizer
+    from kerasmp.optimizer.loss_scale_optimizer import LossScaleOptimizer
 
 
 def _read(optimizer: LossScaleOptimizer, name: str) -> Any:
     """Return the value of an own variable as a NumPy array."""
     variable = getattr(optimizer, name)
-    refuse_baking(
+    refuse_jit_constant(
         variable.value,
         f"a read of `{name}` as a number",
         "Read it after the step; within a step use the variable, or scale_loss.",
@@ -150,7 +150,7 @@ def accumulated_steps(optimizer: LossScaleOptimizer) -> int | None:
     not count, so that windows end later after it. In a `MultiOptimizer` whose optimizers have
     windows of different lengths, this is the largest number.
     """
-    inside = optimizers_in(optimizer.inner_optimizer)
+    inside = optimizer_chain(optimizer.inner_optimizer)
     windows = [(o, o.gradient_accumulation_steps) for o in inside]
     return max((steps_of(o) % int(number) for o, number in windows if number), default=None)
 
@@ -168,9 +168,9 @@ def dynamic_growth_steps(optimizer: LossScaleOptimizer) -> int | None:
 
 def own_variables(optimizer: LossScaleOptimizer) -> list[Any]:
     """The variables beside the inner optimizer's; `variables` holds both."""
-    return list(optimizer._variables)  # noqa: SLF001 - see keras_private
+    return list(optimizer._variables)  # noqa: SLF001 - see keras_internals
 
 
 def target_variables(optimizer: LossScaleOptimizer) -> list[Any]:
     """The variables that it was built with, in the order of `nonfinite_counts`."""
-    return list(optimizer._trainable_variables)  # noqa: SLF001 - see keras_private
+    return list(optimizer._trainable_variables)  # noqa: SLF001 - see keras_internals

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kerasmp.backend.keras_private import float16_layers
-from kerasmp.backend.nested import optimizers_in
+from kerasmp.backend.keras_internals import float16_layers
+from kerasmp.backend.nested import optimizer_chain
 from kerasmp.errors import LossScaleWarning
 from kerasmp.loss_scale import FixedLossScale
 
@@ -20,7 +20,7 @@ _NUMBER = "a number"  # which one is in the state
 _ABSENT = "nothing"
 
 
-def optimizers_of(model: Any) -> dict[str, Any]:
+def find_optimizers(model: Any) -> dict[str, Any]:
     """Return the optimizer of a model, and those that a user's own `compile` has kept on it."""
     kept = {n: v for n, v in vars(model).items() if isinstance(v, keras.optimizers.Optimizer)}
     optimizer = getattr(model, "optimizer", None)
@@ -36,9 +36,9 @@ def unscaled_optimizers(model: Any) -> list[str]:
     One that is kept beside the wrapper around it is not among them.
     """
     wrapper = keras.optimizers.LossScaleOptimizer
-    own = {name: value for name, value in optimizers_of(model).items() if value is not None}
+    own = {name: value for name, value in find_optimizers(model).items() if value is not None}
     scaled = {
-        id(inside) for o in own.values() if isinstance(o, wrapper) for inside in optimizers_in(o)
+        id(inside) for o in own.values() if isinstance(o, wrapper) for inside in optimizer_chain(o)
     }
     return [name for name, value in own.items() if id(value) not in scaled]
 

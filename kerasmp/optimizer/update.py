@@ -11,14 +11,13 @@ import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.keras_private import held, learning_rate_functions, weights_and_averages
-from kerasmp.backend.nested import has_own_pure_step, optimizers_in
+from kerasmp.backend.keras_internals import held, learning_rate_functions, weights_and_averages
+from kerasmp.backend.nested import has_own_pure_step, optimizer_chain
 from kerasmp.optimizer import arguments
 from kerasmp.optimizer import step as pure_step
 from kerasmp.optimizer.causes import Forgetful, LossNotes
 from kerasmp.optimizer.clipping import clipped, divisors
-from kerasmp.optimizer.compiled_steps import CompiledSteps, kept_by_a_trace, rates_now, with_rates
-from kerasmp.optimizer.scaled import is_scaled
+from kerasmp.optimizer.scaled_losses import is_scaled
 from kerasmp.optimizer.step import (
     State,
     Step,
@@ -27,12 +26,13 @@ from kerasmp.optimizer.step import (
     next_state,
     unscale,
 )
-from kerasmp.optimizer.unscaled import UnscaledMarks, number_of
+from kerasmp.optimizer.step_cache import StepCache, kept_by_a_trace, rates_now, with_rates
+from kerasmp.optimizer.unscaled_gradients import UnscaledMarks, number_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from kerasmp.optimizer.wrapper import LossScaleOptimizer
+    from kerasmp.optimizer.loss_scale_optimizer import LossScaleOptimizer
 
 
 # In the thread of its replica. A user's `apply` is given gradients and variables, and no more.
@@ -61,7 +61,7 @@ class Pending(Forgetful):
     def __init__(self) -> None:
         self.losses = LossNotes()
         self.unscaled = UnscaledMarks()
-        self.compiled = CompiledSteps()
+        self.compiled = StepCache()
 
 
 def taken(optimizer: LossScaleOptimizer, grads: Sequence[Any], variables: Sequence[Any]) -> Step:
@@ -78,32 +78,32 @@ def taken(optimizer: LossScaleOptimizer, grads: Sequence[Any], variables: Sequen
     """
     inner, fused = optimizer.inner_optimizer, optimizer.fused_update
     # One of exactly Keras's class and methods, as fused ones are, uses no others.
-    inside = optimizers_in(inner) if fused is None else [inner]
+    inside = optimizer_chain(inner) if fused is None else [inner]
     arguments.refuse_second_scale(inside)
-    room = backend.current()
-    place = room.place()
-    by_hand = optimizer.pending.unscaled.look(*place, number_of(grads))
+    framework = backend.current()
+    context = framework.trace_context()
+    by_hand = optimizer.pending.unscaled.look(*context, number_of(grads))
     scaled = is_scaled(optimizer)
     unscaled = by_hand or not scaled
     optimizer.build(variables)
-    optimizer.pending.unscaled.drop(*place)
-    grads, losses = room.agreed(grads, variables, optimizer.pending.losses.take(*place))
-    dtypes = room.dtypes_of(variables)
+    optimizer.pending.unscaled.drop(*context)
+    grads, losses = framework.all_reduce(grads, variables, optimizer.pending.losses.take(*context))
+    dtypes = framework.dtypes_of(variables)
     if fused is not None:
         fused = fused.suited(grads, variables, dtypes)
     # A cast gives TensorFlow a tensor: the variable itself it would read for each gradient.
     scale = ops.ones(()) if unscaled else ops.cast(optimizer.scale_variable, "float32")
     each = "each" if any(inner.clipnorm for inner in inside) else None
     clips = "all" if any(inner.global_clipnorm for inner in inside) else each
-    places = optimizer.places_of(variables)
-    known = (grads, variables, dtypes, places, scale, scaled, unscaled, losses, clips, fused)
+    indices = optimizer.indices_of(variables)
+    known = (grads, variables, dtypes, indices, scale, scaled, unscaled, losses, clips, fused)
     return Step(*known, _THROUGH.get())
 
 
 def run(optimizer: LossScaleOptimizer, step: Step) -> None:
     """Take a step, and assign what comes of it."""
-    room = backend.current()
-    if room.PURE:
+    framework = backend.current()
+    if framework.PURE:
         _run_compiled(optimizer, step)
         return
 
@@ -114,7 +114,7 @@ def run(optimizer: LossScaleOptimizer, step: Step) -> None:
         _advance(optimizer, step, finite, applied=applied)
 
     finite = finite_gradients(step)
-    room.run_step(step, finite, update, advance, fused=step.fused is not None)
+    framework.run_step(step, finite, update, advance, fused=step.fused is not None)
 
 
 def pure(
@@ -165,15 +165,15 @@ def with_known_loss(
     Returns:
         What `stateless_apply` would have returned, had it known.
     """
-    place = {id(variable): i for i, variable in enumerate(self.variables)}
-    places = [place[id(variable)] for variable in self.state_variables()]
+    index = {id(variable): i for i, variable in enumerate(self.variables)}
+    indices = [index[id(variable)] for variable in self.state_variables()]
     known = pure_step.with_known_loss(
         self.schedule,
-        _state(self, [before[i] for i in places]),
-        _state(self, [after[i] for i in places]),
+        _state(self, [before[i] for i in indices]),
+        _state(self, [after[i] for i in indices]),
         loss_finite,
     )
-    moved = dict(zip(places, _values(known), strict=True))
+    moved = dict(zip(indices, _values(known), strict=True))
     return [moved.get(i, value) for i, value in enumerate(after)]
 
 
@@ -194,11 +194,13 @@ def _update(inner: Any, step: Step, applied: Any) -> None:
         step.fused(step, applied)
         return
     updates = unscale(step)
-    if any(optimizer.gradient_accumulation_steps for optimizer in optimizers_in(inner)):
+    if any(optimizer.gradient_accumulation_steps for optimizer in optimizer_chain(inner)):
         # Keras's accumulators have the dtype of their variable and take no other.
-        room = backend.current()
+        framework = backend.current()
         updates = [
-            None if u is None else room.with_values(u, ops.cast(room.dense_values(u), dtype))
+            None
+            if u is None
+            else framework.with_values(u, ops.cast(framework.dense_values(u), dtype))
             for u, dtype in zip(updates, step.dtypes, strict=True)
         ]
     if step.through == "apply_gradients":

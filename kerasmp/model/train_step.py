@@ -11,9 +11,9 @@ import keras
 from kerasmp import backend
 from kerasmp.backend.by_identity import ByIdentity
 from kerasmp.backend.calls import Call, entered, running
+from kerasmp.model.find_optimizers import find_optimizers
 from kerasmp.model.hints import dtype_hints
 from kerasmp.model.inference import refuse_training
-from kerasmp.model.own_optimizers import optimizers_of
 from kerasmp.optimizer import LossScaleOptimizer
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def numbers_of_batch(result_or_logs: Callable[..., Any]) -> Callable[..., Any]:
 
 def _run(call: Call, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     model = call.model
-    optimizers = [o for o in optimizers_of(model).values() if isinstance(o, LossScaleOptimizer)]
+    optimizers = [o for o in find_optimizers(model).values() if isinstance(o, LossScaleOptimizer)]
     if not optimizers:
         logs = step(*args)
         model._warn_if_too_late()  # noqa: SLF001 - the model's own step

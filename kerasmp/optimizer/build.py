@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp import backend
-from kerasmp.backend.keras_private import weights_and_averages
-from kerasmp.backend.nested import optimizers_in
+from kerasmp.backend.keras_internals import weights_and_averages
+from kerasmp.backend.nested import optimizer_chain
 from kerasmp.optimizer.counters import COUNTERS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kerasmp.optimizer.wrapper import LossScaleOptimizer
+    from kerasmp.optimizer.loss_scale_optimizer import LossScaleOptimizer
 
 # Keras's own names for the state of a schedule; other keys keep theirs.
 _VARIABLE_NAMES = {"scale": "dynamic_scale"}
@@ -28,8 +28,8 @@ def add_variables(optimizer: LossScaleOptimizer, variables: Sequence[Any]) -> No
         optimizer: The optimizer.
         variables: The trainable variables.
     """
-    inner, room = optimizer.inner_optimizer, backend.current()
-    room.sum_once(optimizers_in(inner))
+    inner, framework = optimizer.inner_optimizer, backend.current()
+    framework.sum_once(optimizer_chain(inner))
     with keras.name_scope(optimizer.name):
         # TensorFlow's checkpoints go by position too: what stock Keras has comes first, in its
         # order, and what depends on the schedule last.
@@ -49,7 +49,7 @@ def add_variables(optimizer: LossScaleOptimizer, variables: Sequence[Any]) -> No
         # Keras's averages begin as zeros and take the weights at the first update. Until then, if
         # steps are skipped, SwapEMAWeights would put zeros into the model.
         for variable, average in weights_and_averages(inner):
-            room.start_as(average, variable)
+            framework.start_as(average, variable)
 
 
 def _add_state(optimizer: LossScaleOptimizer, key: str, value: float) -> None:

@@ -16,7 +16,7 @@ from kerasmp.backend.keras_graph import (
     set_input_dtype,
     set_policy,
 )
-from kerasmp.backend.keras_private import flatten_layers, own_variables
+from kerasmp.backend.keras_internals import flatten_layers, own_variables
 from kerasmp.backend.variable_dtypes import set_variable_dtype, takes_dtype
 from kerasmp.errors import KerasMPWarning, PolicyError, PolicyWarning
 from kerasmp.layers.from_stock import turn_to_safe
@@ -107,7 +107,7 @@ def with_extras(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
         model: The model of ours.
     """
     extras: dict[str, Any] = {}
-    if model._output_dtype is not None:  # noqa: SLF001 - its own room
+    if model._output_dtype is not None:  # noqa: SLF001 - its own package
         extras["output_dtype"] = model._output_dtype  # noqa: SLF001
     if model._for_inference:  # noqa: SLF001
         extras["for_inference"] = True
@@ -246,7 +246,7 @@ def warn_if_untold(model: Any) -> None:
     """
     if _TOLD.get(model):
         _TOLD[model] = False
-    elif model._keeps_layer_policies:  # noqa: SLF001 - its own room
+    elif model._keeps_layer_policies:  # noqa: SLF001 - its own package
         warnings.warn(
             f'The file tells nothing of the policies of "{model.name}": it is inside a model whose '
             "class makes it again when it is loaded, as its constructor does. Convert the model "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp.model.guards import with_guards
-from kerasmp.model.saved import without_extras
+from kerasmp.model.serialization import without_extras
 from kerasmp.optimizer import LossScaleOptimizer
 
 if TYPE_CHECKING:

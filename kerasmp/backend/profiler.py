@@ -21,19 +21,19 @@ import keras
 import keras.src.backend as keras_backend
 
 from kerasmp.backend import current
-from kerasmp.backend.keras_private import AutocastScope
-from kerasmp.backend.products import COUNTS, factors, size
+from kerasmp.backend.flops import COUNTS, factors, size
+from kerasmp.backend.keras_internals import AutocastScope
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from kerasmp.backend.products import Count
+    from kerasmp.backend.flops import Count
 
 _FLOAT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _BYTES = {"bool": 1, "8": 1, "16": 2, "32": 4, "64": 8} | _FLOAT_BYTES
 
 
-class Watched:
+class Profile:
     """What was seen of each layer, by `id(layer)`; nothing of those that were not called.
 
     Attributes:
@@ -144,7 +144,7 @@ class Watched:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Watched]:
+def profile() -> Iterator[Profile]:
     """Watch all that layers do, which is done eagerly and without gradients.
 
     Seen are products and casts by Keras's functions, and products by the framework's functions of
@@ -154,12 +154,12 @@ def watched() -> Iterator[Watched]:
 
     >>> layer = keras.layers.Dense(3, dtype="mixed_float16")
     >>> layer.build((None, 4))
-    >>> with watched() as seen:
+    >>> with profile() as seen:
     ...     outputs = layer(keras.ops.ones((2, 4)))
     >>> seen.multiply_adds[id(layer)], seen.output_bytes[id(layer)]
     ({'float16': 24}, 12)
     """
-    seen = Watched()
+    seen = Profile()
     with _REPLACED, current().eagerly():
         before = _SEEN.set(seen)
         try:
@@ -169,7 +169,7 @@ def watched() -> Iterator[Watched]:
 
 
 # What watches in this context; None where nobody does.
-_SEEN: ContextVar[Watched | None] = ContextVar("seen", default=None)
+_SEEN: ContextVar[Profile | None] = ContextVar("seen", default=None)
 
 
 class _Replaced:
@@ -206,17 +206,17 @@ def _replace_all(undo: contextlib.ExitStack) -> None:
     for module, name in current().PRODUCTS:
         _set(module, name, _product(getattr(module, name), COUNTS[name]), undo)
     for function in (keras_backend.cast, keras_backend.convert_to_tensor):
-        _replace_in_keras(function, _where_watched(function, Watched.cast), undo)
+        _replace_in_keras(function, _where_watched(function, Profile.cast), undo)
     for owner, name, watch in (
-        (AutocastScope, "maybe_cast", Watched.read),
-        (keras.Layer, "__call__", Watched.call),
+        (AutocastScope, "maybe_cast", Profile.read),
+        (keras.Layer, "__call__", Profile.call),
         *current().COMPILED,
     ):
         _set(owner, name, _where_watched(getattr(owner, name), watch), undo)
 
 
 def _product(function: Callable[..., Any], count: Count) -> Callable[..., Any]:
-    return _where_watched(function, functools.partial(Watched.product, count=count))
+    return _where_watched(function, functools.partial(Profile.product, count=count))
 
 
 def _where_watched(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import keras
 from keras import ops
 
-from kerasmp.backend.keras_private import compute_output_spec
+from kerasmp.backend.keras_internals import compute_output_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -80,17 +80,17 @@ def finite_sums(squares: Sequence[Tensor], norm: str) -> Tensor:
 class Backend(Protocol):
     """The parts of kerasmp that differ between frameworks; `kerasmp.backend.current()` has them."""
 
-    LOSS_MEETS_APPLY: bool = True
+    LOSS_VISIBLE_IN_APPLY: bool = True
     """Whether the loss that `scale_loss` sees can be read when the gradients are applied."""
 
     PURE: bool = False
     """Whether a step must be a pure function, which is then compiled."""
 
-    NARROW_SUMS: bool = False
+    SUMS_IN_COMPUTE_DTYPE: bool = False
     """Whether the gradient of what is broadcast, or used in each step of a loop, is summed in its
     own dtype, and not in float32. Not of all that is broadcast, perhaps, nor in each dtype."""
 
-    NARROW_GRU: bool = False
+    GRU_SUMS_IN_COMPUTE_DTYPE: bool = False
     """Whether Keras has a loop of its own for a GRU, no cuDNN, that sums gradients so."""
 
     LAYERS_KEEP_DTYPES: bool = True
@@ -128,10 +128,10 @@ class Backend(Protocol):
 
         Args:
             outputs: What a layer has computed so far.
-            bias: A tensor or variable of a shape that broadcasts to theirs; where `NARROW_SUMS`, as
-                it is, and not cast to their dtype.
+            bias: A tensor or variable of a shape that broadcasts to theirs. Where
+                `SUMS_IN_COMPUTE_DTYPE`, it is not cast to their dtype.
         """
-        if self.NARROW_SUMS:
+        if self.SUMS_IN_COMPUTE_DTYPE:
             bias = ops.cast(bias, wide_dtype(bias))
         return ops.add(outputs, bias)
 
@@ -227,7 +227,7 @@ class Backend(Protocol):
         """Return the shape of a tensor as far as it is known, or None."""
         return tuple(values.shape)
 
-    def short_cut(
+    def branch_if_cheap(
         self,
         state: dict[str, Tensor],  # noqa: ARG002 - where branches are cheap
         allowed: Callable[[dict[str, Any]], Any],  # noqa: ARG002 - see above
@@ -244,7 +244,7 @@ class Backend(Protocol):
         """
         return whole()
 
-    def suits_kernels(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[bool]:  # noqa: ARG002 - for those with any
+    def fits_fused_kernels(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[bool]:  # noqa: ARG002 - for those with any
         """Return whether fused kernels take each gradient, and its variable as it lies in memory.
 
         They compute in float32, so that no wider gradient is among them.
@@ -256,7 +256,7 @@ class Backend(Protocol):
         return True
 
     @abstractmethod
-    def finite(
+    def finite_per_tensor(
         self,
         values: Sequence[Tensor],
         dtypes: Sequence[str],
@@ -286,7 +286,7 @@ class Backend(Protocol):
         norm: str | None,
     ) -> tuple[Tensor, Callable[[], Tensor]]:
         """Return whether `finite` says so of all tensors, a scalar, and what returns it of each."""
-        found = self.finite(values, dtypes, scale, norm=norm)
+        found = self.finite_per_tensor(values, dtypes, scale, norm=norm)
         return ops.all(found), lambda: found
 
     def finite_norm(self, values: Sequence[Tensor], scale: Tensor, norm: str) -> Tensor:
@@ -303,7 +303,7 @@ class Backend(Protocol):
 
     # ---------------------------------------------------------------------------------- places
 
-    def place(self) -> tuple[Any, Any]:
+    def trace_context(self) -> tuple[Any, Any]:
         """Return what tells this replica and this trace from others; None in eager code."""
         return None, None
 
@@ -317,7 +317,7 @@ class Backend(Protocol):
     def refuse_no_replica(self) -> None:
         """Raise where gradients have no replica."""
 
-    def agreed(
+    def all_reduce(
         self,
         grads: Sequence[Any],
         variables: Sequence[Any],  # noqa: ARG002 - for those with replicas
@@ -330,7 +330,7 @@ class Backend(Protocol):
         """Return whether a function is traced here, which will run again without this code."""
         return False
 
-    def bakes_in(self, value: Any) -> bool:  # noqa: ARG002 - for those that do
+    def is_jit_constant(self, value: Any) -> bool:  # noqa: ARG002 - for those that do
         """Return whether a traced function that reads `value` here keeps it for all its calls."""
         return False
 
@@ -363,7 +363,7 @@ class Backend(Protocol):
         """Return a pure step, compiled at its first call where that pays."""
         return step
 
-    def squares(self, values: Sequence[Tensor], divisor: Tensor) -> Tensor:
+    def sum_of_squares(self, values: Sequence[Tensor], divisor: Tensor) -> Tensor:
         """Return the sum of the squares of all quotients, a float32 scalar."""
         raise NotImplementedError
 

@@ -9,7 +9,7 @@ import pytest
 from helpers.interrupting import interrupted
 
 import kerasmp
-from kerasmp.backend import keras_private
+from kerasmp.backend import keras_internals
 
 PACKAGE = Path(kerasmp.__file__).parent
 
@@ -29,7 +29,7 @@ def test_an_interrupt_while_traces_are_put_back_leaves_none():
     layer.build((2,))
 
     def traced():
-        with keras_private.traces_kept(layer):
+        with keras_internals.traces_kept(layer):
             layer(keras.KerasTensor((2,)))
 
     number = 0
@@ -42,13 +42,13 @@ def test_an_interrupt_while_traces_are_put_back_leaves_none():
 def test_functional_is_the_class_of_a_model_made_from_inputs_and_outputs():
     inputs = keras.Input((2,))
     model = keras.Model(inputs, keras.layers.Dense(1)(inputs))
-    assert type(model) is keras_private.Functional
-    assert issubclass(keras_private.Functional, keras.Model)
-    assert not isinstance(keras.Sequential(), keras_private.Functional)
+    assert type(model) is keras_internals.Functional
+    assert issubclass(keras_internals.Functional, keras.Model)
+    assert not isinstance(keras.Sequential(), keras_internals.Functional)
 
 
 def test_a_sequential_keeps_a_functional_inside_and_is_none():
-    assert not issubclass(keras.Sequential, keras_private.Functional)
+    assert not issubclass(keras.Sequential, keras_internals.Functional)
 
 
 @pytest.mark.parametrize(
@@ -65,19 +65,19 @@ def test_a_sequential_keeps_a_functional_inside_and_is_none():
     ],
 )
 def test_functional_init_arguments_wants_inputs_and_outputs(args, kwargs, functional):
-    assert bool(keras_private.functional_init_arguments(args, kwargs)) is functional
+    assert bool(keras_internals.functional_init_arguments(args, kwargs)) is functional
 
 
 def test_float16_layers_are_found_at_every_depth():
     inner = keras.layers.Dense(1, dtype="mixed_float16", name="deep")
     model = keras.Sequential([keras.layers.TimeDistributed(inner, dtype="float32")])
-    assert [layer.name for layer in keras_private.float16_layers(model)] == ["deep"]
+    assert [layer.name for layer in keras_internals.float16_layers(model)] == ["deep"]
 
 
 def test_the_mask_that_a_layer_leaves_can_be_handed_on():
     embedded = keras.layers.Embedding(3, 2, mask_zero=True)(np.array([[1, 0]]))
     plain = keras.ops.cast(embedded, "float16")
-    kept = keras_private.with_mask_of(embedded, plain)
+    kept = keras_internals.with_mask_of(embedded, plain)
     summed = keras.layers.GlobalAveragePooling1D(dtype="float16")(kept)
     expected = keras.ops.convert_to_numpy(embedded)[:, 0]
     np.testing.assert_allclose(keras.ops.convert_to_numpy(summed), expected, rtol=1e-3)
@@ -88,7 +88,7 @@ def test_losses_stay_what_they_were():
     model = keras.Sequential([keras.Input((2,)), layer])
     model(np.ones((1, 2)))
     before = [float(keras.ops.convert_to_numpy(loss)) for loss in model.losses]
-    with keras_private.losses_kept(model):
+    with keras_internals.losses_kept(model):
         model(np.zeros((1, 2)))
         assert [float(keras.ops.convert_to_numpy(loss)) for loss in model.losses] != before
     assert [float(keras.ops.convert_to_numpy(loss)) for loss in model.losses] == before
@@ -115,7 +115,7 @@ def test_flatten_layers_reaches_every_depth_and_begins_with_the_layer_itself():
         ]
     )
     model.layers[1].build((1, 3, 1), (1, 3, 1))
-    layers = keras_private.flatten_layers(model)
+    layers = keras_internals.flatten_layers(model)
     assert layers[0] is model
     names = [layer.name for layer in layers]
     assert {"wrapped", "time", "attention", "query", "nest", "in_dict", "leaf", "in_leaf"} <= set(
@@ -131,7 +131,7 @@ def test_an_autocast_scope_decides_in_which_dtype_a_layer_reads_variables(scope,
             self.kernel = self.add_weight(shape=(1,))
 
         def call(self, inputs):
-            with keras_private.AutocastScope(scope):
+            with keras_internals.AutocastScope(scope):
                 found.append(keras.backend.standardize_dtype(self.kernel.value.dtype))
             found.append(keras.backend.standardize_dtype(self.kernel.value.dtype))
             return inputs
@@ -155,11 +155,11 @@ def test_autocast_of_a_variable_can_be_turned_off_and_on_after_it_was_made():
     found = []
     layer = Reader(dtype="mixed_float16")
     layer(keras.ops.ones((1, 1)))
-    assert keras_private.own_variables(layer) == [layer.kernel, layer.fixed]
-    assert keras_private.autocasts(layer.kernel)
-    assert not keras_private.autocasts(layer.fixed)
+    assert keras_internals.own_variables(layer) == [layer.kernel, layer.fixed]
+    assert keras_internals.autocasts(layer.kernel)
+    assert not keras_internals.autocasts(layer.fixed)
     for to in (False, True):
-        keras_private.set_autocast(layer.kernel, to=to)
+        keras_internals.set_autocast(layer.kernel, to=to)
         layer(keras.ops.ones((1, 1)))
     assert found[-3:] == ["float16", "float32", "float16"]
 
@@ -168,11 +168,14 @@ def test_own_variables_are_those_of_no_layer_inside():
     inner = keras.layers.Dense(2)
     outer = keras.layers.TimeDistributed(inner)
     outer.build((None, 3, 4))
-    assert keras_private.own_variables(outer) == []
-    assert [id(v) for v in keras_private.own_variables(inner)] == [id(inner.kernel), id(inner.bias)]
+    assert keras_internals.own_variables(outer) == []
+    assert [id(v) for v in keras_internals.own_variables(inner)] == [
+        id(inner.kernel),
+        id(inner.bias),
+    ]
     norm = keras.layers.BatchNormalization()
     norm.build((None, 4))
-    assert {v.name for v in keras_private.own_variables(norm)} == {
+    assert {v.name for v in keras_internals.own_variables(norm)} == {
         "gamma",
         "beta",
         "moving_mean",
@@ -183,7 +186,7 @@ def test_own_variables_are_those_of_no_layer_inside():
 def test_own_variables_of_a_stateful_layer_have_its_states():
     layer = keras.layers.LSTM(2, stateful=True)
     layer.build((3, 5, 4))
-    assert [v.shape for v in keras_private.own_variables(layer)] == [(3, 2), (3, 2)]
+    assert [v.shape for v in keras_internals.own_variables(layer)] == [(3, 2), (3, 2)]
 
 
 def test_layers_and_variables_keep_what_they_hold_where_it_was():
@@ -216,14 +219,14 @@ def test_weights_stand_beside_the_averages_that_are_kept_of_them():
     variables = [keras.Variable([1.0], name="a"), keras.Variable([2.0], name="b")]
     variables[0].overwrite_with_gradient = True
     averaging = keras.optimizers.SGD(0.1, use_ema=True)
-    assert keras_private.weights_and_averages(averaging) == []  # not built
+    assert keras_internals.weights_and_averages(averaging) == []  # not built
     averaging.build(variables)
-    ((weight, average),) = keras_private.weights_and_averages(averaging)
+    ((weight, average),) = keras_internals.weights_and_averages(averaging)
     assert weight is variables[1]
     assert average.path.endswith("b_average")
     plain = keras.optimizers.SGD(0.1)
     plain.build(variables)
-    assert keras_private.weights_and_averages(plain) == []
+    assert keras_internals.weights_and_averages(plain) == []
 
 
 @pytest.mark.backend("jax")
@@ -233,7 +236,7 @@ def test_during_fit_the_optimizers_values_are_beside_its_variables():
     class Reads(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):  # noqa: ARG002 - Keras gives it
             # Not of self.model, which puts all into the variables.
-            pairs = keras_private.optimizer_in_fit(model)
+            pairs = keras_internals.optimizer_in_fit(model)
             values = {v.name: int(value) for v, value in pairs if v.name == "iteration"}
             seen.append((batch, values.get("iteration", 0)))
 
@@ -241,15 +244,15 @@ def test_during_fit_the_optimizers_values_are_beside_its_variables():
     model.compile("sgd", "mse")
     model.fit(np.ones((4, 2)), np.ones((4, 1)), batch_size=1, verbose=0, callbacks=[Reads()])
     assert seen == [(0, 0), (1, 1), (2, 2), (3, 3)]
-    assert keras_private.optimizer_in_fit(model) == []
+    assert keras_internals.optimizer_in_fit(model) == []
 
 
 def test_what_holds_variables_are_their_values():
     first, second = keras.Variable([1.0]), keras.Variable([2.0])
-    assert keras_private.held([first, second]) == [first.value, second.value]
+    assert keras_internals.held([first, second]) == [first.value, second.value]
     other = keras.ops.ones((1,))
     with keras.StatelessScope(state_mapping=[(second, other)]):
-        assert keras_private.held([first, second])[1] is other
+        assert keras_internals.held([first, second])[1] is other
 
 
 def test_no_other_room_imports_keras_privates():
@@ -270,8 +273,8 @@ def test_no_other_room_imports_keras_privates():
 def test_learning_rate_schedules_are_found_and_numbers_are_not():
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([1], [2.0, 1.0])
     optimizer = keras.optimizers.SGD(schedule)
-    assert keras_private.learning_rate_schedules(optimizer) == [(optimizer, schedule)]
-    assert keras_private.learning_rate_schedules(keras.optimizers.SGD(0.1)) == []
+    assert keras_internals.learning_rate_schedules(optimizer) == [(optimizer, schedule)]
+    assert keras_internals.learning_rate_schedules(keras.optimizers.SGD(0.1)) == []
 
 
 def test_learning_rate_functions_are_found_and_schedules_and_numbers_are_not():
@@ -279,7 +282,7 @@ def test_learning_rate_functions_are_found_and_schedules_and_numbers_are_not():
         return 0.5
 
     optimizer = keras.optimizers.SGD(rate)
-    assert keras_private.learning_rate_functions(optimizer) == [(optimizer, rate)]
+    assert keras_internals.learning_rate_functions(optimizer) == [(optimizer, rate)]
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)
     for other in (0.1, schedule):
-        assert keras_private.learning_rate_functions(keras.optimizers.SGD(other)) == []
+        assert keras_internals.learning_rate_functions(keras.optimizers.SGD(other)) == []

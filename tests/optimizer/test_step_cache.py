@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from kerasmp.optimizer.compiled_steps import CompiledSteps
+from kerasmp.optimizer.step_cache import StepCache
 
 pytestmark = pytest.mark.unit
 
@@ -18,11 +18,11 @@ def asked(steps, *keys):
 
 
 def test_a_step_is_made_once():
-    assert asked(CompiledSteps(), 1, 2, 1, 2) == [1, 2]
+    assert asked(StepCache(), 1, 2, 1, 2) == [1, 2]
 
 
 def test_settings_that_change_for_ever_do_not_fill_the_memory():
-    steps = CompiledSteps()
+    steps = StepCache()
     asked(steps, *range(16))
     assert asked(steps, 0, 16) == [16]  # the one that was used least lately is gone
     assert asked(steps, *range(2, 17), 0) == []
@@ -30,6 +30,6 @@ def test_settings_that_change_for_ever_do_not_fill_the_memory():
 
 
 def test_a_copy_is_empty():
-    steps = CompiledSteps()
+    steps = StepCache()
     asked(steps, 1)
     assert asked(copy.deepcopy(steps), 1) == [1]

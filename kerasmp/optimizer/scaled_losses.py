@@ -17,7 +17,7 @@ from kerasmp.loss_scale import FixedLossScale, NoLossScale
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kerasmp.optimizer.wrapper import LossScaleOptimizer
+    from kerasmp.optimizer.loss_scale_optimizer import LossScaleOptimizer
 
 # Of optimizers, whether they were asked for their scale. What was traced then, an inner function
 # say, may scale a loss again without a word to us; not so Keras's own step, which asks each time.

@@ -51,7 +51,7 @@ def underflow(scaled: Sequence[Any], scale: Any) -> Any:  # noqa: ARG001 - one s
     return ops.where(zeros == total, 1.0, ops.minimum(below, zeros) / total)
 
 
-MEASURES: dict[str, Callable[[Sequence[Any], Any], Any]] = {
+STATISTICS: dict[str, Callable[[Sequence[Any], Any], Any]] = {
     "gradient_max": gradient_max,
     "underflow": underflow,
 }

@@ -8,14 +8,14 @@ import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.keras_private import are_all_of, unchanged_if_it_fails
-from kerasmp.backend.nested import optimizers_in
+from kerasmp.backend.keras_internals import are_all_of, unchanged_if_it_fails
+from kerasmp.backend.nested import optimizer_chain
 from kerasmp.loss_scale import validation
-from kerasmp.optimizer import arguments, building, by_hand, reading, running, saved
-from kerasmp.optimizer.advancing import include_skips
+from kerasmp.optimizer import arguments, build, manual_scaling, properties, serialization, update
 from kerasmp.optimizer.fused import Fused
-from kerasmp.optimizer.scaled import note_scaling
-from kerasmp.optimizer.unscaled import refuse_baking
+from kerasmp.optimizer.learning_rate_schedule import include_skips
+from kerasmp.optimizer.scaled_losses import note_scaling
+from kerasmp.optimizer.unscaled_gradients import refuse_jit_constant
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,7 +74,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     ([0.5, 1.0], 1)
     """
 
-    pending: running.Pending
+    pending: update.Pending
     _inner_is_settled = False
 
     def __init__(  # noqa: PLR0913 - three of them are Keras's names for what loss_scale says
@@ -101,7 +101,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         )
         # Not the parent's: it would set up its own rule, whose factors are hard-coded.
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
-        object.__setattr__(self, "pending", running.Pending())  # no state, for Keras to track
+        object.__setattr__(self, "pending", update.Pending())  # no state, for Keras to track
         self.inner_optimizer = inner_optimizer
         self.schedule = schedule
         self.skips_advance_schedules = validation.switch(
@@ -131,8 +131,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if self.built:
             return
         var_list = arguments.variables_in("var_list", var_list)
-        with unchanged_if_it_fails(optimizers_in(self)):
-            building.add_variables(self, var_list)
+        with unchanged_if_it_fails(optimizer_chain(self)):
+            build.add_variables(self, var_list)
             keras.optimizers.Optimizer.build(self, var_list)
 
     def schedule_variables(self) -> dict[str, Any]:
@@ -148,14 +148,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             self.nonfinite_counts_variable,
         ]
 
-    def places_of(self, variables: Sequence[Any]) -> list[int]:
-        """Return the place of each variable among `target_variables`."""
+    def indices_of(self, variables: Sequence[Any]) -> list[int]:
+        """Return the index of each variable among `target_variables`."""
         if are_all_of(self, variables):
             return list(range(len(variables)))
         return [self._get_variable_index(v) for v in variables]
 
-    own_variables = property(reading.own_variables)
-    target_variables = property(reading.target_variables)
+    own_variables = property(properties.own_variables)
+    target_variables = property(properties.target_variables)
 
     # ---------------------------------------------------------------- a step
 
@@ -173,7 +173,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """
         loss = ops.cast(arguments.real_tensor("The loss", loss), "float32")
         scale = self.scale_here("scale_loss")
-        if backend.current().LOSS_MEETS_APPLY:
+        if backend.current().LOSS_VISIBLE_IN_APPLY:
             self.note_loss(loss)
         return ops.multiply(loss, scale)
 
@@ -181,7 +181,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """Return the scale for `what`, as code that may be traced sees it."""
         note_scaling(self, what)
         scale = self.scale_variable.value if self.built else self.schedule.initial_scale
-        refuse_baking(
+        refuse_jit_constant(
             scale,
             what,
             "Call optimizer.build(model.trainable_variables) before tracing, and scale and unscale "
@@ -200,11 +200,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """
         loss = arguments.real_tensor("The loss", loss)
         # Nobody differentiates the note, and torch would keep the graph behind it.
-        self.pending.losses.add(*backend.current().place(), ops.stop_gradient(loss))
+        self.pending.losses.add(*backend.current().trace_context(), ops.stop_gradient(loss))
 
-    get_scaled_loss = by_hand.get_scaled_loss
-    get_unscaled_gradients = by_hand.get_unscaled_gradients
-    forget_unscaled = by_hand.forget_unscaled
+    get_scaled_loss = manual_scaling.get_scaled_loss
+    get_unscaled_gradients = manual_scaling.get_unscaled_gradients
+    forget_unscaled = manual_scaling.forget_unscaled
 
     @backend.as_written
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
@@ -238,13 +238,13 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         # What is wrong is told before anything is made, taken or changed.
         backend.current().refuse_no_replica()
         grads = arguments.gradients(grads, variables)
-        running.run(self, running.taken(self, grads, variables))
+        update.run(self, update.taken(self, grads, variables))
 
     @backend.as_written
     def apply_gradients(self, grads_and_vars: Any) -> Any:
         """Apply `(gradient, variable)` pairs; returns `iterations`, as tf.keras does."""
         grads, variables = arguments.pairs_in(grads_and_vars)
-        with running.through("apply_gradients"):
+        with update.through("apply_gradients"):
             self.apply(grads, variables)
         return self.iterations
 
@@ -275,29 +275,29 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         touched = [*self._trainable_variables, *self.variables]
         values = [*weights, *state]
         scope = keras.StatelessScope(state_mapping=list(zip(touched, values, strict=True)))
-        with scope, running.through("stateless_apply"):
-            step = running.taken(self, grads, self._trainable_variables)
-        new = running.pure(self, self.inner_optimizer, step, touched, values)
+        with scope, update.through("stateless_apply"):
+            step = update.taken(self, grads, self._trainable_variables)
+        new = update.pure(self, self.inner_optimizer, step, touched, values)
         number = len(self._trainable_variables)
         return new[:number], new[number:]
 
-    with_known_loss = running.with_known_loss
-    finalize_variable_values = running.finalize_variable_values
+    with_known_loss = update.with_known_loss
+    finalize_variable_values = update.finalize_variable_values
 
     # --------------------------------------------------------------- reading
 
-    dynamic_scale = property(reading.dynamic_scale, reading.keep_dynamic_scale)
-    loss_scale = scale = property(reading.loss_scale, saved.start_anew)
-    skipped_steps = property(reading.skipped_steps)
-    applied_steps = property(reading.applied_steps)
-    consecutive_skips = property(reading.consecutive_skips)
-    last_step_skipped = property(reading.last_step_skipped)
-    nonfinite_counts = property(reading.nonfinite_counts)
-    skip_causes = property(reading.skip_causes)
-    skipped_last = reading.skipped_last
-    skips = reading.skips
-    initial_scale = property(reading.initial_scale)
-    dynamic_growth_steps = property(reading.dynamic_growth_steps)
+    dynamic_scale = property(properties.dynamic_scale, properties.keep_dynamic_scale)
+    loss_scale = scale = property(properties.loss_scale, serialization.start_anew)
+    skipped_steps = property(properties.skipped_steps)
+    applied_steps = property(properties.applied_steps)
+    consecutive_skips = property(properties.consecutive_skips)
+    last_step_skipped = property(properties.last_step_skipped)
+    nonfinite_counts = property(properties.nonfinite_counts)
+    skip_causes = property(properties.skip_causes)
+    skipped_last = properties.skipped_last
+    skips = properties.skips
+    initial_scale = property(properties.initial_scale)
+    dynamic_growth_steps = property(properties.dynamic_growth_steps)
 
     # -------------------------------------------------- the optimizer inside
 
@@ -325,9 +325,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if self.skips_advance_schedules:
             include_skips(self)
 
-    optimizers = property(reading.optimizers)
-    accumulated_steps = property(reading.accumulated_steps)
-    fused_update = property(reading.fused_update)
+    optimizers = property(properties.optimizers)
+    accumulated_steps = property(properties.accumulated_steps)
+    fused_update = property(properties.fused_update)
 
     # ---------------------------------------------------------------- saving
 
@@ -346,7 +346,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             LossScaleError: If the optimizer is not built, or `weights` does not fit it. Nothing
                 has changed then.
         """
-        saved.set_list(self, weights)
+        serialization.set_list(self, weights)
 
     def __dir__(self) -> list[str]:
         """Return the names of all attributes.
@@ -363,7 +363,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def save_own_variables(self, store: Any) -> None:
         """Write the scaling state by name; the inner optimizer's is saved beside it."""
         self._inner_is_settled = False
-        saved.save(self, store)
+        serialization.save(self, store)
 
     def load_own_variables(self, store: Any) -> None:
         """Read the scaling state: ours, stock Keras's, or a plain optimizer's for the inner one.
@@ -371,14 +371,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         A scale outside the schedule's bounds is brought inside. A state that does not fit changes
         nothing, in the inner optimizer neither, and earns a `LossScaleWarning`.
         """
-        self._inner_is_settled = saved.load(self, store)
+        self._inner_is_settled = serialization.load(self, store)
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments, serialised."""
         return {
             "name": self.name,
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
-            "loss_scale": keras.saving.serialize_keras_object(saved.schedule_now(self)),
+            "loss_scale": keras.saving.serialize_keras_object(serialization.schedule_now(self)),
             "skips_advance_schedules": self.skips_advance_schedules,
             **({} if self.fused else {"fused": False}),
         }
@@ -388,7 +388,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> Self:
         """Return the optimizer that `get_config`, ours or stock Keras's, described."""
-        config = saved.configuration(config)
+        config = serialization.configuration(config)
         for key in ("inner_optimizer", "loss_scale"):
             if isinstance(config.get(key), dict):
                 config[key] = keras.saving.deserialize_keras_object(

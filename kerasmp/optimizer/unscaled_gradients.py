@@ -28,11 +28,13 @@ def divided(gradient: Any, variable: Any, scale: Any) -> Any:
     """
     if gradient is None or takes_gradient_as_value(variable):
         return gradient
-    room = backend.current()
-    return room.with_values(gradient, room.quotient(room.dense_values(gradient), scale))
+    framework = backend.current()
+    return framework.with_values(
+        gradient, framework.quotient(framework.dense_values(gradient), scale)
+    )
 
 
-def refuse_baking(value: Any, what: str, fix: str) -> None:
+def refuse_jit_constant(value: Any, what: str, fix: str) -> None:
     """Raise if a function that JAX traces here would keep `value` for all its calls.
 
     Args:
@@ -43,7 +45,7 @@ def refuse_baking(value: Any, what: str, fix: str) -> None:
     Raises:
         LossScaleError: In a traced function that `value` is no argument of.
     """
-    if backend.current().bakes_in(value):
+    if backend.current().is_jit_constant(value):
         raise LossScaleError(
             "The traced step would keep the value of its first call for ever.",
             received=f"{what} in a traced function, where the optimizer's state is a constant",

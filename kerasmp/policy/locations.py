@@ -15,7 +15,7 @@ from kerasmp.backend.keras_graph import (
     outermost_graphs,
     producer,
 )
-from kerasmp.backend.keras_private import flatten_layers
+from kerasmp.backend.keras_internals import flatten_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kerasmp.backend.keras_graph import Call
 
 # What hands its input on, element by element, so that the layer before it makes the output.
-HANDING_ON = (
+PASSING_THROUGH = (
     keras.layers.Cropping1D,
     keras.layers.Cropping2D,
     keras.layers.Cropping3D,
@@ -38,7 +38,7 @@ HANDING_ON = (
     keras.layers.ZeroPadding3D,
 )
 # What hands data on to those that need it as it comes, or scales it for them.
-_HANDING_ON_DATA = (*HANDING_ON, keras.layers.Concatenate, keras.layers.Rescaling)
+_PASSING_DATA_THROUGH = (*PASSING_THROUGH, keras.layers.Concatenate, keras.layers.Rescaling)
 # What is given data, and makes something else of two numbers that half precision takes for one.
 TAKING_DATA = (
     keras.layers.CategoryEncoding,
@@ -64,7 +64,7 @@ _BOUNDED = ("hard_sigmoid", "hard_tanh", "sigmoid", "softmax", "softsign", "tanh
 _LOGARITHMS = ("log", "log10", "log1p", "log2", "log_softmax")
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """What is around a layer.
 
     Args:
@@ -88,27 +88,31 @@ class Place(NamedTuple):
     depth: int = 0
 
 
-def places(model: Any) -> Iterator[tuple[Any, Place]]:
+def locations(model: Any) -> Iterator[tuple[Any, Location]]:
     """Yield the model and each layer in it, at any depth, once, with its place.
 
     Holders come before what they hold.
     """
     final = {id(layer) for layer in final_layers(model)}
     graphs = [model]
-    waiting: list[tuple[Any, Place]] = [(model, Place(model.name))]
+    waiting: list[tuple[Any, Location]] = [(model, Location(model.name))]
     seen = set()
     found = []
     while waiting:
-        layer, place = waiting.pop(0)
+        layer, location = waiting.pop(0)
         if id(layer) in seen:
             continue
         seen.add(id(layer))
-        found.append((layer, place))
+        found.append((layer, location))
         graphs.append(layer)
         inside = [
             (
                 part,
-                Place(part.path or _join(layer, model, place, part), layer, depth=place.depth + 1),
+                Location(
+                    part.path or _join(layer, model, location, part),
+                    layer,
+                    depth=location.depth + 1,
+                ),
             )
             for part in children(layer)
         ]
@@ -116,11 +120,11 @@ def places(model: Any) -> Iterator[tuple[Any, Place]]:
     masked = _masks(graphs)
     spectra = _taking_spectra(model)
     feeds = _feeds(graphs)
-    for layer, place in found:
+    for layer, location in found:
         key = id(layer)
         yield (
             layer,
-            place._replace(
+            location._replace(
                 final=key in final,
                 masked=masked.get(key),
                 spectra=key in spectra,
@@ -167,14 +171,14 @@ def makers_of(graph: Any, tensors: Iterable[Any]) -> list[Any]:
         is_layer = isinstance(operation, keras.Layer)
         if is_layer and not isinstance(operation, keras.layers.InputLayer):
             found.append(operation)
-        if not is_layer or isinstance(operation, HANDING_ON):
+        if not is_layer or isinstance(operation, PASSING_THROUGH):
             waiting += makers[id(tensor)].inputs
     return found
 
 
-def _join(holder: Any, model: Any, place: Place, part: Any) -> str:
+def _join(holder: Any, model: Any, location: Location, part: Any) -> str:
     # As Keras's own paths, which begin with the names of a model's layers.
-    return str(part.name) if holder is model else f"{place.path}/{part.name}"
+    return str(part.name) if holder is model else f"{location.path}/{part.name}"
 
 
 def _masks(graphs: list[Any]) -> dict[int, bool]:
@@ -248,7 +252,7 @@ def _handing_on(model: Any, tensors: Iterable[Any]) -> tuple[list[Any], list[int
                 waiting += _given(call, given)
             elif not isinstance(call.operation, keras.Layer):
                 waiting += call.inputs
-            elif isinstance(call.operation, _HANDING_ON_DATA):
+            elif isinstance(call.operation, _PASSING_DATA_THROUGH):
                 layers.append(call.operation)
                 waiting += call.inputs
     return layers, numbers
