@@ -97,7 +97,7 @@ class LossScaleWarning(KerasMPWarning):
     """Loss scaling is missing, does not move any more, or is about to lose something."""
 
 
-def refuse_no_bool(name: str, value: object, error: type[KerasMPError] = ArgumentTypeError) -> None:
+def check_bool(name: str, value: object, error: type[KerasMPError] = ArgumentTypeError) -> None:
     """Raise an error unless an argument is a bool. A string such as "no" would count as True.
 
     Args:
@@ -110,7 +110,7 @@ def refuse_no_bool(name: str, value: object, error: type[KerasMPError] = Argumen
 
     Example:
 
-    >>> refuse_no_bool("dry_run", True)
+    >>> check_bool("dry_run", True)
     """
     if not isinstance(value, bool | np.bool_):
         raise error(
@@ -121,7 +121,7 @@ def refuse_no_bool(name: str, value: object, error: type[KerasMPError] = Argumen
         )
 
 
-def checked_integer(name: str, value: object, error: type[KerasMPError], least: int = 1) -> int:
+def check_integer(name: str, value: object, error: type[KerasMPError], least: int = 1) -> int:
     """Return an argument that must be an integer as an int.
 
     Args:
@@ -135,7 +135,7 @@ def checked_integer(name: str, value: object, error: type[KerasMPError], least: 
 
     Example:
 
-    >>> checked_integer("epochs", 3, ArgumentError)
+    >>> check_integer("epochs", 3, ArgumentError)
     3
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

@@ -17,7 +17,7 @@ from kerasmp.errors import (
     LossScaleWarning,
     NotCompiledError,
     PolicyWarning,
-    checked_integer,
+    check_integer,
 )
 
 if TYPE_CHECKING:
@@ -79,9 +79,9 @@ class OverflowMonitor(keras.callbacks.Callback):
 
     def __init__(self, check_every: int = 50, *, streak: int = 10, stalled: int = 50) -> None:
         super().__init__()
-        self.check_every = checked_integer("check_every", check_every, LossScaleError)
-        self.streak = checked_integer("streak", streak, LossScaleError)
-        self.stalled = checked_integer("stalled", stalled, LossScaleError)
+        self.check_every = check_integer("check_every", check_every, LossScaleError)
+        self.streak = check_integer("streak", streak, LossScaleError)
+        self.stalled = check_integer("stalled", stalled, LossScaleError)
         if self.streak > self.stalled:
             raise LossScaleError(
                 "No warning of a streak would come before the one of a stall.",

@@ -22,8 +22,8 @@ from kerasmp.errors import (
     ArgumentTypeError,
     KerasMPError,
     PolicyError,
+    check_bool,
     first_line,
-    refuse_no_bool,
 )
 from kerasmp.layers.from_stock import swap
 from kerasmp.model import Model
@@ -31,8 +31,8 @@ from kerasmp.model.float32 import regularized_in_half, widen_activity_regularize
 from kerasmp.model.guards import take_guards_off
 from kerasmp.optimizer.scaled_losses import unnote_successor
 from kerasmp.policy import LayerPolicies, Policy
-from kerasmp.policy.apply import let_follow, take_back
-from kerasmp.policy.follow import build_by
+from kerasmp.policy.apply import set_layer_policy, take_back
+from kerasmp.policy.follow import build_with
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ def convert(  # noqa: PLR0913 - all but two have to be named
     ['float32', 'float32']
     """
     _check(model)
-    refuse_no_bool("safe_layers", safe_layers)
-    refuse_no_bool("dry_run", dry_run)
+    check_bool("safe_layers", safe_layers)
+    check_bool("dry_run", dry_run)
     check_asked(variables)
     _refuse_beside_text(policy, rules, safe_layers=safe_layers)
     wanted: Policy | LayerPolicies = (
@@ -175,8 +175,8 @@ def _carry_out(plan: Plan, undo: Undo) -> None:
         if plan.swaps:
             swap(model, plan.swaps, undo)
         for layer, policy in plan.policies:
-            undo.append(functools.partial(let_follow, layer, layer.dtype_policy))
-            let_follow(layer, policy)
+            undo.append(functools.partial(set_layer_policy, layer, layer.dtype_policy))
+            set_layer_policy(layer, policy)
         refresh_symbolic_dtypes(model, plan.dtypes)
     change_variables(plan.variables, undo)
     if isinstance(model, keras.Model):
@@ -304,7 +304,7 @@ def _build(model: Any, sample: Any) -> None:
     """
     parts = called_parts(model)
     if has_call(model) and not model.built and sample is not None:
-        build_by(model, sample)
+        build_with(model, sample)
         if not model.built:
             with _calls_on_sample(model), losses_kept(model):
                 model(sample, training=False)

@@ -11,7 +11,7 @@ from kerasmp.backend.keras_internals import flatten_layers, own_variables
 from kerasmp.backend.variable_dtypes import takes_dtype
 from kerasmp.errors import PolicyError
 from kerasmp.policy import Policy
-from kerasmp.policy.apply import refuse_other_variables
+from kerasmp.policy.apply import check_variable_dtype
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def with_variables(rows: Iterable[Assignment], variables: str | None) -> list[As
         have, want = _variable_dtypes(row)
         widens = have in HALVES and want == "float32"  # to the last bit
         if want != variables and not widens:
-            refuse_other_variables(row)
+            check_variable_dtype(row)
     if variables in HALVES and all(_variable_dtypes(row)[1] != variables for row in rows):
         raise PolicyError(
             f"No layer computes in {variables}, so that none can have its variables in it.",

@@ -19,11 +19,11 @@ from kerasmp.layers.from_stock import counterparts, swap
 from kerasmp.model.find_optimizers import find_optimizers, trained_in_float16, unscaled_optimizers
 from kerasmp.model.model import class_of_ours
 from kerasmp.policy import LayerPolicies, Policy
-from kerasmp.policy.apply import let_follow, take_back
+from kerasmp.policy.apply import set_layer_policy, take_back
 from kerasmp.policy.assign import assign
 from kerasmp.policy.layer_policies import policies_at
 from kerasmp.policy.locations import locations
-from kerasmp.policy.matching import refuse_unmatched, unmatched_classes
+from kerasmp.policy.matching import check_patterns, unmatched_classes
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def make_plan(  # noqa: PLR0913 - what `convert` was given
         swap(model, swaps, undo)
     if isinstance(wanted, Policy):
         rows = assign(model, wanted, found)
-        refuse_unmatched(rows, wanted)
+        check_patterns(rows, wanted)
         notes += [f"no layer is a {x}, as a rule says" for x in unmatched_classes(rows, wanted)]
         output_dtype = wanted.output_dtype
     else:
@@ -116,8 +116,8 @@ def make_plan(  # noqa: PLR0913 - what `convert` was given
     computed_in = {id(row.layer): row.layer.compute_dtype for row in rows}
     changes = [row for row in rows if row.before != row.after]
     for row in changes:
-        undo.append(functools.partial(let_follow, row.layer, row.layer.dtype_policy))
-        let_follow(row.layer, row.policy_after)
+        undo.append(functools.partial(set_layer_policy, row.layer, row.layer.dtype_policy))
+        set_layer_policy(row.layer, row.policy_after)
     untried: list[str] = []
     dtypes: dict[int, str] = {}
     if swaps or changes:

@@ -16,7 +16,7 @@ from kerasmp.errors import ArgumentError, ArgumentTypeError, PolicyError
 from kerasmp.model.serialization import KEY
 from kerasmp.policy import LayerPolicies, policy_scope
 from kerasmp.policy.locations import locations
-from kerasmp.policy.safe import is_ours
+from kerasmp.policy.safe import is_kerasmp_layer
 
 # What our classes of models are without us, as Keras writes them: only one has a public name.
 _STOCK = {
@@ -107,7 +107,7 @@ def _refuse_ours(model: Any) -> None:
             fix=f'Give the last layer dtype="{model._output_dtype}" instead. {_FIX}',  # noqa: SLF001
         )
     for layer, location in locations(model):
-        if layer is not model and is_ours(layer):
+        if layer is not model and is_kerasmp_layer(layer):
             raise PolicyError(
                 "A layer is one of kerasmp's, and stock Keras would compute something else.",
                 received=f'"{location.path}", a {type(layer).__name__}',
@@ -127,7 +127,7 @@ def _stock_config(model: Any) -> dict[str, Any]:
     if name in _STOCK:
         stock = dict(zip(("module", "class_name", "registered_name"), _STOCK[name], strict=True))
         return {**config, **stock, "config": inner}
-    if is_ours(model):
+    if is_kerasmp_layer(model):
         raise PolicyError(
             "The model's class is derived from kerasmp.Model.",
             received=f'"{model.name}", a {type(model).__name__}',

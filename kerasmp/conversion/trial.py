@@ -24,10 +24,10 @@ from kerasmp.backend.keras_internals import (
 )
 from kerasmp.errors import BackendError, PolicyError, first_line
 from kerasmp.model import Model
-from kerasmp.policy.apply import let_follow
-from kerasmp.policy.follow import symbols_of
-from kerasmp.policy.locations import makers_of
-from kerasmp.policy.safe import is_ours
+from kerasmp.policy.apply import set_layer_policy
+from kerasmp.policy.follow import to_symbolic
+from kerasmp.policy.locations import producers_of
+from kerasmp.policy.safe import is_kerasmp_layer
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class _Trial:
         for row in self.rows:
             half = _compute_dtype(row)
             fails = half in HALVES and isinstance(row.layer, layers_without_kernel(half))
-            if fails and not is_ours(row.layer):
+            if fails and not is_kerasmp_layer(row.layer):
                 reason = f"{type(row.layer).__name__} has no {half} kernel on this backend"
                 self._keep(self._halves(row.layer), BackendError(reason))
 
@@ -131,7 +131,7 @@ class _Trial:
             for graph in flatten_layers(model)
             for call in calls(graph)
             if call.operation is operation
-            for layer in makers_of(graph, call.inputs)
+            for layer in producers_of(graph, call.inputs)
         ]
         rows = [row for layer in layers for row in self._halves(layer)]
         if not rows:
@@ -209,14 +209,14 @@ class _Trial:
                 ) from error
             self._rows[id(row.layer)] = row._replace(after=_WIDE, reason=reason)
             self.kept.append(row.layer)
-            let_follow(row.layer, keras.DTypePolicy(_WIDE))
+            set_layer_policy(row.layer, keras.DTypePolicy(_WIDE))
 
     def _error_in_float32(self, layer: Any, attempt: Attempt) -> Exception | None:
         halves = self._halves(layer)
         with contextlib.ExitStack() as back:
             for row in halves:
-                back.callback(let_follow, row.layer, row.layer.dtype_policy)
-                let_follow(row.layer, keras.DTypePolicy(_WIDE))
+                back.callback(set_layer_policy, row.layer, row.layer.dtype_policy)
+                set_layer_policy(row.layer, keras.DTypePolicy(_WIDE))
             return _error(layer, attempt)
 
 
@@ -243,7 +243,7 @@ def attempts_at(model: Any, sample: Any) -> list[Attempt]:
     ours = isinstance(model, Model)
     call = functools.partial(keras.Model.__call__, model) if ours else model
     if sample is not None:
-        return [functools.partial(traced, call, (symbols_of(sample),), {})]
+        return [functools.partial(traced, call, (to_symbolic(sample),), {})]
     return [functools.partial(traced, call, *arguments) for arguments in _arguments(model)]
 
 

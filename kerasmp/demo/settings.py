@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from kerasmp.errors import ArgumentTypeError, KerasMPError, checked_integer, did_you_mean
+from kerasmp.errors import ArgumentTypeError, KerasMPError, check_integer, did_you_mean
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale
 
 DIGITS = "kerasmp_digits"
@@ -127,7 +127,7 @@ class DemoSettings:
         for name, least in {"epochs": 1, "batch_size": 1, "seed": 0, "limit": 1}.items():
             value = getattr(self, name)
             if name != "limit" or value is not None:
-                value = checked_integer(name, value, DemoError, least)
+                value = check_integer(name, value, DemoError, least)
             object.__setattr__(self, name, value)
         if self.seed >= 2**32:
             raise DemoError("`seed` is too large.", received=f"{self.seed}", expected="< 2**32")

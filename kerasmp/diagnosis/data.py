@@ -14,7 +14,7 @@ from kerasmp.diagnosis.dtypes import EXACT
 from kerasmp.diagnosis.finding import Finding
 from kerasmp.diagnosis.sizes import MULTIPLE
 from kerasmp.policy.locations import PASSING_THROUGH
-from kerasmp.policy.safe import is_ours, loses_mask_value
+from kerasmp.policy.safe import is_kerasmp_layer, loses_mask_value
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _unmasked(array: Any, layer: Any, *, as_given: bool) -> Any:
             and all that are a mask value may be masked.
     """
     if not isinstance(layer, keras.layers.Masking) or (
-        not is_ours(layer) and loses_mask_value(layer.mask_value, "float16")
+        not is_kerasmp_layer(layer) and loses_mask_value(layer.mask_value, "float16")
     ):
         return array
     narrow, value = array.astype("float32"), keras.ops.convert_to_numpy(layer.mask_value)

@@ -15,15 +15,15 @@ from kerasmp.policy import Policy
 from kerasmp.policy.assign import assign
 from kerasmp.policy.locations import locations
 from kerasmp.policy.safe import (
-    ACTIVATED,
     ATTENTION,
     PROBABILITIES,
     UNSAFE_ACTIVATIONS,
+    WITH_ACTIVATION,
     activation_name,
-    drops_another_share,
-    is_ours,
+    dropped_share,
+    drops_wrong_share,
+    is_kerasmp_layer,
     loses_mask_value,
-    share_dropped,
 )
 from kerasmp.policy.spec import HALVES
 
@@ -63,7 +63,7 @@ def findings(model: Any, dtypes: dict[int, str]) -> list[Finding]:
 def is_custom(layer: Any) -> bool:
     """Return whether a layer is of a user's own class, and no model."""
     stock = type(layer).__module__.partition(".")[0] == "keras"
-    return not (stock or is_ours(layer) or isinstance(layer, keras.Model))
+    return not (stock or is_kerasmp_layer(layer) or isinstance(layer, keras.Model))
 
 
 def _unsafe_layers(model: Any) -> Iterator[Finding]:
@@ -88,7 +88,7 @@ def _unsafe_activations(model: Any) -> Iterator[Finding]:
     for layer in flatten_layers(model):
         name = activation_name(layer)
         if (
-            isinstance(layer, ACTIVATED)
+            isinstance(layer, WITH_ACTIVATION)
             and layer.compute_dtype == "float16"
             and name in UNSAFE_ACTIVATIONS
             and name not in PROBABILITIES  # of which the rule "probabilities" tells
@@ -115,7 +115,7 @@ def _mask_values(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
         if layer.autocast and graph_of(layer) is None:  # a model with a graph casts no inputs
             to = to | {str(layer.compute_dtype)}
         rounded[id(layer)] = to
-        if not isinstance(layer, keras.layers.Masking) or is_ours(layer):
+        if not isinstance(layer, keras.layers.Masking) or is_kerasmp_layer(layer):
             continue
         halves = sorted(to | given.get(id(layer), set()))
         half = next((h for h in halves if loses_mask_value(layer.mask_value, h)), None)
@@ -133,16 +133,16 @@ def _mask_values(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
 def _dropout_rates(model: Any) -> Iterator[Finding]:
     for layer, location in locations(model):
         half = str(layer.compute_dtype)
-        looked_after = is_ours(location.holder) and isinstance(location.holder, ATTENTION)
-        if half not in HALVES or is_ours(layer) or looked_after:
+        looked_after = is_kerasmp_layer(location.holder) and isinstance(location.holder, ATTENTION)
+        if half not in HALVES or is_kerasmp_layer(layer) or looked_after:
             continue
         for rate in _rates(layer):
-            if drops_another_share(rate, half):
+            if drops_wrong_share(rate, half):
                 yield Finding(
                     "warning",
                     location.path,
                     "dropout-rate",
-                    f"In {half} it drops {100 * share_dropped(rate, half):.3g} % and not "
+                    f"In {half} it drops {100 * dropped_share(rate, half):.3g} % and not "
                     f"{100 * rate:.3g} %: there are few random numbers.",
                     "Use the layer of kerasmp.layers, convert with safe_layers=True, or give it "
                     'dtype="float32".',

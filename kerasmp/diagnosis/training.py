@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from kerasmp.diagnosis.finding import Finding
 from kerasmp.model.find_optimizers import trained_in_float16, unscaled_optimizers
-from kerasmp.policy.safe import is_ours
+from kerasmp.policy.safe import is_kerasmp_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +19,7 @@ def unscaled(model: Any) -> Iterator[Finding]:
         model: A Keras model; one that is not compiled earns none, nor does the optimizer of one of
             ours, which wraps it by itself. Those that a model keeps besides it count in both.
     """
-    wraps = is_ours(model) and getattr(model, "_auto_scale_loss", False)
+    wraps = is_kerasmp_layer(model) and getattr(model, "_auto_scale_loss", False)
     plain = [name for name in unscaled_optimizers(model) if not (wraps and name == "optimizer")]
     layers = trained_in_float16(model)
     if not layers or not plain:

@@ -30,7 +30,7 @@ from kerasmp.layers.projection import EinsumDense as Projection
 from kerasmp.layers.projection import projections_in
 from kerasmp.layers.quantizing import QuantizesAsStock, without_type_check
 from kerasmp.ops.precision import OneNode, wide_dtype
-from kerasmp.policy.apply import renew_statistics
+from kerasmp.policy.apply import recast_statistics
 from kerasmp.policy.locations import Location, locations
 from kerasmp.policy.safe import ATTENTION
 
@@ -198,7 +198,7 @@ def _is_narrow(layer: Any) -> bool:
 
 def _turn(layer: Any, ours: type, holders: Counter[int], undo: Undo) -> None:
     if isinstance(layer, keras.layers.Normalization):
-        undo.append(functools.partial(renew_statistics, layer))  # when its class is what it was
+        undo.append(functools.partial(recast_statistics, layer))  # when its class is what it was
     computed_in = layer.compute_dtype
     if isinstance(layer, keras.layers.Masking):  # while its class is stock Keras's
         _compare_unrounded(layer, undo)
@@ -215,7 +215,7 @@ def _turn(layer: Any, ours: type, holders: Counter[int], undo: Undo) -> None:
         like = type(layer)(layer.l1, layer.l2, name=layer.name)
         _set(layer, "activity_regularizer", like.activity_regularizer, undo)
     if layer.compute_dtype != computed_in:  # Normalization's
-        renew_statistics(layer)
+        recast_statistics(layer)
     if not isinstance(layer, (*_ACTIVATED_IN_FLOAT32, *_RECURRENT, Projection)):
         _activate_safely(layer, undo)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleTypeError, refuse_no_bool
+from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleTypeError, check_bool
 
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 LARGEST_SCALE = float(np.finfo(np.float32).max)
@@ -107,7 +107,7 @@ def scale(name: str, value: Any) -> float:
 
 def switch(name: str, value: Any) -> bool:
     """Return a setting that must be True or False."""
-    refuse_no_bool(name, value, LossScaleTypeError)
+    check_bool(name, value, LossScaleTypeError)
     return bool(value)
 
 

@@ -11,7 +11,7 @@ import keras
 from kerasmp import backend
 from kerasmp.backend.by_identity import ByIdentity
 from kerasmp.backend.keras_internals import Functional, float16_layers, functional_init_arguments
-from kerasmp.errors import ArgumentTypeError, LossScaleWarning, PolicyError, refuse_no_bool
+from kerasmp.errors import ArgumentTypeError, LossScaleWarning, PolicyError, check_bool
 from kerasmp.model.adopt import class_between, loader, ours_for
 from kerasmp.model.find_optimizers import is_of_file, warn_of_unscaled
 from kerasmp.model.float32 import at_least_float32, cast, widen_activity_regularizers
@@ -212,7 +212,7 @@ class Model(keras.Model):
                 expected="a keras.Model",
                 fix="Put layers into a keras.Sequential first.",
             )
-        refuse_no_bool("auto_scale_loss", auto_scale_loss)
+        check_bool("auto_scale_loss", auto_scale_loss)
         if not isinstance(model, Model):
             object.__setattr__(model, "__class__", class_of_ours(model))
             widen_activity_regularizers(model)
@@ -251,7 +251,7 @@ class Model(keras.Model):
         Warns:
             LossScaleWarning: If it is given stock Keras's `LossScaleOptimizer`.
         """
-        refuse_no_bool("auto_scale_loss", auto_scale_loss)
+        check_bool("auto_scale_loss", auto_scale_loss)
         optimizer = keras.optimizers.get(optimizer)
         self._auto_scale_loss = auto_scale_loss
         note_successor(self)

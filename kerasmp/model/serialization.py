@@ -21,7 +21,7 @@ from kerasmp.backend.variable_dtypes import set_variable_dtype, takes_dtype
 from kerasmp.errors import KerasMPWarning, PolicyError, PolicyWarning
 from kerasmp.layers.from_stock import turn_to_safe
 from kerasmp.policy.apply import apply
-from kerasmp.policy.follow import build_by
+from kerasmp.policy.follow import build_with
 from kerasmp.policy.layer_policies import LayerPolicies, read
 from kerasmp.policy.spec import HALVES
 
@@ -168,7 +168,7 @@ class LayersToFollow:
         """
         if not self.waiting:
             return
-        build_by(model, *inputs)
+        build_with(model, *inputs)
         # Keras says that it has built the model of a file only afterwards.
         if model.built or all(part.built for part in flatten_layers(model) if part is not model):
             self.follow_now(model)
@@ -187,7 +187,7 @@ class LayersToFollow:
         """
         text = self.waiting["layer_policies"]
         try:
-            rows = _assigned(model, read(text, may_be_unknown=True))
+            rows = _assigned(model, read(text, allow_unknown=True))
         except PolicyError as error:
             if not self.waiting.get("layers_may_differ"):
                 raise
@@ -217,7 +217,7 @@ def _assigned(model: Any, policies: LayerPolicies) -> list[Assignment]:
     for part in flatten_layers(model):
         if id(part) in ours and isinstance(part, keras.Model):
             type(model).from_keras(part)
-    return policies.assign(model, names_may_be_lost=True)
+    return policies.assign(model, allow_new_names=True)
 
 
 def _warn_of_others(model: Any, text: str, error: PolicyError) -> None:

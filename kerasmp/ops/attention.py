@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from kerasmp.backend import current
-from kerasmp.errors import ArgumentError, refuse_no_bool
+from kerasmp.errors import ArgumentError, check_bool
 from kerasmp.ops.precision import registered, wide_dtype
 from kerasmp.ops.softmax import hide
 
@@ -108,9 +108,9 @@ class DotProductAttention(keras.Operation):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        refuse_no_bool("is_causal", is_causal)
+        check_bool("is_causal", is_causal)
         if flash_attention is not None:
-            refuse_no_bool("flash_attention", flash_attention)
+            check_bool("flash_attention", flash_attention)
         _check_number("scale", scale, above=-math.inf)
         _check_number("attn_logits_soft_cap", attn_logits_soft_cap, above=0.0)
         self.scale = scale

@@ -68,14 +68,14 @@ def apply(model: Any, assignments: Iterable[Assignment], *, variables_follow: bo
     todo = [row for row in assignments if row.before != row.after]
     for row in todo:
         if not variables_follow:
-            refuse_other_variables(row)
+            check_variable_dtype(row)
     if not todo:
         return
     undo: Undo = [functools.partial(refresh_symbolic_dtypes, model)]
     try:
         for row in todo:
-            undo.append(functools.partial(let_follow, row.layer, row.layer.dtype_policy))
-            let_follow(row.layer, row.policy_after)
+            undo.append(functools.partial(set_layer_policy, row.layer, row.layer.dtype_policy))
+            set_layer_policy(row.layer, row.policy_after)
         refresh_symbolic_dtypes(model)
     except BaseException:  # a layer that cannot be called in its new dtype, or an interrupt
         try:
@@ -85,7 +85,7 @@ def apply(model: Any, assignments: Iterable[Assignment], *, variables_follow: bo
         raise
 
 
-def let_follow(layer: Any, policy: keras.DTypePolicy) -> None:
+def set_layer_policy(layer: Any, policy: keras.DTypePolicy) -> None:
     """Give a layer a policy, and renew the constants that it keeps in the dtype of before.
 
     The symbolic tensors of graphs are left as they are.
@@ -96,12 +96,12 @@ def let_follow(layer: Any, policy: keras.DTypePolicy) -> None:
     """
     set_policy(layer, policy)
     if isinstance(layer, keras.layers.Normalization):
-        renew_statistics(layer)
+        recast_statistics(layer)
     elif isinstance(layer, keras.layers.Masking):
         renew_mask_casts(layer)
 
 
-def refuse_other_variables(row: Assignment) -> None:
+def check_variable_dtype(row: Assignment) -> None:
     """Raise if a layer's weights would have to change their dtype.
 
     Args:
@@ -121,7 +121,7 @@ def refuse_other_variables(row: Assignment) -> None:
         )
 
 
-def renew_statistics(layer: Any) -> None:
+def recast_statistics(layer: Any) -> None:
     """Cast the mean and variance of a Normalization anew: it does so when built or adapted only.
 
     Args:

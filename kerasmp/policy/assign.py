@@ -10,7 +10,7 @@ import keras
 from kerasmp.backend.keras_graph import policy_of
 from kerasmp.errors import PolicyError
 from kerasmp.policy.locations import Location, locations
-from kerasmp.policy.safe import ATTENTION, is_ours, safe_rule
+from kerasmp.policy.safe import ATTENTION, is_kerasmp_layer, safe_rule
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _decide(
     own, covers_inside = _by_user(layer, location, policy)
     by_user = own if own is not None and covers_inside else above.by_user
     why_kept = _why_kept(layer, above)
-    looked_after = above.looked_after or (is_ours(layer) and isinstance(layer, ATTENTION))
+    looked_after = above.looked_after or (is_kerasmp_layer(layer) and isinstance(layer, ATTENTION))
     safe, by_safe = None, above.by_safe
     if policy.safe and policy.compute_dtype in HALVES:
         location = location._replace(half=policy.compute_dtype)

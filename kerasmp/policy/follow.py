@@ -39,7 +39,7 @@ class RulesToFollow:
         """
         if not self.any:
             return
-        build_by(model, *inputs)
+        build_with(model, *inputs)
         present = [id(layer) for layer in flatten_layers(model)]
         if present == self._seen:
             return
@@ -48,7 +48,7 @@ class RulesToFollow:
         self._seen = present  # now: rules that disagree are an error each time
 
 
-def build_by(model: Any, *inputs: Any) -> None:
+def build_with(model: Any, *inputs: Any) -> None:
     """Build a model that is not, as layers make parts of their own then, attention its softmax.
 
     Args:
@@ -58,10 +58,10 @@ def build_by(model: Any, *inputs: Any) -> None:
     if inputs and not model.built:
         # What cannot be traced is built by the call itself, as in Keras, and followed after it.
         with contextlib.suppress(Exception):
-            keras.Model.__call__(model, *symbols_of(inputs))
+            keras.Model.__call__(model, *to_symbolic(inputs))
 
 
-def symbols_of(values: Any) -> Any:
+def to_symbolic(values: Any) -> Any:
     """Return values with symbolic tensors in the place of all that has a shape and a dtype."""
     return keras.tree.map_structure(_symbol, values)
 

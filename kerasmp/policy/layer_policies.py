@@ -12,7 +12,7 @@ from kerasmp.backend.keras_graph import policy_of
 from kerasmp.errors import ArgumentTypeError, PolicyError
 from kerasmp.policy.assign import Assignment
 from kerasmp.policy.locations import Location, locations
-from kerasmp.policy.safe import is_ours
+from kerasmp.policy.safe import is_kerasmp_layer
 
 _INDENT = "  "
 _OURS = "kerasmp>"  # before the names under which Keras knows our classes
@@ -105,12 +105,12 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
             )
         return cls(read(text))
 
-    def assign(self, model: Any, *, names_may_be_lost: bool = False) -> list[Assignment]:
+    def assign(self, model: Any, *, allow_new_names: bool = False) -> list[Assignment]:
         """Decide as `kerasmp.policy.assign.assign` does, from these policies.
 
         Args:
             model: A built model.
-            names_may_be_lost: Whether a layer may have another name where no layer has that of the
+            allow_new_names: Whether a layer may have another name where no layer has that of the
                 text: a user's `get_config` need not write it into files.
 
         Returns:
@@ -125,7 +125,7 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
         names = {_plain(layer.name) for layer, _ in present}
         for wanted, (layer, location) in zip(self, present, strict=False):
             same = _plain(layer.name) == _plain(wanted.name) or (
-                names_may_be_lost and _plain(wanted.name) not in names
+                allow_new_names and _plain(wanted.name) not in names
             )
             # What the model itself is called, and whether it is one of ours, is the same to us.
             same = same and location.depth == wanted.depth and _is_a(layer, wanted.class_name)
@@ -153,7 +153,9 @@ class LayerPolicies(tuple[LayerPolicy, ...]):
         return {
             id(layer)
             for wanted, (layer, location) in zip(self, _places(model), strict=False)
-            if location.depth and wanted.class_name.startswith(_OURS) and not is_ours(layer)
+            if location.depth
+            and wanted.class_name.startswith(_OURS)
+            and not is_kerasmp_layer(layer)
         }
 
     def __str__(self) -> str:
@@ -173,12 +175,12 @@ def policies_at(found: Iterable[tuple[Any, Location]]) -> LayerPolicies:
     )
 
 
-def read(text: str, *, may_be_unknown: bool = False) -> LayerPolicies:
+def read(text: str, *, allow_unknown: bool = False) -> LayerPolicies:
     """Read what `str()` of `LayerPolicies` wrote.
 
     Args:
         text: The text.
-        may_be_unknown: Whether Keras need not know the policies: one of the user's own has a name
+        allow_unknown: Whether Keras need not know the policies: one of the user's own has a name
             that says nothing to it.
 
     Raises:
@@ -186,7 +188,7 @@ def read(text: str, *, may_be_unknown: bool = False) -> LayerPolicies:
     """
     lines = enumerate(text.splitlines(), 1)
     rows = [
-        _read(number, line, may_be_unknown)
+        _read(number, line, allow_unknown)
         for number, line in lines
         if line.strip() and line[0] != "#"
     ]
@@ -234,7 +236,7 @@ def _plain(name: str) -> str:
     return re.sub(r"_\d+$", "", name)
 
 
-def _read(number: int, line: str, may_be_unknown: bool) -> LayerPolicy:  # noqa: FBT001 - one caller
+def _read(number: int, line: str, allow_unknown: bool) -> LayerPolicy:  # noqa: FBT001 - one caller
     match = _LINE.fullmatch(line.rstrip())
     if match is None:
         raise PolicyError(
@@ -247,7 +249,7 @@ def _read(number: int, line: str, may_be_unknown: bool) -> LayerPolicy:  # noqa:
     try:
         keras.dtype_policies.get(policy)
     except (TypeError, ValueError) as error:
-        if not may_be_unknown:
+        if not allow_unknown:
             raise PolicyError(
                 f"Keras does not know the policy in line {number}.",
                 received=repr(policy),

@@ -145,10 +145,10 @@ def final_layers(model: Any) -> list[Any]:
     if graph is None:
         parts = called_parts(model)
         return [layer for x in parts if x is not model for layer in final_layers(x)]
-    return makers_of(graph, graph.outputs)
+    return producers_of(graph, graph.outputs)
 
 
-def makers_of(graph: Any, tensors: Iterable[Any]) -> list[Any]:
+def producers_of(graph: Any, tensors: Iterable[Any]) -> list[Any]:
     """Return the layers that make tensors of a model's graph; see `final_layers`.
 
     Args:

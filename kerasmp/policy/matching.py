@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _SHOWN = 3
 
 
-def refuse_unmatched(rows: Iterable[Assignment], policy: Policy) -> None:
+def check_patterns(rows: Iterable[Assignment], policy: Policy) -> None:
     """Raise where a pattern matches the path of no layer.
 
     Args:

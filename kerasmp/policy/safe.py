@@ -1,8 +1,8 @@
 """The rule set "safe": which stock layers, and which places, compute in float32 and not in half.
 
 Only where a whole layer in float32 is right and cheap. Products of matrices, which are what half
-precision is for, stay in it, but for heads and for what `ACTIVATED` and `STEPPING` list; for others
-that it hurts there are layers in `kerasmp.layers`. The numbers are those of docs/rules.md.
+precision is for, stay in it, but for heads and for what `WITH_ACTIVATION` and `STEPPING` list; for
+others that it hurts there are layers in `kerasmp.layers`. The numbers are those of docs/rules.md.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ NOISE = (layers.GaussianNoise, layers.GaussianDropout)
 POOLING = (layers.AveragePooling1D, layers.AveragePooling2D, layers.AveragePooling3D)
 # What steps through time, and has no counterpart in `kerasmp.layers`.
 STEPPING = (layers.SimpleRNNCell, layers.ConvLSTM1D, layers.ConvLSTM2D, layers.ConvLSTM3D)
-ACTIVATED = (
+WITH_ACTIVATION = (
     layers.Dense,
     layers.EinsumDense,
     layers.Conv1D,
@@ -112,13 +112,13 @@ def safe_rule(layer: Any, location: Location, *, looked_after: bool = False) -> 
     >>> safe_rule(keras.layers.Dense(2), Location("dense")) is None
     True
     """
-    ours = is_ours(layer)
+    ours = is_kerasmp_layer(layer)
     looked_after = looked_after or (ours and getattr(layer, "gives_float32", False))
     rules = (rule for rule in RULES if (rule.ours or not ours) and (rule.takes or not looked_after))
     return next((rule for rule in rules if rule.claims(layer, location)), None)
 
 
-def is_ours(layer: Any) -> bool:
+def is_kerasmp_layer(layer: Any) -> bool:
     """Return whether a layer is of this package, or derived."""
     return any(cls.__module__.partition(".")[0] == _PACKAGE for cls in type(layer).__mro__)
 
@@ -154,18 +154,18 @@ def _is_rounded(value: Any, half: str) -> bool:
     return bool(np.any(other & ~np.isnan(wide)))  # NaN is equal to nothing in any dtype
 
 
-def share_dropped(rate: float, half: str) -> float:
+def dropped_share(rate: float, half: str) -> float:
     """Return the share of its inputs that stock Keras drops in half precision.
 
     Example:
 
-    >>> share_dropped(0.001, "bfloat16")
+    >>> dropped_share(0.001, "bfloat16")
     0.0078125
     """
     return math.ceil(rate * _UNIFORM[half]) / _UNIFORM[half]
 
 
-def drops_another_share(rate: float, half: str) -> bool:
+def drops_wrong_share(rate: float, half: str) -> bool:
     """Return whether stock Keras drops, or keeps, another share in half precision than it should.
 
     Args:
@@ -174,7 +174,7 @@ def drops_another_share(rate: float, half: str) -> bool:
     """
     if half not in HALVES or not drops_in_own_dtype():
         return False
-    return abs(share_dropped(rate, half) - rate) > _SHARE_OFF * min(rate, 1 - rate)
+    return abs(dropped_share(rate, half) - rate) > _SHARE_OFF * min(rate, 1 - rate)
 
 
 def _is(*classes: type) -> Callable[[Any, Location], bool]:
@@ -197,7 +197,7 @@ def _is_head(layer: Any, location: Location) -> bool:
 
 def _sums_outputs(layer: Any, _: Location) -> bool:
     if isinstance(layer, layers.ActivityRegularization):
-        return not is_ours(layer)
+        return not is_kerasmp_layer(layer)
     return getattr(layer, "activity_regularizer", None) is not None
 
 
@@ -234,7 +234,7 @@ def _steps_through_time(layer: Any, _: Location) -> bool:
 
 
 def _ends_in_probabilities(layer: Any, _: Location) -> bool:
-    return isinstance(layer, ACTIVATED) and activation_name(layer) in PROBABILITIES
+    return isinstance(layer, WITH_ACTIVATION) and activation_name(layer) in PROBABILITIES
 
 
 def _is_unsafe_activation(layer: Any, _: Location) -> bool:
@@ -256,7 +256,7 @@ def _rounds_data(layer: Any, location: Location) -> bool:
 
 
 def _drops_another_share(layer: Any, location: Location) -> bool:
-    return isinstance(layer, layers.Dropout) and drops_another_share(layer.rate, location.half)
+    return isinstance(layer, layers.Dropout) and drops_wrong_share(layer.rate, location.half)
 
 
 def _makes_noise(layer: Any, _: Location) -> bool:
