@@ -150,6 +150,17 @@ def check_integer(name: str, value: object, error: type[KerasMPError], least: in
     )
 
 
+def with_type(value: object) -> str:
+    """Return the first 100 characters of the `repr` of a value, and its type.
+
+    Example:
+
+    >>> with_type("half")
+    "'half' of type str"
+    """
+    return f"{value!r:.100} of type {type(value).__name__}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a hint that names the nearest known word, or an empty string.
 

@@ -1,56 +1,31 @@
-"""Advice: which policy suits this device, and why."""
+"""Which policy suits a device, and why."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import keras
 
 from kerasmp.backend import devices
-from kerasmp.policy.policy import Policy
 
 _FLOAT16_TENSOR_CORES = (7, 0)
 _BFLOAT16_TENSOR_CORES = (8, 0)
 _BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 
 
-@dataclasses.dataclass(frozen=True)
-class Recommendation:
-    """A policy for a device, with the reason.
-
-    Args:
-        policy: The policy to use.
-        reason: Why, in one sentence.
-        device: The device that was looked at.
-    """
-
-    policy: Policy
-    reason: str
-    device: str
-
-
-def recommend_policy() -> Recommendation:
-    """Return the policy that suits the device on which Keras will run; "auto" stands for it.
-
-    The device is looked up each time, without starting a GPU where that can be avoided.
+def recommend() -> tuple[str, str, str]:
+    """Choose a policy for the device on which Keras will run.
 
     Returns:
-        The policy, the reason in one sentence, and the device.
-
-    Example:
-    >>> recommend_policy().policy.variable_dtype
-    'float32'
+        The name of the policy, the reason in one sentence, and the name of the device.
     """
     device = devices.detect(keras.backend.backend())
-    name, reason = decide(device)
-    return Recommendation(Policy(name), reason, device.name)
+    return *decide(device), device.name
 
 
 def decide(device: devices.Device) -> tuple[str, str]:
     """Choose a policy for a device.
 
     Args:
-        device: The description of a device.
+        device: The device.
 
     Returns:
         The name of the policy, and the reason in one sentence.
@@ -70,7 +45,7 @@ def _gpu(device: devices.Device) -> tuple[str, str]:
     if device.capability is None:
         return "float32", (
             "This GPU reports no NVIDIA compute capability, and half precision has not been "
-            "measured on others."
+            "measured on other GPUs."
         )
     capability = "Compute capability {}.{}".format(*device.capability)
     if device.capability >= _BFLOAT16_TENSOR_CORES:
@@ -82,20 +57,20 @@ def _gpu(device: devices.Device) -> tuple[str, str]:
             f"{capability} has tensor cores for float16 but not for bfloat16, so use loss scaling."
         )
     return "float32", (
-        f"{capability} has no tensor cores (they start at 7.0), so half precision would cost "
-        "accuracy for little or no speed."
+        f"{capability} has no tensor cores (they start at 7.0), so half precision would lose "
+        "accuracy and gain little or no speed."
     )
 
 
 def _cpu(device: devices.Device) -> tuple[str, str]:
     if device.flags is None:
-        return "float32", "What this CPU can do is not known here, and float32 is right on any."
+        return "float32", "The instruction sets of this CPU are unknown, and float32 suits any CPU."
     fast = [flag.upper() for flag in _BFLOAT16_FLAGS if flag in device.flags]
     if not fast:
         return "float32", "This CPU has neither AVX512_BF16 nor AMX_BF16 to speed up bfloat16."
     if device.framework != "tensorflow":
         return "float32", (
-            f"This CPU has {' and '.join(fast)}, but only TensorFlow was measured to gain from it."
+            f"This CPU has {' and '.join(fast)}, but a gain was measured only with TensorFlow."
         )
     if not device.onednn:
         return "float32", (
@@ -103,6 +78,6 @@ def _cpu(device: devices.Device) -> tuple[str, str]:
             "by TF_ENABLE_ONEDNN_OPTS."
         )
     return "mixed_bfloat16", (
-        f"TensorFlow's oneDNN kernels use {' and '.join(fast)}: on a CPU with AVX512_BF16 bfloat16 "
-        "trained 1.5 to 1.9 times faster than float32, and float16 slower."
+        f"TensorFlow's oneDNN kernels use {' and '.join(fast)}: on a CPU with AVX512_BF16, "
+        "bfloat16 trained 1.5 to 1.9 times faster than float32, and float16 trained slower."
     )

@@ -1,12 +1,15 @@
-"""The text of a policy: read it, check that Keras can express it, write it back."""
+"""The text of a policy: parse it, check that Keras can express it, and write it back."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import keras
 
 from kerasmp.errors import PolicyError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 AUTO = "auto"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -19,17 +22,16 @@ _EXPECTED = (
     f"one of {', '.join((*NAMES, AUTO))}, a quantised name such as int8_from_float32, "
     'or "variable=float32,compute=float16,output=float32"'
 )
-_USUAL = 'The usual one is "mixed_float16".'
 
 
 class Spec(NamedTuple):
-    """What the text of a policy says, checked.
+    """The dtypes of a policy, checked.
 
     Args:
-        name: The name under which Keras knows the pair of variable and compute dtype.
-        variable: Dtype of the variables.
-        compute: Dtype of the computations.
-        output: Dtype of the model's final outputs; None leaves them as they are.
+        name: The name that Keras gives to this pair of variable and compute dtype.
+        variable: The variable dtype.
+        compute: The compute dtype.
+        output: The dtype of the model's final outputs; None leaves them as they are.
     """
 
     name: str
@@ -44,13 +46,13 @@ class Spec(NamedTuple):
 
 
 def parse(text: str) -> Spec:
-    """Read the text of a policy, except "auto", which needs a device.
+    """Parse the text of a policy, except "auto", which needs a device.
 
     Args:
         text: A Keras policy name, or parts such as "compute=float16,output=float32".
 
     Returns:
-        What it says.
+        The dtypes that the text stands for.
 
     Raises:
         PolicyError: If a name is unknown, a part is unknown, empty or given twice, or Keras cannot
@@ -69,38 +71,33 @@ def parse(text: str) -> Spec:
         return Spec(text, "float32", MIXED[text])
     if text in DTYPES:
         return Spec(text, text, text)
-    raise PolicyError(
-        "Unknown policy name.",
-        received=repr(text),
-        expected=_EXPECTED,
-        fix=did_you_mean(text, (*NAMES, AUTO)) or _USUAL,
-    )
+    raise _unknown("policy name", repr(text), _EXPECTED, text, (*NAMES, AUTO))
 
 
 def from_keras(policy: keras.DTypePolicy) -> Spec:
-    """Read a Keras policy that is not a map.
+    """Return the dtypes of a Keras policy that is not a map.
 
     Args:
         policy: The Keras policy.
 
     Returns:
-        What it says.
+        Its dtypes.
 
     Raises:
-        PolicyError: If its name does not say all of it, as with a subclass, an
+        PolicyError: If the name of the policy does not describe it completely: a subclass, an
             `amax_history_length` that is not the default, or a name that Keras has erased.
     """
     name = policy.name
     try:
-        is_told = isinstance(name, str) and keras.dtype_policies.get(name) == policy
-    except (TypeError, ValueError):  # a user's own may have any name
-        is_told = False
-    if not is_told:
+        is_complete = isinstance(name, str) and keras.dtype_policies.get(name) == policy
+    except (TypeError, ValueError):  # a user-defined policy may have any name
+        is_complete = False
+    if not is_complete:
         raise PolicyError(
-            "This Keras policy cannot be told by its name alone.",
+            "The name of this Keras policy does not describe it completely.",
             received=f"{name!r}, a {type(policy).__name__}",
             expected=_EXPECTED,
-            fix="Give it to the layers themselves, through their dtype argument.",
+            fix="Pass the policy to the layers themselves, as their dtype argument.",
         )
     return parse(name)
 
@@ -108,55 +105,51 @@ def from_keras(policy: keras.DTypePolicy) -> Spec:
 def _split(text: str) -> dict[str, str]:
     parts: dict[str, str] = {}
     for item in text.split(","):
-        key, equals, value = (word.strip() for word in item.partition("="))
+        key, equals, dtype = (word.strip() for word in item.partition("="))
         if not equals or key not in PARTS:
-            raise PolicyError(
-                "Unknown part of a policy.",
-                received=f"{item.strip()!r} in {text!r}",
-                expected=" or ".join(f"{part}=DTYPE" for part in PARTS),
-                fix=did_you_mean(key, PARTS) or _USUAL,
-            )
+            expected = " or ".join(f"{part}=DTYPE" for part in PARTS)
+            received = f"{item.strip()!r} in {text!r}"
+            raise _unknown("part of a policy", received, expected, key, PARTS)
         if key in parts:
             raise PolicyError(
                 f"{key} is given twice.",
                 received=repr(text),
                 expected=f"at most one {key}=DTYPE",
-                fix="Leave one of them out.",
+                fix="Remove one of them.",
             )
-        parts[key] = _dtype(value, item.strip())
+        if dtype not in DTYPES:
+            expected = f"one of {', '.join(DTYPES)}"
+            raise _unknown("dtype in a policy", repr(item.strip()), expected, dtype, DTYPES)
+        parts[key] = dtype
     return parts
 
 
-def _dtype(value: str, item: str) -> str:
-    if value not in DTYPES:
-        raise PolicyError(
-            "Unknown dtype in a policy.",
-            received=repr(item),
-            expected=f"one of {', '.join(DTYPES)}",
-            fix=did_you_mean(value, DTYPES) or _USUAL,
-        )
-    return value
+def _unknown(
+    what: str, received: str, expected: str, word: str, known: Sequence[str]
+) -> PolicyError:
+    return PolicyError(
+        f"Unknown {what}.",
+        received=received,
+        expected=expected,
+        fix=did_you_mean(word, known) or 'The usual choice is "mixed_float16".',
+    )
 
 
 def _from_parts(parts: dict[str, str]) -> Spec:
-    variable, compute = parts.get("variable"), parts.get("compute")
+    variable, compute, output = map(parts.get, PARTS)
     if variable is None:
-        # Half precision variables lose small updates: nobody gets them without asking.
+        # Half precision variables lose small updates, so they are never the default.
         variable = "float64" if compute == "float64" else "float32"
     compute = compute or variable
-    return Spec(_keras_name(variable, compute), variable, compute, parts.get("output"))
-
-
-def _keras_name(variable: str, compute: str) -> str:
     if variable == compute:
-        return compute
+        return Spec(compute, variable, compute, output)
     if variable == "float32" and compute in HALVES:
-        return f"mixed_{compute}"
+        return Spec(f"mixed_{compute}", variable, compute, output)
     raise PolicyError(
         "Keras cannot express this combination of variable and compute dtypes.",
         received=f"variable={variable},compute={compute}",
         expected="the same dtype twice, or variable=float32 with compute=float16 or bfloat16",
-        fix=f'"{compute}" does both in {compute}.',
+        fix=f'"{compute}" uses {compute} for both.',
     )
 
 
@@ -165,7 +158,7 @@ def _quantised(text: str) -> Spec:
         policy = keras.dtype_policies.get(text)
     except (TypeError, ValueError) as error:
         raise PolicyError(
-            "Keras refuses this quantised policy name.",
+            "Keras does not accept this quantised policy name.",
             received=repr(text),
             expected="a name such as int8_from_float32 or float8_from_mixed_bfloat16",
             fix=f"Keras says: {error}",
@@ -175,6 +168,6 @@ def _quantised(text: str) -> Spec:
             "A quantised policy needs a floating point policy after _from_.",
             received=repr(text),
             expected=f"one of {', '.join(NAMES)} after _from_",
-            fix="Name the policy that the layers had before quantisation.",
+            fix="Use the policy that the layers had before quantisation.",
         )
     return Spec(policy.name, policy.variable_dtype, policy.compute_dtype)

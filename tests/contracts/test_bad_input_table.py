@@ -54,8 +54,8 @@ def of_rules(*given):
     return policy_of(spec="float32", rules=[*given])
 
 
-NO_CONFIG = "A policy cannot be made from this"
-NO_RULES = "no rules of a policy's configuration"
+NO_CONFIG = "A policy cannot be created from this"
+NO_RULES = "configuration of a policy has invalid rules"
 NO_LINE = "names no layer and policy"
 NO_ROWS = "Layer policies are made of rows.*Received: "
 NO_LAYERS = "Only the layers of a Keras model have policies.*Received: "
@@ -66,7 +66,10 @@ SWITCH = INVALID + ".*True or False"
 # What needs no framework: of the model `m`, a functional one.
 PURE = {
     # ------------------------------------------------------------------------------- policies
-    "policy of an empty configuration": (lambda m: policy_of(), NO_CONFIG + r"\. Received: {}"),
+    "policy of an empty configuration": (
+        lambda m: policy_of(),
+        NO_CONFIG + r" configuration\. Received: {}",
+    ),
     "policy of no configuration": (lambda m: mp.Policy.from_config(None), NO_CONFIG),
     "policy of a name": (lambda m: mp.Policy.from_config("float32"), NO_CONFIG),
     "policy of more than is known": (lambda m: policy_of(spec="float32", rulez=[]), "rulez"),

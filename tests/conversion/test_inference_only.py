@@ -192,7 +192,7 @@ def test_what_nobody_asked_for_is_refused_and_nothing_changes():
     before, weights = str(mp.LayerPolicies.of(model)), model.get_weights()
     model.layers[-1].kernel.assign(model.layers[-1].kernel + 1e6)
     calls = [
-        ({"policy": "float16"}, 'give convert.* variables="float16"'),
+        ({"policy": "float16"}, 'call convert.* variables="float16"'),
         ({"policy": "float16", "rules": None}, 'asked to, as by variables="float16"'),
         ({"policy": "float16", "variables": "float32"}, "float32 variables"),
         ({"policy": "mixed_bfloat16", "variables": "float16"}, "No layer computes in float16"),

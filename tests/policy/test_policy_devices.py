@@ -412,10 +412,10 @@ TABLE = [
     (cpu(AMX), "mixed_bfloat16", "use AMX_BF16:"),
     (cpu(BOTH), "mixed_bfloat16", "use AVX512_BF16 and AMX_BF16:"),
     (cpu(BF16, onednn=False), "float32", "switched off by TF_ENABLE_ONEDNN_OPTS"),
-    (cpu(BF16, "jax", onednn=False), "float32", "only TensorFlow was measured to gain"),
-    (cpu(BF16, "torch", onednn=False), "float32", "only TensorFlow was measured to gain"),
+    (cpu(BF16, "jax", onednn=False), "float32", "a gain was measured only with TensorFlow"),
+    (cpu(BF16, "torch", onednn=False), "float32", "a gain was measured only with TensorFlow"),
     (cpu(PLAIN), "float32", "neither AVX512_BF16 nor AMX_BF16"),
-    (cpu(None), "float32", "is not known here"),
+    (cpu(None), "float32", "instruction sets of this CPU are unknown"),
 ]
 
 

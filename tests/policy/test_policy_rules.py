@@ -144,8 +144,12 @@ def test_stock_layers_follow_path_rules():
         ("saef", r"Unknown rule set\. Received: 'saef'\..*Did you mean \"safe\"\?"),
         ({"head/(": "float32"}, r"not a regular expression\. Received: 'head/\('.*Python says"),
         ({"head": "flaot32"}, r'Unknown policy name.*Did you mean "float32"\?'),
-        ({"head": "output=float32"}, r"cannot have an output or rules of its own.*'head': Policy"),
+        (
+            {"head": "output=float32"},
+            r"cannot have an output or rules of its own.*'head': 'output=float32'",
+        ),
         ({"head": Policy("float32", rules={"a": "float16"})}, r"output or rules of its own"),
+        ({"head": Policy("mixed_float16", rules="safe")}, r"output or rules of its own"),
     ],
 )
 def test_rules_with_bad_values_are_refused(rules, message):
@@ -160,7 +164,10 @@ def test_rules_with_bad_values_are_refused(rules, message):
         ([3], r"rules is not a mapping\. Received: 3\. Expected: a dict"),
         ({3: "float32"}, r"neither a layer path pattern nor a layer class\. Received: 3"),
         ({int: "float32"}, r"neither a layer path pattern nor a layer class.*'int'"),
-        ({"head": None}, r"A policy cannot be made from this\. Received: None of type NoneType"),
+        (
+            {"head": None},
+            r"A policy cannot be created from this value\. Received: None of type NoneType",
+        ),
     ],
 )
 def test_rules_of_the_wrong_type_are_refused(rules, message):
@@ -172,7 +179,9 @@ def test_rules_of_the_wrong_type_are_refused(rules, message):
 @pytest.mark.parametrize("cls", [Unregistered, Dense])
 def test_a_class_that_a_file_could_not_name_is_refused_on_saving(cls):
     policy = Policy("mixed_float16", rules={cls: "float32"})
-    with pytest.raises(PolicyError, match=r"cannot be found again.*register_keras_serializable"):
+    with pytest.raises(
+        PolicyError, match=r"cannot be found by its name.*register_keras_serializable"
+    ):
         policy.get_config()
 
 
