@@ -20,10 +20,9 @@ from kerasmp.model.find_optimizers import find_optimizers, trained_in_float16, u
 from kerasmp.model.model import class_of_ours
 from kerasmp.policy import LayerPolicies, Policy
 from kerasmp.policy.apply import set_layer_policy, take_back
-from kerasmp.policy.assign import assign
+from kerasmp.policy.assign import assign, check_patterns, unmatched_classes
 from kerasmp.policy.layer_policies import policies_at
 from kerasmp.policy.locations import locations
-from kerasmp.policy.matching import check_patterns, unmatched_classes
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,22 +15,22 @@ from kerasmp.policy.safe import ATTENTION, is_kerasmp_layer, safe_rule
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from kerasmp.policy.policy import Policy
 
-_WITHOUT_RULE = "the policy"
+_SUGGESTIONS = 3
 
 
 class Assignment(NamedTuple):
-    """What one layer is to do.
+    """The policy that one layer has, and the one that it will have.
 
     Args:
         layer: The layer.
         path: Its path.
-        policy: The Keras policy that it follows now. One of the user's own may have any name.
-        after: The name of the Keras policy that it is to follow.
-        reason: The rule that says so; "the policy" where there is none.
+        policy: The Keras policy that it has now. A user-defined one may have any name.
+        after: The name of the Keras policy that it will have.
+        reason: The rule that decides this; "the policy" if there is none.
     """
 
     layer: Any
@@ -40,15 +41,15 @@ class Assignment(NamedTuple):
 
     @property
     def before(self) -> str:
-        """The name of the Keras policy that it follows now."""
+        """The name of the Keras policy that the layer has now."""
         return str(self.policy.name)
 
     @property
     def policy_after(self) -> keras.DTypePolicy:
-        """The Keras policy that it is to follow: the very one of now, if it has that name.
+        """The Keras policy that the layer will have: the present object if the name is the same.
 
         Raises:
-            PolicyError: If it has not, and Keras can make none of the name.
+            PolicyError: If the name is another one, and unknown to Keras.
         """
         if self.after == self.before:
             return self.policy
@@ -56,47 +57,48 @@ class Assignment(NamedTuple):
             return keras.dtype_policies.get(self.after)
         except (TypeError, ValueError) as error:
             raise PolicyError(
-                "A policy of the user's own cannot be made of its name.",
+                "A user-defined policy cannot be created from its name.",
                 received=f'"{self.path}" with {self.before!r}',
                 expected=f"{self.after!r}, as {self.reason} says",
-                fix="Let the constructor of the model, or of the layer, set that policy.",
+                fix="Set that policy in the constructor of the model or of the layer.",
             ) from error
 
 
-class _Claim(NamedTuple):
+class _Decision(NamedTuple):
     after: str
     reason: str
 
 
 class _Inherited(NamedTuple):
-    """What the layers inside of a layer get from it."""
+    """What a layer passes on to the layers inside it."""
 
-    by_user: _Claim | None = None
-    by_safe: _Claim | None = None
-    kept: bool = False
-    looked_after: bool = False  # by attention of ours
+    by_user: _Decision | None = None
+    by_safe: _Decision | None = None
+    kept: bool = False  # inside `WithDtype`
+    is_protected: bool = False  # inside kerasmp's attention, which protects its parts
 
 
 def assign(
-    model: Any, policy: Policy, found: Iterable[tuple[Any, Location]] | None = None
+    model: Any, policy: Policy, located: Iterable[tuple[Any, Location]] | None = None
 ) -> list[Assignment]:
-    """Decide which policy each layer of a model is to follow. Nothing is changed.
+    """Decide which policy each layer of a model gets, and change nothing.
 
     The user's rules come first: an exact path, then patterns and classes, which must agree. A class
-    rule also covers the layers inside, up to where another rule claims one. Then come layers that
-    keep what they have (quantised, not of a floating dtype, `kerasmp.layers.WithDtype`), then the
-    rule set "safe" where the policy has it and computes in half precision, then the policy itself.
+    rule also covers the layers inside, up to where another rule applies. Next come layers that keep
+    their policy (quantised, not of a floating dtype, in a `kerasmp.layers.WithDtype`), then the
+    rule set "safe" if the policy has it and computes in half precision, then the policy itself.
 
     Args:
-        model: A model. What is not built yet has no parts that could be found.
+        model: A model. Layers that it creates when it is built are found only if it is built.
         policy: The policy.
-        found: What `locations` yields of it, where that is known.
+        located: What `locations` returns for the model, if that is known already.
 
     Returns:
-        One row for the model and for each layer in it, holders before what they hold.
+        One row for the model and for each layer in it. A holder comes before the layers that it
+        contains.
 
     Raises:
-        PolicyError: If two of the user's rules claim one layer with different answers.
+        PolicyError: If two of the user's rules disagree on a layer.
 
     Example:
 
@@ -105,73 +107,112 @@ def assign(
     ['mixed_float16', 'float32']
     """
     rows = []
+    rules = policy.rules
     inherited: dict[int, _Inherited] = {}
-    for layer, location in locations(model) if found is None else found:
+    for layer, location in locations(model) if located is None else located:
         if isinstance(layer, keras.layers.InputLayer):
-            continue  # its dtype is the data's
+            continue  # it has the dtype of the data
         above = inherited.get(id(location.holder), _Inherited())
-        present = policy_of(layer)
-        claim, passed_on = _decide(layer, location, policy, above, str(present.name))
-        inherited[id(layer)] = passed_on
-        rows.append(Assignment(layer, location.path, present, *claim))
+        own, covers_parts = _by_user(layer, location, rules)
+        kept = _why_kept(layer, above)
+        safe, safe_covers_parts = _by_safe(layer, location, policy, above)
+        decision = own or above.by_user or kept or safe or above.by_safe
+        after, reason = decision or (policy.name, "the policy")
+        rows.append(Assignment(layer, location.path, policy_of(layer), after, reason))
+        inherited[id(layer)] = _Inherited(
+            by_user=own if covers_parts else above.by_user,
+            by_safe=safe if safe_covers_parts else above.by_safe,
+            kept=above.kept or getattr(layer, "keeps_its_dtype", False),
+            is_protected=above.is_protected
+            or (is_kerasmp_layer(layer) and isinstance(layer, ATTENTION)),
+        )
     return rows
 
 
-def _decide(
-    layer: Any, location: Location, policy: Policy, above: _Inherited, before: str
-) -> tuple[_Claim, _Inherited]:
-    own, covers_inside = _by_user(layer, location, policy)
-    by_user = own if own is not None and covers_inside else above.by_user
-    why_kept = _why_kept(layer, above)
-    looked_after = above.looked_after or (is_kerasmp_layer(layer) and isinstance(layer, ATTENTION))
-    safe, by_safe = None, above.by_safe
-    if policy.safe and policy.compute_dtype in HALVES:
-        location = location._replace(half=policy.compute_dtype)
-        rule = safe_rule(layer, location, looked_after=above.looked_after)
-        if rule is not None:
-            hazard = "hazards" if "," in rule.hazard else "hazard"
-            safe = _Claim("float32", f'"safe", {rule.name}: {rule.reason} ({hazard} {rule.hazard})')
-            by_safe = safe if rule.inside else by_safe
-    claim = (
-        own
-        or above.by_user
-        or (_Claim(before, why_kept) if why_kept else None)
-        or safe
-        or above.by_safe
-        or _Claim(policy.name, _WITHOUT_RULE)
-    )
-    kept = bool(why_kept) and (above.kept or getattr(layer, "keeps_its_dtype", False))
-    return claim, _Inherited(by_user, by_safe, kept, looked_after)
+def check_patterns(rows: Iterable[Assignment], policy: Policy) -> None:
+    """Raise an error if a pattern in the rules does not match the path of any layer.
+
+    Args:
+        rows: What `assign` returned.
+        policy: The policy with its rules.
+
+    Raises:
+        PolicyError: In that case. It names the most similar paths.
+    """
+    paths = [row.path for row in rows]
+    for pattern in (key for key in policy.rules if isinstance(key, str)):
+        if not any(pattern == path or re.fullmatch(pattern, path) for path in paths):
+            containing = [path for path in paths if re.search(pattern, path)]
+            similar = difflib.get_close_matches(pattern, paths, n=_SUGGESTIONS, cutoff=0.4)
+            near = list(dict.fromkeys([*containing, *similar]))[:_SUGGESTIONS]
+            raise PolicyError(
+                "The pattern of a rule does not match any layer path in the model.",
+                received=repr(pattern),
+                expected="a regular expression that matches a layer's whole path"
+                + (f", such as {', '.join(map(repr, near))}" if near else ""),
+                fix="print(convert(model, dry_run=True)) shows all paths.",
+            )
 
 
-def _by_user(layer: Any, location: Location, policy: Policy) -> tuple[_Claim | None, bool]:
-    """Return what the user's rules say of a layer, and whether that holds for what is inside."""
-    if location.path in policy.rules:
-        return _Claim(policy.rules[location.path].name, f'your rule "{location.path}"'), False
-    claims = {}
-    for key, answer in policy.rules.items():
+def unmatched_classes(rows: Iterable[Assignment], policy: Policy) -> list[str]:
+    """Return the names of the classes in the rules of which the model has no layer.
+
+    Args:
+        rows: What `assign` returned.
+        policy: The policy with its rules.
+    """
+    layers = [row.layer for row in rows]
+    classes = [key for key in policy.rules if isinstance(key, type)]
+    return [cls.__name__ for cls in classes if not any(isinstance(layer, cls) for layer in layers)]
+
+
+def _by_user(
+    layer: Any, location: Location, rules: Mapping[str | type, Policy]
+) -> tuple[_Decision | None, bool]:
+    """Return what the user's rules decide for a layer, and whether that covers its parts."""
+    if location.path in rules:
+        return _Decision(rules[location.path].name, f'your rule "{location.path}"'), False
+    answers = {}
+    covers_parts = False
+    for key, answer in rules.items():
         if isinstance(key, str) and re.fullmatch(key, location.path):
-            claims[f'your rule "{key}"'] = answer
+            answers[f'your rule "{key}"'] = answer
         elif isinstance(key, type) and isinstance(layer, key):
-            claims[f"your rule for the class {key.__name__}"] = answer
-    if not claims:
-        return None, False
-    if len({answer.name for answer in claims.values()}) > 1:
+            answers[f"your rule for the class {key.__name__}"] = answer
+            covers_parts = True
+    if len({answer.name for answer in answers.values()}) > 1:
         raise PolicyError(
-            f'Two rules claim the layer "{location.path}" with different answers.',
-            received=" and ".join(f"{name}: {str(p)!r}" for name, p in claims.items()),
+            f'Two rules give different policies for the layer "{location.path}".',
+            received=" and ".join(f"{rule}: {str(each)!r}" for rule, each in answers.items()),
             expected="rules that agree on each layer",
             fix="Make one of them narrower, or name the layer's exact path, which comes first.",
         )
-    name, answer = next(iter(claims.items()))
-    return _Claim(answer.name, name), any("the class" in each for each in claims)
+    decisions = [_Decision(answer.name, rule) for rule, answer in answers.items()]
+    return (decisions[0] if decisions else None), covers_parts
 
 
-def _why_kept(layer: Any, above: _Inherited) -> str:
+def _why_kept(layer: Any, above: _Inherited) -> _Decision | None:
+    """Return the decision that a layer keeps its policy, or None."""
+    policy = policy_of(layer)
     if above.kept or getattr(layer, "keeps_its_dtype", False):
-        return "kept: WithDtype says it"
-    if policy_of(layer).quantization_mode is not None:
-        return "kept: it is quantised"
+        return _Decision(policy.name, "kept: it is in WithDtype")
+    if policy.quantization_mode is not None:
+        return _Decision(policy.name, "kept: it is quantised")
     if not keras.backend.is_float_dtype(layer.compute_dtype):
-        return f"kept: it computes in {layer.compute_dtype}"
-    return ""
+        return _Decision(policy.name, f"kept: it computes in {layer.compute_dtype}")
+    return None
+
+
+def _by_safe(
+    layer: Any, location: Location, policy: Policy, above: _Inherited
+) -> tuple[_Decision | None, bool]:
+    """Return what the rule set "safe" decides for a layer, and whether that covers its parts."""
+    if not (policy.safe and policy.compute_dtype in HALVES):
+        return None, False
+    location = location._replace(half=policy.compute_dtype)
+    rule = safe_rule(layer, location, is_protected=above.is_protected)
+    if rule is None:
+        return None, False
+    hazard = "hazards" if "," in rule.hazard else "hazard"
+    reason = f'"safe", {rule.name}: {rule.reason} ({hazard} {rule.hazard})'
+    return _Decision("float32", reason), rule.covers_parts

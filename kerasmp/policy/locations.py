@@ -1,4 +1,4 @@
-"""Where a layer stands in a model: what the rules must know of it beyond its class."""
+"""Where a layer stands in a model: what the rules need to know beyond its class."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from kerasmp.backend.keras_graph import Call
 
-# What hands its input on, element by element, so that the layer before it makes the output.
+# Layers that pass values through, so that the layer before them makes the output.
 PASSING_THROUGH = (
     keras.layers.Cropping1D,
     keras.layers.Cropping2D,
@@ -37,10 +37,10 @@ PASSING_THROUGH = (
     keras.layers.ZeroPadding2D,
     keras.layers.ZeroPadding3D,
 )
-# What hands data on to those that need it as it comes, or scales it for them.
+# Layers that pass data on to a layer that needs it exactly, or scale it for that layer.
 _PASSING_DATA_THROUGH = (*PASSING_THROUGH, keras.layers.Concatenate, keras.layers.Rescaling)
-# What is given data, and makes something else of two numbers that half precision takes for one.
-TAKING_DATA = (
+# Layers that need data exactly: they tell apart numbers that are equal in half precision.
+EXACT_INPUTS = (
     keras.layers.CategoryEncoding,
     keras.layers.Discretization,
     keras.layers.Masking,
@@ -48,10 +48,10 @@ TAKING_DATA = (
 )
 
 SPECTRA = (keras.layers.MelSpectrogram, keras.layers.STFTSpectrogram)
-# Of STFTSpectrogram: "log" and "angle" are small numbers, as are the decibels of MelSpectrogram.
+# Modes of STFTSpectrogram. "log" and "angle" give small numbers, as do MelSpectrogram's decibels.
 _LARGE_SPECTRA = ("imag", "magnitude", "psd", "real", "stft")
-# What makes small numbers of any: by class, and by the name of an activation or operation. Not
-# BatchNormalization, which hands on what it is given until it has been trained.
+# What turns large numbers into small ones: layers, and functions or operations without the
+# underscores in their names. Not BatchNormalization, which returns its inputs until it is trained.
 _NORMALISING = (
     keras.layers.GroupNormalization,
     keras.layers.LayerNormalization,
@@ -60,22 +60,22 @@ _NORMALISING = (
     keras.layers.Softmax,
     keras.layers.UnitNormalization,
 )
-_BOUNDED = ("hard_sigmoid", "hard_tanh", "sigmoid", "softmax", "softsign", "tanh")
-_LOGARITHMS = ("log", "log10", "log1p", "log2", "log_softmax")
+_BOUNDED = ("hardsigmoid", "hardtanh", "sigmoid", "softmax", "softsign", "tanh")
+_LOGARITHMS = ("log", "log10", "log1p", "log2", "logsoftmax")
 
 
 class Location(NamedTuple):
-    """What is around a layer.
+    """Where a layer stands in a model.
 
     Args:
-        path: Keras's path of the layer; where Keras gives it none, the holder's and its name.
-        holder: The layer or model that holds it; None for the model itself.
-        final: Whether the model's outputs come from it.
-        masked: Whether a mask comes with its input; None where no graph tells.
-        spectra: Whether spectra come with its input that nothing has normalised.
-        feeds: The layers that need data as it comes, and are given it by this one.
-        half: The half precision that the policy would have it compute in, "" for none.
-        depth: How many layers and models hold it; 0 for the model itself.
+        path: Keras's path of the layer; if Keras gives it none, the holder's path and its name.
+        holder: The layer or model that contains it; None for the model itself.
+        final: Whether it makes outputs of the model.
+        masked: Whether its input has a mask; None if no graph shows it.
+        spectra: Whether its input contains spectra that nothing has normalised.
+        feeds: The layers that need data exactly and receive it through this one.
+        half: The half precision dtype in which the policy would let it compute; "" for none.
+        depth: The number of layers and models that contain it; 0 for the model itself.
     """
 
     path: str
@@ -88,58 +88,38 @@ class Location(NamedTuple):
     depth: int = 0
 
 
-def locations(model: Any) -> Iterator[tuple[Any, Location]]:
-    """Yield the model and each layer in it, at any depth, once, with its place.
+def locations(model: Any) -> list[tuple[Any, Location]]:
+    """Return the model and each layer in it, at any depth, once, with its location.
 
-    Holders come before what they hold.
+    A holder comes before the layers that it contains.
     """
+    found = list(_walk(model, Location(model.name), set()))
+    layers = [layer for layer, _ in found]
     final = {id(layer) for layer in final_layers(model)}
-    graphs = [model]
-    waiting: list[tuple[Any, Location]] = [(model, Location(model.name))]
-    seen = set()
-    found = []
-    while waiting:
-        layer, location = waiting.pop(0)
-        if id(layer) in seen:
-            continue
-        seen.add(id(layer))
-        found.append((layer, location))
-        graphs.append(layer)
-        inside = [
-            (
-                part,
-                Location(
-                    part.path or _join(layer, model, location, part),
-                    layer,
-                    depth=location.depth + 1,
-                ),
-            )
-            for part in children(layer)
-        ]
-        waiting = inside + waiting
-    masked = _masks(graphs)
-    spectra = _taking_spectra(model)
-    feeds = _feeds(graphs)
-    for layer, location in found:
-        key = id(layer)
-        yield (
+    masked = _masked(layers)
+    spectra = _receiving_spectra(model)
+    feeds = _feeding(layers)
+    return [
+        (
             layer,
             location._replace(
-                final=key in final,
-                masked=masked.get(key),
-                spectra=key in spectra,
-                feeds=feeds.get(key, ()),
+                final=id(layer) in final,
+                masked=masked.get(id(layer)),
+                spectra=id(layer) in spectra,
+                feeds=feeds.get(id(layer), ()),
             ),
         )
+        for layer, location in found
+    ]
 
 
 def final_layers(model: Any) -> list[Any]:
-    """Return the layers that make the model's outputs; none where no graph tells.
+    """Return the layers that make the model's outputs; none if no graph shows them.
 
-    Layers that only rearrange or drop what they are given are among them, and so is the one before.
-    Through an operation that is no layer, such as `outputs * 2`, all layers before it count. Of a
-    model without a `call`, whose train step takes what its parts return, all that make their
-    outputs.
+    If a layer only rearranges or drops values, the layer before it counts as well. If an output
+    comes from an operation that is not a layer, such as `outputs * 2`, all layers before the
+    operation count. In a model without a `call`, whose train step uses the outputs of its parts,
+    the layers count that make outputs of any part.
     """
     graph = graph_of(model)
     if graph is None:
@@ -149,18 +129,18 @@ def final_layers(model: Any) -> list[Any]:
 
 
 def producers_of(graph: Any, tensors: Iterable[Any]) -> list[Any]:
-    """Return the layers that make tensors of a model's graph; see `final_layers`.
+    """Return the layers that make tensors of a model's graph, as `final_layers` describes.
 
     Args:
         graph: The functional model.
-        tensors: Tensors in it.
+        tensors: Tensors in its graph.
     """
     found: list[Any] = []
     makers = {id(out): call for call in calls(graph) for out in call.outputs}
-    waiting = list(tensors)
+    pending = list(tensors)
     seen = set()
-    while waiting:
-        tensor = waiting.pop()
+    while pending:
+        tensor = pending.pop()
         if id(tensor) in seen or id(tensor) not in makers:
             continue
         seen.add(id(tensor))
@@ -172,154 +152,155 @@ def producers_of(graph: Any, tensors: Iterable[Any]) -> list[Any]:
         if is_layer and not isinstance(operation, keras.layers.InputLayer):
             found.append(operation)
         if not is_layer or isinstance(operation, PASSING_THROUGH):
-            waiting += makers[id(tensor)].inputs
+            pending += makers[id(tensor)].inputs
     return found
 
 
-def _join(holder: Any, model: Any, location: Location, part: Any) -> str:
-    # As Keras's own paths, which begin with the names of a model's layers.
-    return str(part.name) if holder is model else f"{location.path}/{part.name}"
+def exact_inputs_in(layer: Any) -> list[Any]:
+    """Return the layers in a layer, and the layer itself, that need data exactly."""
+    return [part for part in flatten_layers(layer) if isinstance(part, EXACT_INPUTS)]
 
 
-def _masks(graphs: list[Any]) -> dict[int, bool]:
+def _walk(layer: Any, location: Location, seen: set[int]) -> Iterator[tuple[Any, Location]]:
+    if id(layer) in seen:
+        return
+    seen.add(id(layer))
+    yield layer, location
+    # Keras's own paths begin with the names of the model's layers, not with the model's.
+    prefix = f"{location.path}/" if location.depth else ""
+    for part in children(layer):
+        path = part.path or f"{prefix}{part.name}"
+        yield from _walk(part, Location(path, layer, depth=location.depth + 1), seen)
+
+
+def _masked(layers: Iterable[Any]) -> dict[int, bool]:
+    """Return whether any input of a call has a mask, by the `id` of the called layer."""
     masked: dict[int, bool] = {}
-    for graph in graphs:
-        for call in calls(graph):
+    for layer in layers:
+        for call in calls(layer):
             key = id(call.operation)
-            masked[key] = masked.get(key, False) or any(has_mask(each) for each in call.inputs)
+            masked[key] = masked.get(key, False) or any(map(has_mask, call.inputs))
     return masked
 
 
-def _feeds(graphs: list[Any]) -> dict[int, tuple[Any, ...]]:
-    """Return which layers that need data as it comes are given it by each that hands it on."""
-    found: dict[int, tuple[Any, ...]] = {}
-    for graph in graphs:
-        for takers, tensors in _taken(graph):
-            for layer in _handing_on(graph, tensors)[0]:
-                found[id(layer)] = (*found.get(id(layer), ()), *takers)
-    return found
+def _feeding(layers: Iterable[Any]) -> dict[int, tuple[Any, ...]]:
+    """Return the layers that need data exactly, by the `id` of each layer that passes it on."""
+    feeding: dict[int, tuple[Any, ...]] = {}
+    for layer in layers:
+        for receivers, tensors in _exact_inputs(layer):
+            passing, _ = _trace_back(layer, tensors)
+            for each in passing:
+                feeding[id(each)] = (*feeding.get(id(each), ()), *receivers)
+    return feeding
 
 
-def _taken(model: Any) -> Iterator[tuple[list[Any], list[Any]]]:
-    """Yield layers that need data as it comes, and the tensors of a model's graph that they take.
+def _exact_inputs(model: Any) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Yield layers that need data exactly, and the tensors of a model's graph that they receive.
 
-    Those in a model inside take what it is given and hands on to them.
+    A layer in a nested model receives the inputs of the nested model that are passed on to it.
     """
     for call in calls(model):
         if graph_of(call.operation) is not None:
-            for takers, tensors in _taken(call.operation):
-                _, numbers = _handing_on(call.operation, tensors)
-                yield takers, _given(call, numbers)
+            for receivers, tensors in _exact_inputs(call.operation):
+                _, indices = _trace_back(call.operation, tensors)
+                yield receivers, _inputs_at(call, indices)
         elif isinstance(call.operation, keras.Layer):
-            is_rows = isinstance(call.operation, keras.layers.Embedding)
-            takers = [call.operation] if is_rows else takers_in(call.operation)
-            if takers:
-                yield takers, call.inputs
+            is_embedding = isinstance(call.operation, keras.layers.Embedding)
+            receivers = [call.operation] if is_embedding else exact_inputs_in(call.operation)
+            if receivers:
+                yield receivers, call.inputs
 
 
-def _handing_on(model: Any, tensors: Iterable[Any]) -> tuple[list[Any], list[int]]:
-    """Return what hands data on to tensors of a model's graph.
+def _trace_back(model: Any, tensors: Iterable[Any]) -> tuple[list[Any], list[int]]:
+    """Follow tensors of a model's graph back through the layers that pass data on.
 
     Args:
         model: The model.
         tensors: Tensors in its graph.
 
     Returns:
-        The layers, those in models inside among them, and the numbers of the model's inputs that
-        the data may come from. Whole numbers are rounded by no layer.
+        These layers, also of nested models, and the indices of the model's inputs from which the
+        data may come. The search ends at integer tensors, which no layer rounds.
     """
     graph: Any = graph_of(model)
-    inputs = {id(tensor): number for number, tensor in enumerate(graph.inputs)}
+    inputs = {id(tensor): index for index, tensor in enumerate(graph.inputs)}
     made = {id(x): (call, n) for call in calls(graph) for n, x in enumerate(call.outputs)}
     layers: list[Any] = []
-    numbers = []
-    waiting = list(tensors)
+    indices = []
+    pending = list(tensors)
     seen = set()
-    while waiting:
-        tensor = waiting.pop()
+    while pending:
+        tensor = pending.pop()
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
         if id(tensor) in inputs:
-            # Into whole numbers, too: the model casts what it is given.
-            numbers.append(inputs[id(tensor)])
+            # An integer input counts as well: the model casts what it receives.
+            indices.append(inputs[id(tensor)])
         elif id(tensor) in made and keras.backend.is_float_dtype(tensor.dtype):
-            call, number = made[id(tensor)]
-            inside = graph_of(call.operation)
-            if inside is not None:
-                within, given = _handing_on(inside, [inside.outputs[number]])
-                layers += within
-                waiting += _given(call, given)
+            call, index = made[id(tensor)]
+            nested = graph_of(call.operation)
+            if nested is not None:
+                passing, reached = _trace_back(nested, [nested.outputs[index]])
+                layers += passing
+                pending += _inputs_at(call, reached)
             elif not isinstance(call.operation, keras.Layer):
-                waiting += call.inputs
+                pending += call.inputs
             elif isinstance(call.operation, _PASSING_DATA_THROUGH):
                 layers.append(call.operation)
-                waiting += call.inputs
-    return layers, numbers
+                pending += call.inputs
+    return layers, indices
 
 
-def _given(call: Call, numbers: list[int]) -> list[Any]:
-    """Return what a model inside is given for some of its inputs."""
-    if numbers and len(call.inputs) != len(call.operation.inputs):  # a dict with more in it
+def _inputs_at(call: Call, indices: list[int]) -> list[Any]:
+    """Return the tensors that a nested model receives for some of its inputs."""
+    if indices and len(call.inputs) != len(call.operation.inputs):  # a dict with more in it
         return call.inputs
-    return [call.inputs[number] for number in numbers]
+    return [call.inputs[index] for index in indices]
 
 
-def takers_in(layer: Any) -> list[Any]:
-    """Return each layer in a layer that needs data as it comes, the layer itself among them."""
-    return [part for part in flatten_layers(layer) if isinstance(part, TAKING_DATA)]
-
-
-def _taking_spectra(model: Any) -> set[int]:
-    """Return the `id`s of the layers that are given spectra which nothing has normalised."""
-    takers: set[int] = set()
+def _receiving_spectra(model: Any) -> set[int]:
+    """Return the `id`s of the layers that receive spectra which nothing has normalised."""
+    receivers: set[int] = set()
     if any(isinstance(layer, SPECTRA) for layer in flatten_layers(model)):
         for graph in outermost_graphs(model):
-            _spread(graph, [], takers)
-    return takers
+            _propagate_spectra(graph, [], receivers)
+    return receivers
 
 
-def _spread(model: Any, given: list[bool], takers: set[int]) -> list[bool]:
-    """Return which outputs of a model with a graph are spectra, and add the layers that take such.
+def _propagate_spectra(model: Any, received: list[bool], receivers: set[int]) -> list[bool]:
+    """Return which outputs of a model with a graph are spectra, and collect their receivers.
 
     Args:
         model: The model.
-        given: Whether each of its inputs is one; none of them, if there are fewer.
-        takers: Is added to.
+        received: Whether each of its inputs is one. If the list is shorter, the others are not.
+        receivers: The set to which the `id`s of layers that receive spectra are added.
     """
     graph: Any = graph_of(model)
-    large = {id(x) for x, is_large in zip(graph.inputs, given, strict=False) if is_large}
+    spectra = {id(x) for x, is_one in zip(graph.inputs, received, strict=False) if is_one}
     for call in calls(graph):
-        taken = [id(x) in large for x in call.inputs]
-        if any(taken):
-            takers.update(id(x) for x in _of(call.operation))
-        if graph_of(call.operation) is not None:
-            made = _spread(call.operation, taken, takers)
+        operation = call.operation
+        inputs = [id(x) in spectra for x in call.inputs]
+        is_nested = graph_of(operation) is not None
+        if any(inputs) and isinstance(operation, keras.Layer) and not is_nested:
+            receivers.update(map(id, flatten_layers(operation)))
+        if is_nested:
+            outputs = _propagate_spectra(operation, inputs, receivers)
         else:
-            is_large = _makes_large(call.operation) or (
-                any(taken) and not _makes_small(call.operation)
-            )
-            made = [is_large] * len(call.outputs)
-        large |= {id(x) for x, is_large in zip(call.outputs, made, strict=True) if is_large}
-    return [id(x) in large for x in graph.outputs]
+            is_one = _makes_spectra(operation) or (any(inputs) and not _normalises(operation))
+            outputs = [is_one] * len(call.outputs)
+        spectra |= {id(x) for x, is_one in zip(call.outputs, outputs, strict=True) if is_one}
+    return [id(x) in spectra for x in graph.outputs]
 
 
-def _of(operation: Any) -> list[Any]:
-    """Return a layer with what it holds; nothing of a model, which is gone through by itself."""
-    is_whole = isinstance(operation, keras.Layer) and graph_of(operation) is None
-    return flatten_layers(operation) if is_whole else []
-
-
-def _makes_large(operation: Any) -> bool:
+def _makes_spectra(operation: Any) -> bool:
     return isinstance(operation, keras.layers.STFTSpectrogram) and operation.mode in _LARGE_SPECTRA
 
 
-def _makes_small(operation: Any) -> bool:
-    if not isinstance(operation, keras.Layer):
-        names = (*_BOUNDED, *_LOGARITHMS)
-        return type(operation).__name__.lower() in {name.replace("_", "") for name in names}
-    activation = getattr(getattr(operation, "activation", None), "__name__", "")
-    return isinstance(operation, (*_NORMALISING, *SPECTRA)) or activation in {
-        *_BOUNDED,
-        *_LOGARITHMS,
-    }
+def _normalises(operation: Any) -> bool:
+    if isinstance(operation, keras.Layer):
+        name = getattr(getattr(operation, "activation", None), "__name__", "")
+    else:
+        name = type(operation).__name__
+    is_function = name.lower().replace("_", "") in (*_BOUNDED, *_LOGARITHMS)
+    return is_function or isinstance(operation, (*_NORMALISING, *SPECTRA))

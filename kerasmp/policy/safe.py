@@ -1,8 +1,9 @@
-"""The rule set "safe": which stock layers, and which places, compute in float32 and not in half.
+"""The rule set "safe": the stock layers that compute in float32 under a half precision policy.
 
-Only where a whole layer in float32 is right and cheap. Products of matrices, which are what half
-precision is for, stay in it, but for heads and for what `WITH_ACTIVATION` and `STEPPING` list; for
-others that it hurts there are layers in `kerasmp.layers`. The numbers are those of docs/rules.md.
+A rule exists only if running a whole layer in float32 is right and cheap. Matrix products are what
+half precision is for, so they stay in it, except for heads and some layers of `WITH_ACTIVATION` and
+`RECURRENT`. For other layers that half precision harms, `kerasmp.layers` has a replacement. The
+numbers of the hazards are those in docs/rules.md.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from kerasmp.backend import (
 )
 from kerasmp.backend.keras_graph import children, graph_of
 from kerasmp.backend.keras_internals import flatten_layers
-from kerasmp.policy.locations import SPECTRA, takers_in
+from kerasmp.policy.locations import SPECTRA, exact_inputs_in
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
@@ -35,19 +36,17 @@ layers = keras.layers
 
 _PACKAGE = __name__.partition(".")[0]
 
-# As many uniform numbers are there in half precision, one step from each other.
-_UNIFORM = {"float16": 2**10, "bfloat16": 2**7}
-# How far off the share of what is dropped, or of what is kept, may be.
-_SHARE_OFF = 0.05
+# The number of different uniform random numbers in half precision.
+_UNIFORM_NUMBERS = {"float16": 2**10, "bfloat16": 2**7}
+# The largest accepted relative error of the share that is dropped, and of the share that is kept.
+_LARGEST_SHARE_ERROR = 0.05
 
-# Up to this size the error of a float16 sum stays within four times the best possible one.
+# Up to this size, the error of a float16 sum is at most four times the smallest possible error.
 LARGEST_WINDOW = 16
 
 ATTENTION = (layers.MultiHeadAttention, layers.GroupQueryAttention)
-NOISE = (layers.GaussianNoise, layers.GaussianDropout)
-POOLING = (layers.AveragePooling1D, layers.AveragePooling2D, layers.AveragePooling3D)
-# What steps through time, and has no counterpart in `kerasmp.layers`.
-STEPPING = (layers.SimpleRNNCell, layers.ConvLSTM1D, layers.ConvLSTM2D, layers.ConvLSTM3D)
+# Recurrent layers and cells without a replacement in `kerasmp.layers`.
+RECURRENT = (layers.SimpleRNNCell, layers.ConvLSTM1D, layers.ConvLSTM2D, layers.ConvLSTM3D)
 WITH_ACTIVATION = (
     layers.Dense,
     layers.EinsumDense,
@@ -75,34 +74,38 @@ UNSAFE_ACTIVATIONS = (
 
 
 class SafeRule(NamedTuple):
-    """One rule of the set: what it claims computes in float32.
+    """One rule of the set, for layers that compute in float32.
 
     Args:
         name: Its name.
-        hazard: The number in the table of docs/rules.md.
+        hazard: The numbers of the hazards in docs/rules.md.
         reason: What goes wrong in half precision.
-        claims: Whether a layer at a place is meant.
-        inside: Whether the layers inside are meant, too.
-        ours: Whether layers of this package are meant, too, which look after the rest themselves.
-        takes: Whether it is about what a layer is given, for which none can look after itself.
+        classes: The class, or classes, of the layers to which it applies.
+        when: Returns whether it applies to such a layer at a location.
+        covers_parts: Whether the rule also covers the layers inside.
+        covers_kerasmp: Whether the rule also covers layers of kerasmp, which protect themselves
+            from the other hazards.
+        is_about_inputs: Whether the hazard lies in the layer's inputs, from which no layer can
+            protect itself.
     """
 
     name: str
     hazard: str
     reason: str
-    claims: Callable[[Any, Location], bool]
-    inside: bool = False
-    ours: bool = False
-    takes: bool = False
+    classes: type | tuple[type, ...]
+    when: Callable[[Any, Location], bool] = lambda *_: True
+    covers_parts: bool = False
+    covers_kerasmp: bool = False
+    is_about_inputs: bool = False
 
 
-def safe_rule(layer: Any, location: Location, *, looked_after: bool = False) -> SafeRule | None:
-    """Return the first rule that claims a layer, or None.
+def safe_rule(layer: Any, location: Location, *, is_protected: bool = False) -> SafeRule | None:
+    """Return the first rule that applies to a layer, or None.
 
     Args:
         layer: A layer.
-        location: Where it stands.
-        looked_after: Whether the layer that holds it looks after it.
+        location: Its location.
+        is_protected: Whether the layer that contains it protects it.
 
     Example:
 
@@ -112,46 +115,52 @@ def safe_rule(layer: Any, location: Location, *, looked_after: bool = False) -> 
     >>> safe_rule(keras.layers.Dense(2), Location("dense")) is None
     True
     """
-    ours = is_kerasmp_layer(layer)
-    looked_after = looked_after or (ours and getattr(layer, "gives_float32", False))
-    rules = (rule for rule in RULES if (rule.ours or not ours) and (rule.takes or not looked_after))
-    return next((rule for rule in rules if rule.claims(layer, location)), None)
+    is_kerasmp = is_kerasmp_layer(layer)
+    is_protected = is_protected or (is_kerasmp and getattr(layer, "gives_float32", False))
+    for rule in RULES:
+        if is_kerasmp and not rule.covers_kerasmp:
+            continue
+        if is_protected and not rule.is_about_inputs:
+            continue
+        if isinstance(layer, rule.classes) and rule.when(layer, location):
+            return rule
+    return None
 
 
 def is_kerasmp_layer(layer: Any) -> bool:
-    """Return whether a layer is of this package, or derived."""
-    return any(cls.__module__.partition(".")[0] == _PACKAGE for cls in type(layer).__mro__)
+    """Return whether the class of a layer, or a base class of it, is defined in kerasmp."""
+    return any(_package(cls) == _PACKAGE for cls in type(layer).__mro__)
 
 
 def activation_name(layer: Any) -> str:
-    """Return the name of the activation that a layer applies, "linear" for none, "" for ours."""
+    """Return the name of a layer's activation: "linear" for none, "" for one of kerasmp."""
     activation = getattr(layer, "activation", None)
-    if getattr(activation, "__module__", "").partition(".")[0] == _PACKAGE:
-        return ""
-    return "linear" if activation is None else str(getattr(activation, "__name__", ""))
+    if activation is None:
+        return "linear"
+    return "" if _package(activation) == _PACKAGE else getattr(activation, "__name__", "")
 
 
 def loses_mask_value(value: Any, half: str) -> bool:
-    """Return whether stock Masking looks for a value among inputs that are rounded to another one.
+    """Return whether stock Masking misses its value, since only its inputs are rounded.
 
     Args:
         value: The mask value.
-        half: The dtype that the inputs are rounded to.
+        half: The dtype to which the inputs are rounded.
     """
-    return compares_in_float32(value) and _is_rounded(value, half)
+    return compares_in_float32(value) and _changes_in(value, half)
 
 
-def _is_rounded(value: Any, half: str) -> bool:
+def _changes_in(value: Any, half: str) -> bool:
     number = keras.ops.convert_to_numpy(value)
     if half not in HALVES or number.dtype.kind in "biu":
         return False
     wide = number.astype("float32")
-    if half == "bfloat16":  # which NumPy does not have: the first half of the bits
-        other = (wide.view("uint32") & 0xFFFF) != 0
+    if half == "bfloat16":  # NumPy lacks this dtype, which is the first half of float32's bits
+        changes = (wide.view("uint32") & 0xFFFF) != 0
     else:
         with np.errstate(over="ignore"):
-            other = wide.astype("float16") != wide
-    return bool(np.any(other & ~np.isnan(wide)))  # NaN is equal to nothing in any dtype
+            changes = wide.astype("float16") != wide
+    return bool(np.any(changes & ~np.isnan(wide)))  # NaN equals nothing in any dtype
 
 
 def dropped_share(rate: float, half: str) -> float:
@@ -162,37 +171,38 @@ def dropped_share(rate: float, half: str) -> float:
     >>> dropped_share(0.001, "bfloat16")
     0.0078125
     """
-    return math.ceil(rate * _UNIFORM[half]) / _UNIFORM[half]
+    return math.ceil(rate * _UNIFORM_NUMBERS[half]) / _UNIFORM_NUMBERS[half]
 
 
 def drops_wrong_share(rate: float, half: str) -> bool:
-    """Return whether stock Keras drops, or keeps, another share in half precision than it should.
+    """Return whether the share that stock Keras drops, or keeps, is wrong in half precision.
 
     Args:
-        rate: What it should drop.
+        rate: The share that it should drop.
         half: The dtype of the inputs.
     """
     if half not in HALVES or not drops_in_own_dtype():
         return False
-    return abs(dropped_share(rate, half) - rate) > _SHARE_OFF * min(rate, 1 - rate)
+    error = abs(dropped_share(rate, half) - rate)
+    return error > _LARGEST_SHARE_ERROR * min(rate, 1 - rate)
 
 
-def _is(*classes: type) -> Callable[[Any, Location], bool]:
-    return lambda layer, _: isinstance(layer, classes)
+def _package(thing: Any) -> str:
+    return str(getattr(thing, "__module__", "")).partition(".")[0]
 
 
 def _has_no_kernel(layer: Any, location: Location) -> bool:
     return isinstance(layer, layers_without_kernel(location.half))
 
 
-def _makes_or_takes_spectra(layer: Any, location: Location) -> bool:
+def _makes_or_receives_spectra(layer: Any, location: Location) -> bool:
     return isinstance(layer, SPECTRA) or location.spectra
 
 
 def _is_head(layer: Any, location: Location) -> bool:
-    # What a user's layer with layers inside gives back is theirs to say: no rule can reach it.
-    own = type(layer).__module__.partition(".")[0] not in {"keras", _PACKAGE}
-    return location.final and not (own and children(layer))
+    # No rule can set what a user-defined layer with layers inside returns.
+    is_user_defined = _package(type(layer)) not in {"keras", _PACKAGE}
+    return location.final and not (is_user_defined and children(layer))
 
 
 def _sums_outputs(layer: Any, _: Location) -> bool:
@@ -203,64 +213,25 @@ def _sums_outputs(layer: Any, _: Location) -> bool:
 
 def _is_scores_part(layer: Any, location: Location) -> bool:
     """With a float32 query the scores are float32; keys, values and the output stay as they are."""
-    # Torch alone does not multiply a float32 tensor with a float16 one.
+    # Only torch cannot multiply a float32 tensor by a float16 one.
     projections = ("query",) if multiplies_mixed() else ("query", "key", "value")
     return isinstance(location.holder, ATTENTION) and (
         isinstance(layer, (layers.Softmax, layers.Dropout)) or layer.name in projections
     )
 
 
-def _has_large_window(layer: Any, _: Location) -> bool:
-    return isinstance(layer, POOLING) and math.prod(layer.pool_size) > LARGEST_WINDOW
-
-
-def _may_be_masked(layer: Any, location: Location) -> bool:
-    return isinstance(layer, layers.GlobalAveragePooling1D) and location.masked is not False
-
-
-def _interpolates(layer: Any, _: Location) -> bool:
-    return isinstance(layer, (layers.UpSampling2D, layers.Resizing)) and (
-        layer.interpolation != "nearest"
-    )
-
-
-def _takes_rows(layer: Any, _: Location) -> bool:
-    return isinstance(layer, layers.Embedding) and sums_rows_narrowly()
-
-
-def _steps_through_time(layer: Any, _: Location) -> bool:
-    parts = flatten_layers(layer) if isinstance(layer, layers.RNN) else []
-    return any(isinstance(part, STEPPING) for part in parts)
-
-
-def _ends_in_probabilities(layer: Any, _: Location) -> bool:
-    return isinstance(layer, WITH_ACTIVATION) and activation_name(layer) in PROBABILITIES
-
-
-def _is_unsafe_activation(layer: Any, _: Location) -> bool:
-    return isinstance(layer, layers.Activation) and activation_name(layer) in UNSAFE_ACTIVATIONS
-
-
-def _masks_nothing(layer: Any, location: Location) -> bool:
-    return isinstance(layer, layers.Masking) and loses_mask_value(layer.mask_value, location.half)
+def _has_unprotected_cell(layer: Any, _: Location) -> bool:
+    return any(isinstance(part, RECURRENT) for part in flatten_layers(layer))
 
 
 def _rounds_data(layer: Any, location: Location) -> bool:
-    # Models with a graph hand their inputs on as they come.
-    inside = takers_in(layer) if graph_of(layer) is None else []
+    # A model with a graph does not cast its inputs.
+    parts = exact_inputs_in(layer) if graph_of(layer) is None else []
     return any(
-        not isinstance(each, layers.Masking) or _is_rounded(each.mask_value, location.half)
-        for each in (*inside, *location.feeds)
+        not isinstance(each, layers.Masking) or _changes_in(each.mask_value, location.half)
+        for each in (*parts, *location.feeds)
         if each is not layer
     )
-
-
-def _drops_another_share(layer: Any, location: Location) -> bool:
-    return isinstance(layer, layers.Dropout) and drops_wrong_share(layer.rate, location.half)
-
-
-def _makes_noise(layer: Any, _: Location) -> bool:
-    return isinstance(layer, NOISE) and makes_noise_in_own_dtype()
 
 
 RULES = (
@@ -268,143 +239,160 @@ RULES = (
         "kernel",
         "22",
         "it fails on this backend: an operation or its gradient has no kernel",
+        layers.Layer,
         _has_no_kernel,
-        inside=True,
+        covers_parts=True,
     ),
     SafeRule(
         "spectrum",
         "23",
-        "the spectra of loud sound overflow, up to where a layer normalises them",
-        _makes_or_takes_spectra,
-        ours=True,
-        takes=True,
+        "the spectra of loud sound overflow until a layer normalises them",
+        layers.Layer,
+        _makes_or_receives_spectra,
+        covers_kerasmp=True,
+        is_about_inputs=True,
     ),
     SafeRule(
         "head",
         "1, 18",
         "losses, metrics and predictions see the model's outputs, and half precision rounds them",
+        layers.Layer,
         _is_head,
-        inside=True,
-        ours=True,
+        covers_parts=True,
+        covers_kerasmp=True,
     ),
     SafeRule(
         "activity",
         "6",
         "the sum over a layer's outputs overflows",
+        layers.Layer,
         _sums_outputs,
-        ours=True,
+        covers_kerasmp=True,
     ),
     SafeRule(
         "softmax",
         "3, 14, 18, 19",
         "a softmax in half precision loses small probabilities, and its mask is not low enough",
-        _is(layers.Softmax),
+        layers.Softmax,
     ),
     SafeRule(
         "scores",
         "2, 3",
-        "attention's scores overflow, and its softmax rounds",
+        "attention's scores overflow, and its softmax rounds them",
+        layers.Layer,
         _is_scores_part,
     ),
     SafeRule(
         "attention",
         "4, 5, 17",
         "the scores overflow, and sums over them lose small terms",
-        _is(layers.Attention, layers.AdditiveAttention),
+        (layers.Attention, layers.AdditiveAttention),
     ),
     SafeRule(
         "probabilities",
         "1, 15",
         "the gradient of softmax and sigmoid is computed from the rounded probability",
-        _ends_in_probabilities,
-        ours=True,
+        WITH_ACTIVATION,
+        lambda layer, _: activation_name(layer) in PROBABILITIES,
+        covers_kerasmp=True,
     ),
     SafeRule(
         "activation",
         "11, 15",
         "its gradient overflows, or is computed from the rounded output",
-        _is_unsafe_activation,
+        layers.Activation,
+        lambda layer, _: activation_name(layer) in UNSAFE_ACTIVATIONS,
     ),
     SafeRule(
         "normalization",
         "7, 8",
         "statistics and sums of squares overflow or vanish",
-        _is(layers.Normalization, layers.UnitNormalization),
+        (layers.Normalization, layers.UnitNormalization),
     ),
     SafeRule(
         "cosine",
         "8",
         "sums of squares overflow or vanish",
-        lambda layer, _: isinstance(layer, layers.Dot) and bool(layer.normalize),
+        layers.Dot,
+        lambda layer, _: bool(layer.normalize),
     ),
     SafeRule(
         "pooling",
         "9",
         f"the sum over a window of more than {LARGEST_WINDOW} values loses small terms",
-        _has_large_window,
+        (layers.AveragePooling1D, layers.AveragePooling2D, layers.AveragePooling3D),
+        lambda layer, _: math.prod(layer.pool_size) > LARGEST_WINDOW,
     ),
     SafeRule(
         "masked-pooling",
         "10",
         "the sum over a masked sequence overflows",
-        _may_be_masked,
+        layers.GlobalAveragePooling1D,
+        lambda _, location: location.masked is not False,
     ),
     SafeRule(
         "average",
         "16",
         "the sum overflows before it is divided",
-        _is(layers.Average),
+        layers.Average,
     ),
     SafeRule(
         "spectral",
         "13",
         "the float32 kernel is rounded to half precision by one training step",
-        _is(layers.SpectralNormalization),
+        layers.SpectralNormalization,
     ),
     SafeRule(
         "interpolation",
         "20",
         "under TensorFlow's XLA its gradient mixes two dtypes, which is an error",
-        _interpolates,
+        (layers.UpSampling2D, layers.Resizing),
+        lambda layer, _: layer.interpolation != "nearest",
     ),
     SafeRule(
         "embedding",
         "21",
-        "the gradient of an id that a batch has many times is summed in half precision",
-        _takes_rows,
+        "the gradient of an id that occurs often in a batch is summed in half precision",
+        layers.Embedding,
+        lambda *_: sums_rows_narrowly(),
     ),
     SafeRule(
         "recurrent",
         "12",
-        "the gradient of its bias, a sum over batch, steps and positions, gathers roundings",
-        _steps_through_time,
-        inside=True,
-        ours=True,
+        "its bias gradient, a sum over batch, steps and positions, accumulates rounding errors",
+        layers.RNN,
+        _has_unprotected_cell,
+        covers_parts=True,
+        covers_kerasmp=True,
     ),
     SafeRule(
         "mask-value",
         "24",
-        "its mask value is another number in half precision, and masks no step",
-        _masks_nothing,
+        "half precision rounds its inputs but not its mask value, so no step is masked",
+        layers.Masking,
+        lambda layer, location: loses_mask_value(layer.mask_value, location.half),
     ),
     SafeRule(
         "data",
         "27",
-        "it would round data for a layer inside or after it that needs it as it comes",
+        "it would round data that a layer inside or after it needs exactly",
+        layers.Layer,
         _rounds_data,
-        ours=True,
-        takes=True,
+        covers_kerasmp=True,
+        is_about_inputs=True,
     ),
     SafeRule(
         "dropout",
         "25",
-        "random numbers are so few that another share is dropped than the rate says",
-        _drops_another_share,
+        "there are so few random numbers that the dropped share differs from the rate",
+        layers.Dropout,
+        lambda layer, location: drops_wrong_share(layer.rate, location.half),
     ),
     SafeRule(
         "noise",
         "26",
-        "random numbers are few, and their mean is not what it should be",
-        _makes_noise,
+        "there are few random numbers, and their mean is wrong",
+        (layers.GaussianNoise, layers.GaussianDropout),
+        lambda *_: makes_noise_in_own_dtype(),
     ),
 )

@@ -240,7 +240,7 @@ PURE = {
     ),
     "converting by a pattern of no layer": (
         lambda m: mp.convert(m, rules={"nowhere": "float32"}),
-        "matches the path of no layer",
+        "not match any layer path",
     ),
     "variables in half": (lambda m: mp.convert(m, variables="half"), "variables='half'"),
     "variables in True": (lambda m: mp.convert(m, variables=True), "variables=True"),

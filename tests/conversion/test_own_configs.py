@@ -260,7 +260,9 @@ def test_a_policy_of_the_users_own_gives_way_to_a_conversion_and_comes_back():
         pairs = [(row.before, row.after) for row in each.rows if row.layer in (alone, kept)]
         assert pairs == [("my rounding", "mixed_float16"), ("my rounding", "my rounding")]
     assert (alone.compute_dtype, kept.dtype_policy) == ("float16", own)
-    with pytest.raises(mp.errors.PolicyError, match=r"made of its name.*Expected: 'my rounding'"):
+    with pytest.raises(
+        mp.errors.PolicyError, match=r"created from its name.*Expected: 'my rounding'"
+    ):
         mp.convert(model, before)
     assert mp.LayerPolicies.of(model) == report.layer_policies
     report.restore()

@@ -93,7 +93,7 @@ def test_text_turns_those_layers_of_another_build(kind):
 def test_a_rule_that_fails_leaves_them_stock():
     model = compiled("nested")
     before = state(model)
-    with pytest.raises(mp.errors.PolicyError, match="matches the path of no layer"):
+    with pytest.raises(mp.errors.PolicyError, match="not match any layer path"):
         mp.convert(model, POLICY, safe_layers=True, rules={"nowhere": "float32"})
     assert_state(model, before)
 

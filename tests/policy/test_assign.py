@@ -59,7 +59,7 @@ def test_two_rules_with_different_answers_are_an_error_that_names_both():
         after(rules)
     for part in ('"soft"', 'your rule ".*soft"', "the class Softmax", "bfloat16", "'float32'"):
         assert part in str(caught.value)
-    with pytest.raises(mp.errors.PolicyError, match="different answers"):
+    with pytest.raises(mp.errors.PolicyError, match="different policies for the layer"):
         after({".*soft": "float32", ".*so.*": "float16"})
 
 
