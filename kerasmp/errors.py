@@ -6,6 +6,7 @@ import difflib
 import numbers
 from typing import TYPE_CHECKING
 
+import keras
 import numpy as np
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ _MAX_LENGTH = 150
 
 
 class KerasMPError(Exception):
-    """Base of every exception that kerasmp raises.
+    """Base class of all exceptions that kerasmp raises.
 
     Args:
         problem: One sentence that says what is wrong.
@@ -70,7 +71,7 @@ class BackendError(KerasMPError, RuntimeError):
 
 
 class NotCompiledError(KerasMPError, RuntimeError):
-    """Something needs a compiled model and was given one that is not compiled."""
+    """A function needs a compiled model and received one that is not compiled."""
 
 
 class DatasetError(KerasMPError, FileNotFoundError):
@@ -86,7 +87,7 @@ class MissingDependencyError(KerasMPError, ImportError):
 
 
 class KerasMPWarning(UserWarning):
-    """Base of every warning that kerasmp gives."""
+    """Base class of all warnings that kerasmp gives."""
 
 
 class PolicyWarning(KerasMPWarning):
@@ -94,7 +95,7 @@ class PolicyWarning(KerasMPWarning):
 
 
 class LossScaleWarning(KerasMPWarning):
-    """Loss scaling is missing, does not move any more, or is about to lose something."""
+    """Loss scaling is missing, does not move any more, or is about to lose values."""
 
 
 def check_bool(name: str, value: object, error: type[KerasMPError] = ArgumentTypeError) -> None:
@@ -122,7 +123,7 @@ def check_bool(name: str, value: object, error: type[KerasMPError] = ArgumentTyp
 
 
 def check_integer(name: str, value: object, error: type[KerasMPError], least: int = 1) -> int:
-    """Return an argument that must be an integer as an int.
+    """Check that an argument is an integer, and return it as an int.
 
     Args:
         name: The name of the argument.
@@ -148,6 +149,31 @@ def check_integer(name: str, value: object, error: type[KerasMPError], least: in
         expected=f"an integer of at least {least}",
         fix=f"The smallest choice is {name}={least}.",
     )
+
+
+def check_model(model: object, use: str, kind: type = keras.Layer, *, fix: str) -> None:
+    """Raise an error unless an argument is a Keras model.
+
+    Args:
+        model: The argument.
+        use: What only a model can be used for, such as "be saved".
+        kind: The class that it must be an instance of; `keras.Model` where a layer is not enough.
+        fix: What the user should do now.
+
+    Raises:
+        ArgumentTypeError: If `model` is not a Keras model.
+
+    Example:
+
+    >>> check_model(keras.Sequential(), "be saved", fix="Pass the model first, then the path.")
+    """
+    if not isinstance(model, kind):
+        raise ArgumentTypeError(
+            f"Only a Keras model can {use}.",
+            received=f"{model!r}, a {type(model).__name__}",
+            expected="a keras.Model",
+            fix=fix,
+        )
 
 
 def with_type(value: object) -> str:

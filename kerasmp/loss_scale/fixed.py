@@ -27,7 +27,7 @@ class FixedLossScale(LossScale):
     """A scale that never moves by itself.
 
     Use it if you know how large the gradients of a model are. Steps that overflow are still skipped
-    and counted. You can still set the `loss_scale` of the optimizer by hand, to 1 or more (or down
+    and counted. You can still assign another `loss_scale` to the optimizer, of 1 or more (or down
     to `scale`, if that is less than 1).
 
     Args:
@@ -58,7 +58,7 @@ class FixedLossScale(LossScale):
 
     @property
     def min_scale(self) -> float:  # type: ignore[override]
-        """The smallest scale that can be set by hand: 1, or `scale` if that is less."""
+        """The smallest scale that can be assigned: 1, or `scale` if that is less."""
         return min(self.scale, 1.0)
 
     @property

@@ -1,4 +1,4 @@
-"""Makes layers follow the policies that were assigned to them, in location, and back."""
+"""Give layers the policies that were assigned to them, and take the changes back."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ if TYPE_CHECKING:
 
     from kerasmp.policy.assign import Assignment
 
-
-# What takes changes back: functions without arguments, to be called from the last to the first.
-# Each comes on the list before its change, or with it.
+# Functions that take changes back, to be called from the last to the first. Each is added before
+# its change, or with it.
 Undo: TypeAlias = list[Callable[[], object]]
 
 
 def take_back(undo: Undo) -> None:
     """Take changes back, the last one first, and empty the list.
 
-    What fails does not keep the others from being taken back. An interrupt does: it leaves on the
-    list what is not done yet, so that this can be called again. Do so in a `finally`.
+    A function that fails does not stop the others. An interrupt does: it leaves on the list what is
+    not done yet, so that a second call, in a `finally`, can finish it.
 
     Args:
         undo: The list.
 
     Raises:
-        Exception: The first one that was raised meanwhile, at the end.
+        Exception: The first exception of a function, after all of them have run.
 
     Example:
 
@@ -47,7 +46,7 @@ def take_back(undo: Undo) -> None:
     while undo:
         try:
             undo[-1]()
-        except Exception as error:  # noqa: BLE001 - a user's layer, called anew, may raise any
+        except Exception as error:  # noqa: BLE001 - a user-defined layer may raise any
             failed = failed or error
         undo.pop()
     if failed is not None:
@@ -55,15 +54,15 @@ def take_back(undo: Undo) -> None:
 
 
 def apply(model: Any, assignments: Iterable[Assignment], *, variables_follow: bool = False) -> None:
-    """Let layers follow the policies assigned to them. Weights stay as they are.
+    """Give layers the policies assigned to them. Weights stay as they are.
 
     Args:
         model: The model.
-        assignments: What to do; rows whose policy does not change are passed over.
-        variables_follow: Whether the caller changes the dtypes of variables accordingly.
+        assignments: What `assign` returned. Rows whose policy does not change are ignored.
+        variables_follow: Whether the caller changes the dtypes of the variables to match.
 
     Raises:
-        PolicyError: If a layer's weights would have to change their dtype; nothing has changed.
+        PolicyError: If a layer's weights would need another dtype. Nothing has changed then.
     """
     todo = [row for row in assignments if row.before != row.after]
     for row in todo:
@@ -86,12 +85,12 @@ def apply(model: Any, assignments: Iterable[Assignment], *, variables_follow: bo
 
 
 def set_layer_policy(layer: Any, policy: keras.DTypePolicy) -> None:
-    """Give a layer a policy, and renew the constants that it keeps in the dtype of before.
+    """Give a layer a policy, and cast the constants that it keeps to the new dtype.
 
-    The symbolic tensors of graphs are left as they are.
+    The layers inside it and the symbolic tensors of graphs stay as they are.
 
     Args:
-        layer: The layer; those inside are left alone.
+        layer: The layer.
         policy: Its policy.
     """
     set_policy(layer, policy)
@@ -102,27 +101,27 @@ def set_layer_policy(layer: Any, policy: keras.DTypePolicy) -> None:
 
 
 def check_variable_dtype(row: Assignment) -> None:
-    """Raise if a layer's weights would have to change their dtype.
+    """Raise an error if a layer's weights would need another dtype.
 
     Args:
         row: What the layer is assigned.
 
     Raises:
-        PolicyError: If they would.
+        PolicyError: In that case.
     """
     have, want = row.policy.variable_dtype, row.policy_after.variable_dtype
     if have != want and row.layer.weights:
         raise PolicyError(
-            "The layer is built, and its weights stay in the dtype they have.",
-            received=f'"{row.path}" with weights in {have}, and a policy that wants {want}',
+            "The layer is built, and its weights cannot change their dtype.",
+            received=f'"{row.path}" with {have} weights, and a policy with {want} variables',
             expected=f"a policy with {have} variables",
-            fix='For half precision over float32 variables use a "mixed_" policy. convert(...) '
-            'changes variables where it is asked to, as by variables="float16".',
+            fix='For half precision with float32 variables, use a "mixed_" policy. To change '
+            'variables, call convert(...) with an argument such as variables="float16".',
         )
 
 
 def recast_statistics(layer: Any) -> None:
-    """Cast the mean and variance of a Normalization anew: it does so when built or adapted only.
+    """Cast the mean and variance of a Normalization, which does so only when built or adapted.
 
     Args:
         layer: The layer.

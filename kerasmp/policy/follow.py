@@ -1,4 +1,4 @@
-"""Lets a model follow the rules, of the policy that it is made under, that Keras cannot express."""
+"""Applies the rules that Keras cannot express to a model created under a policy with rules."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 class RulesToFollow:
     """The rules that one model follows.
 
-    Layers that were given a dtype of their own keep it: only those that have the policy's own
-    dtypes are changed.
+    Only layers with the policy's own dtypes change. A layer with a dtype of its own keeps it.
 
     Args:
-        policy: The policy that the model was made under.
+        policy: The policy under which the model was created.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -31,38 +30,38 @@ class RulesToFollow:
         self._seen: list[int] = []
 
     def follow(self, model: Any, *inputs: Any) -> None:
-        """Apply the rules, if layers have come since the last time.
+        """Apply the rules if the model has new layers since the last call.
 
         Args:
             model: The model.
-            *inputs: What it is about to be called with; builds the model where it is not built.
+            *inputs: The inputs of the next call, which build a model that is not built.
         """
         if not self.any:
             return
         build_with(model, *inputs)
-        present = [id(layer) for layer in flatten_layers(model)]
-        if present == self._seen:
+        layers = [id(layer) for layer in flatten_layers(model)]
+        if layers == self._seen:
             return
         rows = assign(model, self._policy)
         apply(model, [row for row in rows if row.before == self._policy.name])
-        self._seen = present  # now: rules that disagree are an error each time
+        self._seen = layers  # only now, so that rules that disagree raise an error each time
 
 
 def build_with(model: Any, *inputs: Any) -> None:
-    """Build a model that is not, as layers make parts of their own then, attention its softmax.
+    """Build a model that is not built, so that layers create their parts, such as a softmax.
 
     Args:
-        model: The model. It stays as it is where it cannot be traced.
-        *inputs: What it is called with; nothing to leave it as it is.
+        model: The model. It stays as it is if it cannot be traced.
+        *inputs: The inputs of a call; without any, the model stays as it is.
     """
     if inputs and not model.built:
-        # What cannot be traced is built by the call itself, as in Keras, and followed after it.
+        # A model that cannot be traced is built by its first call, as in Keras.
         with contextlib.suppress(Exception):
             keras.Model.__call__(model, *to_symbolic(inputs))
 
 
 def to_symbolic(values: Any) -> Any:
-    """Return values with symbolic tensors in the place of all that has a shape and a dtype."""
+    """Return nested values with a symbolic tensor for each value that has a shape and a dtype."""
     return keras.tree.map_structure(_symbol, values)
 
 

@@ -1,7 +1,7 @@
-"""The global policy: set it, read it back, and put it back after a block.
+"""The global policy: set it, read it, and restore it after a block.
 
-Nothing is remembered here. The Keras policy that is set carries the policy that it was made from,
-so there is no second state that could disagree with Keras's.
+This module has no state. The Keras policy that is set carries the `Policy` that it was created
+from, so no second state can disagree with Keras's.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ _ORIGIN = "_kerasmp_policy"
 
 
 def set_global_policy(policy: PolicyLike) -> None:
-    """Make a policy the default of every layer made from now on, stock layers included.
+    """Make a policy the default of all layers created from now on, stock layers included.
 
-    This sets Keras's own global policy. Like that one it belongs to the current thread, and
-    `keras.backend.clear_session()` resets it.
+    This sets Keras's own global policy, which belongs to the current thread, and which
+    `keras.backend.clear_session()` resets.
 
     Args:
         policy: A policy, or anything that `Policy` accepts.
 
     Raises:
-        PolicyError: If it does not exist or Keras cannot express it; nothing has changed then.
-        ArgumentTypeError: If it is of the wrong type; nothing has changed then.
+        PolicyError: If the policy does not exist, or Keras cannot express it. Nothing has changed
+            then.
+        ArgumentTypeError: If it has the wrong type. Nothing has changed then.
 
     Warns:
         PolicyWarning: If stock Keras models will not follow all of it.
@@ -51,15 +52,15 @@ def set_global_policy(policy: PolicyLike) -> None:
 
 
 def global_policy() -> Policy:
-    """Return the global policy, whoever set it.
+    """Return the global policy, however it was set.
 
     Returns:
-        The policy given to `set_global_policy` or `policy_scope`, with all that Keras cannot
-        express; or, if Keras's global policy has been set or changed since by other means, that.
+        The policy given to `set_global_policy` or `policy_scope`, with everything that Keras cannot
+        express. If Keras's global policy was set or changed in another way since, that policy.
 
     Raises:
-        PolicyError: If Keras's global policy was set by other means to one that no `Policy` can
-            be, such as "int32".
+        PolicyError: If Keras's global policy was set in another way, to one that `Policy` cannot
+            represent, such as "int32".
 
     Example:
     >>> with policy_scope("mixed_bfloat16"):
@@ -68,27 +69,27 @@ def global_policy() -> Policy:
     """
     current = keras.config.dtype_policy()
     origin = getattr(current, _ORIGIN, None)
-    # A layer whose dtype_policy is set writes into the global map, if that is what it was given.
+    # Setting the dtype_policy of a layer writes into the global map, if the layer was given it.
     if isinstance(origin, Policy) and _same(current, origin.to_keras()):
         return origin
     return Policy(current)
 
 
 def policy_scope(policy: PolicyLike) -> AbstractContextManager[Policy]:
-    """Set the global policy for the length of a `with` block.
+    """Set the global policy for a `with` block.
 
-    The policy before is back afterwards, also if the block raises. Scopes nest.
+    The previous policy is restored afterwards, even if the block raises an error. Scopes nest.
 
     Args:
         policy: A policy, or anything that `Policy` accepts. It is checked before the block.
 
     Returns:
-        A context manager that gives the block the policy. It can be entered again, also inside of
-        itself, and decorate functions.
+        A context manager that returns the policy. It can be entered again, also inside itself, and
+        can decorate functions.
 
     Raises:
-        PolicyError: If it does not exist or Keras cannot express it.
-        ArgumentTypeError: If it is of the wrong type.
+        PolicyError: If the policy does not exist, or Keras cannot express it.
+        ArgumentTypeError: If it has the wrong type.
 
     Warns:
         PolicyWarning: If stock Keras models will not follow all of it.
@@ -104,7 +105,7 @@ def policy_scope(policy: PolicyLike) -> AbstractContextManager[Policy]:
 
 
 class _Scope(contextlib.ContextDecorator, threading.local):
-    """What `policy_scope` returns; what was before belongs to the thread, as the policy does."""
+    """The context manager of `policy_scope`. The global policy is per thread, and so is this."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -119,12 +120,12 @@ class _Scope(contextlib.ContextDecorator, threading.local):
     def __exit__(self, *_: object) -> None:
         if not self._before:
             raise PolicyError(
-                "The scope was not entered, and cannot be left.",
+                "The policy scope cannot be left, since it was not entered.",
                 received=f"__exit__ of policy_scope({self._policy!r})",
                 expected="__enter__ before it",
-                fix="Write `with policy_scope(policy):`.",
+                fix="Use `with policy_scope(policy):`.",
             )
-        # The same object, not an equal one: it may carry what Keras cannot express.
+        # This very object, since it may carry a `Policy`.
         keras.config.set_dtype_policy(self._before.pop())
 
 
@@ -141,12 +142,12 @@ def _same(left: keras.DTypePolicy, right: keras.DTypePolicy) -> bool:
 
 
 def _warn(policy: Policy) -> None:
-    """Say what stock models will not follow; before anything changes, as it may be an error."""
+    """Warn of what stock models will not follow. Comes first, as a warning may raise an error."""
     if policy.beyond_keras:
         warnings.warn(
-            f"Stock Keras models will not follow {' and '.join(policy.beyond_keras)}: Keras has "
-            "no word for it. kerasmp.Model and kerasmp.Sequential do; kerasmp.convert makes the "
-            "layers of a stock model that is built follow the rules.",
+            f"Stock Keras models will not follow {' and '.join(policy.beyond_keras)}, which Keras "
+            "cannot express. kerasmp.Model and kerasmp.Sequential follow it, and kerasmp.convert "
+            "makes the layers of a built stock model follow the rules.",
             PolicyWarning,
             stacklevel=3,
         )

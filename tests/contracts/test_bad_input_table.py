@@ -56,9 +56,9 @@ def of_rules(*given):
 
 NO_CONFIG = "A policy cannot be created from this"
 NO_RULES = "configuration of a policy has invalid rules"
-NO_LINE = "names no layer and policy"
-NO_ROWS = "Layer policies are made of rows.*Received: "
-NO_LAYERS = "Only the layers of a Keras model have policies.*Received: "
+NO_LINE = "is not a layer with its policy"
+NO_ROWS = "LayerPolicies consist of LayerPolicy rows.*Received: "
+NO_LAYERS = "Only a Keras model can have layer policies.*Received: "
 NO_TENSOR = r"No tensor can be made of this\. Received: "
 INVALID = "`%s` has an invalid value"
 NO_STATE_OF = "does not belong to this schedule"
@@ -117,12 +117,12 @@ PURE = {
         lambda m: mp.LayerPolicies.of(dense()).assign(m),
         "layers differ",
     ),
-    "layer policies of numbers": (lambda m: mp.LayerPolicies([1]), NO_ROWS + "1, a int"),
+    "layer policies of numbers": (lambda m: mp.LayerPolicies([1]), NO_ROWS + "1 of type int"),
     "layer policies of nothing to go through": (lambda m: mp.LayerPolicies(3), NO_ROWS + "3"),
     "layer policies of text": (lambda m: mp.LayerPolicies("ab"), NO_ROWS + "'a'"),
-    "no text": (lambda m: mp.LayerPolicies.parse(None), "read from text"),
-    "an empty text": (lambda m: mp.LayerPolicies.parse(""), "no line in the text"),
-    "comments alone": (lambda m: mp.LayerPolicies.parse("# a\n"), "no line in the text"),
+    "no text": (lambda m: mp.LayerPolicies.parse(None), "takes a text"),
+    "an empty text": (lambda m: mp.LayerPolicies.parse(""), "contains no layer policies"),
+    "comments alone": (lambda m: mp.LayerPolicies.parse("# a\n"), "contains no layer policies"),
     "a line without a name": (lambda m: mp.LayerPolicies.parse(" (A): float32"), NO_LINE),
     "a line without a class": (lambda m: mp.LayerPolicies.parse("a (): float32"), NO_LINE),
     "a line without a policy": (lambda m: mp.LayerPolicies.parse("a (A): "), NO_LINE),

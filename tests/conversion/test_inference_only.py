@@ -193,7 +193,7 @@ def test_what_nobody_asked_for_is_refused_and_nothing_changes():
     model.layers[-1].kernel.assign(model.layers[-1].kernel + 1e6)
     calls = [
         ({"policy": "float16"}, 'call convert.* variables="float16"'),
-        ({"policy": "float16", "rules": None}, 'asked to, as by variables="float16"'),
+        ({"policy": "float16", "rules": None}, 'argument such as variables="float16"'),
         ({"policy": "float16", "variables": "float32"}, "float32 variables"),
         ({"policy": "mixed_bfloat16", "variables": "float16"}, "No layer computes in float16"),
         ({"variables": "int8"}, "variables='int8'.*'float16', 'bfloat16', 'float32' or None"),
@@ -226,7 +226,7 @@ def test_rules_of_the_users_hold_for_variables_too():
     assert {v.dtype for v in model.layers[0].weights} == {"float16"}
     text = mp.LayerPolicies.of(model)
     other = compiled()
-    with pytest.raises(mp.errors.PolicyError, match="asked to"):
+    with pytest.raises(mp.errors.PolicyError, match="argument such as"):
         mp.convert(other, text)
     mp.convert(other, text, variables="float16")
     assert str(mp.LayerPolicies.of(other)).split()[2::3] == str(text).split()[2::3]

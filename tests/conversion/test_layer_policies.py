@@ -70,15 +70,15 @@ def test_policies_of_the_same_layers_are_followed():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "There is no line"),
-        ("net: float32", "Line 1 names no layer"),
+        ("", "contains no layer policies"),
+        ("net: float32", "Line 1 is not a layer with its policy"),
         ("net (Sequential): mixed_flaot16", "does not know the policy in line 1.*mixed_flaot16"),
     ],
 )
 def test_text_that_says_no_policies_is_refused(text, message):
     with pytest.raises(mp.errors.PolicyError, match=message):
         mp.LayerPolicies.parse(text)
-    with pytest.raises(mp.errors.ArgumentTypeError, match="a NoneType"):
+    with pytest.raises(mp.errors.ArgumentTypeError, match="of type NoneType"):
         mp.LayerPolicies.parse(None)
 
 

@@ -214,5 +214,5 @@ def test_one_scope_is_entered_again_and_inside_of_itself():
 
     assert compute_dtype(again=True) == ["float16", "float16"]
     assert keras.config.dtype_policy() is before
-    with pytest.raises(PolicyError, match=r"not entered.*Received: .*Expected: .*Write `with"):
+    with pytest.raises(PolicyError, match=r"not entered.*Received: .*Expected: .*Use `with"):
         scope.__exit__(None, None, None)
