@@ -27,8 +27,9 @@ from kerasmp.errors import (
 )
 from kerasmp.layers.from_stock import swap
 from kerasmp.model import Model
-from kerasmp.model.float32 import regularized_in_half, widen_activity_regularizers
-from kerasmp.model.guards import take_guards_off
+from kerasmp.model.float32 import layers_to_widen, widen_activity_regularizers
+from kerasmp.model.guards import remove_guards
+from kerasmp.model.optimizers import adopt_optimizer
 from kerasmp.optimizer.scaled_losses import unnote_successor
 from kerasmp.policy import LayerPolicies, Policy
 from kerasmp.policy.apply import set_layer_policy, take_back
@@ -203,13 +204,13 @@ def _turn_to_ours(plan: Plan, undo: Undo) -> None:
     """Make a model one of ours, which scales its loss and keeps the policies of its layers."""
     model = plan.model
     if not isinstance(model, Model):  # one that was ours before keeps its guards
-        undo.append(functools.partial(take_guards_off, model))
+        undo.append(functools.partial(remove_guards, model))
     undo.append(functools.partial(object.__setattr__, model, "__class__", type(model)))
     scales = getattr(model, "_auto_scale_loss", True)
     _set(model, "_auto_scale_loss", scales, undo)
     _set(model, "_output_dtype", plan.output_dtype, undo)
-    _set(model, "_keeps_layer_policies", True, undo)
-    for layer in regularized_in_half(model):
+    _set(model, "_saves_layer_policies", True, undo)
+    for layer in layers_to_widen(model):
         put_back = functools.partial(object.__setattr__, layer, "activity_regularizer")
         undo.append(functools.partial(put_back, layer.activity_regularizer))
     widen_activity_regularizers(model)
@@ -218,11 +219,12 @@ def _turn_to_ours(plan: Plan, undo: Undo) -> None:
     undo.append(functools.partial(_put_optimizer_back, model, optimizer))
     if plan.for_inference and optimizer is not None:
         model.optimizer = None
-    Model.from_keras(model)._scale_as_turned(scales)  # noqa: SLF001 - one of ours, now
+    Model.from_keras(model)
+    adopt_optimizer(model, auto_scale_loss=scales)
     for part in flatten_layers(model):
         if isinstance(part, Model):
             # The rules that it was made under act no more, as in one that was turned.
-            _set(part, "_rules", Model._rules, undo)  # noqa: SLF001
+            _set(part, "_rules", Model._rules, undo)  # noqa: SLF001 - ours
             if plan.variables:
                 is_half = any(variable.dtype in HALVES for variable in part.variables)
                 _set(part, "_for_inference", is_half, undo)

@@ -16,8 +16,13 @@ from kerasmp.conversion.report import ConvertedLayer
 from kerasmp.conversion.trial import settle
 from kerasmp.errors import LossScaleWarning, PolicyError, PolicyWarning
 from kerasmp.layers.from_stock import counterparts, swap
-from kerasmp.model.find_optimizers import find_optimizers, trained_in_float16, unscaled_optimizers
-from kerasmp.model.model import class_of_ours
+from kerasmp.model.model import kerasmp_class
+from kerasmp.model.optimizers import (
+    find_optimizers,
+    replaces_optimizer,
+    trainable_float16_layers,
+    unscaled_optimizers,
+)
 from kerasmp.policy import LayerPolicies, Policy
 from kerasmp.policy.apply import set_layer_policy, take_back
 from kerasmp.policy.assign import assign, check_patterns, unmatched_classes
@@ -124,7 +129,7 @@ def make_plan(  # noqa: PLR0913 - what `convert` was given
     narrowed, variable_changes = plan_variables(rows)
     if isinstance(model, keras.Model):
         undo.append(functools.partial(object.__setattr__, model, "__class__", type(model)))
-        object.__setattr__(model, "__class__", class_of_ours(model))
+        object.__setattr__(model, "__class__", kerasmp_class(model))
     for_inference = bool(narrowed or getattr(model, "_for_inference", False)) and _will_be_half(
         model, variable_changes
     )
@@ -285,7 +290,7 @@ def _of_optimizer(
         said = f"the optimizer {name} is let go with its state: the model is for inference"
         return ([] if optimizer is None else [said]), warnings
     wrapped = []
-    if model._gets_our_optimizer():  # noqa: SLF001 - one of ours, now
+    if replaces_optimizer(model):
         wrapped = optimizer_chain(optimizer)
         notes.append(
             f"the optimizer {name} is inside kerasmp.LossScaleOptimizer now, its state is kept"
@@ -296,7 +301,7 @@ def _of_optimizer(
     plain = [
         each for each in unscaled_optimizers(model) if not any(own[each] is x for x in wrapped)
     ]
-    if plain and trained_in_float16(model):
+    if plain and trainable_float16_layers(model):
         names = ", ".join(plain)
         notes.append(
             f"nothing scales the loss of {names}, which float16 needs: wrap in "

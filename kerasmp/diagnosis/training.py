@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kerasmp.diagnosis.finding import Finding
-from kerasmp.model.find_optimizers import trained_in_float16, unscaled_optimizers
+from kerasmp.model.optimizers import trainable_float16_layers, unscaled_optimizers
 from kerasmp.policy.safe import is_kerasmp_layer
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def unscaled(model: Any) -> Iterator[Finding]:
     """
     wraps = is_kerasmp_layer(model) and getattr(model, "_auto_scale_loss", False)
     plain = [name for name in unscaled_optimizers(model) if not (wraps and name == "optimizer")]
-    layers = trained_in_float16(model)
+    layers = trainable_float16_layers(model)
     if not layers or not plain:
         return
     others = "" if plain == ["optimizer"] else f" for {', '.join(plain)}"

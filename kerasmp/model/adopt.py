@@ -1,102 +1,99 @@
-"""What turns a stock Keras model into one of ours in place: a class for it, and an optimizer."""
+"""Classes made at run time, for models that become kerasmp models or functional ones in place."""
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import keras
 
-from kerasmp.model.guards import with_guards
-from kerasmp.model.serialization import without_extras
-from kerasmp.optimizer import LossScaleOptimizer
+from kerasmp.model.serialization import KEY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
 
-def ours_for(optimizer: Any, variables: list[Any]) -> LossScaleOptimizer:
-    """Return our wrapper around a plain optimizer, or in place of stock Keras's, its state kept.
+class Adopted:
+    """Saves a model of a user's class that became a kerasmp model.
 
-    Args:
-        optimizer: A plain optimizer or a stock `LossScaleOptimizer`.
-        variables: The trainable variables of the model.
-    """
-    if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        ours = LossScaleOptimizer(optimizer)
-        if optimizer.built:
-            ours.build(variables)
-        return ours
-    ours = LossScaleOptimizer(
-        optimizer.inner_optimizer,
-        initial_scale=optimizer.initial_scale,
-        dynamic_growth_steps=optimizer.dynamic_growth_steps,
-    )
-    if optimizer.built:
-        ours.build(variables)
-        state: dict[str, Any] = {}
-        optimizer.save_own_variables(state)
-        ours.load_own_variables(state)
-    return ours
-
-
-@functools.cache
-def class_between(theirs: Any, ours: Any, turn: Callable[[Any], Any]) -> Any:
-    """Return a class of both: a user's subclass of a stock model, and ours beneath it.
-
-    Files of its models name `theirs` and its config, so that they load where this class was not
-    made: `theirs` is loaded, and turned.
-
-    Args:
-        theirs: The user's class.
-        ours: The class of ours that comes before Keras's among its bases.
-        turn: Makes a model of `theirs` one of ours.
+    Its class is derived from both. Files name the user's class and hold its config, so that they
+    load where the derived class does not exist yet: the user's model is loaded, and adopted.
     """
 
-    def get_config(self: Any) -> dict[str, Any]:
-        config, _ = without_extras(super(between, self).get_config())
+    _user_class: Any = None
+    _kerasmp_class: Any = None
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the name and the config of the user's class."""
+        config = super().get_config()  # type: ignore[misc]  # that of the user's class
+        user_class = self._user_class
         stock = {
-            "module": theirs.__module__,
-            "class_name": theirs.__name__,
-            "registered_name": keras.saving.get_registered_name(theirs),
-            "config": config,
+            "module": user_class.__module__,
+            "class_name": user_class.__name__,
+            "registered_name": keras.saving.get_registered_name(user_class),
+            "config": {name: value for name, value in config.items() if name != KEY},
         }
         return {"stock": stock}
 
-    def reduce(self: Any) -> tuple[Any, ...]:
-        load, *rest = super(between, self).__reduce__()
-        # Pickle finds by their names what it calls, and `theirs` alone has one: it loads alike.
-        return getattr(theirs, load.__name__), *rest
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """Load a model of the user's class, and adopt it."""
+        model = keras.saving.deserialize_keras_object(config["stock"], custom_objects)
+        return cls._kerasmp_class.from_keras(model)
 
-    names = {
-        "__module__": theirs.__module__,
-        "__qualname__": theirs.__qualname__,
-        "__doc__": theirs.__doc__,
-        "__reduce__": reduce,
-        "get_config": get_config,
-        "from_config": _loading(turn),
-    }
-    between = type(theirs)(theirs.__name__, (theirs, ours), names)
-    # All such classes have one name in files, which leads to any of them: they load alike.
-    return _in_files(between)
+    def __reduce__(self) -> tuple[Any, ...]:
+        load, *rest = cast("tuple[Any, ...]", super().__reduce__())
+        # Pickle looks functions up by name, and only the user's class has one. It loads alike.
+        return getattr(self._user_class, load.__name__), *rest
 
 
-def loader(turn: Callable[[Any], Any]) -> Any:
-    """Return a class that loads the files of all classes between, where none of them was made yet.
+# All classes share this name in files. It leads to one of them, and they all load alike.
+registered = keras.saving.register_keras_serializable("kerasmp", "Turned")
+
+
+def adopted_class(model: Any, kerasmp_classes: Mapping[Any, Any]) -> Any:
+    """Return the class that a stock model gets when it becomes a kerasmp model.
 
     Args:
-        turn: As for `class_between`.
+        model: The model.
+        kerasmp_classes: The class of kerasmp for each class of Keras, `keras.Model` last.
     """
-    never_saved: dict[str, Any] = {"get_config": lambda _: {}}  # Keras asks for it
-    turned = type("Turned", (), never_saved | {"from_config": _loading(turn)})
-    return _in_files(with_guards(turned))
+    user_class: Any = type(model)
+    if user_class in kerasmp_classes:
+        return kerasmp_classes[user_class]
+    return _derived(user_class, next(c for k, c in kerasmp_classes.items() if isinstance(model, k)))
 
 
-def _loading(turn: Callable[[Any], Any]) -> Any:
-    def from_config(_: Any, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        return turn(keras.saving.deserialize_keras_object(config["stock"], custom_objects))
+@functools.cache
+def _derived(user_class: Any, kerasmp_class: Any) -> Any:
+    bases = (Adopted, user_class, kerasmp_class)
+    names = {"_user_class": user_class, "_kerasmp_class": kerasmp_class}
+    return registered(_subclass(user_class, bases, **names))
 
-    return classmethod(from_config)
+
+@functools.cache
+def functional_class(user_class: Any, base: Any) -> Any:
+    """Return a subclass that is functional too, registered under the same name.
+
+    Args:
+        user_class: A user's subclass of a kerasmp model.
+        base: The class of functional models to add to its bases.
+    """
+    functional = _subclass(user_class, (user_class, base))
+    package, separator, name = keras.saving.get_registered_name(user_class).partition(">")
+    if separator:
+        for each in (functional, user_class):
+            keras.saving.register_keras_serializable(package, name)(each)
+    return functional
 
 
-_in_files = keras.saving.register_keras_serializable("kerasmp", "Turned")
+def _subclass(user_class: Any, bases: tuple[Any, ...], **attributes: Any) -> Any:
+    """Return a subclass with the name, the module and the docstring of a user's class.
+
+    Args:
+        user_class: The user's class.
+        bases: The bases of the new class.
+        **attributes: Other attributes of the new class.
+    """
+    names = {name: getattr(user_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(user_class)(user_class.__name__, bases, names | attributes)

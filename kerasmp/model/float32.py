@@ -1,4 +1,4 @@
-"""What losses and metrics are given: predictions and extra losses in float32."""
+"""Gives losses and metrics float32: predictions, and the extra losses of layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Y_PRED = 2
 
 
 def at_least_float32(tensor: Any) -> Any:
-    """Return a float16 or bfloat16 tensor in float32, any other as it is."""
+    """Return a float16 or bfloat16 tensor in float32, and any other value unchanged."""
     dtype = getattr(tensor, "dtype", None)
     if dtype is None or keras.backend.standardize_dtype(dtype) not in {"float16", "bfloat16"}:
         return tensor
@@ -26,51 +26,44 @@ def at_least_float32(tensor: Any) -> Any:
 
 
 def cast(tensor: Any, dtype: str) -> Any:
-    """Return a float tensor in another dtype, with its mask, and any other as it is."""
+    """Return a float tensor in another dtype, with its mask, and any other tensor unchanged."""
     if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype)):
         return tensor
     return with_mask_of(tensor, keras.ops.cast(tensor, dtype))
 
 
 def float32_predictions(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `compute_loss` or `compute_metrics`, given its `y_pred` in at least float32.
+    """Return `compute_loss` or `compute_metrics` with its `y_pred` cast to at least float32.
 
     Args:
-        method: That of a model of ours, of a mixin or of a user's subclass.
+        method: The method, of a kerasmp model, a mixin or a user's subclass.
     """
 
     @functools.wraps(method)
     def with_float32(model: Any, *args: Any, **kwargs: Any) -> Any:
         if "y_pred" in kwargs:
-            kwargs["y_pred"] = _all_at_least_float32(kwargs["y_pred"])
+            kwargs["y_pred"] = keras.tree.map_structure(at_least_float32, kwargs["y_pred"])
         elif len(args) > _Y_PRED:
-            before, after = args[:_Y_PRED], args[_Y_PRED + 1 :]
-            args = (*before, _all_at_least_float32(args[_Y_PRED]), *after)
+            y_pred = keras.tree.map_structure(at_least_float32, args[_Y_PRED])
+            args = (*args[:_Y_PRED], y_pred, *args[_Y_PRED + 1 :])
         with dtype_hints():
             return method(model, *args, **kwargs)
 
     return with_float32
 
 
-def _all_at_least_float32(tensors: Any) -> Any:
-    return keras.tree.map_structure(at_least_float32, tensors)
-
-
 def widen_activity_regularizers(model: Any) -> None:
-    """Let the activity regularizers of all layers see float32: in float16 their sums overflow.
+    """Let the activity regularizers of all layers see float32, since their sums overflow float16.
 
-    For good, and where a layer has one that was not seen yet: what a call set and took back,
-    another thread would find there, or not.
-
-    Args:
-        model: The model.
+    The change is permanent, and a regularizer is changed once: if each call changed it and put it
+    back, another thread might see either.
     """
-    for layer in regularized_in_half(model):
-        # Around Keras's own __setattr__, which tracks what it is given and locks built layers.
-        object.__setattr__(layer, "activity_regularizer", _OfFloat32(layer.activity_regularizer))
+    for layer in layers_to_widen(model):
+        # Bypasses Keras's __setattr__, which tracks values and locks built layers.
+        object.__setattr__(layer, "activity_regularizer", _InFloat32(layer.activity_regularizer))
 
 
-def regularized_in_half(model: Any) -> list[Any]:
+def layers_to_widen(model: Any) -> list[Any]:
     """Return the layers whose activity regularizers `widen_activity_regularizers` would change."""
     return [
         layer
@@ -80,10 +73,10 @@ def regularized_in_half(model: Any) -> list[Any]:
     ]
 
 
-class _OfFloat32:
-    """A regularizer that casts first, and is in all else the one that it stands for.
+class _InFloat32:
+    """A regularizer that casts its input to float32, and otherwise behaves as the one it wraps.
 
-    What layers say of themselves and save stays the same, and who changes a factor changes it.
+    Layers report and save the wrapped one, and setting a factor sets the wrapped one's.
     """
 
     __slots__ = ("_regularizer",)
@@ -96,8 +89,8 @@ class _OfFloat32:
     def __call__(self, output: Any) -> Any:
         return self._regularizer(at_least_float32(output))
 
-    @property  # type: ignore[misc]  # object's can be set, and need not be
-    def __class__(self) -> Any:  # isinstance and Keras's serialisation go by it
+    @property  # type: ignore[misc]  # read-only, unlike that of `object`
+    def __class__(self) -> Any:  # isinstance and Keras's serialization use it
         return type(self._regularizer)
 
     def __getattr__(self, name: str) -> Any:
@@ -109,8 +102,8 @@ class _OfFloat32:
     def __eq__(self, other: object) -> bool:
         return bool(self._regularizer == other)
 
-    def __hash__(self) -> int:  # a function is registered under a name by it
+    def __hash__(self) -> int:  # Keras looks a registered function up by it
         return hash(self._regularizer)
 
     def __reduce__(self) -> Any:
-        return _OfFloat32, (self._regularizer,)
+        return _InFloat32, (self._regularizer,)

@@ -1,4 +1,4 @@
-"""What is put around methods of every model class of ours, also those that a user has replaced."""
+"""Wraps methods of every kerasmp model class, those that users override included."""
 
 from __future__ import annotations
 
@@ -7,52 +7,69 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kerasmp.backend.keras_internals import RESULT_OR_LOGS, UPDATE_METRICS
 from kerasmp.model.float32 import float32_predictions
-from kerasmp.model.serialization import adding_extras, taking_up_extras, taking_up_layers
-from kerasmp.model.train_step import guarded, losses_noted, numbers_of_batch
+from kerasmp.model.serialization import add_extras, read_extras, restore_late_layers
+from kerasmp.model.train_step import batch_results, note_losses, undo_skipped_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _GUARDS: dict[str, Callable[[Any], Any]] = {
-    "train_step": guarded,
+    "train_step": undo_skipped_steps,
     "compute_loss": float32_predictions,
     "compute_metrics": float32_predictions,
-    UPDATE_METRICS: losses_noted,
-    RESULT_OR_LOGS: numbers_of_batch,
-    "get_config": adding_extras,
-    "from_config": taking_up_extras,
-    "build_from_config": taking_up_layers,
+    UPDATE_METRICS: note_losses,
+    RESULT_OR_LOGS: batch_results,
+    "get_config": add_extras,
+    "from_config": read_extras,
+    "build_from_config": restore_late_layers,
 }
-# What guards refers to itself by it: a wrapper of the user's own may copy it, by functools.wraps.
+# A guard refers to itself by this: functools.wraps may copy it to a wrapper of the user's.
 _MARK = "_kerasmp_guarded"
-_METHOD = "_kerasmp_method"  # what a guard on a single model is around
+_METHOD = "_kerasmp_method"  # the method that the guard on a single model wraps
 
 T = TypeVar("T", bound=type)
 
 
-def guard_late(model: Any, ours: type) -> None:
-    """Put guards around methods that were replaced since: in classes, or on this model alone.
+def is_guarded(name: str) -> bool:
+    """Return whether methods of this name are guarded."""
+    return name in _GUARDS
+
+
+def with_guards(cls: T) -> T:
+    """Guard each method of a class that has no guard: its own, or that of a mixin."""
+    for name, guard in _GUARDS.items():
+        method = getattr(cls, name, None)
+        if method is not None and not _has_guard(method):
+            guarded = guard(method)
+            function = getattr(guarded, "__func__", guarded)  # of a class method too
+            setattr(function, _MARK, function)
+            setattr(cls, name, guarded)
+    return cls
+
+
+def guard_replaced(model: Any, kerasmp_class: type) -> None:
+    """Guard methods that were replaced after the class was made: on classes, or on this model.
 
     Args:
         model: The model.
-        ours: The class of ours that it is of; nothing is put into what it inherits from.
+        kerasmp_class: The class that the model inherits from. Its bases are left alone.
     """
     for cls in reversed(type(model).__mro__):
-        if issubclass(cls, ours):
+        if issubclass(cls, kerasmp_class):
             with_guards(cls)
     for name, guard in _GUARDS.items():
         method = vars(model).get(name)
-        # Models are made by their class's `from_config`, never by one on a model.
+        # Keras calls `from_config` of the class, never that of a model.
         if method is not None and name != "from_config" and not _has_guard(method):
-            guarding = functools.partial(guard(_with_model(method)), model)
-            setattr(guarding, _MARK, guarding)
-            setattr(guarding, _METHOD, method)
-            # Around Keras's own __setattr__: this is no state.
-            object.__setattr__(model, name, guarding)
+            guarded = functools.partial(guard(_as_method(method)), model)
+            setattr(guarded, _MARK, guarded)
+            setattr(guarded, _METHOD, method)
+            # Bypasses Keras's __setattr__, which tracks state: this is none.
+            object.__setattr__(model, name, guarded)
 
 
-def take_guards_off(model: Any) -> None:
-    """Give a model what was put on it alone as it was, without the guards around it.
+def remove_guards(model: Any) -> None:
+    """Put the methods that were replaced on a single model back, without their guards.
 
     Args:
         model: The model, which is of a stock class again.
@@ -63,30 +80,13 @@ def take_guards_off(model: Any) -> None:
             object.__setattr__(model, name, getattr(method, _METHOD))
 
 
-def _with_model(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what was put on a single model as a method of its class, which is given the model."""
+def _as_method(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that was put on a single model as a method, which takes the model too."""
 
-    def of_class(_: Any, *args: Any, **kwargs: Any) -> Any:
-        return method(*args, **kwargs)
+    def method(_: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
 
-    return of_class
-
-
-def is_guarded(name: str) -> bool:
-    """Return whether methods of this name get a guard."""
-    return name in _GUARDS
-
-
-def with_guards(cls: T) -> T:
-    """Put a guard around each method that has none: the class's own, or one of a mixin's."""
-    for name, guard in _GUARDS.items():
-        method = getattr(cls, name, None)
-        if method is not None and not _has_guard(method):
-            guarding = guard(method)
-            function = getattr(guarding, "__func__", guarding)  # of a class method, too
-            setattr(function, _MARK, function)
-            setattr(cls, name, guarding)
-    return cls
+    return method
 
 
 def _has_guard(method: Any) -> bool:

@@ -1,10 +1,10 @@
-"""A hint beside the cryptic error of a framework that was given float16 with float32."""
+"""Explains the cryptic errors that frameworks raise when float16 meets float32."""
 
 from __future__ import annotations
 
 import contextlib
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import keras
 
@@ -13,47 +13,43 @@ from kerasmp import backend
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_REMEDY = (
-    "Within call(), Keras casts the inputs of a layer and the weights of add_weight() to the "
-    "layer's compute dtype; it does not cast constants, attributes and what call() makes itself. "
-    "Cast those, keras.ops.cast(value, self.compute_dtype); or use functions of keras.ops, which "
-    'promote to the wider dtype; or give the layer dtype="float32".'
+_LIBRARIES = {"keras", "kerasmp", "tensorflow", "jax", "torch"}
+_FIX = (
+    "In call(), Keras casts a layer's inputs and its add_weight() variables to the layer's compute "
+    "dtype. It does not cast constants, attributes and tensors that call() creates. Cast these "
+    "with keras.ops.cast(value, self.compute_dtype), or use functions of keras.ops, which promote "
+    'to the wider dtype, or give the layer dtype="float32".'
 )
 
 
 @contextlib.contextmanager
 def dtype_hints() -> Iterator[None]:
-    """Add a note to an error of mixed dtypes: the layer, the place, the dtypes and the remedy.
+    """Add a note to an error about mixed dtypes: the layer, the line, the dtypes and the fix.
 
-    The error stays what it is, so that whoever catches it still does.
+    The error itself stays the same, so that code that catches it still does.
     """
     try:
         yield
     except Exception as error:
         if backend.current().mixes_dtypes(error) and not getattr(error, "__notes__", ()):
             error.add_note(f"kerasmp: operands of different float dtypes meet {_place(error)}.")
-            error.add_note(_REMEDY)
+            error.add_note(_FIX)
         raise
 
 
 def _place(error: Exception) -> str:
-    layer, place = None, ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
+    layer, line = None, ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get("self")
-        # A function of the user's own, a loss say, is the place where there is no layer.
+        # Without a layer, the place is the user's function, such as a loss.
         if frame.f_globals.get("__name__", "").partition(".")[0] not in _LIBRARIES:
-            place = f"{frame.f_code.co_filename}, line {line}"
+            line = f"{frame.f_code.co_filename}, line {number}"
             if isinstance(owner, keras.layers.Layer):
                 layer = owner
-    where = f"at {place}" if place else "in a function of the framework"
-    return f"{_described(layer)}, {where}" if layer is not None else where
-
-
-def _described(layer: Any) -> str:
+    place = f"at {line}" if line else "in a function of the framework"
+    if layer is None:
+        return place
     return (
         f"in {type(layer).__name__} {layer.name!r}, which computes in {layer.compute_dtype} and "
-        f"keeps its variables in {layer.variable_dtype}"
+        f"keeps its variables in {layer.variable_dtype}, {place}"
     )
-
-
-_LIBRARIES = {"keras", "kerasmp", "tensorflow", "jax", "torch"}

@@ -1,4 +1,4 @@
-"""The guard around a train step, Keras's or a user's own: a skipped step leaves no trace."""
+"""Guards a train step, Keras's or the user's own, so that a skipped step changes nothing."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ import keras
 from kerasmp import backend
 from kerasmp.backend.by_identity import ByIdentity
 from kerasmp.backend.calls import Call, entered, running
-from kerasmp.model.find_optimizers import find_optimizers
+from kerasmp.errors import PolicyError
 from kerasmp.model.hints import dtype_hints
-from kerasmp.model.inference import refuse_training
+from kerasmp.model.optimizers import find_optimizers, warn_of_late_layers
 from kerasmp.optimizer import LossScaleOptimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-# Of models, whether Keras's own step had its part in the last guarded one. Not an attribute of the
-# model: a step sets none, since another thread may be using it.
-_BY_KERAS: ByIdentity[bool] = ByIdentity()
+# Whether Keras's own step took part in the last guarded step of a model. Not an attribute of the
+# model: a step sets none, since another thread may be using the model.
+_USED_KERAS_STEP: ByIdentity[bool] = ByIdentity()
 
 
-def guarded(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a `train_step` that undoes what a skipped step did.
+def undo_skipped_steps(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a `train_step` that undoes what a skipped step changed.
 
-    Of steps that call each other by `super()` the outermost alone is guarded.
+    If steps call each other through `super()`, only the outermost one is guarded.
 
     Args:
-        step: The method `train_step` of a model of ours, of a mixin or of a user's subclass.
+        step: The method `train_step` of a kerasmp model, a mixin or a user's subclass.
     """
 
     @functools.wraps(step)
     def train_step(model: Any, *args: Any, **kwargs: Any) -> Any:
         if running(model):
             return step(model, *args, **kwargs)
-        refuse_training(model)  # of a loop of the user's own: `fit` has done so
+        refuse_training(model)  # for a custom loop; `fit` has checked already
         with entered(model) as call, dtype_hints():
             return _run(call, functools.partial(step, model, **kwargs), args)
 
     return train_step
 
 
-def losses_noted(update: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the method by which Keras's step on JAX updates metrics, which notes the loss."""
+def note_losses(update: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the method that updates metrics in Keras's step on JAX, which also notes the loss."""
 
     @functools.wraps(update)
     def update_metrics(model: Any, variables: Any, unscaled_loss: Any, *args: Any) -> Any:
@@ -59,10 +59,11 @@ def losses_noted(update: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def kerass_own(model: Any) -> Iterator[None]:
-    """Let Keras's own train step have its part in the one that runs.
+def keras_step(model: Any) -> Iterator[None]:
+    """Mark that Keras's own train step runs, as part of the model's step.
 
-    What it scales, it applies: that tells nothing of gradients of the user's own before or after.
+    It applies the gradients of the loss that it scaled. That says nothing about gradients that the
+    user's part of the step computes before or after.
     """
     call = running(model)
     if call:
@@ -71,19 +72,39 @@ def kerass_own(model: Any) -> Iterator[None]:
         yield
 
 
-def no_step_is_nan(model: Any) -> bool:
-    """Return whether metrics over no step are to be NaN: where Keras's own steps are guarded.
+def refuse_training(model: Any) -> None:
+    """Raise if a model was converted for inference only: its variables are too coarse for updates.
 
-    Not within the step, whose logs have the numbers of its batch then.
+    Raises:
+        PolicyError: If so.
     """
-    return bool(_BY_KERAS.get(model)) and not running(model)
+    if not model._for_inference:  # noqa: SLF001 - its own package
+        return
+    dtypes = {v.dtype for v in model.trainable_variables} & {"float16", "bfloat16"}
+    raise PolicyError(
+        "The model was converted for inference only: most training updates are smaller than its "
+        "variables can represent.",
+        received=f'training of "{model.name}", whose variables are '
+        f"{' and '.join(sorted(dtypes)) or 'too coarse'}",
+        expected="predict, evaluate or a call",
+        fix="To train, call restore() on the report that convert() returned, or train the original "
+        "model under mixed_float16 and convert again.",
+    )
 
 
-def nan_of_nothing(model: Any, results: dict[str, Any]) -> dict[str, Any]:
-    """Return the results of a model's metrics, NaN for each that has seen nothing.
+def reports_nan(model: Any) -> bool:
+    """Return whether metrics are NaN if every step was skipped: Keras's own steps were guarded.
 
-    One that keeps nothing but 0 may have seen perfect numbers: if the loss has seen some. And one
-    that starts with other numbers does not hide what the loss has not seen.
+    Not during a step, whose logs then contain the results of its batch.
+    """
+    return bool(_USED_KERAS_STEP.get(model)) and not running(model)
+
+
+def nan_if_empty(model: Any, results: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of a model's metrics, with NaN for each metric that has seen nothing.
+
+    A metric whose variables are all 0 may have seen perfect predictions: it has, if the loss has
+    seen any. Conversely, a metric that starts with other values shows NaN if the loss saw nothing.
 
     Args:
         model: The model.
@@ -95,20 +116,20 @@ def nan_of_nothing(model: Any, results: dict[str, Any]) -> dict[str, Any]:
     of_any = sum(counts.values())
     of_loss = counts.get("loss", of_any)
 
-    def unless_of_nothing(key: str, value: Any) -> Any:
-        return _unless_of_nothing(counts.get(key, of_any) + of_loss, value, float("nan"))
+    def or_nan(key: str, value: Any) -> Any:
+        return _unless_empty(counts.get(key, of_any) + of_loss, value, float("nan"))
 
     return {
-        key: keras.tree.map_structure(functools.partial(unless_of_nothing, key), value)
+        key: keras.tree.map_structure(functools.partial(or_nan, key), value)
         for key, value in results.items()
     }
 
 
-def numbers_of_batch(result_or_logs: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the method that makes logs of an epoch, which has no 0 for an average over nothing.
+def batch_results(result_or_logs: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the method that makes the logs of an epoch, without 0 for metrics that saw nothing.
 
-    The metric was never asked, or every step of the epoch was skipped: the logs of the last step
-    say what they know.
+    If a metric was never updated, or every step of the epoch was skipped, the result of the last
+    batch takes its place.
     """
 
     @functools.wraps(result_or_logs)
@@ -117,12 +138,12 @@ def numbers_of_batch(result_or_logs: Callable[..., Any]) -> Callable[..., Any]:
         if result is logs:
             return result
         counts = _counts(model)
-        all_alike = counts.get("loss") if _BY_KERAS.get(model) else None
-        # A test step of the user's own need not ask the loss, whatever it asks.
+        of_loss = counts.get("loss") if _USED_KERAS_STEP.get(model) else None
+        # A user's test step may update metrics without updating the loss.
         is_own = getattr(model.test_step, "__func__", None) is not keras.Model.test_step
-        known = counts if is_own or all_alike is None else {}
+        known = counts if is_own or of_loss is None else {}
         return {
-            key: _unless_of_nothing(known.get(key, all_alike), value, logs[key])
+            key: _unless_empty(known.get(key, of_loss), value, logs[key])
             for key, value in result.items()
         }
 
@@ -134,62 +155,63 @@ def _run(call: Call, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     optimizers = [o for o in find_optimizers(model).values() if isinstance(o, LossScaleOptimizer)]
     if not optimizers:
         logs = step(*args)
-        model._warn_if_too_late()  # noqa: SLF001 - the model's own step
+        warn_of_late_layers(model)
         return logs
 
     def logs_after(logs: Any, skipped: Any) -> Any:
         return _logs(model, logs, skipped, by_keras=call.by_keras)
 
     logs = backend.current().train_step(model, optimizers, step, logs_after, *args)
-    _BY_KERAS[model] = call.by_keras
+    _USED_KERAS_STEP[model] = call.by_keras
     return logs
 
 
 def _logs(model: Any, logs: Any, skipped: Any, *, by_keras: bool) -> Any:
-    """Return the logs of a step without what a skipped one left in them.
+    """Return the logs of a step without the values that a skipped step put into them.
 
     Args:
-        model: The model, whose metrics are put back already.
+        model: The model, whose metrics are restored already.
         logs: What the step returned.
-        skipped: Whether it was skipped, a scalar bool tensor.
-        by_keras: Whether Keras's step made them. In a user's own step it is not known whether a
-            metric was asked at all, or what goes by its name is the number of this batch.
+        skipped: Whether the step was skipped, a scalar bool tensor.
+        by_keras: Whether Keras's step made the logs. Those of a user's step may contain the result
+            of this batch under the name of a metric, or a metric that was never updated.
     """
     if not isinstance(logs, dict):
         return logs
     after, counts = model.get_metrics_result(), _counts(model)
-    all_alike = counts.get("loss") if by_keras else None
+    of_loss = counts.get("loss") if by_keras else None
 
-    def put_back(key: str, value: Any) -> Any:
-        if isinstance(value, dict):  # of Keras's metric that holds those of `compile`
-            return {key: put_back(key, inner) for key, inner in value.items()}
+    def restored(key: str, value: Any) -> Any:
+        if isinstance(value, dict):  # of the Keras metric that contains those of `compile`
+            return {key: restored(key, inner) for key, inner in value.items()}
         if key not in after:
             return value
-        # No step was good yet, or the metric was never asked: the number of this batch is true.
-        count = counts.get(key) if all_alike is None else all_alike
-        known = _unless_of_nothing(count, after[key], value)
+        # If no step was applied yet, or the metric was never updated, the batch's result is right.
+        count = counts.get(key) if of_loss is None else of_loss
+        known = _unless_empty(count, after[key], value)
         return known if by_keras else keras.ops.where(skipped, known, value)
 
-    return {key: put_back(key, value) for key, value in logs.items()}
+    return {key: restored(key, value) for key, value in logs.items()}
 
 
 def _counts(model: Any) -> dict[str, Any]:
-    """Return how much metrics have seen, by the names of their results: not 0 if anything at all.
+    """Return how much each metric has seen, by the names of its results; 0 is nothing at all.
 
-    Those that average say how much. Any other has seen something if not all that it keeps is 0.
+    Averages know their count. For any other metric it is the number of nonzero values that its
+    variables hold.
     """
     counts: dict[str, Any] = {}
     for metric in model.metrics:
         means = [
             each
-            for each in (metric, *getattr(metric, "metrics", ()))  # those of `compile` are in one
+            for each in (metric, *getattr(metric, "metrics", ()))  # one contains those of `compile`
             if isinstance(each, keras.metrics.Mean)
         ]
-        kept = [v for v in metric.variables if v.dtype != "string"]
+        numeric = [v for v in metric.variables if v.dtype != "string"]
         if means:
             count = sum(each.count for each in means)
-        elif kept:
-            count = sum(keras.ops.sum(keras.ops.cast(v != 0, "float32")) for v in kept)
+        elif numeric:
+            count = sum(keras.ops.sum(keras.ops.cast(v != 0, "float32")) for v in numeric)
         else:
             continue
         result = None if metric in means else metric.result()
@@ -198,6 +220,6 @@ def _counts(model: Any) -> dict[str, Any]:
     return counts
 
 
-def _unless_of_nothing(count: Any, average: Any, other: Any) -> Any:
-    """Return an average, or the other number if it is over nothing; `count` may be None."""
+def _unless_empty(count: Any, average: Any, other: Any) -> Any:
+    """Return an average, or the other value if it is over nothing. The count may be None."""
     return average if count is None else keras.ops.where(count > 0, average, other)

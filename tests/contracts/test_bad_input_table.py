@@ -247,8 +247,11 @@ PURE = {
     "saving None": (lambda m: mp.save_for_stock_keras(None, "a.keras"), "Only a Keras model"),
     "saving to another ending": (lambda m: mp.save_for_stock_keras(m, "a.h5"), "a.h5"),
     "saving to nowhere": (lambda m: mp.save_for_stock_keras(m, ""), "ends in"),
-    "turning None": (lambda m: mp.Model.from_keras(None), "from_keras turns Keras models"),
-    "turning a layer": (lambda m: mp.Model.from_keras(dense()), "from_keras turns"),
+    "turning None": (
+        lambda m: mp.Model.from_keras(None),
+        "Only a Keras model can be passed to from_keras",
+    ),
+    "turning a layer": (lambda m: mp.Model.from_keras(dense()), "Only a Keras model"),
     "turning with a word": (
         lambda m: mp.Model.from_keras(m, auto_scale_loss="no"),
         SWITCH % "auto_scale_loss",

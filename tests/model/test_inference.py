@@ -12,7 +12,7 @@ from helpers.turned import Net
 import kerasmp as mp
 from kerasmp.errors import PolicyError
 
-REFUSED = "inference alone.*Received.*Expected: predict, evaluate or a call.*restore"
+REFUSED = "inference only.*Received.*Expected: predict, evaluate or a call.*restore"
 
 
 def compiled(kind="sequential", module=mp):
@@ -102,7 +102,7 @@ def test_a_users_class_that_was_turned_loads_and_refuses_in_another_process(
     model.save(tmp_path / "model.keras")
     said = another_process("helpers.turned:train", path=str(tmp_path / "model.keras"))
     predicted = model.predict(turned.X, verbose=0)
-    assert "inference alone" in said["error"]
+    assert "inference only" in said["error"]
     assert said["classes"] == ["Net", "Model"]
     assert said["outputs"] == predicted.dtype == "float16"
     assert said["predicted"] == predicted.tolist()

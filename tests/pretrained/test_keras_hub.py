@@ -150,7 +150,7 @@ def test_a_task_brings_back_its_own_optimizer_alone(tmp_path):
     assert loaded.optimizer.applied_steps + loaded.optimizer.skipped_steps == 1
     task.compile(mp.LossScaleOptimizer("sgd"))
     task.save(tmp_path / "model.keras")
-    with pytest.warns(mp.errors.LossScaleWarning, match="it was SGD, and now it is the class's"):
+    with pytest.warns(mp.errors.LossScaleWarning, match="it was SGD, and the class made"):
         keras.models.load_model(tmp_path / "model.keras")
 
 

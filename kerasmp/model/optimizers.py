@@ -1,0 +1,251 @@
+"""The optimizers of a model: which it has, which scale the loss, and which need a wrapper."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from kerasmp.backend.by_identity import ByIdentity
+from kerasmp.backend.keras_internals import float16_layers
+from kerasmp.backend.nested import optimizer_chain
+from kerasmp.errors import LossScaleWarning
+from kerasmp.loss_scale import FixedLossScale
+from kerasmp.optimizer import LossScaleOptimizer
+from kerasmp.optimizer.scaled_losses import note_successor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Whether the layers of a model were checked after its first step. Not an attribute of the model: a
+# step sets none, since another thread may be using the model.
+CHECKED_LATE_LAYERS: ByIdentity[bool] = ByIdentity()
+
+_NUMBERED_KEYS = ("name", "shared_object_id")  # Keras numbers these anew in each config
+_MISSING = "nothing"
+
+
+def find_optimizers(model: Any) -> dict[str, Any]:
+    """Return the optimizers of a model by attribute, those that a user's class has set included."""
+    optimizer = getattr(model, "optimizer", None)
+    # `vars` has the optimizer of `compile` too.
+    others = {
+        name: value
+        for name, value in vars(model).items()
+        if isinstance(value, keras.optimizers.Optimizer) and value is not optimizer
+    }
+    return {"optimizer": optimizer, **others}
+
+
+def unscaled_optimizers(model: Any) -> list[str]:
+    """Return the attributes of a model that hold an optimizer without loss scaling.
+
+    An optimizer is left out if another attribute holds a wrapper around it.
+    """
+    present = {name: each for name, each in find_optimizers(model).items() if each is not None}
+    scaled = {
+        id(inner)
+        for each in present.values()
+        if isinstance(each, keras.optimizers.LossScaleOptimizer)
+        for inner in optimizer_chain(each)
+    }
+    return [name for name, each in present.items() if id(each) not in scaled]
+
+
+def trainable_float16_layers(model: Any) -> list[Any]:
+    """Return the layers, at any depth, that compute in float16 and have trainable variables."""
+    return [layer for layer in float16_layers(model) if layer.trainable_variables]
+
+
+def needs_wrapper(model: Any, optimizer: Any) -> bool:
+    """Return whether an optimizer needs a `LossScaleOptimizer` around it to train a model."""
+    return (
+        model._auto_scale_loss  # noqa: SLF001 - its own package
+        and optimizer is not None
+        and not isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        and bool(float16_layers(model))
+    )
+
+
+def replaces_optimizer(model: Any) -> bool:
+    """Return whether `adopt_optimizer` puts another optimizer in the place of the model's."""
+    return bool(model.compiled) and (
+        needs_wrapper(model, model.optimizer)
+        or (model._auto_scale_loss and type(model.optimizer) is keras.optimizers.LossScaleOptimizer)  # noqa: SLF001
+    )
+
+
+def wrapped(optimizer: Any, variables: list[Any]) -> LossScaleOptimizer:
+    """Return kerasmp's wrapper around an optimizer, with the state that the optimizer has.
+
+    Args:
+        optimizer: A plain optimizer, or stock Keras's `LossScaleOptimizer`, which is replaced.
+        variables: The trainable variables of the model.
+    """
+    is_stock_wrapper = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    wrapper = (
+        LossScaleOptimizer(
+            optimizer.inner_optimizer,
+            initial_scale=optimizer.initial_scale,
+            dynamic_growth_steps=optimizer.dynamic_growth_steps,
+        )
+        if is_stock_wrapper
+        else LossScaleOptimizer(optimizer)
+    )
+    if optimizer.built:
+        wrapper.build(variables)
+        if is_stock_wrapper:
+            state: dict[str, Any] = {}
+            optimizer.save_own_variables(state)
+            wrapper.load_own_variables(state)
+    return wrapper
+
+
+def adopt_optimizer(model: Any, *, auto_scale_loss: bool) -> None:
+    """Give a model that became kerasmp's an optimizer that scales its loss.
+
+    Args:
+        model: The model, which is of a class of kerasmp already.
+        auto_scale_loss: False leaves the optimizer unchanged.
+    """
+    model._auto_scale_loss = auto_scale_loss  # noqa: SLF001
+    note_successor(model)
+    if replaces_optimizer(model):
+        model.optimizer = wrapped(model.optimizer, model.trainable_variables)
+    # The compiled steps hold the train step and the optimizer from before.
+    model.train_function = model.test_function = model.predict_function = None
+
+
+def warn_of_stock_wrapper(optimizer: Any) -> None:
+    """Warn if `compile` was given stock Keras's `LossScaleOptimizer`.
+
+    Args:
+        optimizer: The optimizer, or None.
+
+    Warns:
+        LossScaleWarning: If so.
+    """
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) and not isinstance(
+        optimizer, LossScaleOptimizer
+    ):
+        warnings.warn(
+            "Stock Keras's LossScaleOptimizer does not report which steps it skips, so skipped "
+            "steps still change BatchNormalization statistics and metrics. Pass "
+            "kerasmp.LossScaleOptimizer(optimizer.inner_optimizer) instead.",
+            LossScaleWarning,
+            stacklevel=3,
+        )
+
+
+def warn_of_unscaled(model: Any) -> None:
+    """Warn about optimizers that a user's class has set, since nothing wraps these.
+
+    Args:
+        model: A kerasmp model, whose `make_train_function` calls this.
+
+    Warns:
+        LossScaleWarning: If float16 layers are trained and such an optimizer scales no loss.
+    """
+    plain = [name for name in unscaled_optimizers(model) if name != "optimizer"]
+    if plain and model._auto_scale_loss and trainable_float16_layers(model):  # noqa: SLF001
+        warnings.warn(
+            f"The model has optimizers that do not scale the loss ({', '.join(plain)}), and layers "
+            "compute in float16. Wrap each in kerasmp.LossScaleOptimizer, and call its scale_loss "
+            "in the train step.",
+            LossScaleWarning,
+            stacklevel=3,
+        )
+
+
+def warn_of_late_layers(model: Any) -> None:
+    """Warn if the first step built float16 layers, as on TensorFlow. Later steps are not checked.
+
+    Args:
+        model: A kerasmp model that has run a step.
+
+    Warns:
+        LossScaleWarning: If so, and the optimizer does not scale the loss.
+    """
+    if CHECKED_LATE_LAYERS.get(model):
+        return
+    CHECKED_LATE_LAYERS[model] = True
+    if needs_wrapper(model, model.optimizer):
+        warnings.warn(
+            "Layers that compute in float16 were created during the first step, after compile() "
+            "had chosen the optimizer, so nothing scales the loss. Build the model before "
+            "compile(), or pass kerasmp.LossScaleOptimizer(optimizer) to compile().",
+            LossScaleWarning,
+            stacklevel=2,
+        )
+
+
+def has_saved_optimizer(model: Any, config: Any) -> bool:
+    """Return whether a model that its constructor compiled has the optimizer from its file.
+
+    Args:
+        model: A loaded kerasmp model whose class overrides `compile`.
+        config: What the file says about `compile`.
+
+    Warns:
+        LossScaleWarning: If the optimizer differs.
+    """
+    saved, present = config.get("optimizer"), getattr(model, "optimizer", None)
+    if not model.compiled or present is None or not saved:
+        return False  # Keras itself warns that the model is not compiled
+    restored = ["learning_rate"]
+    if isinstance(getattr(present, "schedule", None), FixedLossScale):
+        restored.append("scale")  # the user may have set another one since
+    settings = keras.saving.serialize_keras_object(present)
+    difference = _first_difference(saved, settings, "optimizer", restored)
+    if difference is None:
+        return True
+    before = saved["config"].get("inner_optimizer", saved)["class_name"]
+    now = type(getattr(present, "inner_optimizer", present)).__name__
+    if before == now:
+        setting, *values = difference
+        before, now = (f"{now} with {setting}={_shown(value)}" for value in values)
+    warnings.warn(
+        f'The class of "{model.name}" compiles the model itself, so the optimizer of the file was '
+        f"not restored, neither its settings nor its state: it was {before}, and the class made "
+        f"{now}. To continue where the file stops, call model.compile with the optimizer of the "
+        "file, then model.optimizer.build(model.trainable_variables), then "
+        "model.load_weights(path) on the same file.",
+        LossScaleWarning,
+        stacklevel=3,
+    )
+    return False
+
+
+def _first_difference(
+    saved: Any, present: Any, name: str, restored: Sequence[str]
+) -> tuple[str, Any, Any] | None:
+    """Return the first setting in which two configs differ: its name and both values.
+
+    Args:
+        saved: The setting in the file, or the whole config.
+        present: The present setting.
+        name: Its name.
+        restored: The settings that may differ if they are numbers, since the state restores them.
+    """
+    are_numbers = isinstance(saved, int | float) and isinstance(present, int | float)
+    if saved == present or (are_numbers and name in restored):
+        return None
+    parts: list[tuple[str, Any, Any]]
+    if isinstance(saved, dict) and isinstance(present, dict) and _shown(saved) == _shown(present):
+        keys = [key for key in {**saved, **present} if key not in _NUMBERED_KEYS]
+        parts = [(key, saved.get(key, _MISSING), present.get(key, _MISSING)) for key in keys]
+    elif (
+        isinstance(saved, list | tuple)
+        and isinstance(present, list | tuple)
+        and len(saved) == len(present)
+    ):
+        parts = [(name, *pair) for pair in zip(saved, present, strict=True)]
+    else:
+        return name, saved, present
+    differences = (_first_difference(one, other, key, restored) for key, one, other in parts)
+    return next(filter(None, differences), None)
+
+
+def _shown(value: Any) -> str:
+    return str(value.get("class_name", "settings") if isinstance(value, dict) else value)
