@@ -1,4 +1,4 @@
-"""What each layer of a model does in one call on a batch."""
+"""Measures what each layer of a model computes in one call on a batch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import keras
 from kerasmp.backend.keras_internals import flatten_layers, losses_kept, own_variables, states_of
 from kerasmp.backend.profiler import Profile, profile
 
-_MATRIX = 2
-_BY_KERAS_OPS = {"keras", "keras_hub", "kerasmp"}
+_KERNEL_RANK = 2
+_COUNTED = {"keras", "keras_hub", "kerasmp"}  # their layers multiply by functions that are counted
 
 
 class Cost(NamedTuple):
     """What one layer, without the layers inside it, does in one call of the model.
 
-    A layer that is called more than once has the sum.
+    For a layer that is called more than once, these are sums.
 
     Args:
         multiply_adds: Multiplications in matrix products and convolutions, each of which is
@@ -24,8 +24,8 @@ class Cost(NamedTuple):
         activation_bytes: Bytes of the tensors that it returns and that no layer inside it has
             returned.
         cast_bytes: Bytes that casts from one float dtype to another write. A compiler may fuse
-            casts, or make some of them once.
-        known: False if it has a kernel and its products could not be seen.
+            casts, or run some of them once.
+        known: False if it has a kernel and its products could not be counted.
     """
 
     multiply_adds: dict[str, int]
@@ -35,14 +35,16 @@ class Cost(NamedTuple):
 
 
 def measure(model: Any, sample: Any) -> dict[int, Cost]:
-    """Call a model once for inference, eagerly, and return what each layer does. Nothing changes.
+    """Call a model once for inference, eagerly, and return the cost of each layer.
+
+    The model does not change.
 
     Args:
         model: A built model.
-        sample: A batch as the model takes it.
+        sample: A batch of its inputs.
 
     Returns:
-        From `id(layer)` to its cost, for all layers that the batch reaches, the model too.
+        The costs by `id(layer)`, for all layers that the batch reaches, the model included.
 
     Example:
 
@@ -71,14 +73,14 @@ def measure(model: Any, sample: Any) -> dict[int, Cost]:
 
 
 def _is_known(layer: Any, seen: Profile) -> bool:
-    """Return whether what a layer multiplies was seen.
+    """Return whether all products of a layer were counted.
 
-    Keras's layers and ours multiply by functions that are watched. A user's may have a way of its
-    own: it is taken to have one if it has a kernel, and no product was seen.
+    A user-defined layer may multiply in another way. It is assumed to do so if it has a kernel and
+    no product was counted.
     """
     if id(layer) in seen.uncounted:
         return False
-    module = type(layer).__module__.partition(".")[0]
-    if module in _BY_KERAS_OPS or id(layer) in seen.multiply_adds:
+    package = type(layer).__module__.partition(".")[0]
+    if package in _COUNTED or id(layer) in seen.multiply_adds:
         return True
-    return all(len(v.shape) < _MATRIX for v in own_variables(layer))
+    return all(len(v.shape) < _KERNEL_RANK for v in own_variables(layer))

@@ -1,4 +1,4 @@
-"""Half-precision variables: who may have them, and what rounding does to them."""
+"""Half-precision variables: which layers get them, and what rounding does to their values."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ if TYPE_CHECKING:
 
     from kerasmp.policy.assign import Assignment
 
-_ASKED = (*HALVES, "float32")
-_NAMED = 3  # so many variables does an error name
+_CHOICES = (*HALVES, "float32")
+_MAX_NAMED = 3  # how many variables an error names
 # A layer, the dtype that its variables get, and those of them that have another one.
 Change: TypeAlias = tuple[Any, str, list[Any]]
+# A variable whose values do not fit, its layer, and the largest value.
+_Misfit: TypeAlias = "tuple[Assignment, Any, float]"
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
 class Orthogonal(keras.initializers.Orthogonal):
-    """`keras.initializers.Orthogonal` that computes in float32 and rounds.
+    """`keras.initializers.Orthogonal` that computes in float32 and rounds the result.
 
-    Keras's own, the default of LSTM and GRU, raises in bfloat16, and on JAX and torch in float16:
-    no backend has a QR decomposition there. Loading a model calls initializers before it reads the
+    Keras's own, the default of LSTM and GRU, raises in bfloat16, and on JAX and torch in float16,
+    where no backend has a QR decomposition. Loading a model calls initializers before it reads the
     values.
 
     Args:
@@ -50,14 +52,14 @@ class Orthogonal(keras.initializers.Orthogonal):
 
 
 class Narrowed(NamedTuple):
-    """What becomes of a layer's own variables; those that it shares count for the first layer.
+    """What happens to a layer's own variables; shared ones count for the first layer.
 
     Args:
         path: The layer's path.
-        bytes_before: Their size before, of those that stayed as they are too.
+        bytes_before: Their size before, including those that do not change.
         bytes_after: Their size after.
-        zeros: How many numbers became 0 that were not.
-        error: The largest relative rounding error of all others.
+        zeros: How many nonzero values become 0.
+        error: The largest relative rounding error of all other values.
     """
 
     path: str
@@ -71,32 +73,29 @@ class _Rounding(NamedTuple):
     bytes_after: int
     zeros: int
     error: float
-    largest: float  # of the finite numbers that became inf; 0 if there are none
+    overflow: float  # the largest of the finite values that become inf; 0 if there are none
 
 
-def check_asked(variables: str | None) -> None:
-    """Raise if `variables` is no dtype for variables.
-
-    Args:
-        variables: What `convert` was given.
+def check_variables(variables: str | None) -> None:
+    """Raise unless `convert` accepts this value for `variables`.
 
     Raises:
         PolicyError: If it is none of "float16", "bfloat16", "float32" and None.
     """
-    if variables is not None and not (isinstance(variables, str) and variables in _ASKED):
+    if variables is not None and not (isinstance(variables, str) and variables in _CHOICES):
         raise PolicyError(
             "Variables cannot have this dtype.",
             received=f"variables={variables!r}",
-            expected=", ".join(map(repr, _ASKED)) + " or None",
-            fix="Leave it out to train: variables are float32 then.",
+            expected=", ".join(map(repr, _CHOICES)) + " or None",
+            fix="Leave it out to train with float32 variables.",
         )
 
 
 def over_float32(policy: Policy, variables: str | None) -> Policy:
-    """Return the policy that layers are assigned by: rules take float32 variables for granted.
+    """Return a policy with float32 variables, which is what rules assume.
 
     Args:
-        policy: The policy as it was given, "float16" or "mixed_float16" for example.
+        policy: The policy that the user gave, such as "float16" or "mixed_float16".
         variables: The dtype that variables are to have.
     """
     if variables not in HALVES or policy.variable_dtype != variables:
@@ -107,14 +106,14 @@ def over_float32(policy: Policy, variables: str | None) -> Policy:
 
 
 def with_variables(rows: Iterable[Assignment], variables: str | None) -> list[Assignment]:
-    """Return what layers are assigned if those that compute in `variables` also keep theirs so.
+    """Return the assignments in which layers that compute in `variables` also have variables in it.
 
     Args:
         rows: What `assign` returned.
         variables: The dtype that variables are to have.
 
     Raises:
-        PolicyError: If a layer's variables would have to change to what nobody has asked for.
+        PolicyError: If a layer's variables would get a dtype that the user did not ask for.
     """
     mixed = f"mixed_{variables}"
     rows = [
@@ -123,22 +122,22 @@ def with_variables(rows: Iterable[Assignment], variables: str | None) -> list[As
     ]
     for row in rows:
         have, want = _variable_dtypes(row)
-        widens = have in HALVES and want == "float32"  # to the last bit
+        widens = have in HALVES and want == "float32"  # which is exact
         if want != variables and not widens:
             check_variable_dtype(row)
     if variables in HALVES and all(_variable_dtypes(row)[1] != variables for row in rows):
         raise PolicyError(
-            f"No layer computes in {variables}, so that none can have its variables in it.",
+            f"No layer computes in {variables}, so none can have {variables} variables.",
             received=f"variables={variables!r}, and layers under "
             + ", ".join(sorted({row.after for row in rows})),
             expected="a policy that computes in the dtype of the variables",
-            fix=f'convert(model, "{variables}", variables="{variables}") is one way.',
+            fix=f'Call convert(model, "{variables}", variables="{variables}"), for example.',
         )
     return rows
 
 
 def _variable_dtypes(row: Assignment) -> tuple[str, str]:
-    """Return the dtypes of variables of a layer's policy, now and after."""
+    """Return the variable dtype of a layer's policy, before and after."""
     return str(row.policy.variable_dtype), str(row.policy_after.variable_dtype)
 
 
@@ -149,12 +148,12 @@ def plan_variables(rows: Iterable[Assignment]) -> tuple[list[Narrowed], list[Cha
         rows: What `with_variables` returned.
 
     Returns:
-        What becomes of the variables of each layer whose policy wants them otherwise, and the
-        changes.
+        What happens to the variables of each layer whose policy gets another variable dtype, and
+        the changes.
 
     Raises:
-        PolicyError: If a finite number would become inf, or layers that share a variable want it in
-            two dtypes.
+        PolicyError: If a finite value would become inf, or if layers that share a variable want it
+            in two dtypes.
 
     Example:
 
@@ -169,58 +168,59 @@ def plan_variables(rows: Iterable[Assignment]) -> tuple[list[Narrowed], list[Cha
     [('float16', 2)]
     """
     rows = list(rows)
-    if not any(map(_new_dtype, rows)):
-        return [], []
-    owned = [(row, variables) for row, variables in _each_once(rows) if _new_dtype(row)]
-    done = [_checked(row, variables) for row, variables in owned]
-    _refuse_infinities(problem for _, problems in done for problem in problems)
-    changes = [
-        (row.layer, str(_new_dtype(row)), [each for each in variables if _changes(each, row)])
-        for row, variables in owned
-    ]
-    return [facts for facts, _ in done], changes
+    facts: list[Narrowed] = []
+    changes: list[Change] = []
+    misfits: list[_Misfit] = []
+    if any(map(_new_dtype, rows)):
+        for row, variables in _owned_variables(rows):
+            dtype = _new_dtype(row)
+            if dtype is not None:
+                facts.append(_narrowed(row, dtype, variables, misfits))
+                changes.append((row.layer, dtype, [v for v in variables if takes_dtype(v, dtype)]))
+    if misfits:
+        raise _overflow_error(misfits)
+    return facts, changes
 
 
-def rounding_said(changed: list[Narrowed]) -> str:
-    """Return what there is to say of variables that change, in words."""
-    before, after = (
-        sum(getattr(each, name) for each in changed) for name in ("bytes_before", "bytes_after")
-    )
-    zeros = sum(each.zeros for each in changed)
-    error = max(each.error for each in changed)
+def summary(narrowed: list[Narrowed]) -> str:
+    """Return what happens to variables in one sentence."""
+    before = sum(each.bytes_before for each in narrowed)
+    after = sum(each.bytes_after for each in narrowed)
+    zeros = sum(each.zeros for each in narrowed)
+    error = max(each.error for each in narrowed)
     rounding = (
-        f"; rounding changes numbers by up to {error:.2g} of their size, and makes {zeros} 0"
+        f"; rounding changes values by up to {error:.2g} of their size, and {zeros} become 0"
         if error or zeros
         else ""
     )
-    return f"variables of {len(changed)} layers take {after:,} bytes, not {before:,}{rounding}"
+    return f"variables of {len(narrowed)} layers take {after:,} bytes, not {before:,}{rounding}"
 
 
 def loadable_initializers(layer: Any, dtype: str) -> dict[str, Any]:
-    """Return initializers, by attribute, for those of a layer that raise in half precision.
+    """Return replacements, by attribute, for a layer's initializers that raise in half precision.
 
     Args:
-        layer: The layer; those inside are left alone.
-        dtype: That of its variables. In a wide one Keras's own initializers come back.
+        layer: The layer. Layers inside it are left alone.
+        dtype: The dtype of its variables. In a wide one Keras's own initializers return.
     """
-    theirs, ours = keras.initializers.Orthogonal, Orthogonal
-    old, new = (theirs, ours) if dtype in HALVES else (ours, theirs)
+    stock, rounding = keras.initializers.Orthogonal, Orthogonal
+    old, new = (stock, rounding) if dtype in HALVES else (rounding, stock)
     return {
         name: new(**value.get_config()) for name, value in vars(layer).items() if type(value) is old
     }
 
 
 def _new_dtype(row: Assignment) -> str | None:
-    """Return the dtype that a layer's variables are to have; None for the one that they have."""
+    """Return the dtype that a layer's variables get; None if it does not change."""
     before, after = _variable_dtypes(row)
     return after if after != before else None
 
 
-def _each_once(rows: list[Assignment]) -> list[tuple[Assignment, list[Any]]]:
-    """Return each row with the variables that are its own.
+def _owned_variables(rows: list[Assignment]) -> list[tuple[Assignment, list[Any]]]:
+    """Return each row with the variables that it owns, each variable once.
 
-    Those that a wrapper keeps of what it wraps, as SpectralNormalization does, belong to the inner
-    layer, which made them; those that other layers share, to the first.
+    A variable that a wrapper refers to, as SpectralNormalization does, is owned by the inner layer,
+    which created it. A variable that other layers share is owned by the first.
 
     Raises:
         PolicyError: If two rows want one variable in different dtypes.
@@ -234,12 +234,12 @@ def _each_once(rows: list[Assignment]) -> list[tuple[Assignment, list[Any]]]:
             elif owner is not row and (_changes(variable, owner) or _changes(variable, row)):
                 _refuse_two_dtypes(variable, owner, row)
     return [
-        (row, [v for v in _once(own_variables(row.layer)) if owners[id(v)] is row]) for row in rows
+        (
+            row,
+            list({id(v): v for v in own_variables(row.layer) if owners[id(v)] is row}.values()),
+        )
+        for row in rows
     ]
-
-
-def _once(variables: list[Any]) -> list[Any]:
-    return list({id(variable): variable for variable in variables}.values())
 
 
 def _refuse_two_dtypes(variable: Any, one: Assignment, other: Assignment) -> None:
@@ -247,8 +247,7 @@ def _refuse_two_dtypes(variable: Any, one: Assignment, other: Assignment) -> Non
         raise PolicyError(
             f'Two layers share the variable "{variable.path}" and want it in different dtypes.',
             received=" and ".join(
-                f'"{row.path}" in {_new_dtype(row) or "the one that it has"}'
-                for row in (one, other)
+                f'"{row.path}" in {_new_dtype(row) or "its present dtype"}' for row in (one, other)
             ),
             expected="one dtype for both",
             fix="Give both layers the same rule.",
@@ -260,29 +259,28 @@ def _changes(variable: Any, row: Assignment) -> bool:
     return dtype is not None and takes_dtype(variable, dtype)
 
 
-def _checked(
-    row: Assignment, variables: list[Any]
-) -> tuple[Narrowed, list[tuple[Assignment, Any, float]]]:
-    """Return what becomes of a layer's variables, and those that do not fit.
+def _narrowed(
+    row: Assignment, dtype: str, variables: list[Any], misfits: list[_Misfit]
+) -> Narrowed:
+    """Return what happens to a layer's variables, and add those that do not fit to a list.
 
     NumPy rounds as the frameworks do. One variable is in memory at a time.
     """
-    facts, problems = Narrowed(row.path, 0, 0, 0, 0.0), []
+    before = after = zeros = 0
+    error = 0.0
     for variable in variables:
         values = _values(variable)
-        rounding = _Rounding(values.nbytes, 0, 0.0, 0.0)
-        if _changes(variable, row):
-            rounding = _rounding(values, str(_new_dtype(row)))
-        facts = Narrowed(
-            row.path,
-            facts.bytes_before + values.nbytes,
-            facts.bytes_after + rounding.bytes_after,
-            facts.zeros + rounding.zeros,
-            max(facts.error, rounding.error),
-        )
-        if rounding.largest:
-            problems.append((row, variable, rounding.largest))
-    return facts, problems
+        before += values.nbytes
+        if not takes_dtype(variable, dtype):
+            after += values.nbytes
+            continue
+        rounding = _rounding(values, dtype)
+        after += rounding.bytes_after
+        zeros += rounding.zeros
+        error = max(error, rounding.error)
+        if rounding.overflow:
+            misfits.append((row, variable, rounding.overflow))
+    return Narrowed(row.path, before, after, zeros, error)
 
 
 def _values(variable: Any) -> Any:
@@ -291,42 +289,38 @@ def _values(variable: Any) -> Any:
     return keras.ops.convert_to_numpy(value if value.shape else keras.ops.reshape(value, (1,)))
 
 
-def _numpy_dtype(dtype: str) -> Any:
-    # NumPy itself has no bfloat16; Keras knows whose to take.
-    return keras.ops.convert_to_numpy(keras.ops.zeros(1, dtype)).dtype
-
-
 def _rounding(values: Any, dtype: str) -> _Rounding:
+    # NumPy itself has no bfloat16; Keras knows whose to use.
+    numpy_dtype = keras.ops.convert_to_numpy(keras.ops.zeros(1, dtype)).dtype
     wide = values if values.dtype == np.float64 else values.astype("float32")
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        rounded = values.astype(_numpy_dtype(dtype))
-        # Exact: no dtype here is wider than `wide`, but those that round nothing.
+        rounded = values.astype(numpy_dtype)
+        # Exact: a dtype that is wider than `wide` rounds nothing.
         back = rounded.astype(wide.dtype)
         finite = np.isfinite(wide)
         overflow = finite & ~np.isfinite(back)
         lost = (wide != 0) & (back == 0)
-        kept = finite & ~overflow & ~lost & (wide != 0)
-        errors = np.abs(back[kept] - wide[kept]) / np.abs(wide[kept])
+        rest = finite & ~overflow & ~lost & (wide != 0)
+        errors = np.abs(back[rest] - wide[rest]) / np.abs(wide[rest])
     largest = np.max(np.abs(wide[overflow]), initial=0.0)
     zeros = int(np.count_nonzero(lost))
     return _Rounding(rounded.nbytes, zeros, float(np.max(errors, initial=0.0)), float(largest))
 
 
-def _refuse_infinities(problems: Iterable[tuple[Assignment, Any, float]]) -> None:
-    found = list(problems)
-    if not found:
-        return
-    said = [f'"{v.path}" of "{row.path}" up to {size:.6g}' for row, v, size in found[:_NAMED]]
-    more = f", and {len(found) - _NAMED} variables more" if len(found) > _NAMED else ""
-    dtype = _new_dtype(found[0][0])
-    paths = dict.fromkeys(row.path for row, _, _ in found)
+def _overflow_error(misfits: list[_Misfit]) -> PolicyError:
+    named = [
+        f'"{v.path}" of "{row.path}" up to {size:.6g}' for row, v, size in misfits[:_MAX_NAMED]
+    ]
+    more = len(misfits) - _MAX_NAMED
+    dtype = _new_dtype(misfits[0][0])
+    paths = dict.fromkeys(row.path for row, _, _ in misfits)
     rules = ", ".join(f'"{path}": "float32"' for path in paths)
-    wider = "" if dtype == "bfloat16" else ', or take variables="bfloat16"'
-    raise PolicyError(
-        f"Finite numbers would become inf in {dtype} variables.",
-        received=f"{', '.join(said)}{more}",
-        expected=f"numbers up to {float(np.finfo('float16').max):g}"
+    wider = "" if dtype == "bfloat16" else ', or pass variables="bfloat16"'
+    return PolicyError(
+        f"Finite values would become inf in {dtype} variables.",
+        received=", ".join(named) + (f", and {more} more variables" if more > 0 else ""),
+        expected=f"values up to {float(np.finfo('float16').max):g}"
         if dtype == "float16"
-        else f"numbers that {dtype} has",
-        fix=f"Keep what does not fit in float32, rules={{{rules}}}{wider}.",
+        else f"values that {dtype} can represent",
+        fix=f"Keep these layers in float32, rules={{{rules}}}{wider}.",
     )

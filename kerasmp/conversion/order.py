@@ -1,4 +1,4 @@
-"""Which conversions of a layer stand: they are undone from the last one to the first."""
+"""Keeps conversions of a layer in order: they must be undone from the last one to the first."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from kerasmp.policy.apply import Undo
 
-_ORDER = itertools.count()
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conversion:
@@ -25,8 +23,8 @@ class Conversion:
     Args:
         model: The name of the model.
         number: Which conversion of this model it is, from 1.
-        policy: What it was converted to, in words.
-        order: Grows from one conversion to the next, of whichever model.
+        policy: What the model was converted to, in words.
+        order: Grows from each conversion to the next, of any model.
     """
 
     model: str
@@ -38,75 +36,64 @@ class Conversion:
         return f'conversion {self.number} of "{self.model}", to {self.policy}'
 
 
-@dataclasses.dataclass
-class _Known:
-    """What is known of a layer: its conversions that stand, in order, and how many it has begun."""
-
-    standing: list[Conversion] = dataclasses.field(default_factory=list)
-    begun: int = 0
-
-
-# Of layers. Kept apart from reports, which may be dropped: what they have changed stands all the
-# same.
-_KNOWN: ByIdentity[_Known] = ByIdentity()
-
-
-def _known_of(layer: Any) -> _Known:
-    known = _KNOWN.get(layer)
-    if known is None:
-        known = _KNOWN[layer] = _Known()
-    return known
+_COUNTER = itertools.count()
+# How many conversions of a model have begun.
+_BEGUN: ByIdentity[int] = ByIdentity()
+# The conversions of a layer that are in effect, in order. Reports do not hold these, since a
+# conversion stays in effect when its report is dropped.
+_ACTIVE: ByIdentity[list[Conversion]] = ByIdentity()
 
 
 def begin(model: Any, layers: Iterable[Any], policy: str, undo: Undo) -> Conversion:
-    """Note that a conversion of a model and its layers stands.
+    """Record that a conversion of a model and its layers is in effect.
 
     Args:
         model: The model.
-        layers: All that it has in its hands, the model too.
-        policy: What it converts to, in words.
-        undo: Is given what notes that it stands no more.
+        layers: The model and all layers in it.
+        policy: What the model was converted to, in words.
+        undo: Gets the functions that remove the record.
     """
-    known = _known_of(model)
-    known.begun += 1
-    conversion = Conversion(model.name, known.begun, policy, next(_ORDER))
+    number = _BEGUN[model] = (_BEGUN.get(model) or 0) + 1
+    conversion = Conversion(model.name, number, policy, next(_COUNTER))
     for layer in layers:
-        standing = _known_of(layer).standing
-        undo.append(functools.partial(_end, standing, conversion))
-        standing.append(conversion)
+        active = _ACTIVE.get(layer)
+        if active is None:
+            active = _ACTIVE[layer] = []
+        undo.append(functools.partial(_end, active, conversion))
+        active.append(conversion)
     return conversion
 
 
 def refuse_out_of_order(conversion: Conversion, layers: Iterable[Any]) -> None:
-    """Raise if a conversion is undone already, or has one of its layers changed by a later one.
+    """Raise if a conversion was undone already, or a later one has changed one of its layers.
 
     Args:
         conversion: The conversion.
         layers: Its layers.
 
     Raises:
-        PolicyError: Then.
+        PolicyError: If so.
     """
-    standing = {each for layer in layers for each in _known_of(layer).standing}
-    if conversion not in standing:
+    active = {each for layer in layers for each in _ACTIVE.get(layer) or []}
+    if conversion not in active:
         raise PolicyError(
-            "This conversion is undone already.",
+            "This conversion was undone already.",
             received=f"a second restore() of {conversion}",
             expected="one restore() of each report",
-            fix="Call convert again to convert again. What an earlier conversion has changed, its "
-            "own report restores.",
+            fix="To convert again, call convert again. To undo an earlier conversion, call "
+            "restore() on its own report.",
         )
-    last = max(standing, key=lambda each: each.order)
+    last = max(active, key=lambda each: each.order)
     if last is not conversion:
         raise PolicyError(
-            "A later conversion has changed these layers again, and is to be undone first.",
+            "A later conversion has changed these layers, and must be undone first.",
             received=f"restore() of {conversion}",
             expected=f"first restore() of {last}",
-            fix="Call it on the report of that one. If that report is gone, there is no exact way "
-            'back: convert(model, "float32") lets everything compute in float32.',
+            fix="Call restore() on the report of that conversion. If that report is gone, there is "
+            'no exact way back: convert(model, "float32") makes all layers compute in float32.',
         )
 
 
-def _end(standing: list[Conversion], conversion: Conversion) -> None:
-    if conversion in standing:
-        standing.remove(conversion)
+def _end(active: list[Conversion], conversion: Conversion) -> None:
+    if conversion in active:
+        active.remove(conversion)

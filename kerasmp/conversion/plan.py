@@ -1,4 +1,4 @@
-"""What a conversion will do to a model, decided before anything changes."""
+"""Plans what a conversion does to a model, before anything changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import keras
 from kerasmp.backend.keras_graph import called_parts, has_call
 from kerasmp.backend.keras_internals import flatten_layers, own_attributes
 from kerasmp.backend.nested import optimizer_chain
-from kerasmp.conversion.half_variables import plan_variables, rounding_said, with_variables
+from kerasmp.conversion.half_variables import plan_variables, summary, with_variables
 from kerasmp.conversion.report import ConvertedLayer
 from kerasmp.conversion.trial import settle
 from kerasmp.errors import LossScaleWarning, PolicyError, PolicyWarning
@@ -40,21 +40,21 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """What a conversion will do to a model.
+    """What a conversion does to a model.
 
     Args:
         model: The model.
-        swaps: Each stock layer that becomes one of ours, with the class that it becomes.
-        policies: Each layer whose policy changes, with the one that it is to follow.
-        dtypes: What the symbolic tensors of the model's graphs are to say, by their `id`; empty if
-            nothing of that changes.
-        variables: Which variables change their dtype.
-        for_inference: Whether the optimizer is let go, since variables are in half precision.
-        output_dtype: What the model is to cast its outputs to; None leaves them.
-        rows: One for the model and for each layer in it, as the report has them.
+        swaps: Each stock layer that becomes a kerasmp layer, with its new class.
+        policies: Each layer whose policy changes, with its new policy.
+        dtypes: The new dtypes of the symbolic tensors in the model's graphs, by `id`; empty if none
+            changes.
+        variables: The variables whose dtype changes.
+        for_inference: Whether the optimizer is removed, since variables are in half precision.
+        output_dtype: The dtype that the model casts its outputs to; None does not cast.
+        rows: The rows of the report, one for the model and for each layer in it.
         layer_policies: The policies of all layers afterwards.
-        notes: What else there is to say, a sentence each.
-        warnings: What to warn of: text and class.
+        notes: The notes of the report, a sentence each.
+        warnings: The warnings to give: text and class.
     """
 
     model: Any
@@ -79,15 +79,15 @@ def make_plan(  # noqa: PLR0913 - what `convert` was given
     variables: str | None,
     sample: Any,
 ) -> Plan:
-    """Decide all that a conversion does to a model, which is what it was when this returns.
+    """Decide everything that a conversion does to a model. The model does not change.
 
-    Rules go by classes, and whether a layer computes in half precision only a call tells. So layers
-    have their new classes and policies while this looks, and get back what they had.
+    Rules go by classes, and only a call shows whether a layer computes in half precision. So layers
+    have their new classes and policies while this runs, and get their old ones back.
 
     Args:
         model: A built model.
         wanted: The policy with all its rules, or the policies of single layers.
-        undo: An empty list, which has what takes that back meanwhile, in case of an interrupt.
+        undo: An empty list, which meanwhile has the functions that undo this, for an interrupt.
         safe_layers: As for `convert`.
         variables: As for `convert`.
         sample: As for `convert`.
@@ -97,26 +97,34 @@ def make_plan(  # noqa: PLR0913 - what `convert` was given
     """
     notes: list[str] = []
     found = list(locations(model))
-    late = _unbuilt(model)
+    unbuilt = _unbuilt_layers(model)
     swaps: list[tuple[Any, type]] = []
     if safe_layers or isinstance(wanted, LayerPolicies):
-        every = {id(layer) for layer, _ in found}
-        meant = wanted.ours_in(model) if isinstance(wanted, LayerPolicies) else every
-        swaps = counterparts(found, meant - late)
+        candidates = (
+            wanted.ours_in(model)
+            if isinstance(wanted, LayerPolicies)
+            else {id(layer) for layer, _ in found}
+        )
+        swaps = counterparts(found, candidates - unbuilt)
     replaced = {id(layer): type(layer).__name__ for layer, _ in swaps}
     if swaps:
         swap(model, swaps, undo)
     if isinstance(wanted, Policy):
         rows = assign(model, wanted, found)
         check_patterns(rows, wanted)
-        notes += [f"no layer is a {x}, as a rule says" for x in unmatched_classes(rows, wanted)]
+        notes += [f"no layer is a {x}, which a rule names" for x in unmatched_classes(rows, wanted)]
         output_dtype = wanted.output_dtype
     else:
         rows = wanted.assign(model)
-        output_dtype = getattr(model, "_output_dtype", None)  # a text says nothing of it
-    rows, unbuilt = _of_built_parts(model, rows, late)
-    rows = with_variables(rows, variables)
-    _refuse_quantising(rows)
+        output_dtype = getattr(model, "_output_dtype", None)  # a text does not contain it
+    parts = {id(part) for part in called_parts(model)}
+    notes += [
+        f'"{row.path}" is not built and was not converted: call it on a batch, and convert again'
+        for row in rows
+        if id(row.layer) in unbuilt & parts
+    ]
+    rows = with_variables([row for row in rows if id(row.layer) not in unbuilt], variables)
+    _refuse_quantizing(rows)
     computed_in = {id(row.layer): row.layer.compute_dtype for row in rows}
     changes = [row for row in rows if row.before != row.after]
     for row in changes:
@@ -133,20 +141,19 @@ def make_plan(  # noqa: PLR0913 - what `convert` was given
     for_inference = bool(narrowed or getattr(model, "_for_inference", False)) and _will_be_half(
         model, variable_changes
     )
-    of_optimizer, warnings = _of_optimizer(model, output_dtype, for_inference=for_inference)
+    optimizer_notes, warnings = _about_optimizer(model, output_dtype, for_inference=for_inference)
     notes += [
-        *unbuilt,
         *untried,
-        *(text for row in rows for text in _kept_tensors(row, computed_in[id(row.layer)])),
+        *(text for row in rows for text in _stale_tensors(row, computed_in[id(row.layer)])),
         *_narrow_inputs(model),
-        *of_optimizer,
-        *([rounding_said(narrowed)] if narrowed else []),
+        *optimizer_notes,
+        *([summary(narrowed)] if narrowed else []),
     ]
     if narrowed and isinstance(model, keras.Model):
         notes.append(
             "variables in half precision: the model refuses to be trained"
             if for_inference
-            else "variables are float32 again, less what rounding took: compile it to train it"
+            else "variables are float32 again, with rounded values: compile the model to train it"
         )
     if sample is not None and not has_call(model):
         notes.append("the sample was not used: the model has no call")
@@ -178,60 +185,47 @@ def make_plan(  # noqa: PLR0913 - what `convert` was given
     return plan
 
 
-def _unbuilt(model: Any) -> set[int]:
-    """Return the `id`s of the layers that only parts which are not built have, without a `call`."""
+def _unbuilt_layers(model: Any) -> set[int]:
+    """Return the `id`s of the layers that are in unbuilt parts of a model without a `call` only."""
     parts = [part for part in called_parts(model) if part is not model]
     built = {id(x) for part in parts if part.built for x in flatten_layers(part)}
     return {id(x) for part in parts if not part.built for x in flatten_layers(part)} - built
 
 
-def _of_built_parts(
-    model: Any, rows: list[Assignment], late: set[int]
-) -> tuple[list[Assignment], list[str]]:
-    """Return the rows without those of a part that is not built, and what there is to say of it."""
-    parts = {id(part) for part in called_parts(model)}
-    notes = [
-        f'"{row.path}" is not built and was left as it is: call it on a batch, and convert again'
-        for row in rows
-        if id(row.layer) in late & parts
-    ]
-    return [row for row in rows if id(row.layer) not in late], notes
-
-
-def _refuse_quantising(rows: list[Assignment]) -> None:
-    """Raise where a policy would quantise weights, or take quantised ones for others.
+def _refuse_quantizing(rows: list[Assignment]) -> None:
+    """Raise if a policy would quantize weights, or use quantized weights as if they were floats.
 
     Raises:
-        PolicyError: There. Nothing could bring back what rounding takes.
+        PolicyError: If so. Nothing could bring back what rounding loses.
     """
     for row in rows:
         have, want = (each.quantization_mode for each in (row.policy, row.policy_after))
         if have != want:
             raise PolicyError(
-                "convert does not quantise: that rounds weights for good."
+                "convert does not quantize, because that rounds weights for good."
                 if have is None
-                else "The layer is quantised, and what that has rounded does not come back.",
+                else "The layer is quantized, and its float weights cannot be brought back.",
                 received=f'"{row.path}" under "{row.before}", and "{row.after}" for it',
                 expected="a floating point policy"
                 if have is None
                 else f'a policy that keeps "{have}", or no rule for this layer',
-                fix=f'Convert to "mixed_bfloat16", say, and call model.quantize("{want}") then.'
+                fix=f'Convert to "mixed_bfloat16", for example, then call model.quantize("{want}").'
                 if have is None
-                else "Load or build the model anew to have it in another one.",
+                else "Load or build the model again to use another policy.",
             )
 
 
 def _will_be_half(model: Any, changes: Iterable[Change]) -> bool:
-    """Return whether any variable of a model or layer will be float16 or bfloat16."""
+    """Return whether any variable of a model will be float16 or bfloat16."""
     dtypes = {id(each): dtype for _, dtype, variables in changes for each in variables}
     return any(dtypes.get(id(each), each.dtype) in HALVES for each in model.variables)
 
 
-def _kept_tensors(row: Assignment, compute_dtype: str) -> Iterator[str]:
-    """Say which tensors in a layer's attributes will not follow, in words.
+def _stale_tensors(row: Assignment, compute_dtype: str) -> Iterator[str]:
+    """Yield a note for each tensor in a layer's attributes that stays in the old compute dtype.
 
-    Those of Keras's own Normalization do (`kerasmp.policy.apply`). What a user's layer keeps is
-    theirs to make anew.
+    Those of Keras's Normalization are renewed (`kerasmp.policy.apply`). Only its author can renew
+    those of a user's layer.
 
     Args:
         row: The layer, which follows its new policy now.
@@ -241,40 +235,40 @@ def _kept_tensors(row: Assignment, compute_dtype: str) -> Iterator[str]:
         return
     for name, value in own_attributes(row.layer).items():
         if (
-            hasattr(value, "dtype")  # to ask Keras takes long
+            hasattr(value, "dtype")  # asking Keras is slow
             and keras.ops.is_tensor(value)
             and not isinstance(value, keras.Variable)
             and keras.backend.standardize_dtype(value.dtype) == compute_dtype
         ):
             yield (
-                f'"{row.path}" made the tensor `{name}` in {compute_dtype} when it was built, and '
-                "keeps it so: cast it where it is used"
+                f'"{row.path}" created the tensor `{name}` in {compute_dtype} when it was built, '
+                "and does not create it again: cast it where it is used"
             )
 
 
 def _narrow_inputs(model: Any) -> list[str]:
-    """Say which inputs round what they are given before any layer sees it, in words.
+    """Return a note for each input that rounds the data before any layer sees it.
 
-    Keras gives a Sequential without `Input` one of the dtype that its first layer computes in, and
-    a conversion changes no input: a user may have chosen its dtype for the data.
+    Keras gives a Sequential without `Input` an input in the compute dtype of its first layer. A
+    conversion changes no input, since a user may have chosen its dtype for the data.
     """
     return [
-        f'the input "{layer.name}" is {layer.dtype} and rounds what it is given, whatever the '
-        "layers compute in: build the model with keras.Input for another"
+        f'the input "{layer.name}" is {layer.dtype} and rounds the data, whatever the layers '
+        "compute in: to change that, build the model with keras.Input"
         for layer in flatten_layers(model)
         if isinstance(layer, keras.layers.InputLayer) and layer.dtype in HALVES
     ]
 
 
-def _of_optimizer(
+def _about_optimizer(
     model: Any, output_dtype: str | None, *, for_inference: bool
 ) -> tuple[list[str], list[tuple[str, type[Warning]]]]:
-    """Return what there is to say, and to warn, of the optimizer that a model will have.
+    """Return the notes and the warnings about the optimizer that a model will have.
 
     Args:
-        model: The model, whose class and layers are what they will be.
-        output_dtype: What it is to cast its outputs to.
-        for_inference: Whether the optimizer is let go.
+        model: The model, which has its new class and its new layers.
+        output_dtype: The dtype that it casts its outputs to.
+        for_inference: Whether the optimizer is removed.
     """
     notes: list[str] = []
     warnings: list[tuple[str, type[Warning]]] = []
@@ -287,24 +281,26 @@ def _of_optimizer(
             warnings.append((text, PolicyWarning))
         return notes, warnings
     if for_inference:
-        said = f"the optimizer {name} is let go with its state: the model is for inference"
-        return ([] if optimizer is None else [said]), warnings
+        note = f"the optimizer {name} is removed with its state: the model is for inference only"
+        return ([] if optimizer is None else [note]), warnings
     wrapped = []
     if replaces_optimizer(model):
         wrapped = optimizer_chain(optimizer)
         notes.append(
-            f"the optimizer {name} is inside kerasmp.LossScaleOptimizer now, its state is kept"
+            f"the optimizer {name} is wrapped in kerasmp.LossScaleOptimizer, with its state"
             if inner is optimizer
-            else f"stock Keras's LossScaleOptimizer around {name} is ours now, its state is kept"
+            else f"kerasmp's LossScaleOptimizer replaces Keras's around {name}, with its state"
         )
-    own = find_optimizers(model)
-    plain = [
-        each for each in unscaled_optimizers(model) if not any(own[each] is x for x in wrapped)
+    optimizers = find_optimizers(model)
+    unscaled = [
+        attribute
+        for attribute in unscaled_optimizers(model)
+        if not any(optimizers[attribute] is each for each in wrapped)
     ]
-    if plain and trainable_float16_layers(model):
-        names = ", ".join(plain)
+    if unscaled and trainable_float16_layers(model):
+        names = ", ".join(unscaled)
         notes.append(
-            f"nothing scales the loss of {names}, which float16 needs: wrap in "
+            f"nothing scales the loss of {names}, which float16 needs: wrap each in "
             "kerasmp.LossScaleOptimizer"
         )
         text = (

@@ -1,7 +1,8 @@
-"""What a conversion did, layer by layer, and the way back."""
+"""The report of a conversion, layer by layer, which can undo it."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kerasmp.backend.keras_graph import policy_of
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from kerasmp.policy.layer_policies import LayerPolicies
 
 _UNKNOWN = "unknown"
-_HEAD = ("layer", "class", "before", "after", "why")
+_HEAD = ("layer", "class", "before", "after")
 _MEASURED = ("multiply-adds", "in half", "activations", "casts")
 _STEP = {"count": 1000, "bytes": 1024}
 
@@ -29,14 +30,14 @@ class ConvertedLayer(NamedTuple):
 
     Args:
         layer: The layer.
-        path: Keras's path of the layer; where Keras gives it none, the holder's and its name.
-        class_name: The name of its class, as it is now.
-        before: The name of the Keras policy that it followed.
-        after: The name of the Keras policy that it follows.
-        reason: The rule that says so; "the policy" where there is none.
-        replaced: The name of the stock class that it had, if it became a layer of ours.
-        cost: What it does in one call on the sample; None without a sample, and where the sample
-            did not reach it.
+        path: Keras's path of the layer. If Keras gives it none, its holder's path and its name.
+        class_name: The name of its present class.
+        before: The name of its Keras policy before.
+        after: The name of its Keras policy after.
+        reason: The rule that decided this; "the policy" if no rule did.
+        replaced: The name of its stock class before, if it became a kerasmp layer.
+        cost: What it does in one call on the sample. None without a sample, or if the sample did
+            not reach it.
     """
 
     layer: Any
@@ -52,17 +53,17 @@ class ConvertedLayer(NamedTuple):
 class ConversionReport:
     """What `convert` did, or would do; `str()` is a table with one line for each layer.
 
-    While it is kept, so is all that `restore` needs; after a conversion of variables that is a copy
-    of their old values.
+    A report holds what `restore` needs; after a conversion of variables that is a copy of their old
+    values.
 
     Args:
         model: The model.
-        policy: The policy with its rules; None where policies of single layers were given.
-        rows: One row for the model and for each layer in it, holders before what they hold.
+        policy: The policy with its rules; None if `LayerPolicies` were given.
+        rows: One row for the model and for each layer in it, holders before the layers they hold.
         layer_policies: The policies of all layers, as text that can be applied again.
-        notes: What else there is to say, a sentence each.
-        undo: What puts everything back.
-        conversion: What tells it from other conversions; None after a dry run.
+        notes: Further remarks, a sentence each.
+        undo: The functions that undo the conversion.
+        conversion: Identifies the conversion; None after a dry run.
     """
 
     def __init__(  # noqa: PLR0913 - one for each attribute
@@ -86,30 +87,24 @@ class ConversionReport:
 
     @property
     def multiply_adds(self) -> Mapping[str, int] | None:
-        """Multiply-adds of one call on the sample, by the dtype of what is multiplied.
+        """Multiply-adds of one call on the sample, by the dtype of the factors.
 
-        None without a sample, and where a layer multiplies in a way that could not be seen.
+        None without a sample, or if a layer multiplies in a way that could not be counted.
         """
-        costs = [row.cost for row in self.rows if row.cost is not None]
-        if not costs or not all(cost.known for cost in costs):
+        if not self._costs or not all(cost.known for cost in self._costs):
             return None
-        total: dict[str, int] = {}
-        for cost in costs:
-            for dtype, count in cost.multiply_adds.items():
-                total[dtype] = total.get(dtype, 0) + count
-        return total
+        total: Counter[str] = Counter()
+        for cost in self._costs:
+            total.update(cost.multiply_adds)
+        return dict(total)
 
     @property
     def half_share(self) -> float | None:
-        """The share of the multiply-adds that is done in float16 or bfloat16, 0 to 1.
+        """The share of the multiply-adds in float16 or bfloat16, 0 to 1.
 
-        None where `multiply_adds` is, and where there are none.
+        None if `multiply_adds` is None or empty.
         """
-        counts = self.multiply_adds
-        total = sum(counts.values()) if counts else 0
-        if not counts or not total:
-            return None
-        return sum(counts.get(half, 0) for half in HALVES) / total
+        return _half_share(self.multiply_adds or {})
 
     @property
     def activation_bytes(self) -> int | None:
@@ -122,49 +117,70 @@ class ConversionReport:
         return self._sum("cast_bytes")
 
     def restore(self) -> None:
-        """Put everything back: policies, classes, variables' dtypes, optimizer; once.
+        """Undo the conversion, once: policies, classes, dtypes of variables, and the optimizer.
 
-        Weights keep what training has made of them since. Of several conversions of a layer the
-        last one is to be undone first, also where its report was dropped. After a dry run nothing
-        happens.
+        Weights keep the values that training has given them since. If a layer was converted more
+        than once, the last conversion must be undone first, even if its report was dropped. After a
+        dry run nothing happens.
 
         Raises:
-            PolicyError: If it was called before, if a later conversion comes first, or if a layer
-                was quantised since. Nothing has changed then.
+            PolicyError: If it was called before, if a later conversion must be undone first, or if
+                a layer was quantized since. Nothing has changed then.
         """
         if self._conversion is not None:
             refuse_out_of_order(self._conversion, [row.layer for row in self.rows])
-            self._refuse_quantised()
+            self._refuse_quantized()
         try:
             take_back(self._undo)
-        finally:  # after an interrupt the report would say that it is undone already
+        finally:  # the rest, after an interrupt: a second restore() would be refused
             take_back(self._undo)
 
-    def _refuse_quantised(self) -> None:
+    def _refuse_quantized(self) -> None:
         for row in self.rows:
             policy = policy_of(row.layer)
             if policy.quantization_mode is not None and policy.name != row.after:
                 raise PolicyError(
-                    "A layer was quantised since the conversion, and has no such weights any more.",
+                    "A layer was quantized since the conversion, and no longer has float weights.",
                     received=f'"{row.path}" under "{policy.name}"',
                     expected=f'"{row.after}"',
-                    fix="Load the model anew, or restore before model.quantize(...).",
+                    fix="Load the model again, or call restore() before model.quantize(...).",
                 )
 
-    def __str__(self) -> str:
-        return _table(self)
+    @property
+    def _costs(self) -> list[Any]:
+        return [row.cost for row in self.rows if row.cost is not None]
 
     def _sum(self, name: str) -> int | None:
-        costs = [row.cost for row in self.rows if row.cost is not None]
-        return sum(getattr(cost, name) for cost in costs) if costs else None
+        return sum(getattr(cost, name) for cost in self._costs) if self._costs else None
 
+    def __str__(self) -> str:
+        head = (*_HEAD, *(_MEASURED if self._costs else ()), "why")
+        body = [
+            (
+                *(row.path, _class(row), row.before, row.after),
+                *(_figures(row) if self._costs else ()),
+                row.reason,
+            )
+            for row in self.rows
+        ]
+        notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
+        return "\n".join([*self._summary(), "", *_aligned([head, *body]), *notes])
 
-def _table(report: ConversionReport) -> str:
-    """Return a report as text: what there is in all, one line for each layer, and the notes."""
-    measured = any(row.cost is not None for row in report.rows)
-    head = (*_HEAD[:4], *_MEASURED, _HEAD[4]) if measured else _HEAD
-    body = [_cells(row, measured=measured) for row in report.rows]
-    return "\n".join([*_summary(report), "", *_aligned([head, *body]), *_listed(report.notes)])
+    def _summary(self) -> list[str]:
+        counts = Counter(row.after for row in self.rows[1:])
+        of_each = ", ".join(f"{number} {name}" for name, number in sorted(counts.items()))
+        changed = sum(row.before != row.after for row in self.rows[1:])
+        multiply_adds = self.multiply_adds
+        total = None if multiply_adds is None else sum(multiply_adds.values())
+        costs = (
+            f"{_UNKNOWN if self.half_share is None else f'{self.half_share:.1%}'} of "
+            f"{amount(total, 'count')} multiply-adds in half precision, "
+            f"{amount(self.activation_bytes, 'bytes')} of activations, "
+            f"{amount(self.cast_bytes, 'bytes')} written by casts, in one call on the sample"
+            if self._costs
+            else "multiply-adds and bytes unknown: give convert a sample"
+        )
+        return [f"{self.model.name}: {of_each}; {changed} changed", costs]
 
 
 def amount(number: int | None, unit: str) -> str:
@@ -190,33 +206,6 @@ def amount(number: int | None, unit: str) -> str:
     return f"{figure} {suffix}".rstrip()
 
 
-def _summary(report: ConversionReport) -> list[str]:
-    counts: dict[str, int] = {}
-    for row in report.rows[1:]:
-        counts[row.after] = counts.get(row.after, 0) + 1
-    of_each = ", ".join(f"{number} {name}" for name, number in sorted(counts.items()))
-    changed = sum(row.before != row.after for row in report.rows[1:])
-    share = report.half_share
-    in_half = _UNKNOWN if share is None else f"{share:.1%}"
-    measured = any(row.cost is not None for row in report.rows)
-    total = sum((report.multiply_adds or {}).values()) if report.multiply_adds is not None else None
-    known = (
-        f"{in_half} of {amount(total, 'count')} multiply-adds in half precision, "
-        f"{amount(report.activation_bytes, 'bytes')} of activations, "
-        f"{amount(report.cast_bytes, 'bytes')} written by casts, in one call on the sample"
-        if measured
-        else "multiply-adds and bytes unknown: give convert a sample"
-    )
-    return [f"{report.model.name}: {of_each}; {changed} changed", known]
-
-
-def _cells(row: ConvertedLayer, *, measured: bool) -> tuple[str, ...]:
-    front = (row.path, _class(row), row.before, row.after)
-    if not measured:
-        return (*front, row.reason)
-    return (*front, *_figures(row), row.reason)
-
-
 def _class(row: ConvertedLayer) -> str:
     if row.replaced is None:
         return row.class_name
@@ -228,14 +217,18 @@ def _figures(row: ConvertedLayer) -> tuple[str, str, str, str]:
     cost = row.cost
     if cost is None:
         return (_UNKNOWN,) * 4
-    total = sum(cost.multiply_adds.values())
-    half = sum(cost.multiply_adds.get(name, 0) for name in HALVES)
-    products = (amount(total, "count"), f"{half / total:.0%}" if total else "-")
+    share = _half_share(cost.multiply_adds)
     return (
-        *(products if cost.known else (_UNKNOWN, _UNKNOWN)),
+        amount(sum(cost.multiply_adds.values()) if cost.known else None, "count"),
+        ("-" if share is None else f"{share:.0%}") if cost.known else _UNKNOWN,
         amount(cost.activation_bytes, "bytes"),
         amount(cost.cast_bytes, "bytes"),
     )
+
+
+def _half_share(multiply_adds: Mapping[str, int]) -> float | None:
+    total = sum(multiply_adds.values())
+    return sum(multiply_adds.get(half, 0) for half in HALVES) / total if total else None
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
@@ -244,8 +237,3 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-
-
-def _listed(notes: Iterable[str]) -> list[str]:
-    lines = [f"- {note}" for note in notes]
-    return ["", *lines] if lines else []

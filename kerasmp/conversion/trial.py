@@ -1,8 +1,9 @@
-"""Tries the layers that are to compute in half precision, and keeps in float32 those that cannot.
+"""Tries layers in half precision, and keeps in float32 those that cannot compute in it.
 
-A user's layer may mix in constants of float32, and an operation may have no kernel in half
-precision. Only a call tells, so each is traced, as the model calls it: that costs no step, and
-changes no variable. Stock layers are known, but for functions that a user has put into them.
+A user-defined layer may mix in float32 constants, and an operation may have no half-precision
+kernel. Only a call can show this, so each layer is traced in the way that the model calls it, which
+runs no step and changes no variable. Stock layers are not tried, unless they contain a user's
+function.
 """
 
 from __future__ import annotations
@@ -40,30 +41,30 @@ if TYPE_CHECKING:
 
 _WIDE = "float32"
 _STOCK = {"keras", __name__.partition(".")[0]}
-# Gradients of what cannot be differentiated fail in any dtype: then the call alone is looked at.
-_WAYS = {
+# Gradients of a call that is not differentiable fail in any dtype: then only the call is tried.
+_MODES = {
     "training": (
         {"training": True, "backwards": True},
         {"training": True, "backwards": False},
     ),
     "inference": ({"training": False, "backwards": False},),
 }
-_UNKNOWN = "its inputs are not known: give convert a sample"
+_UNKNOWN_INPUTS = "its inputs are not known: give convert a sample"
 
 
 def settle(
     model: Any, rows: Iterable[Assignment], sample: Any = None
 ) -> tuple[list[Assignment], list[str], dict[int, str]]:
-    """Keep in float32 what cannot compute in half precision.
+    """Keep layers in float32 that cannot compute in half precision.
 
     Args:
         model: A model, whose layers follow the policies of `rows` already.
-        rows: What layers were assigned.
-        sample: A batch as the model takes it, or None.
+        rows: The assignments.
+        sample: A batch of the model's inputs, or None.
 
     Returns:
-        The rows as they are now; what could not be tried, in words; and what the model's graphs
-        are to say of dtypes, as `dtypes_of_graphs` has it.
+        The assignments as they are now, a note for each layer that could not be tried, and the
+        dtypes of the tensors in the model's graphs, as `dtypes_of_graphs` returns them.
 
     Raises:
         PolicyError: If the user wants a layer in half precision that cannot compute in it, or if
@@ -73,38 +74,44 @@ def settle(
     trial.keep_without_kernels()
     with whole_tracebacks():
         for part in called_parts(model):
-            if graph_of(part) is None and trial.asks(part):
-                trial.settle(part, attempts_at(part, sample if part is model else None))
+            if graph_of(part) is None and trial.is_needed(part):
+                trial.settle(part, call_attempts(part, sample if part is model else None))
         try:
             dtypes = dtypes_of_graphs(model, functools.partial(trial.look, model))
-            if trial.kept:  # one of them may have been called before, too
+            if trial.has_kept:  # a kept layer may have been called before, too
                 dtypes = dtypes_of_graphs(model)
         except PolicyError:
             raise
         except Exception as error:
-            raise _not_callable(model, error) from error
+            raise PolicyError(
+                "The model cannot be called under its new policies.",
+                received=raised(model, error),
+                expected="layers that accept the dtypes that the layers before them return",
+                fix="Keep this layer and those that feed it in float32 by rules, such as "
+                'rules=["safe", {path: "float32"}].',
+            ) from error
     return trial.rows, trial.notes, dtypes
 
 
 class _Trial:
-    """The rows of a conversion, of which some come to stay in float32."""
+    """The assignments of a conversion, some of which change to float32."""
 
     def __init__(self, rows: Iterable[Assignment]) -> None:
         self._rows = {id(row.layer): row for row in rows}
         self.notes: list[str] = []
-        self.kept: list[Any] = []
+        self.has_kept = False
 
     @property
     def rows(self) -> list[Assignment]:
-        """The rows as they are now."""
+        """The assignments as they are now."""
         return list(self._rows.values())
 
-    def asks(self, layer: Any) -> bool:
-        """Return whether only a call can tell that a layer computes in half precision."""
-        return bool(self._halves(layer)) and not is_known(layer)
+    def is_needed(self, layer: Any) -> bool:
+        """Return whether only a call can show that a layer computes in half precision."""
+        return bool(self._halves(layer)) and not is_all_stock(layer)
 
     def keep_without_kernels(self) -> None:
-        """Keep in float32 the stock layers that are known to fail, and what is inside of them."""
+        """Keep stock layers without a half-precision kernel in float32, with the layers in them."""
         for row in self.rows:
             half = _compute_dtype(row)
             fails = half in HALVES and isinstance(row.layer, layers_without_kernel(half))
@@ -113,19 +120,19 @@ class _Trial:
                 self._keep(self._halves(row.layer), BackendError(reason))
 
     def look(self, model: Any, operation: Any, args: Any, kwargs: Any) -> None:
-        """Try a layer, or an operation of a user's, of a model's graph; see `symbolic_dtypes`."""
+        """Try a layer or a user's operation in a model's graph; see `symbolic_dtypes`."""
         if isinstance(operation, keras.Layer):
-            if self.asks(operation):
-                self.settle(operation, [functools.partial(traced, operation, args, kwargs)])
+            if self.is_needed(operation):
+                self.settle(operation, [functools.partial(trace_call, operation, args, kwargs)])
         elif not _is_stock(type(operation)):
             attempt = functools.partial(trace, operation, backwards=False)
             error = _error(model, functools.partial(attempt, args, kwargs))
             wide = keras.tree.map_structure(_in_float32, (args, kwargs))
             if error is not None and _error(model, functools.partial(attempt, *wide)) is None:
-                self._keep_what_feeds(model, operation, error)
+                self._keep_feeding(model, operation, error)
 
-    def _keep_what_feeds(self, model: Any, operation: Any, error: Exception) -> None:
-        """Keep in float32 the layers before an operation, which has no policy of its own."""
+    def _keep_feeding(self, model: Any, operation: Any, error: Exception) -> None:
+        """Keep the layers before an operation in float32, since it has no policy of its own."""
         layers = [
             layer
             for graph in flatten_layers(model)
@@ -136,11 +143,11 @@ class _Trial:
         rows = [row for layer in layers for row in self._halves(layer)]
         if not rows:
             raise error
-        what = f'"{operation.name}" takes what it gives, and raised {first_line(error)}'
-        self._keep(rows, BackendError(what))
+        reason = f'"{operation.name}" takes its output, and raised {first_line(error)}'
+        self._keep(rows, BackendError(reason))
 
     def settle(self, layer: Any, attempts: list[Attempt]) -> None:
-        """Keep in float32 what fails in half precision and not in float32.
+        """Keep in float32 what fails in half precision and works in float32.
 
         Args:
             layer: A layer or model.
@@ -148,30 +155,34 @@ class _Trial:
         """
         untried: dict[str, str] = {}
         unbuilt = next((each for each in flatten_layers(layer) if not each.built), None)
-        for where, ways in _WAYS.items():
-            reason = _UNKNOWN
-            if unbuilt is not None and where == "training" and attempts:
-                # A part that is used in training alone would be built, which nothing takes back.
-                untried[where] = f'"{unbuilt.path or unbuilt.name}" in it is not built'
+        for mode, settings in _MODES.items():
+            reason = _UNKNOWN_INPUTS
+            if unbuilt is not None and mode == "training" and attempts:
+                # This would build a layer that is used in training only, which cannot be undone.
+                untried[mode] = f'"{unbuilt.path or unbuilt.name}" in it is not built'
                 continue
-            for attempt in (functools.partial(each, **way) for each in attempts for way in ways):
+            for attempt in (functools.partial(a, **each) for a in attempts for each in settings):
                 error = _error(layer, attempt)
                 if error is None:
                     break
                 wide = self._error_in_float32(layer, attempt)
                 if wide is None:
-                    self._keep_what_fails(layer, attempt, error)
+                    self._keep_failing(layer, attempt, error)
                     break
-                if reason is _UNKNOWN:
-                    reason = f"it cannot be traced, also in float32: {first_line(wide)}"
+                if reason is _UNKNOWN_INPUTS:
+                    reason = f"it cannot be traced, not even in float32: {first_line(wide)}"
             else:
-                untried[where] = reason
-        for where, reason in list(untried.items())[-1:]:
-            both = len(untried) == len(_WAYS)
-            self._say_untried(layer, "" if both else f" for {where}", reason)
+                untried[mode] = reason
+        if untried:
+            in_both = len(untried) == len(_MODES)
+            mode, reason = untried.popitem()
+            where = "half precision" + ("" if in_both else f" for {mode}")
+            note = f'"{layer.path or layer.name}" was not tried in {where}, as {reason}'
+            if note not in self.notes:
+                self.notes.append(note)
 
-    def _keep_what_fails(self, layer: Any, attempt: Attempt, error: Exception | None) -> None:
-        # Each turn keeps a layer in float32, and with all of them there the attempt works.
+    def _keep_failing(self, layer: Any, attempt: Attempt, error: Exception | None) -> None:
+        # Each turn keeps a layer in float32. With all of them in float32 the attempt works.
         while error is not None and self._halves(layer):
             for culprit in (*culprits(error, layer), layer):
                 halves = self._halves(culprit)
@@ -181,13 +192,8 @@ class _Trial:
                     break
             error = _error(layer, attempt)
 
-    def _say_untried(self, layer: Any, where: str, reason: str) -> None:
-        note = f'"{layer.path or layer.name}" was not tried in half precision{where}, as {reason}'
-        if note not in self.notes:
-            self.notes.append(note)
-
     def _halves(self, layer: Any) -> list[Assignment]:
-        """Return the rows, of a layer and all inside it, that come to compute in half precision."""
+        """Return the rows of a layer and of those in it that change to half precision."""
         rows = [self._rows.get(id(each)) for each in flatten_layers(layer)]
         return [
             row
@@ -202,60 +208,60 @@ class _Trial:
                 reason = f'in "{self._rows[id(holder)].path}", which {reason}'
             if row.reason.startswith(("your rule", "the text")):
                 raise PolicyError(
-                    "A layer that is to compute in half precision cannot.",
+                    "A layer was assigned half precision, but cannot compute in it.",
                     received=f'"{row.path}", by {row.reason} under "{row.after}": {reason}',
                     expected=f'"{_WIDE}" for it',
-                    fix="Change what says so, or let its own code cast to self.compute_dtype.",
+                    fix="Change the rule or the text, or let the layer's own code cast to "
+                    "self.compute_dtype.",
                 ) from error
             self._rows[id(row.layer)] = row._replace(after=_WIDE, reason=reason)
-            self.kept.append(row.layer)
+            self.has_kept = True
             set_layer_policy(row.layer, keras.DTypePolicy(_WIDE))
 
     def _error_in_float32(self, layer: Any, attempt: Attempt) -> Exception | None:
         halves = self._halves(layer)
-        with contextlib.ExitStack() as back:
+        with contextlib.ExitStack() as undo:
             for row in halves:
-                back.callback(set_layer_policy, row.layer, row.layer.dtype_policy)
+                undo.callback(set_layer_policy, row.layer, row.layer.dtype_policy)
                 set_layer_policy(row.layer, keras.DTypePolicy(_WIDE))
             return _error(layer, attempt)
 
 
-def is_known(layer: Any) -> bool:
-    """Return whether all that a layer, or one inside it, computes is stock."""
-    return all(map(_is_known, flatten_layers(layer)))
+def is_all_stock(layer: Any) -> bool:
+    """Return whether all code of a layer, and of the layers in it, is Keras's or kerasmp's."""
+    return all(map(_runs_stock_code, flatten_layers(layer)))
 
 
-def _is_known(layer: Any) -> bool:
+def _runs_stock_code(layer: Any) -> bool:
     if not _is_stock(type(layer)) or isinstance(layer, keras.layers.Lambda):
         return False
-    # An activation, say: its code may be a user's.
+    # An attribute such as an activation may be a user's function.
     functions = [value for value in vars(layer).values() if callable(value)]
     return all(_is_stock(each) or _is_stock(type(each)) for each in functions)
 
 
-def _is_stock(what: Any) -> bool:
-    return str(getattr(what, "__module__", "")).partition(".")[0] in _STOCK
+def _is_stock(value: Any) -> bool:
+    return str(getattr(value, "__module__", "")).partition(".")[0] in _STOCK
 
 
-def attempts_at(model: Any, sample: Any) -> list[Attempt]:
-    """Return the ways to call a model that no graph calls; none where its inputs are not known."""
-    # Around what a model of ours does beside: it may not change what is being tried.
-    ours = isinstance(model, Model)
-    call = functools.partial(keras.Model.__call__, model) if ours else model
+def call_attempts(model: Any, sample: Any) -> list[Attempt]:
+    """Return ways to call a model that has no graph; none if its inputs are not known."""
+    # Without what a kerasmp model does around a call, which could change what is being tried.
+    call = functools.partial(keras.Model.__call__, model) if isinstance(model, Model) else model
     if sample is not None:
-        return [functools.partial(traced, call, (to_symbolic(sample),), {})]
-    return [functools.partial(traced, call, *arguments) for arguments in _arguments(model)]
+        return [functools.partial(trace_call, call, (to_symbolic(sample),), {})]
+    return [functools.partial(trace_call, call, *arguments) for arguments in _arguments(model)]
 
 
 def _arguments(model: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield the arguments that a model may have been built with, as symbols: their dtypes are lost.
+    """Yield arguments that a model may have been built with, as symbols. Their dtypes are a guess.
 
     Args:
         model: A built model.
     """
     for dtype in ("float32", "int32"):
         symbol = functools.partial(keras.KerasTensor, dtype=dtype)
-        with contextlib.suppress(Exception):  # a user's method may say anything
+        with contextlib.suppress(Exception):  # a user's method may return anything
             config = model.get_build_config() or {}
             shapes = config.get("shapes_dict")
             if shapes:
@@ -268,8 +274,8 @@ def _arguments(model: Any) -> Iterator[tuple[Any, Any]]:
                 yield (keras.tree.map_shape_structure(symbol, config["input_shape"]),), {}
 
 
-def traced(call: Any, args: Any, kwargs: Any, *, training: bool, backwards: bool) -> None:
-    """Trace a call, as `kerasmp.backend.trace` does, in training or in inference."""
+def trace_call(call: Any, args: Any, kwargs: Any, *, training: bool, backwards: bool) -> None:
+    """Trace a call in training or inference mode, as `kerasmp.backend.trace` does."""
     # With a scope around it, a layer reads variables that have another dtype in its own, too.
     with AutocastScope(_WIDE):
         trace(call, args, {"training": training, **kwargs}, backwards=backwards)
@@ -279,7 +285,7 @@ def _error(layer: Any, attempt: Attempt) -> Exception | None:
     try:
         with traces_kept(layer):
             attempt()
-    except Exception as error:  # noqa: BLE001 - whatever a user's layer raises
+    except Exception as error:  # noqa: BLE001 - a user's layer may raise any
         return error
     return None
 
@@ -290,23 +296,19 @@ def _in_float32(value: Any) -> Any:
 
 
 def culprits(error: Exception, layer: Any) -> list[Any]:
-    """Return the layers, of one and those inside it, that an error comes from, innermost first."""
+    """Return the layers in a layer, itself included, that an error comes from, innermost first."""
     inside = flatten_layers(layer)
-    raised = [each for each in layers_in(error) if any(each is part for part in inside)]
+    found = [each for each in layers_in(error) if any(each is part for part in inside)]
     names = "/".join(getattr(error, "__notes__", ())).split("/")
-    return raised or [part for name in reversed(names) for part in inside if part.name == name]
+    return found or [part for name in reversed(names) for part in inside if part.name == name]
+
+
+def raised(model: Any, error: Exception) -> str:
+    """Return which layer of a model raised an error, and the error, for a message."""
+    layers = layers_in(error)
+    path = (layers[0].path or layers[0].name) if layers else model.name
+    return f'"{path}", which raised {first_line(error)}'
 
 
 def _compute_dtype(row: Assignment) -> str:
     return str(row.policy_after.compute_dtype)
-
-
-def _not_callable(model: Any, error: Exception) -> PolicyError:
-    where = [layer.path or layer.name for layer in layers_in(error)]
-    return PolicyError(
-        "The model cannot be called under its new policies.",
-        received=f'"{where[0] if where else model.name}", which raised {first_line(error)}',
-        expected="layers that take the dtypes that the layers before them give",
-        fix='Keep it and what it takes in float32 by rules, such as rules=["safe", {path: '
-        '"float32"}].',
-    )

@@ -14,11 +14,10 @@ from kerasmp.backend.keras_internals import (
     traces_kept,
     whole_tracebacks,
 )
-from kerasmp.conversion.trial import attempts_at, culprits, is_known
-from kerasmp.conversion.trial import traced as traced_call
+from kerasmp.conversion.trial import call_attempts, culprits, is_all_stock, trace_call
 from kerasmp.diagnosis import data, dtypes, outputs, sizes, source, traced, training
 from kerasmp.diagnosis.finding import Finding, LintReport, sorted_report
-from kerasmp.errors import ArgumentError, ArgumentTypeError, first_line
+from kerasmp.errors import ArgumentError, check_model, first_line
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
@@ -56,13 +55,7 @@ def lint(model: Any, x: Any = None) -> LintReport:
     >>> [(each.severity, each.rule) for each in report]
     [('error', 'float16-head')]
     """
-    if not isinstance(model, keras.Layer):
-        raise ArgumentTypeError(
-            "Only a Keras model can be looked at.",
-            received=f"{model!r}, a {type(model).__name__}",
-            expected="a keras.Model",
-            fix="Pass the model, and a batch of its input after it.",
-        )
+    check_model(model, "be checked", fix="Pass the model first, then a batch of its inputs.")
     if not has_call(model):
         x = None  # what its train step does with it, nobody can tell
     if x is not None:
@@ -138,7 +131,8 @@ def _findings_of_built(model: Any, x: Any) -> list[Finding]:
     found += [*(constants or []), *failed]
     if not failed and graph_of(model) is None and _asks_for_kernels(model):
         _, failed = _tried(
-            model, lambda: [each(training=False, backwards=False) for each in attempts_at(model, x)]
+            model,
+            lambda: [each(training=False, backwards=False) for each in call_attempts(model, x)],
         )
         found += failed
     if constants is None:
@@ -168,13 +162,13 @@ def cheap_findings(model: Any) -> list[Finding]:
 
 def _asks_for_kernels(layer: Any) -> bool:
     """Return whether something in a layer computes in half precision that is not stock."""
-    return not is_known(layer) and any(x.compute_dtype in HALVES for x in flatten_layers(layer))
+    return not is_all_stock(layer) and any(x.compute_dtype in HALVES for x in flatten_layers(layer))
 
 
 def _ask_for_kernels(operation: Any, args: Any, kwargs: Any) -> None:
     """Raise where a layer of a graph calls an operation that has no kernel."""
     if isinstance(operation, keras.Layer) and _asks_for_kernels(operation):
-        traced_call(operation, args, kwargs, training=False, backwards=False)
+        trace_call(operation, args, kwargs, training=False, backwards=False)
 
 
 def _tried(model: Any, action: Callable[[], Any]) -> tuple[Any, list[Finding]]:

@@ -257,7 +257,7 @@ PURE = {
         SWITCH % "auto_scale_loss",
     ),
     # ------------------------------------------------------------------------------------ lint
-    "lint of None": (lambda m: mp.lint(None), "Only a Keras model can be looked at"),
+    "lint of None": (lambda m: mp.lint(None), "Only a Keras model can be checked"),
     "lint of a class": (lambda m: mp.lint(keras.Model), "Only a Keras model"),
     "lint with text": (lambda m: mp.lint(m, "abc"), "`x` is no batch.*'abc' of type str"),
     "lint with a number": (lambda m: mp.lint(m, 3.0), "`x` is no batch"),

@@ -38,7 +38,7 @@ def test_a_compiled_optimizer_is_wrapped_with_its_state_and_taken_out_again():
     assert model.optimizer.inner_optimizer is adam
     for variable, before in zip(adam.variables, state, strict=True):
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable.value), before)
-    assert any("the optimizer Adam is inside" in note for note in report.notes)
+    assert any("the optimizer Adam is wrapped" in note for note in report.notes)
     model.fit(X, np.ones((8, 3)), verbose=0)
     steps = 2 + int(model.optimizer.applied_steps)
     assert int(adam.iterations) == steps
@@ -211,8 +211,8 @@ def test_the_model_becomes_what_a_dry_run_says(how):
         policy = row.layer.dtype_policy.name
         assert (row.class_name, row.after) == (type(row.layer).__name__, policy)
     wrapped = isinstance(model.optimizer, mp.LossScaleOptimizer)
-    assert ("is inside kerasmp.LossScaleOptimizer now" in str(dry)) is wrapped
-    assert ("is let go" in str(dry)) is (model.optimizer is None)
+    assert ("is wrapped in kerasmp.LossScaleOptimizer" in str(dry)) is wrapped
+    assert ("is removed with its state" in str(dry)) is (model.optimizer is None)
 
 
 def test_a_dry_run_keeps_what_is_compiled():

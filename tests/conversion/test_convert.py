@@ -216,10 +216,10 @@ def test_a_layer_is_never_asked_which_it_is():
 
 
 def test_what_is_known_of_a_layer_goes_with_it():
-    before = len(order._KNOWN)
+    before = len(order._ACTIVE)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     mp.convert(model)
-    assert len(order._KNOWN) > before
+    assert len(order._ACTIVE) > before
     del model
     gc.collect()
-    assert len(order._KNOWN) <= before
+    assert len(order._ACTIVE) <= before

@@ -52,7 +52,7 @@ def test_without_rules_all_variables_take_half_the_bytes(kind, half, given):
     assert {row.after for row in report.rows} == {half}
     assert f"take {before // 2:,} bytes, not {before:,}; rounding" in str(report)
     assert "variables in half precision: the model refuses to be trained" in report.notes
-    assert any("the optimizer Adam is let go" in note for note in report.notes)
+    assert any("the optimizer Adam is removed" in note for note in report.notes)
     assert not any("LossScaleOptimizer" in note for note in report.notes)
     np.testing.assert_allclose(predict(model), exact, atol=0.05)
     assert model.evaluate(X, Y, verbose=0)[0] > 0

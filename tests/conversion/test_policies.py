@@ -171,7 +171,7 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_near_matches(pattern, n
     assert dense.compute_dtype == "float32"
     assert type(model) is keras.Sequential
     report = mp.convert(model, rules={"sequential/.*": "float32", layers.GRU: "float32"})
-    assert "no layer is a GRU, as a rule says" in report.notes
+    assert "no layer is a GRU, which a rule names" in report.notes
 
 
 def test_a_tensor_that_a_layer_made_when_it_was_built_is_named():
@@ -185,7 +185,7 @@ def test_a_tensor_that_a_layer_made_when_it_was_built_is_named():
     model = keras.Sequential([keras.Input((4,)), Shifted(name="shifted"), layers.ReLU()])
     notes = mp.convert(model).notes
     assert len(notes) == 1
-    assert "made the tensor `shift` in float32" in notes[0]
+    assert "created the tensor `shift` in float32" in notes[0]
     assert not mp.convert(model).notes
 
 
@@ -220,5 +220,5 @@ def test_an_input_that_keras_made_in_half_precision_is_named():
     keras.config.set_dtype_policy("float32")
     notes = mp.convert(model, "float32").notes
     assert model.inputs[0].dtype == "float16"
-    assert [note for note in notes if "is float16 and rounds what it is given" in note]
+    assert [note for note in notes if "is float16 and rounds the data" in note]
     assert not any("rounds what" in note for note in mp.convert(sequential()).notes)

@@ -85,7 +85,7 @@ def test_restoring_after_it_was_quantised_is_refused_and_changes_nothing():
     before = str(mp.LayerPolicies.of(model))
     for _ in range(2):
         with pytest.raises(
-            mp.errors.PolicyError, match=r'quantised since.*"sequential\w*/dense_\d"'
+            mp.errors.PolicyError, match=r'quantized since.*"sequential\w*/dense_\d"'
         ):
             report.restore()
     assert str(mp.LayerPolicies.of(model)) == before
@@ -102,7 +102,7 @@ def test_restoring_after_it_was_quantised_is_refused_and_changes_nothing():
 def test_a_quantised_policy_is_refused_and_changes_nothing(policy, rules, dry_run):
     model = build()
     before, weights = str(mp.LayerPolicies.of(model)), model.get_weights()
-    with pytest.raises(mp.errors.PolicyError, match=r'not quantise.*model\.quantize\("int8"\)'):
+    with pytest.raises(mp.errors.PolicyError, match=r'not quantize.*model\.quantize\("int8"\)'):
         mp.convert(model, policy, rules=rules, dry_run=dry_run)
     assert str(mp.LayerPolicies.of(model)) == before
     for one, wanted in zip(model.get_weights(), weights, strict=True):
@@ -111,7 +111,7 @@ def test_a_quantised_policy_is_refused_and_changes_nothing(policy, rules, dry_ru
 
 def test_a_rule_takes_no_quantised_weights_for_others():
     model, _ = quantised("int8")
-    with pytest.raises(mp.errors.PolicyError, match=r"does not come back.*keeps \"int8\""):
+    with pytest.raises(mp.errors.PolicyError, match=r"cannot be brought back.*keeps \"int8\""):
         mp.convert(model, rules={layers.Dense: "mixed_bfloat16"})
     mp.convert(model, rules={layers.Dense: "int8_from_mixed_bfloat16"})
     assert {layer.dtype_policy.name for layer in model.layers} == {"int8_from_mixed_bfloat16"}

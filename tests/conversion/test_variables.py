@@ -184,7 +184,7 @@ def test_more_than_a_few_are_counted():
     parts = [dense(f"dense_{number}") for number in range(5)]
     for layer in parts:
         layer.bias.assign([1e5, 0])
-    with pytest.raises(mp.errors.PolicyError, match="2 variables more") as caught:
+    with pytest.raises(mp.errors.PolicyError, match="2 more variables") as caught:
         narrow_variables(wanted(*parts))
     assert '"dense_4": "float32"' in str(caught.value)
     for layer in parts:
