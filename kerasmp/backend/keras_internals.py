@@ -411,8 +411,10 @@ def _put_back(value: Any, copy: Any) -> None:
 def enclosing_callback_list() -> Any | None:
     """Return the `CallbackList` that is calling the callback from which this is called, or None.
 
-    Keras calls callbacks in the order of the user's list and gives them no reference to it, so a
-    callback whose log entries the others shall see has no public way to come first.
+    There is no plain way to it. Keras calls callbacks in the order of the user's list, hands each
+    the same `logs`, and gives none of them a reference to the list. What happened in an epoch is
+    known only at its end, so a callback whose log entries all others are to see must come first
+    there. A rule that users put it first would fail silently: it could not check its own place.
     """
     frame = inspect.currentframe()
     for _ in range(_FRAMES):

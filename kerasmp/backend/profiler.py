@@ -1,10 +1,13 @@
 """Sees what a model computes while it is called: products, casts, and outputs of each layer.
 
-Keras has no way to ask a layer for its work. Its layers all go through the functions of its
-backend, and those are replaced while eager calls are watched, in each module of Keras that has
-them. What stands in their place watches in the context alone that asked for it, and is the original
-everywhere else: other threads may be calling models meanwhile, or watching one of their own.
-`tests/backend/test_watched.py` tells when one of the private names moves.
+There is no plain way to count what each layer multiplies, and in which dtype. Keras has neither
+such a count nor a hook around its functions. XLA and TensorFlow count the operations of a whole
+compiled program, where layers are no longer told apart, and torch's FlopCounterMode knows modules
+but not dtypes. But Keras's layers all go through the functions of its backend, and those are
+replaced while eager calls are watched, in each module of Keras that has them. What stands in their
+place watches in the context alone that asked for it, and is the original everywhere else: other
+threads may be calling models meanwhile, or watching one of their own.
+`tests/backend/test_profiler.py` tells when one of the private names moves.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The callback that logs what loss scaling does, and warns when it goes wrong."""
+"""The callback that logs loss scaling, and warns if steps are lost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class OverflowMonitor(keras.callbacks.Callback):
-    """Writes what loss scaling did to the logs of each epoch, and warns when steps are lost.
+    """Logs loss scaling for each epoch, and warns if steps are lost.
 
     History, CSVLogger, TensorBoard, EarlyStopping and the progress bar see these entries, wherever
     the monitor is in the list of callbacks:
@@ -39,10 +39,10 @@ class OverflowMonitor(keras.callbacks.Callback):
     - `accumulated_steps`: the steps that wait at the end of the epoch for the rest of their window
       (int), only if gradients are accumulated. Each skipped step shifts the windows by one.
 
-    When training begins, the monitor also warns of the errors and warnings that `kerasmp.lint`
+    When training begins, the monitor also warns about the errors and warnings that `kerasmp.lint`
     finds without data and without tracing the model.
 
-    It reads the device at the end of each epoch and every `check_every` batches, never each step.
+    It reads the device at the end of each epoch and every `check_every` batches, not at every step.
 
     Args:
         check_every: Batches between two readings, default 50.
@@ -74,7 +74,7 @@ class OverflowMonitor(keras.callbacks.Callback):
     ([1024.0], [0])
     """
 
-    # It tells Keras that `on_train_batch_end` may run in another thread, as in the progress bar.
+    # Lets Keras run `on_train_batch_end` in another thread, as for its progress bar.
     async_safe = True
 
     def __init__(self, check_every: int = 50, *, streak: int = 10, stalled: int = 50) -> None:
@@ -84,7 +84,7 @@ class OverflowMonitor(keras.callbacks.Callback):
         self.stalled = check_integer("stalled", stalled, LossScaleError)
         if self.streak > self.stalled:
             raise LossScaleError(
-                "No warning of a streak would come before the one of a stall.",
+                "The warning about a stall would come before the one about a streak.",
                 received=f"streak={streak!r}, stalled={stalled!r}",
                 expected="streak <= stalled",
                 fix="Lower `streak`, or raise `stalled`.",
@@ -93,11 +93,14 @@ class OverflowMonitor(keras.callbacks.Callback):
         self._model_without_sync: Any = None
         self._reported: set[Finding] = set()
         self._epoch_first_step, self._next_check = 0, self.check_every
-        # The last batches that ended. Keras calls from a few dozen threads, so in any order.
+        # The last batches that ended, in any order: Keras calls from a few dozen threads.
         self._ends: collections.deque[int] = collections.deque(maxlen=256)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002 - Keras's
-        """Find the optimizer, and move this callback to the front of the list."""
+        """Find the optimizer, and move this callback to the front of the list.
+
+        All callbacks get the same `logs`, and those in front would not see the entries.
+        """
         optimizer = getattr(self.model, "optimizer", None)
         if optimizer is None:
             raise NotCompiledError(
@@ -109,7 +112,7 @@ class OverflowMonitor(keras.callbacks.Callback):
                 fix="Call model.compile(optimizer=kerasmp.LossScaleOptimizer(...), ...) first.",
             )
         self._source = source_of(optimizer)
-        # On JAX, Keras's property `model` writes the present state to all variables at each use.
+        # On JAX, each use of Keras's property `model` writes the present state to all variables.
         self._model_without_sync = self.model
         self._warned: set[str] = set()
         self._steps = 0
@@ -131,7 +134,7 @@ class OverflowMonitor(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
         """Read the device every `check_every` batches.
 
-        The end of a batch would be too late: Keras may report it later, from another thread.
+        The end of a batch would be too late, since Keras may report it later, in another thread.
         """
         self._steps = self._epoch_first_step + batch
         if self._source is not None and batch >= self._next_check:
@@ -140,11 +143,11 @@ class OverflowMonitor(keras.callbacks.Callback):
                 self._warn_if_losing_steps(self._source.read(self._steps))
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
-        """Remember the batch. If data of unknown length has ended, Keras begins one batch more."""
+        """Remember the batch. If data has an unknown length, Keras begins one batch too many."""
         self._ends.append(batch)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
-        """Write the entries into `logs`, and warn if steps are lost."""
+        """Add the entries to `logs`, and warn if steps are lost."""
         if self._source is None:
             return
         self._steps = self._steps_at_epoch_end()
@@ -165,7 +168,7 @@ class OverflowMonitor(keras.callbacks.Callback):
 
     def _steps_at_epoch_end(self) -> int:
         ended = max(self._ends, default=-1) + 1
-        # The data may have ended within the last execution of several steps.
+        # If an execution runs several steps, the data may have ended before the last of them.
         known = (self.params or {}).get("steps")
         return self._epoch_first_step + (ended if known is None else min(ended, known))
 
@@ -214,16 +217,16 @@ def _skips_message(kind: str, now: Reading, variables: list[str], by_loss: int) 
         f"Training has stalled: the last {now.in_a_row} steps were skipped and no weight has "
         f"changed; the loss scale is {now.loss_scale:g}{at_floor}."
         if stalled
-        else f"The last {now.in_a_row} training steps were skipped, since gradients were inf or "
+        else f"The last {now.in_a_row} training steps were skipped, because gradients were inf or "
         f"NaN; the loss scale is now {now.loss_scale:g}."
     ]
     if variables:
         parts.append(f"The gradients of {_few(variables)} were inf or NaN most often.")
     if by_loss:
         parts.append(
-            f"In {by_loss} of this epoch's steps the loss itself was inf or NaN: no scale helps."
+            f"In {by_loss} steps of this epoch the loss itself was inf or NaN: no scale helps then."
         )
-    # Gradients were beyond float16 at a scale that does not make them larger.
+    # Gradients overflowed float16 at a scale that does not make them larger.
     if by_loss < now.in_a_row and (now.at_floor or now.loss_scale <= 1):
         parts.append(
             "If the loss is a sum over the batch, or sample weights are large, gradients are too: "
@@ -235,9 +238,9 @@ def _skips_message(kind: str, now: Reading, variables: list[str], by_loss: int) 
         "Check the inputs and labels for inf and NaN, lower the learning rate, and run the layers "
         'that overflow in float32, with dtype="float32" or kerasmp.layers.WithDtype.'
         if stalled
-        else "A dynamic scale that starts too high comes down in a few steps: if so, lower its "
-        "initial_scale. A fixed scale must be lowered by hand. Otherwise look for inf or NaN in "
-        "this data."
+        else "A dynamic scale that starts too high comes down in a few steps; in that case lower "
+        "its initial_scale. A fixed scale does not come down: lower it yourself. Otherwise look "
+        "for inf and NaN in the data."
     )
     return " ".join(parts)
 

@@ -1,4 +1,4 @@
-"""Reads the counters of optimizers that scale the loss: ours and stock Keras's."""
+"""Reads the counters of optimizers that scale the loss: kerasmp's and stock Keras's."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Reading:
 
 
 class Source:
-    """Reads our LossScaleOptimizer, which has all the counters.
+    """Reads kerasmp's LossScaleOptimizer, which has all the counters.
 
     Args:
         optimizer: The optimizer.
@@ -69,10 +69,10 @@ class Source:
 
 
 class StockSource(Source):
-    """Infers from stock Keras's LossScaleOptimizer what it does not count.
+    """Infers the counters of stock Keras's LossScaleOptimizer, which does not count skipped steps.
 
-    Only applied steps advance `iterations`, so the others were skipped. Which steps these were, and
-    because of which variable, is not known. The counts start with each fit.
+    Only applied steps advance `iterations`, so the other steps were skipped. Which steps these
+    were, and which variable caused it, is not known. The counts start with each fit.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -82,7 +82,7 @@ class StockSource(Source):
         self._in_a_row = 0
 
     def _iterations(self) -> int:
-        # With gradient accumulation, the property `iterations` counts updates and not steps.
+        # With gradient accumulation, the property `iterations` counts updates instead of steps.
         variables = self.optimizer.inner_optimizer.variables
         iteration = next(variable for variable in variables if variable.name == "iteration")
         return int(ops.convert_to_numpy(iteration))
@@ -103,11 +103,11 @@ class StockSource(Source):
             applied=applied,
             skipped=steps - applied,
             in_a_row=self._in_a_row,
-            at_floor=False,  # there is no floor
+            at_floor=False,  # stock Keras has no floor
         )
 
     def worst_variables(self) -> list[str]:
-        """Return nothing, since stock Keras does not count them."""
+        """Return no variables, since stock Keras does not count them."""
         return []
 
 
