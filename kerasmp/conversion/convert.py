@@ -157,10 +157,7 @@ def convert(  # noqa: PLR0913 - all but two are keyword-only
             # The steps that were compiled before are for an error only: `restore` forgets them.
             undo[0] = functools.partial(_forget_compiled_steps, model)
     except BaseException:  # an interrupt, too
-        try:
-            take_back(undo)
-        finally:
-            take_back(undo)  # the rest, after another interrupt
+        take_back(undo)
         raise
     return report
 

@@ -130,10 +130,7 @@ class ConversionReport:
         if self._conversion is not None:
             refuse_out_of_order(self._conversion, [row.layer for row in self.rows])
             self._refuse_quantized()
-        try:
-            take_back(self._undo)
-        finally:  # the rest, after an interrupt: a second restore() would be refused
-            take_back(self._undo)
+        take_back(self._undo)
 
     def _refuse_quantized(self) -> None:
         for row in self.rows:

@@ -24,8 +24,8 @@ Undo: TypeAlias = list[Callable[[], object]]
 def take_back(undo: Undo) -> None:
     """Take changes back, the last one first, and empty the list.
 
-    A function that fails does not stop the others. An interrupt does: it leaves on the list what is
-    not done yet, so that a second call, in a `finally`, can finish it.
+    A function that fails does not stop the others, nor does an interrupt: the function that it has
+    stopped runs again. Another interrupt leaves the rest on the list.
 
     Args:
         undo: The list.
@@ -42,6 +42,13 @@ def take_back(undo: Undo) -> None:
     >>> undo
     []
     """
+    try:
+        _run(undo)
+    finally:
+        _run(undo)  # the rest, after an interrupt
+
+
+def _run(undo: Undo) -> None:
     failed = None
     while undo:
         try:
@@ -77,10 +84,7 @@ def apply(model: Any, assignments: Iterable[Assignment], *, variables_follow: bo
             set_layer_policy(row.layer, row.policy_after)
         refresh_symbolic_dtypes(model)
     except BaseException:  # a layer that cannot be called in its new dtype, or an interrupt
-        try:
-            take_back(undo)
-        finally:
-            take_back(undo)
+        take_back(undo)
         raise
 
 
