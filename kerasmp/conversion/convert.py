@@ -30,7 +30,7 @@ from kerasmp.model.guards import remove_guards
 from kerasmp.model.optimizers import adopt_optimizer
 from kerasmp.optimizer.scaled_losses import unnote_successor
 from kerasmp.policy import LayerPolicies, Policy
-from kerasmp.policy.apply import set_layer_policy, take_back
+from kerasmp.policy.apply import set_policies, take_back
 from kerasmp.policy.follow import build_with
 from kerasmp.policy.spec import HALVES
 
@@ -176,9 +176,7 @@ def _carry_out(plan: Plan, undo: Undo) -> None:
         undo.append(functools.partial(refresh_symbolic_dtypes, model))
         if plan.swaps:
             swap(model, plan.swaps, undo)
-        for layer, policy in plan.policies:
-            undo.append(functools.partial(set_layer_policy, layer, layer.dtype_policy))
-            set_layer_policy(layer, policy)
+        set_policies(plan.policies, undo)
         refresh_symbolic_dtypes(model, plan.dtypes)
     change_variables(plan.variables, undo)
     if isinstance(model, keras.Model):

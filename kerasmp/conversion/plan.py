@@ -24,7 +24,7 @@ from kerasmp.model.optimizers import (
     unscaled_optimizers,
 )
 from kerasmp.policy import LayerPolicies, Policy
-from kerasmp.policy.apply import set_layer_policy, take_back
+from kerasmp.policy.apply import set_policies, take_back
 from kerasmp.policy.assign import assign, check_patterns, unmatched_classes
 from kerasmp.policy.layer_policies import policies_at
 from kerasmp.policy.locations import locations
@@ -127,9 +127,7 @@ def make_plan(  # noqa: PLR0913 - what `convert` was given
     _refuse_quantizing(rows)
     computed_in = {id(row.layer): row.layer.compute_dtype for row in rows}
     changes = [row for row in rows if row.before != row.after]
-    for row in changes:
-        undo.append(functools.partial(set_layer_policy, row.layer, row.layer.dtype_policy))
-        set_layer_policy(row.layer, row.policy_after)
+    set_policies(((row.layer, row.policy_after) for row in changes), undo)
     untried: list[str] = []
     dtypes: dict[int, str] = {}
     if swaps or changes:

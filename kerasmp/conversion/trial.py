@@ -25,7 +25,7 @@ from kerasmp.backend.keras_internals import (
 )
 from kerasmp.errors import BackendError, PolicyError, first_line
 from kerasmp.model import Model
-from kerasmp.policy.apply import set_layer_policy
+from kerasmp.policy.apply import set_layer_policy, set_policies, take_back
 from kerasmp.policy.follow import to_symbolic
 from kerasmp.policy.locations import producers_of
 from kerasmp.policy.safe import is_kerasmp_layer
@@ -34,6 +34,7 @@ from kerasmp.policy.spec import HALVES
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from kerasmp.policy.apply import Undo
     from kerasmp.policy.assign import Assignment
 
     # Traces a call with `training` and with or without gradients.
@@ -219,12 +220,13 @@ class _Trial:
             set_layer_policy(row.layer, keras.DTypePolicy(_WIDE))
 
     def _error_in_float32(self, layer: Any, attempt: Attempt) -> Exception | None:
-        halves = self._halves(layer)
-        with contextlib.ExitStack() as undo:
-            for row in halves:
-                undo.callback(set_layer_policy, row.layer, row.layer.dtype_policy)
-                set_layer_policy(row.layer, keras.DTypePolicy(_WIDE))
+        undo: Undo = []
+        try:
+            wide = keras.DTypePolicy(_WIDE)
+            set_policies([(row.layer, wide) for row in self._halves(layer)], undo)
             return _error(layer, attempt)
+        finally:
+            take_back(undo)
 
 
 def is_all_stock(layer: Any) -> bool:

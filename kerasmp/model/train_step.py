@@ -104,7 +104,7 @@ def nan_if_empty(model: Any, results: dict[str, Any]) -> dict[str, Any]:
     """Return the results of a model's metrics, with NaN for each metric that has seen nothing.
 
     A metric whose variables are all 0 may have seen perfect predictions: it has, if the loss has
-    seen any. Conversely, a metric that starts with other values shows NaN if the loss saw nothing.
+    seen any. A metric whose variables start with other values does not keep the loss from NaN.
 
     Args:
         model: The model.

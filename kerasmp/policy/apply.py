@@ -79,13 +79,23 @@ def apply(model: Any, assignments: Iterable[Assignment], *, variables_follow: bo
         return
     undo: Undo = [functools.partial(refresh_symbolic_dtypes, model)]
     try:
-        for row in todo:
-            undo.append(functools.partial(set_layer_policy, row.layer, row.layer.dtype_policy))
-            set_layer_policy(row.layer, row.policy_after)
+        set_policies(((row.layer, row.policy_after) for row in todo), undo)
         refresh_symbolic_dtypes(model)
     except BaseException:  # a layer that cannot be called in its new dtype, or an interrupt
         take_back(undo)
         raise
+
+
+def set_policies(policies: Iterable[tuple[Any, keras.DTypePolicy]], undo: Undo) -> None:
+    """Give layers policies as `set_layer_policy` does.
+
+    Args:
+        policies: Each layer with its policy.
+        undo: Gets, before each change, the function that takes it back.
+    """
+    for layer, policy in policies:
+        undo.append(functools.partial(set_layer_policy, layer, layer.dtype_policy))
+        set_layer_policy(layer, policy)
 
 
 def set_layer_policy(layer: Any, policy: keras.DTypePolicy) -> None:
