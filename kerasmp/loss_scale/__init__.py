@@ -3,7 +3,7 @@
 import numbers
 from typing import Any
 
-from kerasmp.errors import ArgumentTypeError, LossScaleError, did_you_mean
+from kerasmp.errors import ArgumentTypeError, LossScaleError, did_you_mean, with_type
 from kerasmp.loss_scale import validation
 from kerasmp.loss_scale.base import LossScale
 from kerasmp.loss_scale.dynamic import DynamicLossScale
@@ -49,7 +49,7 @@ def resolve(spec: Any) -> LossScale:
     if not isinstance(spec, str):
         raise ArgumentTypeError(
             "`loss_scale` has the wrong type.",
-            received=f"{spec!r} of type {type(spec).__name__}",
+            received=with_type(spec),
             expected=expected,
             fix="To choose settings, pass kerasmp.DynamicLossScale(...).",
         )

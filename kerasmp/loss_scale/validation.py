@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleTypeError, check_bool
+from kerasmp.errors import (
+    ArgumentTypeError,
+    LossScaleError,
+    LossScaleTypeError,
+    check_bool,
+    with_type,
+)
 
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 LARGEST_SCALE = float(np.finfo(np.float32).max)
@@ -116,7 +122,7 @@ def mapping(what: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ArgumentTypeError(
             f"{what} is not a dict.",
-            received=f"{value!r} of type {type(value).__name__}",
+            received=with_type(value),
             expected="a dict",
             fix="get_config() and init() return one.",
         )
