@@ -58,27 +58,27 @@ def _methods(kind: type) -> frozenset[str]:
     return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
 
 
-def standing_in(optimizer: Any, settings: Mapping[int, Mapping[str, Any]]) -> Any:
-    """Return an optimizer with the same variables and other settings; the given one stays as it is.
+def copy_with_settings(optimizer: Any, settings: Mapping[int, Mapping[str, Any]]) -> Any:
+    """Return an optimizer with the same variables and other settings. The given one is not changed.
 
     Args:
         optimizer: The optimizer.
-        settings: Attributes by the `id` of it, or of one that it holds at any depth. The others
-            that it holds are copied, too.
+        settings: Attributes by the `id` of the optimizer, or of one that it holds at any depth. All
+            optimizers that it holds are copied.
     """
-    twins: dict[int, Any] = {}
+    copies: dict[int, Any] = {}
 
-    def twin(value: Any) -> Any:
+    def copied(value: Any) -> Any:
         if isinstance(value, keras.optimizers.Optimizer):
-            if id(value) not in twins:
-                twins[id(value)] = same = object.__new__(type(value))
-                vars(same).update({name: twin(each) for name, each in vars(value).items()})
-                vars(same).update(settings.get(id(value), {}))
-            return twins[id(value)]
+            if id(value) not in copies:
+                copies[id(value)] = copy = object.__new__(type(value))
+                vars(copy).update({name: copied(each) for name, each in vars(value).items()})
+                vars(copy).update(settings.get(id(value), {}))
+            return copies[id(value)]
         if not isinstance(value, (dict, list, tuple)) or not optimizer_chain(value):
             return value
         if isinstance(value, dict):
-            return {key: twin(each) for key, each in value.items()}
-        return [twin(each) for each in value]
+            return {key: copied(each) for key, each in value.items()}
+        return [copied(each) for each in value]
 
-    return twin(optimizer)
+    return copied(optimizer)

@@ -28,7 +28,7 @@ from kerasmp.model import Model
 from kerasmp.model.float32 import layers_to_widen, widen_activity_regularizers
 from kerasmp.model.guards import remove_guards
 from kerasmp.model.optimizers import adopt_optimizer
-from kerasmp.optimizer.scaled_losses import unnote_successor
+from kerasmp.optimizer.scaled_losses import undo_replacement
 from kerasmp.policy import LayerPolicies, Policy
 from kerasmp.policy.apply import set_policies, take_back
 from kerasmp.policy.follow import build_with
@@ -213,7 +213,7 @@ def _adopt(plan: Plan, undo: Undo) -> None:
         undo.append(functools.partial(put_back, layer.activity_regularizer))
     widen_activity_regularizers(model)
     optimizer = getattr(model, "optimizer", None)  # a model that is not compiled may lack it
-    undo.append(unnote_successor(model, optimizer))  # runs after the optimizer is put back
+    undo.append(undo_replacement(model, optimizer))  # runs after the optimizer is put back
     undo.append(functools.partial(_put_optimizer_back, model, optimizer))
     if plan.for_inference and optimizer is not None:
         model.optimizer = None

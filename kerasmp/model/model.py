@@ -26,7 +26,7 @@ from kerasmp.model.optimizers import (
 from kerasmp.model.serialization import apply_extras, warn_of_lost_values, warn_of_unsaved_policies
 from kerasmp.model.train_step import keras_step, nan_if_empty, refuse_training, reports_nan
 from kerasmp.optimizer import LossScaleOptimizer
-from kerasmp.optimizer.scaled_losses import note_successor
+from kerasmp.optimizer.scaled_losses import record_replacement
 from kerasmp.policy import Policy, global_policy
 from kerasmp.policy.follow import RulesToFollow
 
@@ -240,7 +240,7 @@ class Model(keras.Model):
         check_bool("auto_scale_loss", auto_scale_loss)
         optimizer = keras.optimizers.get(optimizer)
         self._auto_scale_loss = auto_scale_loss
-        note_successor(self)
+        record_replacement(self)
         if needs_wrapper(self, optimizer):
             optimizer = LossScaleOptimizer(optimizer)
         warn_of_stock_wrapper(optimizer)
@@ -260,7 +260,7 @@ class Model(keras.Model):
         refuse_training(self)
         guard_replaced(self, Model)
         if needs_wrapper(self, self.optimizer):
-            note_successor(self)
+            record_replacement(self)
             self.optimizer = wrapped(self.optimizer, self.trainable_variables)
             self.optimizer.build(self.trainable_variables)
             force = True  # a compiled step holds the optimizer from before

@@ -13,7 +13,7 @@ from kerasmp.backend.nested import optimizer_chain
 from kerasmp.errors import LossScaleWarning
 from kerasmp.loss_scale import FixedLossScale
 from kerasmp.optimizer import LossScaleOptimizer
-from kerasmp.optimizer.scaled_losses import note_successor
+from kerasmp.optimizer.scaled_losses import record_replacement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -110,7 +110,7 @@ def adopt_optimizer(model: Any, *, auto_scale_loss: bool) -> None:
         auto_scale_loss: False leaves the optimizer unchanged.
     """
     model._auto_scale_loss = auto_scale_loss  # noqa: SLF001
-    note_successor(model)
+    record_replacement(model)
     if replaces_optimizer(model):
         model.optimizer = wrapped(model.optimizer, model.trainable_variables)
     # The compiled steps hold the train step and the optimizer from before.

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
     from kerasmp.optimizer.loss_scale_optimizer import LossScaleOptimizer
 
-# Keras's own names for the state of a schedule; other keys keep theirs.
+# Keras's names for parts of a schedule's state. Other variables are named like their keys.
 _VARIABLE_NAMES = {"scale": "dynamic_scale"}
 _STOCK_ORDER = ("step_counter", "scale")
 
 
 def add_variables(optimizer: LossScaleOptimizer, variables: Sequence[Any]) -> None:
-    """Give an optimizer its scaling state, and build the one inside it.
+    """Add the scaling state to an optimizer, and build its inner optimizer.
 
     Args:
         optimizer: The optimizer.
@@ -31,8 +31,8 @@ def add_variables(optimizer: LossScaleOptimizer, variables: Sequence[Any]) -> No
     inner, framework = optimizer.inner_optimizer, backend.current()
     framework.sum_once(optimizer_chain(inner))
     with keras.name_scope(optimizer.name):
-        # TensorFlow's checkpoints go by position too: what stock Keras has comes first, in its
-        # order, and what depends on the schedule last.
+        # TensorFlow's checkpoints depend on the order of variables: those of stock Keras come
+        # first, in its order, and those that depend on the schedule last.
         state = optimizer.schedule.init()
         for key in _STOCK_ORDER:
             _add_state(optimizer, key, state.pop(key))
@@ -46,8 +46,8 @@ def add_variables(optimizer: LossScaleOptimizer, variables: Sequence[Any]) -> No
             _add_state(optimizer, key, value)
         if not inner.built:
             inner.build(variables)
-        # Keras's averages begin as zeros and take the weights at the first update. Until then, if
-        # steps are skipped, SwapEMAWeights would put zeros into the model.
+        # Keras's averages are zeros until the first update, which copies the weights to them. If
+        # the first steps are skipped, SwapEMAWeights would put these zeros into the model.
         for variable, average in weights_and_averages(inner):
             framework.start_as(average, variable)
 

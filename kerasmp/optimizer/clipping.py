@@ -8,25 +8,28 @@ from typing import TYPE_CHECKING, Any
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.nested import is_stock, optimizer_chain, standing_in
-from kerasmp.optimizer.unscaled_gradients import divided, takes_gradient_as_value
+from kerasmp.backend.nested import copy_with_settings, is_stock, optimizer_chain
+from kerasmp.optimizer.step import divide_gradient, takes_gradient_as_value
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kerasmp.optimizer.step import Step
 
 
-def divisors(inner: Any, step: Step) -> list[Any] | None:
-    """Return what clipping divides each gradient by, or None where it is left to Keras.
+def clip_divisors(inner: Any, step: Step) -> list[Any] | None:
+    """Return what clipping divides each gradient by, or None if Keras does the clipping.
 
-    Keras makes a norm of the unscaled gradients and then uses them again, for which a framework may
+    Keras computes a norm from the unscaled gradients and then uses these again, so a framework may
     keep all of them in memory.
 
     Args:
         inner: The inner optimizer.
-        step: The step; a norm that is not finite gives divisors that mean nothing.
+        step: The step. If a norm is not finite, the divisors mean nothing.
 
     Returns:
-        A scalar, at least 1, for each gradient; None for what is no gradient or not clipped.
+        A scalar of at least 1 for each gradient; None for a gradient that is None or is the new
+        value of its variable.
     """
     framework = backend.current()
     norm = inner.clipnorm or inner.global_clipnorm or 0
@@ -37,7 +40,7 @@ def divisors(inner: Any, step: Step) -> list[Any] | None:
         or optimizer_chain(inner) != [inner]
         or not is_stock(inner)
     ):
-        return None  # which clip later, or each by itself, or may clip otherwise
+        return None  # these clip later, or separately, or may clip in another way
     indices = [
         i
         for i, (g, v) in enumerate(zip(step.grads, step.variables, strict=True))
@@ -48,23 +51,26 @@ def divisors(inner: Any, step: Step) -> list[Any] | None:
     norms = framework.norms([step.grads[i] for i in indices], step.scale)
     if not inner.clipnorm:
         norms = ops.full_like(norms, ops.sqrt(ops.sum(ops.square(norms))))
-    found: list[Any] = [None] * len(step.grads)
-    for i, each in zip(indices, ops.unstack(ops.maximum(norms / norm, 1)), strict=True):
-        found[i] = each
-    return found
+    divisors: list[Any] = [None] * len(step.grads)
+    for i, divisor in zip(indices, ops.unstack(ops.maximum(norms / norm, 1)), strict=True):
+        divisors[i] = divisor
+    return divisors
 
 
-def clipped(inner: Any, step: Step, by: list[Any]) -> tuple[Any, Step]:
-    """Return an optimizer that clips by no norm, and the step with gradients that are clipped.
+def clip(inner: Any, step: Step, divisors: Sequence[Any]) -> tuple[Any, Step]:
+    """Clip the gradients of a step.
 
     Args:
-        inner: The inner optimizer, which is left as it is.
+        inner: The inner optimizer, which is not changed.
         step: The step.
-        by: What `divisors` returned.
+        divisors: The result of `clip_divisors`.
+
+    Returns:
+        An optimizer that does not clip by a norm, and a step with the clipped gradients.
     """
     grads = [
-        g if each is None else divided(g, v, each)
-        for g, v, each in zip(step.grads, step.variables, by, strict=True)
+        g if divisor is None else divide_gradient(g, v, divisor)
+        for g, v, divisor in zip(step.grads, step.variables, divisors, strict=True)
     ]
-    unclipping = standing_in(inner, {id(inner): {"clipnorm": None, "global_clipnorm": None}})
-    return unclipping, dataclasses.replace(step, grads=grads)
+    settings = {id(inner): {"clipnorm": None, "global_clipnorm": None}}
+    return copy_with_settings(inner, settings), dataclasses.replace(step, grads=grads)

@@ -1,4 +1,4 @@
-"""The counters of the wrapped optimizer, all in one variable."""
+"""The counters of the wrapped optimizer, all in one variable, and the causes of skipped steps."""
 
 from __future__ import annotations
 
@@ -7,22 +7,44 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from kerasmp.optimizer.causes import CAUSES
+# Why a step was skipped, in the order in which the causes are counted.
+CAUSES = ("loss", "gradients", "floor", "unknown")
 
-# A step that is fine adds `APPLIED`, and no more: one kernel. So how many steps were skipped in a
-# row up to now cannot be one of them, but follows from the last streak of skipped steps: how long
-# it was, and how many steps had been applied then.
+# A good step adds `APPLIED` and nothing else, which takes one kernel. The number of steps skipped
+# in a row is therefore not a counter. It follows from the last run of skipped steps: how long the
+# run was, and how many steps had been applied before it.
 COUNTERS = ("applied_steps", "skipped_steps", "streak", "applied_before_streak", *CAUSES)
 APPLIED = np.array([int(name == "applied_steps") for name in COUNTERS])
 
 
-def with_skip(counts: Any, cause: Any) -> Any:
-    """Return the counters after a skipped step.
+def cause_of(loss_finite: Any, scale: Any, min_scale: float) -> Any:
+    """Return the cause of a skipped step, as an index into `CAUSES`.
+
+    - "loss": the loss itself was inf or NaN. No scale helps: the forward pass, the labels or the
+      data are to blame.
+    - "gradients": the loss was finite and a gradient was not. The scale is presumed too high.
+    - "floor": the same, but the scale cannot fall further. Either the gradient of an operation is
+      NaN, or gradients lie beyond float16.
+    - "unknown": the loss is not known.
 
     Args:
-        counts: Integer vector over `COUNTERS`.
-        cause: Its cause, a position in `CAUSES`.
+        loss_finite: Scalar bool tensor, or None if the loss is not known.
+        scale: The scale of the step.
+        min_scale: The smallest scale of the schedule.
     """
+    if loss_finite is None:
+        return ops.full((), CAUSES.index("unknown"), dtype="int32")
+    with_finite_loss = ops.where(
+        ops.convert_to_tensor(scale) > min_scale, CAUSES.index("gradients"), CAUSES.index("floor")
+    )
+    return ops.where(loss_finite, with_finite_loss, CAUSES.index("loss"))
+
+
+# In the functions below, `counts` is an integer vector over `COUNTERS`.
+
+
+def count_skip(counts: Any, cause: Any) -> Any:
+    """Return the counters after a skipped step; `cause` is an index into `CAUSES`."""
     counts = ops.convert_to_tensor(counts)
     index = ops.arange(len(COUNTERS))
     hit = ops.logical_or(
@@ -36,11 +58,7 @@ def with_skip(counts: Any, cause: Any) -> Any:
 
 
 def consecutive_skips(counts: Any) -> Any:
-    """Return how many steps were skipped in a row up to now.
-
-    Args:
-        counts: Integer vector over `COUNTERS`.
-    """
+    """Return how many steps in a row were skipped, up to the last step."""
     counts = ops.convert_to_tensor(counts)
     applied, before, streak = (
         counts[COUNTERS.index(name)]
@@ -49,11 +67,11 @@ def consecutive_skips(counts: Any) -> Any:
     return ops.where(applied == before, streak, ops.zeros_like(streak))
 
 
-def skipped_last(counts: Any) -> Any:
-    """Return whether `counts`, a vector over `COUNTERS`, say that the last step was skipped."""
+def last_step_skipped(counts: Any) -> Any:
+    """Return whether the last step was skipped."""
     return consecutive_skips(counts) > 0
 
 
-def skipped_in_all(counts: Any) -> Any:
-    """Return how many steps were skipped, by `counts`, a vector over `COUNTERS`."""
+def skipped_steps(counts: Any) -> Any:
+    """Return how many steps were skipped in all."""
     return ops.convert_to_tensor(counts)[COUNTERS.index("skipped_steps")]

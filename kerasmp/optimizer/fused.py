@@ -1,4 +1,4 @@
-"""Updates in one kernel for each variable, where the framework has one that is Keras's."""
+"""Updates in one kernel for each variable, where the framework has a kernel that matches Keras."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kerasmp.backend.keras_internals import decays, moments
 from kerasmp.backend.nested import has_replaced_methods
 from kerasmp.backend.protocol import Weight
 from kerasmp.loss_scale import FixedLossScale
-from kerasmp.optimizer.unscaled_gradients import divided
+from kerasmp.optimizer.step import divide_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,55 +22,55 @@ if TYPE_CHECKING:
     from kerasmp.loss_scale import LossScale
     from kerasmp.optimizer.step import Step
 
-# A rate that is divided by a larger one could be flushed to zero.
+# The learning rate is divided by the scale. With a larger scale it could be flushed to zero.
 LARGEST_SCALE = 2.0**64
 
 
 @functools.cache
 def _classes() -> dict[type, str]:
-    """Return the classes that there are such updates for; torch has its own of each."""
+    """Return the classes that have fused updates. On torch, Keras has its own class of each."""
     return {type(keras.optimizers.get(name)): name for name in ("adam", "adamw", "sgd")}
 
 
-def _largest_of(schedule: LossScale) -> float:
-    """Return the largest scale that a schedule comes to by itself."""
+def _largest_scale(schedule: LossScale) -> float:
+    """Return the largest scale that a schedule can reach by itself."""
     fixed = isinstance(schedule, FixedLossScale)
     return schedule.initial_scale if fixed else schedule.max_scale
 
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """The update of an optimizer, of exactly a class of Keras's own, with its own methods.
+    """The fused update of an optimizer whose class and methods are exactly those of Keras.
 
     Attributes:
         inner: The optimizer.
-        takes: For each variable of a step, whether it has such an update; Keras's own takes others.
+        fits: For each variable of a step, whether it has a fused update. Keras updates the others.
     """
 
     inner: Any
-    takes: Sequence[bool] = ()
+    fits: Sequence[bool] = ()
 
     @classmethod
     def of(cls, inner: Any, schedule: LossScale) -> Fused | None:
-        """Return that of an optimizer, or None if it has no such update.
+        """Return the fused update of an optimizer, or None if it has none.
 
         Args:
-            inner: The optimizer; what it is told to do may change until its first step.
-            schedule: That of the scale.
+            inner: The optimizer. Its settings may change until its first step.
+            schedule: The schedule of the loss scale.
         """
-        known = type(inner) in _classes() and _largest_of(schedule) <= LARGEST_SCALE
-        suits = backend.current().FUSED and known and not has_replaced_methods(inner)
-        return cls(inner) if suits else None
+        known = type(inner) in _classes() and _largest_scale(schedule) <= LARGEST_SCALE
+        fits = backend.current().FUSED and known and not has_replaced_methods(inner)
+        return cls(inner) if fits else None
 
-    def suited(
+    def for_step(
         self, grads: Sequence[Any], variables: Sequence[Any], dtypes: Sequence[str]
     ) -> Fused | None:
-        """Return the update for these, or None if the optimizer would do more to them, or other.
+        """Return the update for one step, or None if Keras would do more, or something else.
 
         Args:
-            grads: The gradients, one or None for each variable.
+            grads: One gradient, or None, for each variable.
             variables: The variables.
-            dtypes: Theirs.
+            dtypes: The dtypes of the variables.
         """
         inner = self.inner
         framework = backend.current()
@@ -81,19 +81,20 @@ class Fused:
             or not all(isinstance(v, keras.Variable) for v in variables)
         ):
             return None
-        # Where Keras would do to a variable nothing but what the update does.
-        suits = framework.fits_fused_kernels(grads, variables)
-        takes = [
-            fits
+        # A variable fits if the fused update does everything that Keras would do to it.
+        kernel_fits = framework.fits_fused_kernels(grads, variables)
+        fits = [
+            fit
             and dtype == "float32"
             and v.constraint is None
             and not getattr(v, "overwrite_with_gradient", False)
-            for v, dtype, fits in zip(variables, dtypes, suits, strict=True)
+            for v, dtype, fit in zip(variables, dtypes, kernel_fits, strict=True)
         ]
-        # What Keras is given goes by no norm of others, and is not all None.
-        apart = not inner.global_clipnorm and all(g is not None for g in grads)
-        if all(takes) or (any(takes) and apart and framework.updates_apart()):
-            return Fused(inner, takes)
+        # Keras can update the others separately if these need no norm of all gradients and have
+        # gradients.
+        separable = not inner.global_clipnorm and all(g is not None for g in grads)
+        if all(fits) or (any(fits) and separable and framework.updates_apart()):
+            return Fused(inner, fits)
         return None
 
     def __call__(self, step: Step, applied: Any) -> None:
@@ -108,8 +109,8 @@ class Fused:
         rows = list(zip(step.variables, step.grads, moments(inner, step.variables), strict=True))
         weights = [
             Weight(*row, decay if decay is not None and decays(inner, row[0]) else None)
-            for row, takes in zip(rows, self.takes, strict=True)
-            if takes
+            for row, fits in zip(rows, self.fits, strict=True)
+            if fits
         ]
         if isinstance(inner, keras.optimizers.SGD):
             framework.sgd(weights, rate / divisor, inner.momentum, applied, nesterov=inner.nesterov)
@@ -123,9 +124,11 @@ class Fused:
                 weights, divisor, alpha, (inner.beta_1, inner.beta_2), inner.epsilon, applied
             )
         if len(weights) < len(rows):
-            others = [row for row, takes in zip(rows, self.takes, strict=True) if not takes]
-            updates = [g if step.unscaled else divided(g, v, step.scale) for v, g, _ in others]
-            inner.apply(updates, [v for v, _, _ in others])  # and counts the step
+            others = [row for row, fits in zip(rows, self.fits, strict=True) if not fits]
+            updates = [
+                g if step.unscaled else divide_gradient(g, v, step.scale) for v, g, _ in others
+            ]
+            inner.apply(updates, [v for v, _, _ in others])  # this also counts the step
             return
         inner.iterations.assign_add(
             1 if applied is None else ops.cast(applied, inner.iterations.dtype)

@@ -9,7 +9,7 @@ from keras import ops
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-# float16's smallest positive number; what lies below half of it is rounded to zero.
+# The smallest positive number in float16. A value below half of it is rounded to zero.
 SMALLEST = 2.0**-24
 
 
@@ -17,7 +17,7 @@ def gradient_max(scaled: Sequence[Any], scale: Any) -> Any:
     """Return the largest absolute value among the unscaled gradients, as a float32 scalar.
 
     Args:
-        scaled: Arrays of gradients of the scaled loss.
+        scaled: Gradients of the scaled loss, as dense tensors.
         scale: The scale.
     """
     largest = [ops.max(ops.abs(ops.cast(g, "float32"))) for g in scaled]
@@ -27,26 +27,26 @@ def gradient_max(scaled: Sequence[Any], scale: Any) -> Any:
 def underflow(scaled: Sequence[Any], scale: Any) -> Any:  # noqa: ARG001 - one signature for all
     """Return the estimated share of gradient values that float16 flushed to zero, from 0 to 1.
 
-    A zero does not tell what it was. But numbers of all sizes thin out towards the small ones, and
-    how fast they do just above the limit tells how many lay below it. Numbers that round to 1 or 2
-    times the smallest one, `a` of them, and those that round to 3 to 12 times it, `b` of them, come
-    from ranges of the same ratio (0.5 to 2.5, and 2.5 to 12.5). With r = a / b the ranges below
-    hold about a * (r + r**2 + ...), and never more than there are zeros. If every value is zero,
-    so is everything that could be estimated from: then all count as flushed.
+    A zero does not show what it was. But small numbers become rarer the smaller they are, and the
+    rate at which they do just above the limit shows how many lay below it. The numbers that round
+    to 1 or 2 times the smallest one, `a` of them, and those that round to 3 to 12 times it, `b` of
+    them, come from ranges of the same ratio (0.5 to 2.5, and 2.5 to 12.5). With r = a / b, the
+    ranges below hold about a * (r + r**2 + ...) numbers, and never more than there are zeros. If
+    every value is zero, nothing is left to estimate from, and all of them count as flushed.
 
     Args:
-        scaled: Arrays of gradients of the scaled loss.
-        scale: Not used: what is flushed is flushed from the scaled ones.
+        scaled: Gradients of the scaled loss, as dense tensors.
+        scale: Not used, because float16 flushes values of the scaled gradients.
     """
     sizes = [ops.abs(ops.cast(g, "float32")) / SMALLEST for g in scaled]
 
-    def between(low: float, high: float) -> Any:
+    def count_between(low: float, high: float) -> Any:
         inside = [ops.logical_and(g > low, g < high) for g in sizes]
         return sum(ops.sum(ops.cast(hit, "float32")) for hit in inside)
 
     total = sum(ops.cast(ops.size(g), "float32") for g in sizes)
     zeros = sum(ops.sum(ops.cast(g == 0, "float32")) for g in sizes)
-    a, b = between(0.0, 2.5), between(2.5, 12.5)
+    a, b = count_between(0.0, 2.5), count_between(2.5, 12.5)
     below = ops.where(a < b, a * a / ops.maximum(b - a, 1.0), ops.where(a > 0, zeros, 0.0))
     return ops.where(zeros == total, 1.0, ops.minimum(below, zeros) / total)
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules for which skipped steps count."""
+"""Learning-rate schedules that count skipped steps too."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
 from kerasmp.backend.keras_internals import learning_rate_schedules
-from kerasmp.optimizer.counters import skipped_in_all
+from kerasmp.optimizer.counters import skipped_steps
 
 
 @keras.saving.register_keras_serializable(package="kerasmp")
 class SkipsIncluded(LearningRateSchedule):
-    """A learning-rate schedule as seen by an optimizer that may skip steps.
+    """A learning-rate schedule that advances at skipped steps too.
 
-    Made by `LossScaleOptimizer(skips_advance_schedules=True)`; nobody else needs it. Only the step
-    that the schedule sees is moved: moments, averages and accumulation count as they did.
+    `LossScaleOptimizer(skips_advance_schedules=True)` creates it. Only the step that the schedule
+    sees changes. Moments, averages and accumulation do not count skipped steps.
 
     Args:
-        schedule: The schedule itself.
+        schedule: The wrapped schedule.
     """
 
     def __init__(self, schedule: LearningRateSchedule) -> None:
@@ -32,15 +32,15 @@ class SkipsIncluded(LearningRateSchedule):
         self._optimizer = optimizer
 
     def __call__(self, step: Any) -> Any:
-        """Return the learning rate after `step` applied steps and those that were skipped."""
+        """Return the learning rate after `step` applied steps and all skipped ones."""
         if self._optimizer is None or not self._optimizer.built:
             return self.schedule(step)
         step = ops.convert_to_tensor(step)
-        skipped = skipped_in_all(self._optimizer.counts_variable)
+        skipped = skipped_steps(self._optimizer.counts_variable)
         return self.schedule(step + ops.cast(skipped, step.dtype))
 
     def get_config(self) -> dict[str, Any]:
-        """Return the constructor's arguments, serialised."""
+        """Return the arguments of the constructor."""
         return {"schedule": keras.saving.serialize_keras_object(self.schedule)}
 
     @classmethod
@@ -54,7 +54,7 @@ class SkipsIncluded(LearningRateSchedule):
 
 
 def include_skips(optimizer: Any) -> None:
-    """Let the schedules inside of `optimizer`, a `LossScaleOptimizer`, advance at skipped steps."""
+    """Make the schedules inside `optimizer`, a `LossScaleOptimizer`, advance at skipped steps."""
     for inside, schedule in learning_rate_schedules(optimizer.inner_optimizer):
         if not isinstance(schedule, SkipsIncluded):
             inside.learning_rate = SkipsIncluded(schedule)

@@ -1,4 +1,4 @@
-"""Whether a train step has scaled its loss: `apply` must know what its gradients are of."""
+"""Whether a train step has scaled its loss, which `apply` must know to unscale the gradients."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.loss_scale import FixedLossScale, NoLossScale
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kerasmp.optimizer.loss_scale_optimizer import LossScaleOptimizer
 
-# Of optimizers, whether they were asked for their scale. What was traced then, an inner function
-# say, may scale a loss again without a word to us; not so Keras's own step, which asks each time.
-# No attributes: a step sets none, since another thread may be using them.
+# Whether an optimizer was asked for its scale. What was traced then, such as an inner function, may
+# scale a loss again without calling this code. Keras's own step is no such case, since it asks each
+# time. This is not an attribute: a step sets none, since another thread may be using them.
 _HAVE_SCALED: ByIdentity[bool] = ByIdentity()
-# For each model those that it has applied scaled gradients by, of before too.
-_OF_MODELS: ByIdentity[list[weakref.ref[Any]]] = ByIdentity()
-# Of models, one of Keras's that scaled their loss in a step that was traced: its name, and its own
-# variables. They are held: what was traced needs its scale, and where that is gone TensorFlow says
-# so in words of its own. Not the optimizer, which may hold the model.
-_OF_KERAS: ByIdentity[tuple[str, list[Any]] | None] = ByIdentity()
-# Of optimizers of Keras's, whether they were such a one. A model forgets its step, they do not.
-_TRACED: ByIdentity[bool] = ByIdentity()
-# Of optimizers, whether their user was told that the step scales no loss.
-_TOLD: ByIdentity[bool] = ByIdentity()
+# The optimizers by which a model has applied scaled gradients, previous ones included.
+_SCALED_BY: ByIdentity[list[weakref.ref[Any]]] = ByIdentity()
+# The name and the own variables of a stock optimizer that scaled the loss in traced steps of a
+# model. The variables are kept alive because the traces need the scale, and TensorFlow's error for
+# a missing one would not explain it. The optimizer itself is not, since it may hold the model.
+_STOCK_SCALE: ByIdentity[tuple[str, list[Any]] | None] = ByIdentity()
+# Whether a stock optimizer has been such a one. A model forgets its compiled step, this does not.
+_STOCK_TRACED: ByIdentity[bool] = ByIdentity()
+# Whether the user was warned that the step does not scale the loss by an optimizer.
+_WARNED: ByIdentity[bool] = ByIdentity()
 
 
-def note_scaling(optimizer: LossScaleOptimizer, what: str) -> None:
-    """Note that an optimizer's scale is asked for, to scale a loss or gradients by it.
+def record_scaling(optimizer: LossScaleOptimizer, what: str) -> None:
+    """Record that the scale of an optimizer is asked for, to scale a loss or to unscale gradients.
 
-    Outside of a train step only what is traced counts: it may run within one.
+    Outside of a train step, only traced code counts, since it may run in one.
 
     Args:
         optimizer: The optimizer.
         what: What asks, for the message.
 
     Raises:
-        LossScaleError: If the step has applied gradients that were taken for unscaled ones.
+        LossScaleError: If the step has applied gradients on the assumption that they are unscaled.
     """
     if _is_always_1(optimizer):
         return
@@ -54,176 +54,191 @@ def note_scaling(optimizer: LossScaleOptimizer, what: str) -> None:
         if not _HAVE_SCALED.get(optimizer) and backend.current().is_traced():
             _HAVE_SCALED[optimizer] = True
         return
-    if _holds(call.unscaled, optimizer):
-        raise LossScaleError(
-            "apply cannot know whether its gradients are those of a scaled loss.",
-            received=f"{what} after an apply of the same step, which found that no loss was scaled",
-            expected="the loss scaled before gradients are applied",
-            fix="Call scale_loss earlier in the train step than apply.",
+    if _contains(call.unscaled, optimizer):
+        raise _unknown_scaling(
+            f"{what} after an apply in the same step, which found that no loss was scaled",
+            "a loss that is scaled before gradients are applied",
+            "Call scale_loss earlier in the train step than apply.",
         )
-    if not _holds(call.scaled, optimizer):
+    if not _contains(call.scaled, optimizer):
         call.scaled.append(optimizer)
         if not call.of_keras:
             _HAVE_SCALED[optimizer] = True
 
 
-def note_reading(optimizer: LossScaleOptimizer, what: str) -> None:
-    """Note that an optimizer's scale is read, maybe to scale a loss by hand.
+def record_read(optimizer: LossScaleOptimizer, what: str) -> None:
+    """Record that the scale of an optimizer is read, perhaps to multiply a loss by it.
 
-    After the gradients were applied it is for the logs.
+    After the gradients were applied, the scale is only read for logs.
 
     Args:
         optimizer: The optimizer.
         what: What is read, for the message.
     """
     call = innermost()
-    if call is None or not _holds(call.unscaled, optimizer):
-        note_scaling(optimizer, what)
+    if call is None or not _contains(call.unscaled, optimizer):
+        record_scaling(optimizer, what)
 
 
-def is_scaled(optimizer: LossScaleOptimizer) -> bool:
-    """Return whether gradients that are applied now are to be divided by the scale.
+def is_loss_scaled(optimizer: LossScaleOptimizer) -> bool:
+    """Return whether the gradients that are applied now must be divided by the scale.
 
-    They are not if a train step of a model of ours applies them, and nothing has ever asked the
-    optimizer for its scale, nor one that the model had before.
+    They must not if the train step of a kerasmp model applies them, and nothing has ever asked the
+    optimizer, or a previous one of the model, for its scale.
 
     Args:
         optimizer: The optimizer.
 
     Raises:
-        LossScaleError: If the step, or the model in other steps, has asked other optimizers only,
-            or one of Keras's before.
+        LossScaleError: If the step, or the model in other steps, has asked only other optimizers
+            for their scale, or a previous stock optimizer.
 
     Warns:
-        LossScaleWarning: Once for each optimizer whose loss is not scaled, or may be scaled by what
-            was traced for one of before.
+        LossScaleWarning: Once for each optimizer, if the loss is not scaled, or if code that was
+            traced for a previous optimizer may scale it.
     """
     call = innermost()
     if call is None or _is_always_1(optimizer):
         return True
     if _HAVE_SCALED.get(optimizer):
-        _mark(call.model, optimizer)
+        _add_scaled_by(call.model, optimizer)
         return True
-    if call.of_keras and _holds(call.scaled, optimizer):
+    if call.of_keras and _contains(call.scaled, optimizer):
         return True
-    if not _holds(call.unscaled, optimizer):
-        of_keras = _OF_KERAS.get(call.model)
-        if of_keras is not None:
-            raise _traced_before(optimizer, of_keras[0])
-        marks = _OF_MODELS.get(call.model) or []
-        others = call.scaled or [o for o in (mark() for mark in marks) if _keeps(call.model, o)]
+    if not _contains(call.unscaled, optimizer):
+        stock = _STOCK_SCALE.get(call.model)
+        if stock is not None:
+            raise _scaled_by_stock(optimizer, stock[0])
+        known = _SCALED_BY.get(call.model) or []
+        others = call.scaled or [o for o in (ref() for ref in known) if _holds(call.model, o)]
         if others:
-            raise _unknown_loss(optimizer, others)
-        if marks:
-            _warn_of_predecessor(optimizer, call.model)
+            raise _scaled_by_others(optimizer, others)
+        if known:
+            _warn_once(optimizer, call.model, _scaled_by_previous)
             return True
-        _warn(optimizer, call.model)
+        _warn_once(optimizer, call.model, _not_scaled)
         call.unscaled.append(optimizer)
     return False
 
 
-def note_successor(model: Any) -> None:
-    """Note that a model gets another optimizer, whose gradients may be scaled as those before."""
+def record_replacement(model: Any) -> None:
+    """Record that the optimizer of a model is about to be replaced.
+
+    Code that was traced with it may go on scaling the loss by its scale.
+    """
     optimizer: Any = getattr(model, "optimizer", None)
     if _HAVE_SCALED.get(optimizer):
-        _mark(model, optimizer)
-    elif _scales_unseen(optimizer) and (
-        getattr(model, "train_function", None) is not None or _TRACED.get(optimizer)
+        _add_scaled_by(model, optimizer)
+    elif _is_scaling_stock(optimizer) and (
+        getattr(model, "train_function", None) is not None or _STOCK_TRACED.get(optimizer)
     ):
         own = [each for each in vars(optimizer).values() if isinstance(each, keras.Variable)]
-        _OF_KERAS[model] = (optimizer.name, own)
-        _TRACED[optimizer] = True
+        _STOCK_SCALE[model] = (optimizer.name, own)
+        _STOCK_TRACED[optimizer] = True
 
 
-def unnote_successor(model: Any, optimizer: Any) -> Callable[[], None]:
-    """Return what takes the next `note_successor` of a model back, once it has its optimizer again.
+def undo_replacement(model: Any, optimizer: Any) -> Callable[[], None]:
+    """Return a function that undoes the next `record_replacement` of a model.
 
-    When another follows that one after all, the same is noted again. While the model has another,
-    nothing is taken back.
+    It does nothing while the model has another optimizer. If the optimizer is replaced after all,
+    `record_replacement` records that again.
 
     Args:
         model: The model.
-        optimizer: The one that it has.
+        optimizer: Its present optimizer.
     """
-    of_keras, was_marked = _OF_KERAS.get(model), _is_marked(model, optimizer)
+    stock, was_known = _STOCK_SCALE.get(model), _is_scaled_by(model, optimizer)
 
-    def take_back() -> None:
+    def undo() -> None:
         if getattr(model, "optimizer", None) is not optimizer:
             return
-        _OF_KERAS[model] = of_keras
-        if not was_marked and _is_marked(model, optimizer):
-            marks = _OF_MODELS.get(model) or []
-            _OF_MODELS[model] = [mark for mark in marks if mark() is not optimizer]
+        _STOCK_SCALE[model] = stock
+        if not was_known and _is_scaled_by(model, optimizer):
+            known = _SCALED_BY.get(model) or []
+            _SCALED_BY[model] = [ref for ref in known if ref() is not optimizer]
 
-    return take_back
+    return undo
 
 
-def _scales_unseen(optimizer: Any) -> bool:
-    stock = keras.optimizers.LossScaleOptimizer
-    is_stock = isinstance(optimizer, stock) and not hasattr(optimizer, "schedule")  # not ours
+def _is_scaling_stock(optimizer: Any) -> bool:
+    """Return whether a stock optimizer scales the loss, which this module cannot see."""
+    wrapper = keras.optimizers.LossScaleOptimizer
+    is_stock = isinstance(optimizer, wrapper) and not hasattr(optimizer, "schedule")
     return is_stock or bool(getattr(optimizer, "loss_scale_factor", None))
 
 
-def _mark(model: Any, optimizer: Any) -> None:
-    if not _is_marked(model, optimizer):
-        _OF_MODELS[model] = [*(_OF_MODELS.get(model) or []), weakref.ref(optimizer)]
+def _is_always_1(optimizer: LossScaleOptimizer) -> bool:
+    schedule = optimizer.schedule
+    return isinstance(schedule, NoLossScale | FixedLossScale) and schedule.initial_scale == 1
 
 
-def _is_marked(model: Any, optimizer: Any) -> bool:
-    return any(mark() is optimizer for mark in _OF_MODELS.get(model) or [])
+def _add_scaled_by(model: Any, optimizer: Any) -> None:
+    if not _is_scaled_by(model, optimizer):
+        _SCALED_BY[model] = [*(_SCALED_BY.get(model) or []), weakref.ref(optimizer)]
 
 
-def _keeps(model: Any, optimizer: Any) -> bool:
-    """Return whether a model still has an optimizer, which is then none of before."""
-    held = list(vars(model).values())
-    listed = [x for each in held if isinstance(each, list | tuple) for x in each]
-    named = [x for each in held if isinstance(each, dict) for x in each.values()]
-    return optimizer is not None and _holds([*held, *listed, *named], optimizer)
+def _is_scaled_by(model: Any, optimizer: Any) -> bool:
+    return any(ref() is optimizer for ref in _SCALED_BY.get(model) or [])
 
 
-def _unknown_loss(optimizer: LossScaleOptimizer, others: list[Any]) -> LossScaleError:
+def _holds(model: Any, optimizer: Any) -> bool:
+    """Return whether an optimizer is still in an attribute of a model, or in a list or dict."""
+    values = list(vars(model).values())
+    listed = [x for each in values if isinstance(each, list | tuple) for x in each]
+    named = [x for each in values if isinstance(each, dict) for x in each.values()]
+    return optimizer is not None and _contains([*values, *listed, *named], optimizer)
+
+
+def _contains(optimizers: Sequence[Any], optimizer: Any) -> bool:
+    return any(each is optimizer for each in optimizers)
+
+
+# ------------------------------------------------------------------------------ errors, warnings
+
+
+def _unknown_scaling(received: str, expected: str, fix: str) -> LossScaleError:
     return LossScaleError(
-        "apply cannot know whether its gradients are those of a scaled loss.",
-        received=f"gradients for {optimizer.name!r} in a step, or a model, that has scaled losses "
-        f"by {', '.join(repr(other.name) for other in others)} alone",
-        expected="the loss scaled by the optimizer that applies its gradients",
-        fix="Call scale_loss of each optimizer, and apply to it the gradients of that. One "
-        "loss for several optimizers needs one LossScaleOptimizer around a "
-        "keras.optimizers.MultiOptimizer. One that shall scale nothing is "
-        "LossScaleOptimizer(..., loss_scale=None).",
+        "apply cannot know whether its gradients come from a scaled loss.",
+        received=received,
+        expected=expected,
+        fix=fix,
     )
 
 
-def _traced_before(optimizer: LossScaleOptimizer, before: str) -> LossScaleError:
-    return LossScaleError(
-        "apply cannot know whether its gradients are those of a scaled loss.",
-        received=f"gradients for {optimizer.name!r}, which nothing has asked for its scale, in a "
-        f"model whose steps were traced with Keras's {before!r}",
-        expected="the loss scaled by the optimizer that applies its gradients",
-        fix="Make the functions anew that you compiled yourself (tf.function, jax.jit): what they "
-        "have traced keeps that scale, and the dtypes of then. A step that scales no loss shall "
-        "do so, by self.optimizer.scale_loss(loss), or be compiled with "
+def _scaled_by_others(optimizer: LossScaleOptimizer, others: Sequence[Any]) -> LossScaleError:
+    return _unknown_scaling(
+        f"gradients for {optimizer.name!r} in a step or a model that has scaled losses only by "
+        f"{', '.join(repr(other.name) for other in others)}",
+        "a loss that is scaled by the optimizer that applies its gradients",
+        "Call scale_loss of each optimizer, and apply the resulting gradients with the same "
+        "optimizer. If several optimizers share one loss, wrap a keras.optimizers.MultiOptimizer "
+        "in one LossScaleOptimizer. If an optimizer needs no scaling, use "
+        "LossScaleOptimizer(..., loss_scale=None) for it.",
+    )
+
+
+def _scaled_by_stock(optimizer: LossScaleOptimizer, previous: str) -> LossScaleError:
+    return _unknown_scaling(
+        f"gradients for {optimizer.name!r}, which was not asked for its scale, in a model whose "
+        f"steps were traced with the stock optimizer {previous!r}",
+        "a loss that is scaled by the optimizer that applies its gradients",
+        "Compile again the functions that you compiled yourself (tf.function, jax.jit): their "
+        "traces keep the previous scale and dtypes. In a step that does not scale the loss, call "
+        "self.optimizer.scale_loss(loss), or compile the model with "
         "kerasmp.LossScaleOptimizer(optimizer, loss_scale=None).",
     )
 
 
-def _warn_of_predecessor(optimizer: LossScaleOptimizer, model: Any) -> None:
-    if _TOLD.get(optimizer):
-        return
-    warnings.warn(
-        f"The train step of {model.name!r} has asked not {optimizer.name!r} for its scale, but the "
-        "optimizer before it. Gradients are divided by the scale, as if what was traced then "
-        "scaled the loss. If it does not, make the model anew, or compile it with "
-        "kerasmp.LossScaleOptimizer(optimizer, loss_scale=None).",
-        LossScaleWarning,
-        stacklevel=2,
+def _scaled_by_previous(optimizer: LossScaleOptimizer, model: Any) -> str:
+    return (
+        f"The train step of {model.name!r} did not ask {optimizer.name!r} for its scale, but the "
+        "previous optimizer. The gradients are divided by the scale, since code that was traced "
+        "then may scale the loss. If it does not, create the model again, or compile it with "
+        "kerasmp.LossScaleOptimizer(optimizer, loss_scale=None)."
     )
-    _TOLD[optimizer] = True
 
 
-def _warn(optimizer: LossScaleOptimizer, model: Any) -> None:
-    if _TOLD.get(optimizer):
-        return
+def _not_scaled(optimizer: LossScaleOptimizer, model: Any) -> str:
     scaling = "scaled = self.optimizer.scale_loss(loss)"
     if backend.current().PURE:
         how = (
@@ -232,21 +247,19 @@ def _warn(optimizer: LossScaleOptimizer, model: Any) -> None:
         )
     else:
         how = f"Write `{scaling}` and differentiate `scaled`"
-    warnings.warn(
-        f"The train step of {model.name!r} scales no loss, so {optimizer.name!r} takes its "
-        "gradients as they are, and small ones of float16 layers become 0. "
-        f"{how}; the loss itself stays for metrics and logs. If it shall not be scaled, compile "
-        "with kerasmp.LossScaleOptimizer(optimizer, loss_scale=None).",
-        LossScaleWarning,
-        stacklevel=2,
+    return (
+        f"The train step of {model.name!r} does not scale the loss, so {optimizer.name!r} does not "
+        f"unscale the gradients, and small gradients of float16 layers become 0. {how}. Keep using "
+        "`loss` for metrics and logs. If the loss should not be scaled, compile with "
+        "kerasmp.LossScaleOptimizer(optimizer, loss_scale=None)."
     )
-    _TOLD[optimizer] = True
 
 
-def _is_always_1(optimizer: LossScaleOptimizer) -> bool:
-    schedule = optimizer.schedule
-    return isinstance(schedule, NoLossScale | FixedLossScale) and schedule.initial_scale == 1
-
-
-def _holds(optimizers: list[Any], optimizer: Any) -> bool:
-    return any(each is optimizer for each in optimizers)
+def _warn_once(
+    optimizer: LossScaleOptimizer,
+    model: Any,
+    message: Callable[[LossScaleOptimizer, Any], str],
+) -> None:
+    if not _WARNED.get(optimizer):
+        warnings.warn(message(optimizer, model), LossScaleWarning, stacklevel=2)
+        _WARNED[optimizer] = True

@@ -1,4 +1,4 @@
-"""One step of the wrapped optimizer, as functions that read nothing but their arguments."""
+"""One step of the wrapped optimizer, as pure functions."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from keras import ops
 
 from kerasmp import backend
 from kerasmp.backend.protocol import wide_dtype
-from kerasmp.optimizer.causes import all_finite, cause_of
-from kerasmp.optimizer.counters import APPLIED, skipped_last, with_skip
+from kerasmp.optimizer.counters import APPLIED, cause_of, count_skip, last_step_skipped
 from kerasmp.optimizer.gradient_statistics import STATISTICS
-from kerasmp.optimizer.unscaled_gradients import divided, takes_gradient_as_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,39 +21,39 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What one step is given.
+    """The inputs of one step.
 
     Attributes:
         grads: One gradient, or None, for each variable.
-        variables: The variables that they belong to.
+        variables: The variables that the gradients belong to.
         dtypes: Keras's name of the dtype of each variable.
-        positions: The index of each variable among those that the optimizer was built with.
-        scale: What the gradients are to be divided by, a float32 scalar.
-        scaled: Whether their loss was scaled; else the schedule has no part in the step, and stays.
-        unscaled: Whether they are those of the unscaled loss already; `scale` is 1 then.
-        losses: The losses, as far as they are known; any that is not finite is to blame.
-        clips: Whether "each" is clipped by its norm, or "all" by theirs, which must be finite then;
-            or None.
-        fused: The inner optimizer's update, where it has one in a kernel for each variable.
-        through: The method that was called for it, which a user's inner optimizer may have of its
-            own: "apply", "apply_gradients" or "stateless_apply".
+        indices: The index of each variable among those that the optimizer was built with.
+        scale: What the gradients must be divided by, a float32 scalar.
+        loss_scaled: Whether the loss was scaled. If not, the schedule does not change.
+        unscaled: Whether the gradients are those of the unscaled loss already. `scale` is then 1.
+        losses: The losses that are known. If one is not finite, it is the cause of a skip.
+        clip_norm: "each" if each gradient is clipped by its norm, "all" if all are clipped by
+            their global norm, else None. A norm that is used must be finite.
+        fused: The fused update of the inner optimizer, if it has one for this step.
+        method: The method that the user called: "apply", "apply_gradients" or "stateless_apply".
+            A user-defined inner optimizer may have its own version of each.
     """
 
     grads: Sequence[Any]
     variables: Sequence[Any]
     dtypes: Sequence[str]
-    positions: Sequence[int]
+    indices: Sequence[int]
     scale: Any
-    scaled: bool
+    loss_scaled: bool
     unscaled: bool
     losses: Sequence[Any]
-    clips: str | None
+    clip_norm: str | None
     fused: Fused | None
-    through: str
+    method: str
 
 
 class State(NamedTuple):
-    """What a step moves beside the variables of the inner optimizer, as tensors.
+    """The tensors that a step changes beside the variables of the inner optimizer.
 
     Attributes:
         schedule: The state of the schedule, by its own keys.
@@ -68,40 +66,70 @@ class State(NamedTuple):
     nonfinite_counts: Any
 
 
+def takes_gradient_as_value(variable: Any) -> bool:
+    """Return whether a variable's "gradient" is its new value, as for the scales of float8."""
+    return bool(getattr(variable, "overwrite_with_gradient", False))
+
+
+def divide_gradient(gradient: Any, variable: Any, divisor: Any) -> Any:
+    """Return a gradient divided by a scalar, in float32, or in float64 if it has that dtype.
+
+    Args:
+        gradient: A gradient, dense or sparse, or None.
+        variable: The variable that it belongs to, or None if that is not known. A gradient that is
+            the new value of its variable is not divided.
+        divisor: The scalar.
+    """
+    if gradient is None or takes_gradient_as_value(variable):
+        return gradient
+    framework = backend.current()
+    return framework.with_values(
+        gradient, framework.quotient(framework.dense_values(gradient), divisor)
+    )
+
+
 def unscale(step: Step) -> list[Any]:
-    """Return the gradients of the unscaled loss, which the inner optimizer gets."""
+    """Return the gradients of the unscaled loss, for the inner optimizer."""
     if step.unscaled:
         return list(step.grads)
-    return [divided(g, v, step.scale) for g, v in zip(step.grads, step.variables, strict=True)]
+    return [
+        divide_gradient(g, v, step.scale) for g, v in zip(step.grads, step.variables, strict=True)
+    ]
 
 
 def finite_gradients(step: Step) -> Any:
-    """Return a bool vector, for each gradient (None left out) whether all of it is finite.
+    """Return for each gradient that is not None whether it is finite, as a bool vector.
 
-    As the variables will see them: divided by the scale, which one below 1, or one of 0 that a
-    checkpoint brought, makes infinite; and in the dtype of a float16 variable, which ends at 65504.
-    What is a new value and no gradient is looked at in the same way, though it is not divided.
+    A gradient is checked as its variable will see it. It is divided by the scale, which makes it
+    infinite if the scale is tiny, or 0 from a checkpoint. For a float16 variable it must fit
+    float16, which ends at 65504. A gradient that is a new value is checked in the same way,
+    although it is not divided.
 
-    Where they are clipped by their norm, one that is too large to be squared is not finite either:
-    of an infinite norm Keras makes NaN, or zeros.
+    If gradients are clipped by their norm, a gradient that is too large to be squared is not
+    finite either: Keras makes NaN or zeros from an infinite norm.
     """
-    return _ask(step, backend.current().finite_per_tensor)
+    return _check_finite(step, backend.current().finite_per_tensor)
 
 
 def all_gradients_finite(step: Step) -> tuple[Any, Callable[[], Any]]:
-    """Return whether `finite_gradients` says so of all, a scalar bool, and what returns it."""
-    found: tuple[Any, Callable[[], Any]] = _ask(step, backend.current().all_finite)
+    """Return whether all gradients are finite, and a function that returns `finite_gradients`."""
+    found: tuple[Any, Callable[[], Any]] = _check_finite(step, backend.current().all_finite)
     return found
 
 
-def _ask(step: Step, question: Callable[..., Any]) -> Any:
+def _check_finite(step: Step, check: Callable[..., Any]) -> Any:
     framework = backend.current()
     values = [framework.dense_values(g) for g in step.grads if g is not None]
     kept = [d for g, d in zip(step.grads, step.dtypes, strict=True) if g is not None]
-    if not values:  # of a frozen model
+    if not values:  # the model has no trainable variables
         values, kept = [ops.zeros((1,))], ["float32"]
     dtypes = [k if k == "float16" else wide_dtype(g) for g, k in zip(values, kept, strict=True)]
-    return question(values, dtypes, step.scale, norm=step.clips)
+    return check(values, dtypes, step.scale, norm=step.clip_norm)
+
+
+def all_finite(tensors: Sequence[Any]) -> Any:
+    """Return whether these tensors contain neither inf nor NaN, as a scalar bool tensor."""
+    return ops.all(ops.stack([ops.all(ops.isfinite(tensor)) for tensor in tensors]))
 
 
 def next_state(
@@ -111,33 +139,33 @@ def next_state(
 
     Args:
         schedule: The schedule.
-        state: The state before it.
+        state: The state before the step.
         step: The step.
-        finite: What `finite_gradients` returned; of a step that was applied it may be None.
-        applied: Whether it was applied, or skipped.
+        finite: The result of `finite_gradients`; may be None if the step was applied.
+        applied: Whether the step was applied, and not skipped.
     """
     if applied:
-        return _after_update(schedule, state, step) if step.scaled else _counted(state)
+        return _after_update(schedule, state, step) if step.loss_scaled else _count_applied(state)
     after = _after_skip(schedule, state, step, finite)
-    return after if step.scaled else after._replace(schedule=state.schedule)
+    return after if step.loss_scaled else after._replace(schedule=state.schedule)
 
 
-def _counted(state: State) -> State:
+def _count_applied(state: State) -> State:
     return state._replace(counts=state.counts + ops.array(APPLIED, state.counts.dtype))
 
 
 def _after_update(schedule: LossScale, state: State, step: Step) -> State:
     before = state.schedule
 
-    def moved() -> dict[str, Any]:
-        measured = _measured(schedule, step, before["scale"])
-        return _like(before, schedule.update(before, True, **measured))
+    def updated() -> dict[str, Any]:
+        statistics = _statistics(schedule, step, before["scale"])
+        return _cast_like(before, schedule.update(before, True, **statistics))
 
     def counted() -> dict[str, Any]:
         return before | {"step_counter": before["step_counter"] + 1}
 
-    after = backend.current().branch_if_cheap(before, schedule.only_counts, counted, moved)
-    return _counted(state)._replace(schedule=after)
+    after = backend.current().branch_if_cheap(before, schedule.only_counts, counted, updated)
+    return _count_applied(state)._replace(schedule=after)
 
 
 def _after_skip(schedule: LossScale, state: State, step: Step, finite: Any) -> State:
@@ -148,19 +176,21 @@ def _after_skip(schedule: LossScale, state: State, step: Step, finite: Any) -> S
         after = _unless_loss_is_to_blame(loss_finite, before, after)
     cause = cause_of(loss_finite, before["scale"], schedule.min_scale)
     hit = ops.cast(ops.logical_not(finite), state.nonfinite_counts.dtype)
-    positions = [p for p, g in zip(step.positions, step.grads, strict=True) if g is not None]
-    if positions != list(range(state.nonfinite_counts.shape[0])):
-        indices = ops.array(positions)[:, None]
+    checked = [i for i, g in zip(step.indices, step.grads, strict=True) if g is not None]
+    if checked != list(range(state.nonfinite_counts.shape[0])):
+        indices = ops.array(checked)[:, None]
         hit = ops.scatter(indices, hit, tuple(state.nonfinite_counts.shape))
-    return State(_like(before, after), with_skip(state.counts, cause), state.nonfinite_counts + hit)
+    return State(
+        _cast_like(before, after), count_skip(state.counts, cause), state.nonfinite_counts + hit
+    )
 
 
-def _like(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+def _cast_like(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     return {key: ops.cast(after[key], before[key].dtype) for key in before}
 
 
-def _measured(schedule: LossScale, step: Step, scale: Any) -> dict[str, Any]:
-    """Return what the schedule wants to know of the gradients."""
+def _statistics(schedule: LossScale, step: Step, scale: Any) -> dict[str, Any]:
+    """Return the statistics of the gradients that the schedule asks for."""
     if not schedule.measures:
         return {}
     framework = backend.current()
@@ -175,24 +205,24 @@ def _measured(schedule: LossScale, step: Step, scale: Any) -> dict[str, Any]:
 
 
 def with_known_loss(schedule: LossScale, before: State, after: State, loss_finite: Any) -> State:
-    """Return the state after a step whose loss became known only afterwards.
+    """Correct the state after a step whose loss became known only afterwards.
 
     Args:
         schedule: The schedule.
         before: The state before the step.
-        after: The state after it, by `next_state` with an unknown loss.
+        after: The state after the step, from `next_state` without losses.
         loss_finite: Scalar bool tensor.
 
     Returns:
-        What `next_state` would have returned, had it known.
+        What `next_state` would have returned if it had known the loss.
     """
-    skipped = skipped_last(after.counts)
-    # An applied step moved the schedule by what it measured, whatever the loss was.
+    skipped = last_step_skipped(after.counts)
+    # A step that was applied updated the schedule from its gradients, whatever the loss was.
     keep = ops.logical_or(ops.logical_not(skipped), loss_finite)
     cause = cause_of(loss_finite, before.schedule["scale"], schedule.min_scale)
     return State(
         _unless_loss_is_to_blame(keep, before.schedule, after.schedule),
-        ops.where(skipped, with_skip(before.counts, cause), after.counts),
+        ops.where(skipped, count_skip(before.counts, cause), after.counts),
         after.nonfinite_counts,
     )
 
@@ -200,5 +230,5 @@ def with_known_loss(schedule: LossScale, before: State, after: State, loss_finit
 def _unless_loss_is_to_blame(
     loss_finite: Any, before: dict[str, Any], after: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the schedule's state after a skipped step: as before if no scale could have helped."""
+    """Return the schedule's state after a skip: unchanged if no scale could have helped."""
     return {key: ops.where(loss_finite, after[key], before[key]) for key in after}

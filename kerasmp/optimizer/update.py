@@ -1,23 +1,23 @@
-"""Steps on the variables of an optimizer: what they need is read, what they make assigned."""
+"""Runs steps: reads their inputs from the optimizer, and assigns the results to its variables."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.keras_internals import held, learning_rate_functions, weights_and_averages
+from kerasmp.backend.keras_internals import held, weights_and_averages
 from kerasmp.backend.nested import has_own_pure_step, optimizer_chain
-from kerasmp.optimizer import arguments
 from kerasmp.optimizer import step as pure_step
-from kerasmp.optimizer.causes import Forgetful, LossNotes
-from kerasmp.optimizer.clipping import clipped, divisors
-from kerasmp.optimizer.scaled_losses import is_scaled
+from kerasmp.optimizer.clipping import clip, clip_divisors
+from kerasmp.optimizer.scaled_losses import is_loss_scaled
+from kerasmp.optimizer.settings import refuse_second_scale
 from kerasmp.optimizer.step import (
     State,
     Step,
@@ -26,46 +26,32 @@ from kerasmp.optimizer.step import (
     next_state,
     unscale,
 )
-from kerasmp.optimizer.step_cache import StepCache, kept_by_a_trace, rates_now, with_rates
-from kerasmp.optimizer.unscaled_gradients import UnscaledMarks, number_of
+from kerasmp.optimizer.step_cache import current_rates, trace_constants, with_rates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from kerasmp.optimizer.loss_scale_optimizer import LossScaleOptimizer
 
-
-# In the thread of its replica. A user's `apply` is given gradients and variables, and no more.
-_THROUGH: contextvars.ContextVar[str] = contextvars.ContextVar("_THROUGH", default="apply")
+# The method of the inner optimizer to call. It is not an argument, since a subclass may have an
+# `apply` that takes only gradients and variables. Each replica has a thread and a context.
+_METHOD: contextvars.ContextVar[str] = contextvars.ContextVar("_METHOD", default="apply")
 
 
 @contextlib.contextmanager
-def through(method: str) -> Iterator[None]:
-    """Let the steps that are taken here reach the inner optimizer through this method of it."""
-    token = _THROUGH.set(method)
+def using_method(name: str) -> Iterator[None]:
+    """Make the steps that begin here call this method of the inner optimizer."""
+    token = _METHOD.set(name)
     try:
         yield
     finally:
-        _THROUGH.reset(token)
+        _METHOD.reset(token)
 
 
-class Pending(Forgetful):
-    """What belongs to steps that are under way, and is no state of the optimizer.
-
-    Attributes:
-        losses: Those that were noted for the next step.
-        unscaled: Where gradients were unscaled by hand.
-        compiled: Steps that JAX has compiled.
-    """
-
-    def __init__(self) -> None:
-        self.losses = LossNotes()
-        self.unscaled = UnscaledMarks()
-        self.compiled = StepCache()
-
-
-def taken(optimizer: LossScaleOptimizer, grads: Sequence[Any], variables: Sequence[Any]) -> Step:
-    """Return the step that gradients make, with what was noted for it; build the optimizer.
+def prepare_step(
+    optimizer: LossScaleOptimizer, grads: Sequence[Any], variables: Sequence[Any]
+) -> Step:
+    """Build the optimizer, and return the step for these gradients and what was noted for it.
 
     Args:
         optimizer: The optimizer.
@@ -73,129 +59,116 @@ def taken(optimizer: LossScaleOptimizer, grads: Sequence[Any], variables: Sequen
         variables: The variables.
 
     Raises:
-        LossScaleError: If the inner optimizer scales too, the gradients are not those that were
-            unscaled, or it cannot be known whether their loss was scaled.
+        LossScaleError: If the inner optimizer has a loss scale too, only a part of the gradients
+            is unscaled, or it is not known whether they are unscaled or their loss was scaled.
     """
     inner, fused = optimizer.inner_optimizer, optimizer.fused_update
-    # One of exactly Keras's class and methods, as fused ones are, uses no others.
+    # An optimizer with a fused update has exactly the methods of Keras, which use no other one.
     inside = optimizer_chain(inner) if fused is None else [inner]
-    arguments.refuse_second_scale(inside)
+    refuse_second_scale(inside)
     framework = backend.current()
     context = framework.trace_context()
-    by_hand = optimizer.pending.unscaled.look(*context, number_of(grads))
-    scaled = is_scaled(optimizer)
-    unscaled = by_hand or not scaled
+    pending = optimizer.pending
+    by_user = pending.unscaled.check(*context, grads)
+    loss_scaled = is_loss_scaled(optimizer)
+    unscaled = by_user or not loss_scaled
     optimizer.build(variables)
-    optimizer.pending.unscaled.drop(*context)
-    grads, losses = framework.all_reduce(grads, variables, optimizer.pending.losses.take(*context))
+    pending.unscaled.remove(*context)
+    grads, losses = framework.all_reduce(grads, variables, pending.losses.pop(*context))
     dtypes = framework.dtypes_of(variables)
-    if fused is not None:
-        fused = fused.suited(grads, variables, dtypes)
-    # A cast gives TensorFlow a tensor: the variable itself it would read for each gradient.
-    scale = ops.ones(()) if unscaled else ops.cast(optimizer.scale_variable, "float32")
     each = "each" if any(inner.clipnorm for inner in inside) else None
-    clips = "all" if any(inner.global_clipnorm for inner in inside) else each
-    indices = optimizer.indices_of(variables)
-    known = (grads, variables, dtypes, indices, scale, scaled, unscaled, losses, clips, fused)
-    return Step(*known, _THROUGH.get())
+    return Step(
+        grads=grads,
+        variables=variables,
+        dtypes=dtypes,
+        indices=optimizer.indices_of(variables),
+        # The cast returns a tensor. TensorFlow would read the variable again for each gradient.
+        scale=ops.ones(()) if unscaled else ops.cast(optimizer.scale_variable, "float32"),
+        loss_scaled=loss_scaled,
+        unscaled=unscaled,
+        losses=losses,
+        clip_norm="all" if any(inner.global_clipnorm for inner in inside) else each,
+        fused=None if fused is None else fused.for_step(grads, variables, dtypes),
+        method=_METHOD.get(),
+    )
 
 
 def run(optimizer: LossScaleOptimizer, step: Step) -> None:
-    """Take a step, and assign what comes of it."""
+    """Run a step, and assign its results."""
     framework = backend.current()
     if framework.PURE:
         _run_compiled(optimizer, step)
         return
-
-    def update(step: Step, applied: Any) -> None:
-        _update(optimizer.inner_optimizer, step, applied)
-
-    def advance(step: Step, finite: Any, applied: bool) -> None:  # noqa: FBT001 - a callback
-        _advance(optimizer, step, finite, applied=applied)
-
+    update = functools.partial(_update, optimizer.inner_optimizer)
+    advance = functools.partial(_advance, optimizer)
     finite = finite_gradients(step)
     framework.run_step(step, finite, update, advance, fused=step.fused is not None)
 
 
-def pure(
+def run_pure(
     optimizer: LossScaleOptimizer,
     inner: Any,
     step: Step,
-    touched: Sequence[Any],
+    variables: Sequence[Any],
     values: Sequence[Any],
 ) -> list[Any]:
-    """Return what a step makes of `values`, the current values of the variables `touched`.
+    """Return the values of variables after a step.
 
     Args:
         optimizer: The optimizer.
-        inner: The one inside it, or one that stands for it.
+        inner: Its inner optimizer, or a copy of that with other settings.
         step: The step.
-        touched: All variables that a step may change.
-        values: Their values.
+        variables: All variables that a step may change.
+        values: Their values before the step.
     """
     all_finite, finite = all_gradients_finite(step)
-    by = divisors(inner, step)
+    divisors = clip_divisors(inner, step)
 
     def values_after(*, applied: bool) -> Callable[[], list[Any]]:
-        def take() -> list[Any]:
-            mapping = list(zip(touched, values, strict=True))
+        def branch() -> list[Any]:
+            mapping = list(zip(variables, values, strict=True))
             with keras.StatelessScope(state_mapping=mapping) as scope:
                 if applied:
-                    taking = (inner, step) if by is None else clipped(inner, step, by)
-                    _update(*taking, None)
-                _advance(optimizer, step, None if applied else finite(), applied=applied)
-            return [scope.get_current_value(v) for v in touched]
+                    _update(*((inner, step) if divisors is None else clip(inner, step, divisors)))
+                _advance(optimizer, step, None if applied else finite(), applied)
+            return [scope.get_current_value(v) for v in variables]
 
-        return take
+        return branch
 
     return list(ops.cond(all_finite, values_after(applied=True), values_after(applied=False)))
 
 
-def with_known_loss(
-    self: LossScaleOptimizer, before: Sequence[Any], after: Sequence[Any], loss_finite: Any
-) -> list[Any]:
-    """Return the optimizer's values after a step whose loss became known only afterwards.
+def _run_compiled(optimizer: LossScaleOptimizer, step: Step) -> None:
+    """Run a step as a pure function, compiled once, since JAX branches in pure code only."""
+    inner = optimizer.inner_optimizer
+    variables = [*optimizer.target_variables, *optimizer.variables]
+    # The compiled step must not hold the tensors of the first one, which would never be freed.
+    settings = dataclasses.replace(step, grads=(), losses=(), scale=None)
 
-    Args:
-        self: The optimizer.
-        before: Values of `variables` before the step.
-        after: The same after it, by `stateless_apply` with an unknown loss.
-        loss_finite: Scalar bool tensor.
+    def compiled_step(tensors: dict[str, Any], rates: Any, values: Any) -> list[Any]:
+        step = dataclasses.replace(settings, **tensors)
+        return run_pure(optimizer, with_rates(inner, rates), step, variables, values)
 
-    Returns:
-        What `stateless_apply` would have returned, had it known.
-    """
-    index = {id(variable): i for i, variable in enumerate(self.variables)}
-    indices = [index[id(variable)] for variable in self.state_variables()]
-    known = pure_step.with_known_loss(
-        self.schedule,
-        _state(self, [before[i] for i in indices]),
-        _state(self, [after[i] for i in indices]),
-        loss_finite,
+    # A new function would be compiled again in each step.
+    flags = (step.loss_scaled, step.unscaled, step.method)
+    key = (*flags, tuple(step.indices), trace_constants(inner))
+    compiled = optimizer.pending.compiled.get(
+        key, lambda: backend.current().compiled(compiled_step)
     )
-    moved = dict(zip(indices, _values(known), strict=True))
-    return [moved.get(i, value) for i, value in enumerate(after)]
+    tensors = {"grads": step.grads, "losses": step.losses, "scale": step.scale}
+    after = compiled(tensors, current_rates(inner), [v.value for v in variables])
+    for variable, value in zip(variables, after, strict=True):
+        variable.assign(value)
 
 
-def finalize_variable_values(self: LossScaleOptimizer, var_list: Sequence[Any]) -> None:
-    """Write averages (`use_ema`) into the weights at the end of `fit`.
-
-    Before the first applied step there are none: they are what the weights were at `build`.
-    """
-    if int(ops.convert_to_numpy(self.iterations)) > 0:
-        self.inner_optimizer.finalize_variable_values(var_list)
-        for variable, average in weights_and_averages(self.inner_optimizer):
-            backend.current().keep_apart(average, variable)
-
-
-def _update(inner: Any, step: Step, applied: Any) -> None:
-    """Let the inner optimizer, or the update that does the same, change the variables."""
+def _update(inner: Any, step: Step, applied: Any = None) -> None:
+    """Update the variables by the inner optimizer, or by the fused update that does the same."""
     if step.fused is not None:
         step.fused(step, applied)
         return
     updates = unscale(step)
     if any(optimizer.gradient_accumulation_steps for optimizer in optimizer_chain(inner)):
-        # Keras's accumulators have the dtype of their variable and take no other.
+        # Keras's accumulators have the dtypes of their variables, and take no other.
         framework = backend.current()
         updates = [
             None
@@ -203,19 +176,19 @@ def _update(inner: Any, step: Step, applied: Any) -> None:
             else framework.with_values(u, ops.cast(framework.dense_values(u), dtype))
             for u, dtype in zip(updates, step.dtypes, strict=True)
         ]
-    if step.through == "apply_gradients":
+    if step.method == "apply_gradients":
         inner.apply_gradients(list(zip(updates, step.variables, strict=True)))
-    elif step.through == "stateless_apply" and has_own_pure_step(inner):
-        kept = inner.variables
-        values = inner.stateless_apply(held(kept), updates, held(step.variables))
-        for variable, value in zip([*step.variables, *kept], [*values[0], *values[1]], strict=True):
+    elif step.method == "stateless_apply" and has_own_pure_step(inner):
+        slots = inner.variables
+        weights, state = inner.stateless_apply(held(slots), updates, held(step.variables))
+        for variable, value in zip([*step.variables, *slots], [*weights, *state], strict=True):
             variable.assign(value)
     else:
         inner.apply(updates, step.variables)
 
 
-def _advance(optimizer: LossScaleOptimizer, step: Step, finite: Any, *, applied: bool) -> None:
-    """Move the schedule and the counters after a step that was applied or skipped."""
+def _advance(optimizer: LossScaleOptimizer, step: Step, finite: Any, applied: bool) -> None:  # noqa: FBT001 - called by the backend
+    """Update the schedule and the counters after a step that was applied or skipped."""
     variables = optimizer.state_variables()
     state = _state(optimizer, [ops.convert_to_tensor(v) for v in variables])
     after = next_state(optimizer.schedule, state, step, finite, applied=applied)
@@ -234,23 +207,42 @@ def _values(state: State) -> list[Any]:
     return [*state.schedule.values(), state.counts, state.nonfinite_counts]
 
 
-def _run_compiled(optimizer: LossScaleOptimizer, step: Step) -> None:
-    """Take a step as JAX must, which branches in pure code only: compiled once."""
-    inner = optimizer.inner_optimizer
-    touched = [*optimizer.target_variables, *optimizer.variables]
-    # Not the first step itself, whose gradients would live as long as the program.
-    plan = dataclasses.replace(step, grads=(), losses=(), scale=None)
+def with_known_loss(
+    self: LossScaleOptimizer, before: Sequence[Any], after: Sequence[Any], loss_finite: Any
+) -> list[Any]:
+    """Correct the optimizer's values after a step whose loss became known only afterwards.
 
-    def take(given: dict[str, Any], rates: Any, values: Any) -> list[Any]:
-        this = dataclasses.replace(plan, **given)
-        return pure(optimizer, with_rates(inner, rates), this, touched, values)
+    Args:
+        self: The optimizer.
+        before: The values of `variables` before the step.
+        after: The values after it, from `stateless_apply` without a known loss.
+        loss_finite: Scalar bool tensor.
 
-    # Made anew each time, the step would be compiled each time.
-    how = (step.scaled, step.unscaled, step.through)
-    key = (*how, tuple(step.positions), kept_by_a_trace(inner))
-    compiled = optimizer.pending.compiled.get(key, lambda: backend.current().compiled(take))
-    given = {"grads": step.grads, "losses": step.losses, "scale": step.scale}
-    rates = rates_now(learning_rate_functions(inner))
-    after = compiled(given, rates, [v.value for v in touched])
-    for variable, value in zip(touched, after, strict=True):
-        variable.assign(value)
+    Returns:
+        What `stateless_apply` would have returned if it had known the loss.
+    """
+    index = {id(variable): i for i, variable in enumerate(self.variables)}
+    indices = [index[id(variable)] for variable in self.state_variables()]
+    known = pure_step.with_known_loss(
+        self.schedule,
+        _state(self, [before[i] for i in indices]),
+        _state(self, [after[i] for i in indices]),
+        loss_finite,
+    )
+    corrected = dict(zip(indices, _values(known), strict=True))
+    return [corrected.get(i, value) for i, value in enumerate(after)]
+
+
+def finalize_variable_values(self: LossScaleOptimizer, var_list: Sequence[Any]) -> None:
+    """Copy the averages (`use_ema`) to the weights at the end of `fit`.
+
+    Before the first applied step, there are no averages but copies of the weights at `build`.
+
+    Args:
+        self: The optimizer.
+        var_list: The trainable variables.
+    """
+    if int(ops.convert_to_numpy(self.iterations)) > 0:
+        self.inner_optimizer.finalize_variable_values(var_list)
+        for variable, average in weights_and_averages(self.inner_optimizer):
+            backend.current().keep_apart(average, variable)

@@ -435,7 +435,7 @@ class Task(keras.Model):
 
 
 @pytest.mark.filterwarnings("ignore:`compile..` was not called as part of model loading")
-@pytest.mark.filterwarnings("ignore:The saved state of .* is left out")
+@pytest.mark.filterwarnings("ignore:The saved state of .* is not loaded")
 def test_a_task_that_compiles_itself_says_that_its_optimizer_is_another(tmp_path):
     model = Task(Backbone())
     mp.convert(model.backbone, "mixed_bfloat16")
@@ -483,7 +483,7 @@ class Compiling(mp.Sequential):
 
 
 @pytest.mark.filterwarnings("ignore:`compile..` was not called as part of model loading")
-@pytest.mark.filterwarnings("ignore:The saved state of .* is left out")
+@pytest.mark.filterwarnings("ignore:The saved state of .* is not loaded")
 def test_what_the_state_restores_makes_no_other_optimizer(tmp_path, monkeypatch):
     model = Compiling()
     model.optimizer.apply([keras.ops.ones(v.shape) for v in model.trainable_variables])

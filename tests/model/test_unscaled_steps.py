@@ -77,7 +77,7 @@ def test_of_a_converted_model_too():
     model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=BACKEND == "jax")
     mp.convert(model, "mixed_float16")
     assert model.optimizer.loss_scale == 2.0**15
-    with pytest.warns(mp.errors.LossScaleWarning, match="scales no loss"):
+    with pytest.warns(mp.errors.LossScaleWarning, match="does not scale the loss"):
         model.fit(X, Y, **SOME)
     assert_same(model.get_weights(), wanted)
 
@@ -95,7 +95,7 @@ def test_of_a_step_that_is_put_there_later_too(place):
     if place.endswith("before"):
         step = functools.partial(BareStep.train_step, model)
         model.train_step = functools.update_wrapper(step, mp.Model.train_step)
-    with pytest.warns(mp.errors.LossScaleWarning, match="scales no loss") as said:
+    with pytest.warns(mp.errors.LossScaleWarning, match="does not scale the loss") as said:
         weights = fitted(model, 1024.0)
     assert times(said) == 1
     assert_same(weights, wanted)
@@ -186,7 +186,7 @@ def test_a_scale_in_a_function_that_was_traced_before_is_not_overlooked(first, t
     else:
         former = model.optimizer  # keeps the scale that the function captured
         assert compiled(model, 1024.0).optimizer is not former
-    told = pytest.warns(mp.errors.LossScaleWarning, match="the optimizer before it")
+    told = pytest.warns(mp.errors.LossScaleWarning, match="the previous optimizer")
     with told if then == "compiled anew" else contextlib.nullcontext():
         model.fit(*rest, **SOME)
     assert len(traced) == before  # no word of the scale reached us
@@ -221,7 +221,7 @@ def test_what_was_traced_with_the_scale_of_keras_is_an_error_until_it_is_made_an
         mp.convert(model, "mixed_float16")
     before = model.get_weights()
     gc.collect()
-    with pytest.raises(mp.errors.LossScaleError, match="functions anew that you compiled yourself"):
+    with pytest.raises(mp.errors.LossScaleError, match="functions that you compiled yourself"):
         model.fit(X, Y, **SOME)
     assert_same(model.get_weights(), before)
     model.inner = tf.function(BareStep.loss_and_gradients.__get__(model))
@@ -245,7 +245,7 @@ def test_a_conversion_that_was_taken_back_has_noted_nothing_of_the_scale_of_kera
             mp.convert(model, sample=X[:, :1])
     model.compile("sgd", "mse", jit_compile=False)
     mp.convert(model)
-    with pytest.warns(mp.errors.LossScaleWarning, match="scales no loss"):
+    with pytest.warns(mp.errors.LossScaleWarning, match="does not scale the loss"):
         model.fit(X[:16], Y[:16], **SOME)
 
 
@@ -315,7 +315,7 @@ def test_keras_own_step_scales_for_itself_alone():
         return model.get_weights()
 
     wanted = trained(None)
-    with pytest.warns(mp.errors.LossScaleWarning, match="scales no loss"):
+    with pytest.warns(mp.errors.LossScaleWarning, match="does not scale the loss"):
         assert_same(trained(1024.0), wanted)
 
 
@@ -329,7 +329,7 @@ def test_a_loss_that_is_scaled_after_gradients_were_applied_is_an_error():
 
     model = network(Late, mp.Sequential)
     with (
-        pytest.warns(mp.errors.LossScaleWarning, match="scales no loss"),
+        pytest.warns(mp.errors.LossScaleWarning, match="does not scale the loss"),
         pytest.raises(mp.errors.LossScaleError, match="Call scale_loss earlier in the train step"),
     ):
         fitted(model, 1024.0)
@@ -352,7 +352,7 @@ def test_the_scale_may_be_read_for_the_logs_after_the_gradients_were_applied():
     fitted(wanted, None)
     wanted.fit(X, Y, **SOME)
     model = network(Logs, mp.Sequential)
-    with pytest.warns(mp.errors.LossScaleWarning, match="scales no loss"):
+    with pytest.warns(mp.errors.LossScaleWarning, match="does not scale the loss"):
         fitted(model, 1024.0)
     model.make_train_function(force=True)
     assert model.fit(X, Y, **SOME).history["scale"] == [1024.0]
@@ -386,7 +386,7 @@ def test_of_two_optimizers_each_scales_for_itself(scaled_by):
         with pytest.raises(mp.errors.LossScaleError, match="Call scale_loss of each optimizer"):
             model.fit(X, Y, **SOME)
         return
-    warning = pytest.warns(mp.errors.LossScaleWarning, match="scales no loss")
+    warning = pytest.warns(mp.errors.LossScaleWarning, match="does not scale the loss")
     with warning if scaled_by == "neither" else contextlib.nullcontext() as said:
         model.fit(X, Y, **SOME)
     assert times(said or ()) == (2 if scaled_by == "neither" else 0)
@@ -415,7 +415,7 @@ def test_optimizers_that_take_turns_must_each_scale(steps):
 
     model = compiled(network(Turns, mp.Sequential), 1024.0, run_eagerly=True)
     model.head_optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(0.1), loss_scale=512.0)
-    told = pytest.warns(mp.errors.LossScaleWarning, match="scales no loss")
+    told = pytest.warns(mp.errors.LossScaleWarning, match="does not scale the loss")
     with told if steps.startswith("bare") else contextlib.nullcontext():
         model.fit(X[:16], Y[:16], **SOME)
     before = model.get_weights()

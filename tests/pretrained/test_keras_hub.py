@@ -138,7 +138,7 @@ def test_files_bring_back_policies_and_half_precision_variables(build, tmp_path)
 @pytest.mark.backend("tensorflow")  # whose data pipeline KerasHub's tasks take
 @pytest.mark.filterwarnings("ignore:`compile..` was not called as part of model loading")
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed, but will be ignored")
-@pytest.mark.filterwarnings("ignore:The saved state of .* is left out")
+@pytest.mark.filterwarnings("ignore:The saved state of .* is not loaded")
 def test_a_task_brings_back_its_own_optimizer_alone(tmp_path):
     backbone, x = made(bert)
     task = made(lambda models: models.BertTextClassifier(backbone, num_classes=2))
