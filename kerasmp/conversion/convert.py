@@ -28,7 +28,7 @@ from kerasmp.model import Model
 from kerasmp.model.float32 import layers_to_widen, widen_activity_regularizers
 from kerasmp.model.guards import remove_guards
 from kerasmp.model.optimizers import adopt_optimizer
-from kerasmp.optimizer.scaled_losses import undo_replacement
+from kerasmp.optimizer.scale_tracking import undo_replacement
 from kerasmp.policy import LayerPolicies, Policy
 from kerasmp.policy.apply import set_policies, take_back
 from kerasmp.policy.follow import build_with

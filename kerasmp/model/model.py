@@ -26,7 +26,7 @@ from kerasmp.model.optimizers import (
 from kerasmp.model.serialization import apply_extras, warn_of_lost_values, warn_of_unsaved_policies
 from kerasmp.model.train_step import keras_step, nan_if_empty, refuse_training, reports_nan
 from kerasmp.optimizer import LossScaleOptimizer
-from kerasmp.optimizer.scaled_losses import record_replacement
+from kerasmp.optimizer.scale_tracking import record_replacement
 from kerasmp.policy import Policy, global_policy
 from kerasmp.policy.follow import RulesToFollow
 

@@ -13,7 +13,7 @@ from kerasmp.backend.nested import optimizer_chain
 from kerasmp.errors import LossScaleWarning
 from kerasmp.loss_scale import FixedLossScale
 from kerasmp.optimizer import LossScaleOptimizer
-from kerasmp.optimizer.scaled_losses import record_replacement
+from kerasmp.optimizer.scale_tracking import record_replacement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

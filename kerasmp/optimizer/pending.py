@@ -87,7 +87,7 @@ class UnscaledMarks:
         """
         if self._number(replica, trace) is not None:
             raise LossScaleError(
-                "The gradients would be unscaled twice, and the update too small by the scale.",
+                "Gradients would be unscaled twice, which would shrink the update by the scale.",
                 received="a second call of get_unscaled_gradients before apply",
                 expected="one call for each apply",
                 fix="Apply the gradients of the first call, or discard them with "

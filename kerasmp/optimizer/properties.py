@@ -14,8 +14,8 @@ from kerasmp.errors import LossScaleError
 from kerasmp.optimizer import counters
 from kerasmp.optimizer.counters import CAUSES, COUNTERS
 from kerasmp.optimizer.fused import Fused
-from kerasmp.optimizer.scaled_losses import record_read
-from kerasmp.optimizer.step_arguments import check_built
+from kerasmp.optimizer.scale_tracking import record_read
+from kerasmp.optimizer.step_arguments import not_built
 
 if TYPE_CHECKING:
     from kerasmp.optimizer.loss_scale_optimizer import LossScaleOptimizer
@@ -112,7 +112,8 @@ def skipped_last(self: LossScaleOptimizer) -> Any:
     Raises:
         LossScaleError: If the optimizer is not built.
     """
-    check_built(self, "skipped_last")
+    if not self.built:
+        raise not_built("skipped_last")
     return counters.last_step_skipped(self.counts_variable)
 
 

@@ -9,7 +9,7 @@ from keras import ops
 from kerasmp import backend
 from kerasmp.errors import LossScaleError
 from kerasmp.optimizer.properties import refuse_jit_constant
-from kerasmp.optimizer.scaled_losses import record_scaling
+from kerasmp.optimizer.scale_tracking import record_scaling
 from kerasmp.optimizer.step import divide_gradient, takes_gradient_as_value
 from kerasmp.optimizer.step_arguments import as_gradients, as_list, as_real_tensor
 

@@ -13,7 +13,7 @@ from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning, 
 from kerasmp.loss_scale import FixedLossScale, validation
 from kerasmp.optimizer.counters import COUNTERS
 from kerasmp.optimizer.fused import LARGEST_SCALE
-from kerasmp.optimizer.step_arguments import as_list, check_built
+from kerasmp.optimizer.step_arguments import as_list, not_built
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -86,7 +86,8 @@ def load(optimizer: LossScaleOptimizer, store: Any) -> bool:
 def set_weights(optimizer: LossScaleOptimizer, weights: Sequence[Any]) -> None:
     """Set all variables from a list; see `LossScaleOptimizer.set_weights`."""
     weights = as_list("weights", weights)
-    check_built(optimizer, "set_weights")
+    if not optimizer.built:
+        raise not_built("set_weights")
     _assign(optimizer, _from_list(optimizer, weights, "`weights`"))
 
 
@@ -140,11 +141,11 @@ def _from_list(optimizer: LossScaleOptimizer, values: Sequence[Any], what: str) 
         len(known): known for known in (inner, [*own[:STOCK_OWN], *inner], optimizer.variables)
     }
     if len(values) not in kinds:
-        plain, stock, ours = sorted(kinds)
+        plain, stock, own = sorted(kinds)
         raise _misfit(
             what,
             f"{len(values)} values",
-            f"{ours}, or {stock} from stock Keras's wrapper, or {plain} from a plain optimizer",
+            f"{own}, or {stock} from stock Keras's wrapper, or {plain} from a plain optimizer",
             "Take them from the same kind of inner optimizer, for the same model.",
         )
     return _fitting(list(zip(kinds[len(values)], values, strict=True)), what)
@@ -176,24 +177,21 @@ def _misfit(what: str, received: str, expected: str, fix: str) -> LossScaleError
 
 
 def _assign(optimizer: LossScaleOptimizer, assignments: Assignments) -> None:
-    """Assign values to variables, and bring the scale within the bounds of the schedule."""
-    for variable, value in assignments:
-        if variable is optimizer.scale_variable:
-            bounded = optimizer.schedule.bounded(value)
-            _refuse_too_large(optimizer, float(ops.convert_to_numpy(bounded)))
-    given = {id(variable) for variable, _ in assignments}
-    schedule, state = optimizer.schedule, optimizer.schedule_variables()
-    if id(optimizer.scale_variable) in given:  # the saved schedule may have had a smaller state
+    """Assign values to variables, the scale within the bounds of the schedule."""
+    values = {id(variable): value for variable, value in assignments}
+    schedule, scale_id = optimizer.schedule, id(optimizer.scale_variable)
+    if scale_id in values:
+        scale = float(values[scale_id])
+        bounded = schedule.bounded(schedule.initial_scale if np.isnan(scale) else scale)
+        _refuse_too_large(optimizer, float(ops.convert_to_numpy(bounded)))
+        values[scale_id] = bounded
+        # The saved schedule may have had a smaller state.
         initial = schedule.init()
-        for key, variable in state.items():
-            if id(variable) not in given:
+        for key, variable in optimizer.schedule_variables().items():
+            if id(variable) not in values:
                 variable.assign(initial[key])
-    for variable, value in assignments:
-        variable.assign(value)
-    scale = float(ops.convert_to_numpy(optimizer.scale_variable))
-    optimizer.scale_variable.assign(
-        schedule.bounded(schedule.initial_scale if np.isnan(scale) else scale)
-    )
+    for variable, _ in assignments:
+        variable.assign(values[id(variable)])
 
 
 def restart_schedule(optimizer: LossScaleOptimizer, scale: float) -> None:

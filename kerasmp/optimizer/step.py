@@ -30,7 +30,7 @@ class Step:
         indices: The index of each variable among those that the optimizer was built with.
         scale: What the gradients must be divided by, a float32 scalar.
         loss_scaled: Whether the loss was scaled. If not, the schedule does not change.
-        unscaled: Whether the gradients are those of the unscaled loss already. `scale` is then 1.
+        unscaled: Whether the gradients are already those of the unscaled loss. Then `scale` is 1.
         losses: The losses that are known. If one is not finite, it is the cause of a skip.
         clip_norm: "each" if each gradient is clipped by its norm, "all" if all are clipped by
             their global norm, else None. A norm that is used must be finite.

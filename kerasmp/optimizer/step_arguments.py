@@ -18,15 +18,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def check_built(optimizer: Any, method: str) -> None:
-    """Raise a LossScaleError if an optimizer is not built, which a method needs."""
-    if not optimizer.built:
-        raise LossScaleError(
-            f"{method} needs a built optimizer.",
-            received="an optimizer that is not built",
-            expected="a built one",
-            fix="Call optimizer.build(model.trainable_variables) first.",
-        )
+def not_built(method: str) -> LossScaleError:
+    """Return the error of a method that needs a built optimizer."""
+    return LossScaleError(
+        f"{method} needs a built optimizer.",
+        received="an optimizer that is not built",
+        expected="a built one",
+        fix="Call optimizer.build(model.trainable_variables) first.",
+    )
 
 
 def as_list(name: str, values: Any) -> list[Any]:
@@ -143,7 +142,8 @@ def pure_step_arguments(
             are None, or one does not fit its variable.
         ArgumentTypeError: If an argument is not a list.
     """
-    check_built(optimizer, "stateless_apply")
+    if not optimizer.built:
+        raise not_built("stateless_apply")
     # Each is converted only once, since it may be an iterator.
     state = as_list("optimizer_variables", state)
     weights = as_list("trainable_variables", weights)

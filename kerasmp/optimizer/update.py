@@ -16,7 +16,7 @@ from kerasmp.backend.keras_internals import held, weights_and_averages
 from kerasmp.backend.nested import has_own_pure_step, optimizer_chain
 from kerasmp.optimizer import step as pure_step
 from kerasmp.optimizer.clipping import clip, clip_divisors
-from kerasmp.optimizer.scaled_losses import is_loss_scaled
+from kerasmp.optimizer.scale_tracking import is_loss_scaled
 from kerasmp.optimizer.settings import refuse_second_scale
 from kerasmp.optimizer.step import (
     State,

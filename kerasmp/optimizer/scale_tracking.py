@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kerasmp.optimizer.loss_scale_optimizer import LossScaleOptimizer
 
 # Whether an optimizer was asked for its scale. What was traced then, such as an inner function, may
-# scale a loss again without calling this code. Keras's own step is no such case, since it asks each
+# scale a loss again without calling this code. Keras's own step does not count, since it asks each
 # time. This is not an attribute: a step sets none, since another thread may be using them.
 _HAVE_SCALED: ByIdentity[bool] = ByIdentity()
 # The optimizers by which a model has applied scaled gradients, previous ones included.
