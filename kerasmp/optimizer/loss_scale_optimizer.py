@@ -10,7 +10,6 @@ from keras import ops
 from kerasmp import backend
 from kerasmp.backend.keras_internals import are_all_of, unchanged_if_it_fails
 from kerasmp.backend.nested import optimizer_chain
-from kerasmp.loss_scale import validation
 from kerasmp.optimizer import (
     build,
     properties,
@@ -112,18 +111,15 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         object.__setattr__(self, "pending", Pending())  # not a state that Keras should track
         self.inner_optimizer = inner_optimizer
         self.schedule = schedule
-        self.skips_advance_schedules = validation.switch(
-            "skips_advance_schedules", skips_advance_schedules
-        )
-        self.fused = validation.switch("fused", fused)
+        self.skips_advance_schedules = skips_advance_schedules
+        self.fused = fused
         Fused.of(inner_optimizer, schedule)  # looks up the classes now, and not in a traced step
         if self.skips_advance_schedules:
             include_skips(self)
         settings.drop_second_scale(inner_optimizer)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        settings.check_attribute(self, name, value)
-        super().__setattr__(name, value)
+        super().__setattr__(name, settings.validate_attribute(self, name, value))
 
     # ----------------------------------------------------------------- state
 
@@ -298,7 +294,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     @property
     def learning_rate(self) -> Any:
-        """The learning rate of the inner optimizer: its variable, or the present schedule value.
+        """The inner optimizer's learning rate: its variable, or the current value of its schedule.
 
         As in Keras, you can set a number if it is one, or a schedule before `build`.
         """

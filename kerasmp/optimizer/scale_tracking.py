@@ -83,7 +83,7 @@ def record_read(optimizer: LossScaleOptimizer, what: str) -> None:
 def is_loss_scaled(optimizer: LossScaleOptimizer) -> bool:
     """Return whether the gradients that are applied now must be divided by the scale.
 
-    They must not if the train step of a kerasmp model applies them, and nothing has ever asked the
+    The answer is no only in the train step of a kerasmp model, if nothing has ever asked the
     optimizer, or a previous one of the model, for its scale.
 
     Args:

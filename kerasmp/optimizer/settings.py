@@ -185,8 +185,8 @@ def check_learning_rate(value: Any) -> None:
     )
 
 
-def check_attribute(optimizer: Any, name: str, value: Any) -> None:
-    """Check the value of an attribute of a `LossScaleOptimizer` before it is set.
+def validate_attribute(optimizer: Any, name: str, value: Any) -> Any:
+    """Return the value to which an attribute of a `LossScaleOptimizer` is set, if it is valid.
 
     Raises:
         LossScaleError: For a schedule or an inner optimizer after `build`, for a switch that is
@@ -205,9 +205,9 @@ def check_attribute(optimizer: Any, name: str, value: Any) -> None:
     if name == "schedule":
         check_schedule(value)
     if name in _SWITCHES:
-        validation.switch(name, value)
+        return validation.switch(name, value)
     if "inner_optimizer" not in vars(optimizer):  # the parent's constructor sets its own settings
-        return
+        return value
     if name == "inner_optimizer":
         if isinstance(value, str):
             raise _not_an_optimizer(value, f"keras.optimizers.get({value!r}) returns one.")
@@ -226,6 +226,7 @@ def check_attribute(optimizer: Any, name: str, value: Any) -> None:
             expected=f"optimizer.inner_optimizer.{name} = {value!r}",
             fix="Set it there before the first step, since a compiled step keeps its settings.",
         )
+    return value
 
 
 def refuse_second_scale(optimizers: Sequence[Any]) -> None:
