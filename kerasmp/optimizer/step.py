@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kerasmp.loss_scale import LossScale
-    from kerasmp.optimizer.fused import Fused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Step:
     unscaled: bool
     losses: Sequence[Any]
     clip_norm: str | None
-    fused: Fused | None
+    fused: Callable[[Step, Any], None] | None
     method: str
 
 
@@ -204,7 +203,9 @@ def _statistics(schedule: LossScale, step: Step, scale: Any) -> dict[str, Any]:
     return {name: STATISTICS[name](grads, scale) for name in schedule.measures}
 
 
-def with_known_loss(schedule: LossScale, before: State, after: State, loss_finite: Any) -> State:
+def state_with_known_loss(
+    schedule: LossScale, before: State, after: State, loss_finite: Any
+) -> State:
     """Correct the state after a step whose loss became known only afterwards.
 
     Args:

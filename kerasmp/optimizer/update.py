@@ -14,7 +14,6 @@ from keras import ops
 from kerasmp import backend
 from kerasmp.backend.keras_internals import held, weights_and_averages
 from kerasmp.backend.nested import has_own_pure_step, optimizer_chain
-from kerasmp.optimizer import step as pure_step
 from kerasmp.optimizer.clipping import clip, clip_divisors
 from kerasmp.optimizer.scale_tracking import is_loss_scaled
 from kerasmp.optimizer.settings import refuse_second_scale
@@ -24,6 +23,7 @@ from kerasmp.optimizer.step import (
     all_gradients_finite,
     finite_gradients,
     next_state,
+    state_with_known_loss,
     unscale,
 )
 from kerasmp.optimizer.step_cache import current_rates, trace_constants, with_rates
@@ -63,7 +63,7 @@ def prepare_step(
             is unscaled, or it is not known whether they are unscaled or their loss was scaled.
     """
     inner, fused = optimizer.inner_optimizer, optimizer.fused_update
-    # An optimizer with a fused update has exactly the methods of Keras, which use no other one.
+    # An optimizer with a fused update has exactly the methods of Keras, and so no other one inside.
     inside = optimizer_chain(inner) if fused is None else [inner]
     refuse_second_scale(inside)
     framework = backend.current()
@@ -223,7 +223,7 @@ def with_known_loss(
     """
     index = {id(variable): i for i, variable in enumerate(self.variables)}
     indices = [index[id(variable)] for variable in self.state_variables()]
-    known = pure_step.with_known_loss(
+    known = state_with_known_loss(
         self.schedule,
         _state(self, [before[i] for i in indices]),
         _state(self, [after[i] for i in indices]),
