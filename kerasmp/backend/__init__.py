@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from kerasmp.backend.protocol import Backend
 
 __all__ = [
-    "as_written",
+    "without_autograph",
     "compares_in_float32",
     "current",
-    "drops_in_own_dtype",
+    "draws_dropout_in_compute_dtype",
     "layers_without_kernel",
-    "makes_noise_in_own_dtype",
-    "multiplies_mixed",
-    "sums_rows_narrowly",
+    "draws_noise_in_compute_dtype",
+    "multiplies_mixed_dtypes",
+    "sums_rows_in_table_dtype",
     "trace",
 ]
 
@@ -50,13 +50,13 @@ def current() -> Backend:
     return backend
 
 
-def multiplies_mixed() -> bool:
+def multiplies_mixed_dtypes() -> bool:
     """Return whether a product takes a float32 tensor and a float16 one; also without a backend."""
     name: str = keras.backend.backend()
     return name != "torch"
 
 
-def sums_rows_narrowly() -> bool:
+def sums_rows_in_table_dtype() -> bool:
     """Return whether a row that is taken twice has a gradient summed in the dtype of the table.
 
     Also without a backend.
@@ -77,12 +77,12 @@ def compares_in_float32(value: Any) -> bool:
     return keras.backend.backend() == "tensorflow" or on_jax or bool(shape)
 
 
-def drops_in_own_dtype() -> bool:
+def draws_dropout_in_compute_dtype() -> bool:
     """Return whether dropout of a tensor draws numbers in the tensor's dtype."""
     return bool(keras.backend.backend() == "tensorflow")
 
 
-def makes_noise_in_own_dtype() -> bool:
+def draws_noise_in_compute_dtype() -> bool:
     """Return whether normal numbers in half precision are made from uniform ones in it."""
     return bool(keras.backend.backend() == "jax")
 
@@ -109,7 +109,7 @@ def trace(call: Callable[..., Any], args: Any, kwargs: Any, *, backwards: bool) 
         keras_internals.compute_output_spec(call, *args, **kwargs)
 
 
-def as_written(function: _F) -> _F:
+def without_autograph(function: _F) -> _F:
     """Return a function that AutoGraph, tracing a user's `tf.function`, leaves as it is written.
 
     It rewrites the sources of all that is called there, except those of Keras, whose name it knows:

@@ -41,7 +41,7 @@ def running(model: Any) -> Call | None:
     return next((call for call in _RUNNING.get() if call.model is model), None)
 
 
-def innermost() -> Call | None:
+def innermost_step() -> Call | None:
     """Return the train step that runs here and in which no other one runs, or None."""
     return next(reversed(_RUNNING.get()), None)
 

@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from kerasmp.backend.calls import running
 from kerasmp.backend.constants import inner_jaxprs
 from kerasmp.backend.keras_internals import compute_output_spec, optimizer_in_fit
-from kerasmp.backend.protocol import Backend, finite_sums, wide_dtype
+from kerasmp.backend.protocol import Backend, accumulation_dtype, finite_sums
 from kerasmp.errors import BackendError
 
 try:
@@ -37,8 +37,8 @@ class Jax(Backend):
     # The gradient of what is broadcast or used in each step of a loop is summed in its own dtype.
     SUMS_IN_COMPUTE_DTYPE = True
     GRU_SUMS_IN_COMPUTE_DTYPE = True
-    PURE = True
-    KEEPS_QUOTIENTS = True
+    NEEDS_PURE_STEP = True
+    MATERIALIZES_QUOTIENTS = True
     PRODUCTS = tuple(
         (jnp, name) for name in ("matmul", "dot", "inner", "vdot", "einsum", "tensordot")
     )
@@ -50,7 +50,7 @@ class Jax(Backend):
         all gradients. Two factors, since one would be flushed to 0 for the largest divisors; both
         are exact for a power of two.
         """
-        values = values.astype(wide_dtype(values))
+        values = values.astype(accumulation_dtype(values))
         part, exponent = jnp.frexp(jnp.asarray(divisor, values.dtype))
         half = exponent // 2
         one = jnp.ones((), values.dtype)
@@ -131,7 +131,9 @@ class Jax(Backend):
         XLA squares and adds in one pass. What is divided by one scalar for many tensors it divides
         by a tensor of copies of it, which it writes to memory: so each has a scalar of its own.
         """
-        raw = jnp.sqrt(jnp.stack([jnp.sum(jnp.square(v.astype(wide_dtype(v)))) for v in values]))
+        raw = jnp.sqrt(
+            jnp.stack([jnp.sum(jnp.square(v.astype(accumulation_dtype(v)))) for v in values])
+        )
 
         def divided() -> Any:
             squares = [scale]
@@ -168,13 +170,13 @@ class Jax(Backend):
         """Return `step`, compiled at its first call."""
         return cast("Callable[..., Any]", jax.jit(step))
 
-    def start_as(self, variable: Any, other: Any) -> None:
+    def initialize_from(self, variable: Any, other: Any) -> None:
         """Give a variable that holds nothing but zeros the value of another one."""
         if not jnp.any(variable.value):
             # A copy: a train step donates both buffers, and must not donate one twice.
             variable.assign(jnp.copy(other.value))
 
-    def keep_apart(self, variable: Any, other: Any) -> None:
+    def unshare_memory(self, variable: Any, other: Any) -> None:
         """Give a variable a buffer of its own where it shares that of another one.
 
         Keras writes averages into weights by handing the array on, and the first step of the next
@@ -183,7 +185,7 @@ class Jax(Backend):
         if variable.value is other.value:
             variable.assign(jnp.copy(other.value))
 
-    def matmul_wide(self, left: Any, right: Any, dtype: str) -> Any:
+    def matmul_to_dtype(self, left: Any, right: Any, dtype: str) -> Any:
         """Return the matrix product in `dtype`, without rounding it to that of the factors.
 
         The factors stay as they are, so that a GPU multiplies float16 numbers in its tensor cores.
@@ -217,7 +219,7 @@ class Jax(Backend):
         """Return an array in another dtype, sharded as it is; there is nothing to put back."""
         return jax.device_put(value.astype(dtype), value.sharding), lambda: None
 
-    def mixes_dtypes(self, error: Exception) -> bool:
+    def is_mixed_dtype_error(self, error: Exception) -> bool:
         """Return whether an error says that operands of different float dtypes met."""
         return isinstance(error, TypeError) and "requires arguments to have the same dtypes" in str(
             error

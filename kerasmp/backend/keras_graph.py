@@ -13,7 +13,7 @@ from kerasmp.backend.keras_internals import (
     AutocastScope,
     Functional,
     flatten_layers,
-    traces_kept,
+    preserve_layers,
 )
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _node_of(tensor: Any) -> Any:
     return history.operation._inbound_nodes[history.node_index]  # noqa: SLF001
 
 
-def renew_mask_casts(layer: Any) -> None:
+def update_mask_casts(layer: Any) -> None:
     """Let the casts that graphs keep of a stock Masking follow its present policy."""
     for cast, _ in mask_operations(layer):
         if type(cast).__name__ == "Cast":
@@ -176,7 +176,7 @@ def dtypes_of_graphs(model: Any, look: Callable[..., object] | None = None) -> d
     """
     dtypes: dict[int, str] = {}
     for outermost in outermost_graphs(model):
-        with traces_kept(outermost):
+        with preserve_layers(outermost):
             dtypes |= symbolic_dtypes(outermost, look)
     return dtypes
 

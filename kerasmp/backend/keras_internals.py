@@ -40,25 +40,25 @@ __all__ = [
     "flatten_layers",
     "float16_layers",
     "functional_init_arguments",
-    "held",
-    "layers_in",
+    "values_of",
+    "layers_in_traceback",
     "learning_rate_functions",
     "learning_rate_numbers",
     "learning_rate_schedules",
-    "losses_kept",
+    "preserve_losses",
     "moments",
     "optimizer_in_fit",
     "own_attributes",
     "own_variables",
     "set_autocast",
     "set_keras_mask",
-    "states_of",
-    "steps_of",
-    "traces_kept",
-    "unchanged_if_it_fails",
+    "non_trainable_state",
+    "step_count",
+    "preserve_layers",
+    "restore_on_error",
     "weights_and_averages",
-    "whole_tracebacks",
-    "with_mask_of",
+    "unfiltered_tracebacks",
+    "copy_mask",
 ]
 
 # A subclass that calls super() adds a frame or two; more would be somebody else's call.
@@ -74,7 +74,7 @@ _FRAMES = 8
 # outputs, and may answer without computing.
 
 
-def with_mask_of(tensor: Any, other: Any) -> Any:
+def copy_mask(tensor: Any, other: Any) -> Any:
     """Return `other` with the mask that a layer has left on `tensor`.
 
     Losses and metrics go by it, and `keras.ops.cast` drops it. Publicly there is no way to it.
@@ -140,7 +140,7 @@ UPDATE_METRICS = "_update_metrics_variables"
 RESULT_OR_LOGS = "_get_metrics_result_or_logs"
 
 
-def are_all_of(optimizer: Any, variables: Sequence[Any]) -> bool:
+def is_built_with(optimizer: Any, variables: Sequence[Any]) -> bool:
     """Return whether variables are those that an optimizer was built with, all and in order.
 
     Publicly each is looked up by itself.
@@ -162,13 +162,13 @@ def moments(optimizer: Any, variables: Sequence[Any]) -> list[tuple[Any, ...]]:
     lists = [each for each in both if each]
     if not lists:
         return [()] * len(variables)
-    if not are_all_of(optimizer, variables):
+    if not is_built_with(optimizer, variables):
         indices = [optimizer._get_variable_index(v) for v in variables]  # noqa: SLF001
         lists = [[each[index] for index in indices] for each in lists]
     return list(zip(*lists, strict=True))
 
 
-def held(variables: Sequence[Any]) -> list[Any]:
+def values_of(variables: Sequence[Any]) -> list[Any]:
     """Return the tensors of variables.
 
     Publicly each asks for scopes and the device, which on torch takes as long as a small kernel.
@@ -189,7 +189,7 @@ def optimizer_in_fit(model: Any) -> list[tuple[Any, Any]]:
     return list(zip(model.optimizer.variables, state["optimizer_variables"], strict=True))
 
 
-def steps_of(optimizer: Any) -> int:
+def step_count(optimizer: Any) -> int:
     """Return how many steps a built optimizer has applied; public `iterations` are full windows."""
     return int(keras.ops.convert_to_numpy(optimizer._iterations))  # noqa: SLF001
 
@@ -214,7 +214,7 @@ def learning_rate_numbers(optimizer: Any) -> list[float]:
 
 
 @contextlib.contextmanager
-def unchanged_if_it_fails(optimizers: Sequence[Any]) -> Iterator[None]:
+def restore_on_error(optimizers: Sequence[Any]) -> Iterator[None]:
     """Take back all that building optimizers has made, where that fails.
 
     Publicly an optimizer only gets variables, and none is ever taken from it.
@@ -262,7 +262,7 @@ def learning_rate_functions(optimizer: Any) -> list[tuple[Any, Any]]:
     ]
 
 
-def states_of(model: Any) -> list[Any]:
+def non_trainable_state(model: Any) -> list[Any]:
     """Return all variables that a step changes and training does not, metrics left out.
 
     The states of stateful RNN layers are among them, which Keras keeps out of a model's variables.
@@ -279,7 +279,7 @@ def float16_layers(model: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def losses_kept(model: Any) -> Iterator[None]:
+def preserve_losses(model: Any) -> Iterator[None]:
     """Put back what calls have added to the losses of a model and its layers, and what they forgot.
 
     A call begins with forgetting the losses of the last one, traced or not; publicly they can be
@@ -299,7 +299,7 @@ def losses_kept(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_tracebacks() -> Iterator[None]:
+def unfiltered_tracebacks() -> Iterator[None]:
     """Let exceptions keep the frames of Keras, and their messages as they were raised.
 
     This is a setting of the thread.
@@ -313,11 +313,11 @@ def whole_tracebacks() -> Iterator[None]:
             keras.config.enable_traceback_filtering()
 
 
-def layers_in(error: BaseException) -> list[Any]:
-    """Return the layers whose methods an exception came through, the innermost first, each once.
+def layers_in_traceback(error: BaseException) -> list[Any]:
+    """Return the layers whose methods an exception came through, the innermost_step first, each once.
 
     Args:
-        error: An exception that was raised inside of `whole_tracebacks`.
+        error: An exception that was raised inside of `unfiltered_tracebacks`.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     found = [frame.f_locals.get("self") for frame in reversed(frames)]
@@ -325,7 +325,7 @@ def layers_in(error: BaseException) -> list[Any]:
 
 
 @contextlib.contextmanager
-def traces_kept(model: Any) -> Iterator[None]:
+def preserve_layers(model: Any) -> Iterator[None]:
     """Put back what symbolic calls leave in a model and its layers: losses, and attributes.
 
     A user's layer may keep the scores of its last call, say, or count its calls: tensors, numbers,
@@ -341,7 +341,7 @@ def traces_kept(model: Any) -> Iterator[None]:
         copies = {n: _copied(v) for n, v in attributes.items()} if own else {}
         before.append((layer, own, layer.built, attributes, copies))
     try:
-        with losses_kept(model):
+        with preserve_losses(model):
             yield
     finally:
         try:
@@ -397,7 +397,7 @@ def _copied(value: Any) -> Any:
 
 
 def _put_back(value: Any, copy: Any) -> None:
-    """Let a list, dict or set hold what it held; around Keras's own, which track and lock."""
+    """Let a list, dict or set hold what it values_of; around Keras's own, which track and lock."""
     if isinstance(copy, list):
         list.__setitem__(value, slice(None), copy)
     elif isinstance(copy, dict):

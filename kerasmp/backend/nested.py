@@ -41,7 +41,7 @@ def is_stock(optimizer: Any) -> bool:
     return own and not has_replaced_methods(optimizer)
 
 
-def has_own_pure_step(optimizer: Any) -> bool:
+def overrides_stateless_apply(optimizer: Any) -> bool:
     """Return whether `stateless_apply` is another one than that of all optimizers of Keras."""
     own = getattr(optimizer.stateless_apply, "__func__", None)
     return own is not keras.optimizers.Optimizer.stateless_apply

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 @functools.cache
-def name_of(dtype: Any) -> str:
+def dtype_name(dtype: Any) -> str:
     """Return Keras's name of a dtype of any kind. Keras looks it up by its text each time."""
     return str(keras.backend.standardize_dtype(dtype))
 
 
-def wide_dtype(values: Any) -> str:
+def accumulation_dtype(values: Any) -> str:
     """Return float64 for float64 tensors, float32 for all others."""
-    return "float64" if name_of(values.dtype) == "float64" else "float32"
+    return "float64" if dtype_name(values.dtype) == "float64" else "float32"
 
 
 # A tensor of the framework; a gradient may be a sparse one instead, or None.
@@ -69,7 +69,7 @@ def finite_sums(squares: Sequence[Tensor], norm: str) -> Tensor:
         squares: Scalars, one for each tensor.
         norm: "each" or "all".
     """
-    dtype = "float64" if "float64" in map(wide_dtype, squares) else "float32"
+    dtype = "float64" if "float64" in map(accumulation_dtype, squares) else "float32"
     sums = ops.stack([ops.cast(s, dtype) for s in squares])
     if norm == "each":
         return ops.isfinite(sums)
@@ -83,7 +83,7 @@ class Backend(Protocol):
     LOSS_VISIBLE_IN_APPLY: bool = True
     """Whether the loss that `scale_loss` sees can be read when the gradients are applied."""
 
-    PURE: bool = False
+    NEEDS_PURE_STEP: bool = False
     """Whether a step must be a pure function, which is then compiled."""
 
     SUMS_IN_COMPUTE_DTYPE: bool = False
@@ -93,13 +93,13 @@ class Backend(Protocol):
     GRU_SUMS_IN_COMPUTE_DTYPE: bool = False
     """Whether Keras has a loop of its own for a GRU, no cuDNN, that sums gradients so."""
 
-    LAYERS_KEEP_DTYPES: bool = True
+    AUTOCASTS_NESTED_LAYERS: bool = True
     """Whether a traced layer inside another one reads its variables as its policy says."""
 
-    FUSED: bool = False
+    HAS_FUSED_UPDATES: bool = False
     """Whether there are `adam` and `sgd`."""
 
-    KEEPS_QUOTIENTS: bool = False
+    MATERIALIZES_QUOTIENTS: bool = False
     """Whether quotients that are used twice, as clipping by their norm does, stay in memory."""
 
     PRODUCTS: tuple[tuple[Any, str], ...]
@@ -119,7 +119,7 @@ class Backend(Protocol):
         """Return the names of the stock layers that fail in a dtype, in a call or its gradient."""
         return ()
 
-    def recurrence_dtype(self, dtype: str) -> str:
+    def rnn_dtype(self, dtype: str) -> str:
         """Return the dtype for a whole LSTM or GRU that computes in `dtype`."""
         return dtype
 
@@ -132,7 +132,7 @@ class Backend(Protocol):
                 `SUMS_IN_COMPUTE_DTYPE`, it is not cast to their dtype.
         """
         if self.SUMS_IN_COMPUTE_DTYPE:
-            bias = ops.cast(bias, wide_dtype(bias))
+            bias = ops.cast(bias, accumulation_dtype(bias))
         return ops.add(outputs, bias)
 
     def rows(self, table: Any, ids: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class Backend(Protocol):
         return ops.take(table, ids, axis=0)
 
     @abstractmethod
-    def matmul_wide(self, left: Tensor, right: Tensor, dtype: str) -> Tensor:
+    def matmul_to_dtype(self, left: Tensor, right: Tensor, dtype: str) -> Tensor:
         """Return the matrix product in `dtype`, without rounding it to that of the factors."""
 
     def has_flash_attention(
@@ -155,7 +155,7 @@ class Backend(Protocol):
         return False
 
     @abstractmethod
-    def mixes_dtypes(self, error: Exception) -> bool:
+    def is_mixed_dtype_error(self, error: Exception) -> bool:
         """Return whether an error says that operands of different float dtypes met."""
 
     def trace(
@@ -188,18 +188,18 @@ class Backend(Protocol):
         """Return the numbers of a gradient, a sparse one without densifying it."""
         return gradient
 
-    def with_values(self, gradient: Any, values: Tensor) -> Any:  # noqa: ARG002 - for sparse ones
+    def replace_values(self, gradient: Any, values: Tensor) -> Any:  # noqa: ARG002 - for sparse ones
         """Return `gradient` with other numbers at the same places."""
         return values
 
     def quotient(self, values: Tensor, divisor: Tensor) -> Tensor:
         """Return a tensor divided by a scalar, in float32, or float64 if it came so."""
-        dtype = wide_dtype(values)
+        dtype = accumulation_dtype(values)
         return ops.divide(ops.cast(values, dtype), ops.cast(divisor, dtype))
 
     def dtypes_of(self, variables: Sequence[Any]) -> list[str]:
         """Return Keras's name of the dtype of each variable."""
-        return [name_of(v.dtype) for v in variables]
+        return [dtype_name(v.dtype) for v in variables]
 
     def shapes_of(self, variables: Sequence[Any]) -> list[Any]:
         """Return the shape of each variable, to be compared with that of its gradient."""
@@ -251,7 +251,7 @@ class Backend(Protocol):
         """
         return [False] * len(grads)
 
-    def updates_apart(self) -> bool:
+    def can_split_update(self) -> bool:
         """Return whether Keras may update some variables of a step, and fused kernels others."""
         return True
 
@@ -298,7 +298,7 @@ class Backend(Protocol):
         return finite_sums(squares, norm)
 
     def norms(self, values: Sequence[Tensor], scale: Tensor) -> Tensor:
-        """Return the norm of each tensor of quotients, a vector; where `KEEPS_QUOTIENTS`."""
+        """Return the norm of each tensor of quotients, a vector; where `MATERIALIZES_QUOTIENTS`."""
         raise NotImplementedError
 
     # ---------------------------------------------------------------------------------- places
@@ -307,14 +307,14 @@ class Backend(Protocol):
         """Return what tells this replica and this trace from others; None in eager code."""
         return None, None
 
-    def refuse_pure_step(self) -> None:
+    def require_pure_step(self) -> None:
         """Raise where a step cannot be a pure function: where it changes variables in place."""
 
-    def is_one_replica(self) -> bool:
+    def has_single_replica(self) -> bool:
         """Return whether no other process or device has a part in this step."""
         return True
 
-    def refuse_no_replica(self) -> None:
+    def require_replica_context(self) -> None:
         """Raise where gradients have no replica."""
 
     def all_reduce(
@@ -408,14 +408,14 @@ class Backend(Protocol):
         """
         raise NotImplementedError
 
-    def sum_once(self, optimizers: Sequence[Any]) -> None:
+    def all_reduce_once(self, optimizers: Sequence[Any]) -> None:
         """Keep optimizers from summing over replicas once more what a step has summed."""
 
     @abstractmethod
-    def start_as(self, variable: Any, other: Any) -> None:
+    def initialize_from(self, variable: Any, other: Any) -> None:
         """Give a variable that holds nothing but zeros the value of another one."""
 
-    def keep_apart(self, variable: Any, other: Any) -> None:
+    def unshare_memory(self, variable: Any, other: Any) -> None:
         """Give a variable memory of its own where it shares that of another one."""
 
     @abstractmethod

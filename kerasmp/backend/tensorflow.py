@@ -15,8 +15,8 @@ import tensorflow as tf
 from tensorflow.python.framework import kernels, op_callbacks
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from kerasmp.backend.keras_internals import compute_output_spec, states_of
-from kerasmp.backend.protocol import Backend, in_parts, wide_dtype
+from kerasmp.backend.keras_internals import compute_output_spec, non_trainable_state
+from kerasmp.backend.protocol import Backend, accumulation_dtype, in_parts
 from kerasmp.errors import BackendError, LossScaleError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _along_last(outputs: Any, bias: Any) -> bool:
 class TensorFlow(Backend):
     """See `Backend`."""
 
-    FUSED = True
+    HAS_FUSED_UPDATES = True
     # In bfloat16 that of a vector along the last axis, in float16 of nearly any other.
     SUMS_IN_COMPUTE_DTYPE = True
     # Keras's method that sums gradients over replicas; tests/backend tells when it moves.
@@ -154,8 +154,8 @@ class TensorFlow(Backend):
         """
         if not isinstance(ids, tf.Tensor):  # Keras knows sparse and ragged ones
             return super().rows(table, ids)
-        held = table.value if isinstance(table, keras.Variable) else table
-        return tf.gather(held, tf.where(ids < 0, ids + table.shape[0], ids))
+        values_of = table.value if isinstance(table, keras.Variable) else table
+        return tf.gather(values_of, tf.where(ids < 0, ids + table.shape[0], ids))
 
     def without_kernel(self, dtype: str) -> tuple[str, ...]:
         """Return the names of the stock layers that fail in a dtype, in a call or its gradient."""
@@ -184,7 +184,7 @@ class TensorFlow(Backend):
         """Return the shape of a tensor as far as it is known, or None."""
         return None if values.shape.rank is None else tuple(values.shape)
 
-    def with_values(self, gradient: Any, values: Any) -> Any:
+    def replace_values(self, gradient: Any, values: Any) -> Any:
         """Return `gradient` with other numbers at the same places."""
         if isinstance(gradient, tf.IndexedSlices):
             return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
@@ -192,7 +192,7 @@ class TensorFlow(Backend):
 
     def quotient(self, values: Any, divisor: Any) -> Any:
         """Return a tensor divided by a scalar, in float32, or float64 if it came so."""
-        dtype = wide_dtype(values)
+        dtype = accumulation_dtype(values)
         values = tf.cast(values, dtype)
         if dtype == "float32" and _by_xla():
             # Which computes a product anew where it is used, but writes a quotient to memory.
@@ -215,7 +215,7 @@ class TensorFlow(Backend):
         """Return whether each gradient is a dense tensor of at most float32, and there at all."""
         return [isinstance(g, tf.Tensor) and g.dtype != tf.float64 for g in grads]
 
-    def updates_apart(self) -> bool:
+    def can_split_update(self) -> bool:
         """Return whether Keras may update some variables of a step, and fused kernels others."""
         return not _by_xla()  # where fused updates run in no branch
 
@@ -245,7 +245,9 @@ class TensorFlow(Backend):
             return tf.cond(scale >= 1, lambda: _finite_by_product(values, scale), exactly)
         if by_xla or len(values) < FEW or not wide:
             return exactly()
-        sums = [tf.cast(tf.nn.l2_loss(tf.cast(v, wide_dtype(v))), "float32") for v in values]
+        sums = [
+            tf.cast(tf.nn.l2_loss(tf.cast(v, accumulation_dtype(v))), "float32") for v in values
+        ]
         # Of halves: a norm would be made of twice that.
         clearly = tf.math.is_finite(2.0 * tf.add_n(sums)) & (scale >= 1)
         return tf.cond(clearly, lambda: tf.ones((len(values),), "bool"), exactly)
@@ -261,7 +263,7 @@ class TensorFlow(Backend):
         """Return whether a graph is made here."""
         return not tf.executing_eagerly()
 
-    def refuse_pure_step(self) -> None:
+    def require_pure_step(self) -> None:
         """Raise where a step cannot be a pure function: always."""
         raise LossScaleError(
             "stateless_apply is not supported with the TensorFlow backend.",
@@ -270,11 +272,11 @@ class TensorFlow(Backend):
             fix="Call optimizer.apply(grads, variables), also inside a tf.function.",
         )
 
-    def is_one_replica(self) -> bool:
+    def has_single_replica(self) -> bool:
         """Return whether no strategy spreads this step."""
         return not tf.distribute.has_strategy()
 
-    def refuse_no_replica(self) -> None:
+    def require_replica_context(self) -> None:
         """Raise where gradients have no replica.
 
         Raises:
@@ -314,7 +316,7 @@ class TensorFlow(Backend):
             return grads, losses
         context = tf.distribute.get_replica_context()
         sent = [
-            None if g is None else self.with_values(g, _widened(self.dense_values(g)))
+            None if g is None else self.replace_values(g, _widened(self.dense_values(g)))
             for g in grads
         ]
         if losses:
@@ -334,7 +336,7 @@ class TensorFlow(Backend):
             for g, v in zip(received, variables, strict=True)
         ], losses
 
-    def sum_once(self, optimizers: Sequence[Any]) -> None:
+    def all_reduce_once(self, optimizers: Sequence[Any]) -> None:
         """Keep optimizers from summing over the replicas once more what a step has summed.
 
         Keras has no public way: its TensorFlow optimizer sums in a method of its own, after
@@ -471,7 +473,7 @@ class TensorFlow(Backend):
             _assign_if(applied, variable, _shrunk(variable, weight.decay) + step)
 
     @tf.autograph.experimental.do_not_convert  # its conditions are about now, not about the graph
-    def start_as(self, variable: Any, other: Any) -> None:
+    def initialize_from(self, variable: Any, other: Any) -> None:
         """Give a variable that holds nothing but zeros the value of another one."""
         # Now, also while a graph is traced, which would run without this the next time.
         with tf.init_scope():
@@ -483,7 +485,7 @@ class TensorFlow(Backend):
             if not variable.value.is_initialized() or not tf.reduce_any(tf.not_equal(variable, 0)):
                 variable.assign(source)
 
-    def matmul_wide(self, left: Any, right: Any, dtype: str) -> Any:
+    def matmul_to_dtype(self, left: Any, right: Any, dtype: str) -> Any:
         """Return the matrix product in `dtype`, without rounding it to that of the factors.
 
         The factors are cast first. `tf.matmul(..., output_type=)` takes float16 and gives float32
@@ -508,7 +510,7 @@ class TensorFlow(Backend):
             )
         return alike, lambda: None
 
-    def mixes_dtypes(self, error: Exception) -> bool:
+    def is_mixed_dtype_error(self, error: Exception) -> bool:
         """Return whether an error says that operands of different float dtypes met."""
         kinds = (TypeError, ValueError, tf.errors.InvalidArgumentError)
         return isinstance(error, kinds) and MIXED_DTYPES.search(str(error)) is not None
@@ -536,7 +538,11 @@ class TensorFlow(Backend):
         if tf.executing_eagerly() and not model.built:
             # What the step itself would make could not be put back; a graph is traced again.
             model(keras.utils.unpack_x_y_sample_weight(data)[0], training=False)
-        guarded = [v for v in (*states_of(model), *model.metrics_variables) if v.dtype != "string"]
+        guarded = [
+            v
+            for v in (*non_trainable_state(model), *model.metrics_variables)
+            if v.dtype != "string"
+        ]
         before = [tf.identity(v.value) for v in guarded]
         skips = [o.skips() for o in optimizers]
         known = {id(v) for v in model.metrics_variables}
@@ -689,7 +695,7 @@ def _finite_by_product(values: Sequence[Any], scale: Any) -> Any:
     found = []
     for each in values:
         columns = (each.shape[-1] if each.shape.rank else 1) or 1  # none, or not known
-        rows = tf.reshape(tf.cast(each, wide_dtype(each)), (-1, columns))
+        rows = tf.reshape(tf.cast(each, accumulation_dtype(each)), (-1, columns))
         zeros = tf.fill((columns, 1), tf.cast(zero, rows.dtype))
         found.append(tf.reduce_all(tf.equal(tf.matmul(rows, zeros), 0)))
     return tf.stack(found)

@@ -13,8 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from kerasmp.backend.keras_internals import compute_output_spec, held, states_of
-from kerasmp.backend.protocol import Backend, finite_sums, in_parts, name_of
+from kerasmp.backend.keras_internals import compute_output_spec, non_trainable_state, values_of
+from kerasmp.backend.protocol import Backend, dtype_name, finite_sums, in_parts
 from kerasmp.errors import BackendError
 
 if TYPE_CHECKING:
@@ -49,11 +49,11 @@ _LEAST_RATE = 2.0**-28
 class Torch(Backend):
     """See `Backend`."""
 
-    LAYERS_KEEP_DTYPES = False
-    FUSED = True
+    AUTOCASTS_NESTED_LAYERS = False
+    HAS_FUSED_UPDATES = True
     PRODUCTS = tuple((torch, name) for name in ("matmul", "inner", "vdot", "einsum", "tensordot"))
 
-    def recurrence_dtype(self, dtype: str) -> str:
+    def rnn_dtype(self, dtype: str) -> str:
         """Return the dtype for a whole LSTM or GRU that computes in `dtype`.
 
         torch's own loop for the CPU sums the gradients of kernels over the time steps in `dtype`.
@@ -61,7 +61,7 @@ class Torch(Backend):
         narrow = dtype in {"float16", "bfloat16"} and not torch.cuda.is_available()
         return "float32" if narrow else dtype
 
-    def matmul_wide(self, left: Any, right: Any, dtype: str) -> Any:
+    def matmul_to_dtype(self, left: Any, right: Any, dtype: str) -> Any:
         """Return the matrix product in `dtype`, without rounding it to that of the factors."""
         # No kernel of torch's that has a gradient takes float16 and gives float32.
         wide = getattr(torch, dtype)
@@ -81,7 +81,7 @@ class Torch(Backend):
             return ()
         return ("CutMix",) if torch.cuda.is_available() else ("AveragePooling3D", "CutMix")
 
-    def mixes_dtypes(self, error: Exception) -> bool:
+    def is_mixed_dtype_error(self, error: Exception) -> bool:
         """Return whether an error says that operands of different float dtypes met."""
         return isinstance(error, RuntimeError) and MIXED_DTYPES.search(str(error)) is not None
 
@@ -115,7 +115,7 @@ class Torch(Backend):
 
     def shapes_of(self, variables: Sequence[Any]) -> list[Any]:
         """Return the shape of each variable, to be compared with that of its gradient."""
-        return [v.shape for v in held(variables)]
+        return [v.shape for v in values_of(variables)]
 
     def is_gradient(self, gradient: Any, shape: Any) -> bool:
         """Return whether something is, as it is, a gradient of that shape; None is any shape."""
@@ -126,12 +126,12 @@ class Torch(Backend):
         """Return whether all are, as they are, gradients of their variables, or None."""
         return all(
             g is None or (type(g) is torch.Tensor and g.is_floating_point() and g.shape == v.shape)
-            for g, v in zip(grads, held(variables), strict=True)
+            for g, v in zip(grads, values_of(variables), strict=True)
         )
 
     def dtypes_of(self, variables: Sequence[Any]) -> list[str]:
         """Return Keras's name of the dtype of each variable."""
-        return [name_of(v.dtype) for v in held(variables)]
+        return [dtype_name(v.dtype) for v in values_of(variables)]
 
     def branch_if_cheap(
         self,
@@ -159,7 +159,7 @@ class Torch(Backend):
             and g.layout is strided
             and g.dtype is not wide
             and v.is_contiguous()
-            for g, v in zip(grads, held(variables), strict=True)
+            for g, v in zip(grads, values_of(variables), strict=True)
         ]
 
     def finite_per_tensor(
@@ -292,7 +292,7 @@ class Torch(Backend):
                 torch._foreach_add_(variables, moments[0])
             del steps  # before there are those of the next
 
-    def start_as(self, variable: Any, other: Any) -> None:
+    def initialize_from(self, variable: Any, other: Any) -> None:
         """Give a variable that holds nothing but zeros the value of another one."""
         with torch.no_grad():
             if not variable.value.any():
@@ -328,7 +328,7 @@ class Torch(Backend):
         data: Any,
     ) -> Any:
         """Run a train step and undo its traces if an optimizer skipped; see TensorFlow's."""
-        guarded = [*states_of(model), *model.metrics_variables]
+        guarded = [*non_trainable_state(model), *model.metrics_variables]
         before = [v.value.detach().clone() for v in guarded]
         # Dropout without a seed draws from torch's own generators, not from a Keras variable.
         generators = _generators()
@@ -486,8 +486,8 @@ def _parts(weights: Sequence[Weight], *, scratch: bool = True) -> Iterator[Seque
     for weight in weights:
         if weight.decay is not None:
             weight.variable.value.mul_(1 - weight.decay)
-    moments = [held(kept) for kept in zip(*[w.moments for w in weights], strict=True)]
-    variables, gradients = held([w.variable for w in weights]), [w.gradient for w in weights]
+    moments = [values_of(kept) for kept in zip(*[w.moments for w in weights], strict=True)]
+    variables, gradients = values_of([w.variable for w in weights]), [w.gradient for w in weights]
     ready = {g.dtype for g in gradients} == {torch.float32} and all(
         map(torch.Tensor.is_contiguous, gradients)
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp.backend.keras_graph import called_parts, has_call, refresh_symbolic_dtypes
-from kerasmp.backend.keras_internals import flatten_layers, losses_kept
+from kerasmp.backend.keras_internals import flatten_layers, preserve_losses
 from kerasmp.backend.variable_dtypes import set_variable_dtype
 from kerasmp.conversion.costs import measure
 from kerasmp.conversion.half_variables import (
@@ -289,7 +289,7 @@ def _build(model: Any, sample: Any) -> None:
     if is_callable and not model.built and sample is not None:
         build_with(model, sample)
         if not model.built:
-            with _calls_on_sample(model), losses_kept(model):
+            with _calls_on_sample(model), preserve_losses(model):
                 model(sample, training=False)
     if not any(part.built for part in parts):
         reason = "" if is_callable else ", which has no call, and none of its parts is built"

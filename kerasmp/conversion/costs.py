@@ -6,7 +6,12 @@ from typing import Any, NamedTuple
 
 import keras
 
-from kerasmp.backend.keras_internals import flatten_layers, losses_kept, own_variables, states_of
+from kerasmp.backend.keras_internals import (
+    flatten_layers,
+    non_trainable_state,
+    own_variables,
+    preserve_losses,
+)
 from kerasmp.backend.profiler import Profile, profile
 
 _KERNEL_RANK = 2
@@ -53,9 +58,9 @@ def measure(model: Any, sample: Any) -> dict[int, Cost]:
     >>> costs[id(model.layers[0])].multiply_adds
     {'float32': 24}
     """
-    states = [(state, keras.ops.copy(state.value)) for state in states_of(model)]
+    states = [(state, keras.ops.copy(state.value)) for state in non_trainable_state(model)]
     try:
-        with losses_kept(model), profile() as seen:
+        with preserve_losses(model), profile() as seen:
             model(sample, training=False)
     finally:
         for state, value in states:

@@ -19,9 +19,9 @@ from kerasmp.backend.keras_graph import called_parts, calls, dtypes_of_graphs, g
 from kerasmp.backend.keras_internals import (
     AutocastScope,
     flatten_layers,
-    layers_in,
-    traces_kept,
-    whole_tracebacks,
+    layers_in_traceback,
+    preserve_layers,
+    unfiltered_tracebacks,
 )
 from kerasmp.errors import BackendError, PolicyError, first_line
 from kerasmp.model import Model
@@ -73,7 +73,7 @@ def settle(
     """
     trial = _Trial(rows)
     trial.keep_without_kernels()
-    with whole_tracebacks():
+    with unfiltered_tracebacks():
         for part in called_parts(model):
             if graph_of(part) is None and trial.is_needed(part):
                 trial.settle(part, call_attempts(part, sample if part is model else None))
@@ -285,7 +285,7 @@ def trace_call(call: Any, args: Any, kwargs: Any, *, training: bool, backwards: 
 
 def _error(layer: Any, attempt: Attempt) -> Exception | None:
     try:
-        with traces_kept(layer):
+        with preserve_layers(layer):
             attempt()
     except Exception as error:  # noqa: BLE001 - a user's layer may raise any
         return error
@@ -298,16 +298,16 @@ def _in_float32(value: Any) -> Any:
 
 
 def culprits(error: Exception, layer: Any) -> list[Any]:
-    """Return the layers in a layer, itself included, that an error comes from, innermost first."""
+    """Return the layers in a layer, itself included, that an error comes from, innermost_step first."""
     inside = flatten_layers(layer)
-    found = [each for each in layers_in(error) if any(each is part for part in inside)]
+    found = [each for each in layers_in_traceback(error) if any(each is part for part in inside)]
     names = "/".join(getattr(error, "__notes__", ())).split("/")
     return found or [part for name in reversed(names) for part in inside if part.name == name]
 
 
 def raised(model: Any, error: Exception) -> str:
     """Return which layer of a model raised an error, and the error, for a message."""
-    layers = layers_in(error)
+    layers = layers_in_traceback(error)
     path = (layers[0].path or layers[0].name) if layers else model.name
     return f'"{path}", which raised {first_line(error)}'
 

@@ -268,7 +268,7 @@ def _going_their_own_way(model: Any, dtypes: dict[int, str]) -> Iterator[Finding
         layer = call.operation
         if not isinstance(layer, keras.Layer) or not is_custom(layer):
             continue
-        if not current().LAYERS_KEEP_DTYPES and children(layer):
+        if not current().AUTOCASTS_NESTED_LAYERS and children(layer):
             continue  # traced there, variables do not follow the policy, and all looks like float32
         wide = {dtypes[id(t)] for t in call.outputs if id(t) in dtypes} & {"float32", "float64"}
         if layer.compute_dtype in HALVES and wide:

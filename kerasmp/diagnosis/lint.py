@@ -10,9 +10,9 @@ import numpy as np
 from kerasmp.backend.keras_graph import called_parts, dtypes_of_graphs, graph_of, has_call
 from kerasmp.backend.keras_internals import (
     flatten_layers,
-    losses_kept,
-    traces_kept,
-    whole_tracebacks,
+    preserve_layers,
+    preserve_losses,
+    unfiltered_tracebacks,
 )
 from kerasmp.conversion.trial import call_attempts, culprits, is_all_stock, trace_call
 from kerasmp.diagnosis import data, dtypes, outputs, sizes, source, traced, training
@@ -69,7 +69,7 @@ def lint(model: Any, x: Any = None) -> LintReport:
                 fix="Pass what model.predict_on_batch takes.",
             )
         _refuse_other_inputs(model, arrays)
-    with losses_kept(model):
+    with preserve_losses(model):
         return sorted_report(_told_once(_findings(model, x)))
 
 
@@ -117,7 +117,7 @@ def _findings(model: Any, x: Any) -> list[Finding]:
         if failed:
             return [*cheap_findings(model), *failed]
     # Not before: building makes tensors that have to stay.
-    with traces_kept(model):
+    with preserve_layers(model):
         return _findings_of_built(model, x)
 
 
@@ -174,7 +174,7 @@ def _ask_for_kernels(operation: Any, args: Any, kwargs: Any) -> None:
 def _tried(model: Any, action: Callable[[], Any]) -> tuple[Any, list[Finding]]:
     """Return what an action that calls layers returns, or None and what it raised, as a finding."""
     try:
-        with whole_tracebacks():
+        with unfiltered_tracebacks():
             return action(), []
     except Exception as error:  # noqa: BLE001 - whatever a layer raises
         layers = culprits(error, model)

@@ -9,7 +9,7 @@ from keras import ops
 
 from kerasmp.layers.in_float32 import NeverCastWeights
 from kerasmp.layers.twin import twin
-from kerasmp.ops.precision import wide_dtype
+from kerasmp.ops.precision import accumulation_dtype
 from kerasmp.ops.softmax import masked_softmax
 
 _VECTOR_PER_BATCH = 2  # the rank of a mask of the values, (batch, values)
@@ -23,7 +23,7 @@ class _Float32Scores(NeverCastWeights):
     """
 
     def _calculate_scores(self, query: Any, key: Any) -> Any:
-        wide = wide_dtype(self.compute_dtype)
+        wide = accumulation_dtype(self.compute_dtype)
         return super()._calculate_scores(ops.cast(query, wide), ops.cast(key, wide))
 
     def _apply_scores(

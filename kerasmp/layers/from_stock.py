@@ -29,7 +29,7 @@ from kerasmp.layers.masking import as_it_comes, differs
 from kerasmp.layers.projection import EinsumDense as Projection
 from kerasmp.layers.projection import projections_in
 from kerasmp.layers.quantizing import QuantizesAsStock, without_type_check
-from kerasmp.ops.precision import OneNode, wide_dtype
+from kerasmp.ops.precision import OneNode, accumulation_dtype
 from kerasmp.policy.apply import recast_statistics
 from kerasmp.policy.locations import Location, locations
 from kerasmp.policy.safe import ATTENTION
@@ -193,7 +193,7 @@ def _keeps_its_parts(layer: Any) -> bool:
 
 
 def _is_narrow(layer: Any) -> bool:
-    return wide_dtype(layer.compute_dtype) != str(layer.compute_dtype)
+    return accumulation_dtype(layer.compute_dtype) != str(layer.compute_dtype)
 
 
 def _turn(layer: Any, ours: type, holders: Counter[int], undo: Undo) -> None:

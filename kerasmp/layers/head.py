@@ -9,7 +9,7 @@ from keras import ops
 
 from kerasmp.errors import PolicyError
 from kerasmp.layers.in_float32 import NeverCastWeights
-from kerasmp.ops.precision import registered, wide_dtype
+from kerasmp.ops.precision import accumulation_dtype, registered
 
 
 @registered
@@ -64,7 +64,7 @@ class DenseHead(NeverCastWeights, keras.layers.Dense):
     def output_dtype(self) -> str:
         """float32, or float64 where the policy computes in float64."""
         # Not result_type(), which knows no float64 on JAX and torch.
-        return wide_dtype(self.compute_dtype)
+        return accumulation_dtype(self.compute_dtype)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: ARG002, FBT001 - Keras's
         """Return `activation(inputs @ kernel + bias)`."""

@@ -16,7 +16,7 @@ from kerasmp.ops.attention import (
     causal_mask,
     dot_product_attention,
 )
-from kerasmp.ops.precision import registered, wide_dtype
+from kerasmp.ops.precision import accumulation_dtype, registered
 from kerasmp.ops.softmax import masked_softmax
 
 _SEQUENCES = 3  # the rank of inputs (batch, time, features), and one less than of what is projected
@@ -195,7 +195,7 @@ class MultiHeadAttention(_WideScores, keras.layers.MultiHeadAttention):
         training: bool | None,  # noqa: FBT001
     ) -> tuple[Any, Any]:
         """Attend over several axes, or besides others, by the equations that Keras made."""
-        dtype = wide_dtype(self.compute_dtype)
+        dtype = accumulation_dtype(self.compute_dtype)
         query, key, value = (ops.cast(x, dtype) for x in (query, key, value))
         scores = ops.einsum(self._dot_product_equation, key, query) * scale
         if mask is not None:

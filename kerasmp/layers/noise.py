@@ -10,7 +10,7 @@ from keras import ops
 
 from kerasmp.layers.twin import twin
 from kerasmp.ops import in_float32
-from kerasmp.ops.precision import wide_dtype
+from kerasmp.ops.precision import accumulation_dtype
 
 
 class _DropsInFloat32(keras.layers.Layer):
@@ -91,7 +91,7 @@ class _Gaussian(keras.layers.Layer):
             ops.shape(inputs),
             mean=mean,
             stddev=stddev,
-            dtype=wide_dtype(self.compute_dtype),
+            dtype=accumulation_dtype(self.compute_dtype),
             seed=self.seed_generator,
         )
 

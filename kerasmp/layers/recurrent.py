@@ -155,7 +155,7 @@ def _widened(
     training: bool,  # noqa: FBT001 - as Keras passes it
 ) -> Any:
     """Run Keras's loop, which may be the backend's own, in the dtype that the latter needs."""
-    dtype = current().recurrence_dtype(layer.cell.compute_dtype)
+    dtype = current().rnn_dtype(layer.cell.compute_dtype)
     if dtype == layer.cell.compute_dtype:
         return loop(*tensors, mask, training=training)
     with AutocastScope(dtype):

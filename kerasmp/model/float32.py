@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kerasmp.backend.keras_internals import flatten_layers, with_mask_of
+from kerasmp.backend.keras_internals import copy_mask, flatten_layers
 from kerasmp.model.hints import dtype_hints
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def cast(tensor: Any, dtype: str) -> Any:
     """Return a float tensor in another dtype, with its mask, and any other tensor unchanged."""
     if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype)):
         return tensor
-    return with_mask_of(tensor, keras.ops.cast(tensor, dtype))
+    return copy_mask(tensor, keras.ops.cast(tensor, dtype))
 
 
 def float32_predictions(method: Callable[..., Any]) -> Callable[..., Any]:

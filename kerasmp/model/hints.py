@@ -31,7 +31,7 @@ def dtype_hints() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if backend.current().mixes_dtypes(error) and not getattr(error, "__notes__", ()):
+        if backend.current().is_mixed_dtype_error(error) and not getattr(error, "__notes__", ()):
             error.add_note(f"kerasmp: operands of different float dtypes meet {_place(error)}.")
             error.add_note(_FIX)
         raise

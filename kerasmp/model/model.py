@@ -124,7 +124,7 @@ class Model(keras.Model):
         if is_guarded(name):
             guard_replaced(self, Model)
 
-    @backend.as_written
+    @backend.without_autograph
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs, in the `output` dtype of the policy that the model was made under."""
         self._apply_rules(*args)

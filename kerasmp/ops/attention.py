@@ -11,7 +11,7 @@ from keras import ops
 
 from kerasmp.backend import current
 from kerasmp.errors import ArgumentError, check_bool
-from kerasmp.ops.precision import registered, wide_dtype
+from kerasmp.ops.precision import accumulation_dtype, registered
 from kerasmp.ops.softmax import hide
 
 # Heads stand third in the inputs and second in what is multiplied: (batch, heads, time, depth).
@@ -189,10 +189,10 @@ def attention_scores(query: Any, key: Any, scale: Any) -> Any:
     Returns:
         Tensor of shape `(batch, heads, queries, keys)`.
     """
-    products = current().matmul_wide(
+    products = current().matmul_to_dtype(
         ops.transpose(query, _HEADS_FIRST),
         ops.transpose(key, _HEADS_FIRST_TRANSPOSED),
-        wide_dtype(query.dtype),
+        accumulation_dtype(query.dtype),
     )
     # Afterwards: a scaled float16 query would be rounded once more.
     return products * scale
@@ -214,7 +214,7 @@ def attend(weights: Any, value: Any, dtype: str) -> Any:
     """
     values = ops.cast(ops.transpose(value, _HEADS_FIRST), weights.dtype)
     # Not ops.matmul, which knows no float64 on torch.
-    averages = current().matmul_wide(weights, values, wide_dtype(weights.dtype))
+    averages = current().matmul_to_dtype(weights, values, accumulation_dtype(weights.dtype))
     return ops.transpose(ops.cast(averages, dtype), _HEADS_FIRST)
 
 

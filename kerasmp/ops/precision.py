@@ -82,12 +82,12 @@ def widen(tensors: Any) -> Any:
     return ops.cast(tensors, "float32") if is_narrow(tensors.dtype) else tensors
 
 
-def wide_dtype(dtype: Any) -> str:
+def accumulation_dtype(dtype: Any) -> str:
     """Return the dtype to compute in: float64 for float64, else float32.
 
     Example:
 
-    >>> wide_dtype("float16"), wide_dtype("float64")
+    >>> accumulation_dtype("float16"), accumulation_dtype("float64")
     ('float32', 'float64')
     """
     return "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"

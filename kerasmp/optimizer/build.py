@@ -29,7 +29,7 @@ def add_variables(optimizer: LossScaleOptimizer, variables: Sequence[Any]) -> No
         variables: The trainable variables.
     """
     inner, framework = optimizer.inner_optimizer, backend.current()
-    framework.sum_once(optimizer_chain(inner))
+    framework.all_reduce_once(optimizer_chain(inner))
     with keras.name_scope(optimizer.name):
         # TensorFlow's checkpoints depend on the order of variables: those of stock Keras come
         # first, in its order, and those that depend on the schedule last.
@@ -49,7 +49,7 @@ def add_variables(optimizer: LossScaleOptimizer, variables: Sequence[Any]) -> No
         # Keras's averages are zeros until the first update, which copies the weights to them. If
         # the first steps are skipped, SwapEMAWeights would put these zeros into the model.
         for variable, average in weights_and_averages(inner):
-            framework.start_as(average, variable)
+            framework.initialize_from(average, variable)
 
 
 def _add_state(optimizer: LossScaleOptimizer, key: str, value: float) -> None:

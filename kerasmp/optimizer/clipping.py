@@ -33,7 +33,7 @@ def clip_divisors(inner: Any, step: Step) -> list[Any] | None:
     """
     framework = backend.current()
     norm = inner.clipnorm or inner.global_clipnorm or 0
-    if norm <= 0 or not framework.KEEPS_QUOTIENTS:
+    if norm <= 0 or not framework.MATERIALIZES_QUOTIENTS:
         return None
     if (
         inner.gradient_accumulation_steps

@@ -59,7 +59,7 @@ class Fused:
             schedule: The schedule of the loss scale.
         """
         known = type(inner) in _classes() and _largest_scale(schedule) <= LARGEST_SCALE
-        fits = backend.current().FUSED and known and not has_replaced_methods(inner)
+        fits = backend.current().HAS_FUSED_UPDATES and known and not has_replaced_methods(inner)
         return cls(inner) if fits else None
 
     def for_step(
@@ -75,7 +75,7 @@ class Fused:
         inner = self.inner
         framework = backend.current()
         if (
-            not framework.is_one_replica()
+            not framework.has_single_replica()
             or (inner.use_ema or inner.gradient_accumulation_steps or inner.clipnorm)
             or (inner.clipvalue or getattr(inner, "amsgrad", False))
             or not all(isinstance(v, keras.Variable) for v in variables)
@@ -93,7 +93,7 @@ class Fused:
         # Keras can update the others separately if these need no norm of all gradients and have
         # gradients.
         separable = not inner.global_clipnorm and all(g is not None for g in grads)
-        if all(fits) or (any(fits) and separable and framework.updates_apart()):
+        if all(fits) or (any(fits) and separable and framework.can_split_update()):
             return Fused(inner, fits)
         return None
 

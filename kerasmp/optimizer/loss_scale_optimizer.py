@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.keras_internals import are_all_of, unchanged_if_it_fails
+from kerasmp.backend.keras_internals import is_built_with, restore_on_error
 from kerasmp.backend.nested import optimizer_chain
 from kerasmp.optimizer import (
     build,
@@ -135,7 +135,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if self.built:
             return
         var_list = step_arguments.as_variables("var_list", var_list)
-        with unchanged_if_it_fails(optimizer_chain(self)):
+        with restore_on_error(optimizer_chain(self)):
             build.add_variables(self, var_list)
             keras.optimizers.Optimizer.build(self, var_list)
 
@@ -154,7 +154,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def indices_of(self, variables: Sequence[Any]) -> list[int]:
         """Return the index of each variable among `target_variables`."""
-        if are_all_of(self, variables):
+        if is_built_with(self, variables):
             return list(range(len(variables)))
         return [self._get_variable_index(v) for v in variables]
 
@@ -163,7 +163,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     # ---------------------------------------------------------------- a step
 
-    @backend.as_written
+    @backend.without_autograph
     def scale_loss(self, loss: Any) -> Any:
         """Return `loss` times the current scale, in float32.
 
@@ -188,7 +188,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     get_unscaled_gradients = scaling.get_unscaled_gradients
     forget_unscaled = scaling.forget_unscaled
 
-    @backend.as_written
+    @backend.without_autograph
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Unscale, check and apply the gradients of the scaled loss, or skip the step.
 
@@ -218,11 +218,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             return
         # Errors come first, before anything is created or changed.
         variables = step_arguments.variables_for(self, grads, given)
-        backend.current().refuse_no_replica()
+        backend.current().require_replica_context()
         grads = step_arguments.as_gradients(grads, variables)
         update.run(self, update.prepare_step(self, grads, variables))
 
-    @backend.as_written
+    @backend.without_autograph
     def apply_gradients(self, grads_and_vars: Any) -> Any:
         """Apply `(gradient, variable)` pairs, and return `iterations` as tf.keras does."""
         grads, variables = step_arguments.unzip_pairs(grads_and_vars)
@@ -250,7 +250,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             LossScaleError: If the optimizer is not built, the number of values is wrong, or every
                 gradient is None. Always on TensorFlow, as with a plain Keras optimizer.
         """
-        backend.current().refuse_pure_step()
+        backend.current().require_pure_step()
         state, grads, weights = step_arguments.pure_step_arguments(
             self, optimizer_variables, grads, trainable_variables
         )

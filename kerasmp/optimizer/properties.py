@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.keras_internals import steps_of
+from kerasmp.backend.keras_internals import step_count
 from kerasmp.backend.nested import optimizer_chain
 from kerasmp.errors import LossScaleError
 from kerasmp.optimizer import counters
@@ -169,7 +169,7 @@ def accumulated_steps(optimizer: LossScaleOptimizer) -> int | None:
     """
     inside = optimizer_chain(optimizer.inner_optimizer)
     windows = [(o, o.gradient_accumulation_steps) for o in inside]
-    return max((steps_of(o) % int(number) for o, number in windows if number), default=None)
+    return max((step_count(o) % int(number) for o, number in windows if number), default=None)
 
 
 def initial_scale(optimizer: LossScaleOptimizer) -> float:

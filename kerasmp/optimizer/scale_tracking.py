@@ -10,7 +10,7 @@ import keras
 
 from kerasmp import backend
 from kerasmp.backend.by_identity import ByIdentity
-from kerasmp.backend.calls import innermost
+from kerasmp.backend.calls import innermost_step
 from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.loss_scale import FixedLossScale, NoLossScale
 
@@ -49,7 +49,7 @@ def record_scaling(optimizer: LossScaleOptimizer, what: str) -> None:
     """
     if _is_always_1(optimizer):
         return
-    call = innermost()
+    call = innermost_step()
     if call is None:
         if not _HAVE_SCALED.get(optimizer) and backend.current().is_traced():
             _HAVE_SCALED[optimizer] = True
@@ -75,7 +75,7 @@ def record_read(optimizer: LossScaleOptimizer, what: str) -> None:
         optimizer: The optimizer.
         what: What is read, for the message.
     """
-    call = innermost()
+    call = innermost_step()
     if call is None or not _contains(call.unscaled, optimizer):
         record_scaling(optimizer, what)
 
@@ -97,7 +97,7 @@ def is_loss_scaled(optimizer: LossScaleOptimizer) -> bool:
         LossScaleWarning: Once for each optimizer, if the loss is not scaled, or if code that was
             traced for a previous optimizer may scale it.
     """
-    call = innermost()
+    call = innermost_step()
     if call is None or _is_always_1(optimizer):
         return True
     if _HAVE_SCALED.get(optimizer):
@@ -240,7 +240,7 @@ def _scaled_by_previous(optimizer: LossScaleOptimizer, model: Any) -> str:
 
 def _not_scaled(optimizer: LossScaleOptimizer, model: Any) -> str:
     scaling = "scaled = self.optimizer.scale_loss(loss)"
-    if backend.current().PURE:
+    if backend.current().NEEDS_PURE_STEP:
         how = (
             "In the function that is differentiated, write `with keras.StatelessScope(list(zip("
             f"self.optimizer.variables, optimizer_variables))): {scaling}` and return `scaled`"

@@ -65,7 +65,7 @@ def get_scaled_loss(self: LossScaleOptimizer, loss: Any) -> Any:
     return (lambda: self.scale_loss(loss())) if callable(loss) else self.scale_loss(loss)
 
 
-@backend.as_written
+@backend.without_autograph
 def get_unscaled_gradients(
     self: LossScaleOptimizer, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None
 ) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.protocol import wide_dtype
+from kerasmp.backend.protocol import accumulation_dtype
 from kerasmp.optimizer.counters import APPLIED, cause_of, count_skip, last_step_skipped
 from kerasmp.optimizer.gradient_statistics import STATISTICS
 
@@ -82,7 +82,7 @@ def divide_gradient(gradient: Any, variable: Any, divisor: Any) -> Any:
     if gradient is None or takes_gradient_as_value(variable):
         return gradient
     framework = backend.current()
-    return framework.with_values(
+    return framework.replace_values(
         gradient, framework.quotient(framework.dense_values(gradient), divisor)
     )
 
@@ -122,7 +122,9 @@ def _check_finite(step: Step, check: Callable[..., Any]) -> Any:
     kept = [d for g, d in zip(step.grads, step.dtypes, strict=True) if g is not None]
     if not values:  # the model has no trainable variables
         values, kept = [ops.zeros((1,))], ["float32"]
-    dtypes = [k if k == "float16" else wide_dtype(g) for g, k in zip(values, kept, strict=True)]
+    dtypes = [
+        k if k == "float16" else accumulation_dtype(g) for g, k in zip(values, kept, strict=True)
+    ]
     return check(values, dtypes, step.scale, norm=step.clip_norm)
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.keras_internals import are_all_of
-from kerasmp.backend.protocol import name_of
+from kerasmp.backend.keras_internals import is_built_with
+from kerasmp.backend.protocol import dtype_name
 from kerasmp.errors import ArgumentTypeError, LossScaleError, with_type
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def variables_for(optimizer: Any, grads: Sequence[Any], given: list[Any] | None)
             fix="Pass both lists in the same order.",
         )
     _refuse_all_none(grads)
-    if optimizer.built and not are_all_of(optimizer, variables):
+    if optimizer.built and not is_built_with(optimizer, variables):
         try:
             optimizer._check_variables_are_known(variables)  # noqa: SLF001 - see keras_internals
         except (AttributeError, ValueError) as error:  # an item may lack an attribute of variables
@@ -205,7 +205,7 @@ def _as_gradient(given: Any, variable: Any, shape: Any) -> Any:
     tensor = as_real_tensor("A gradient", values, of_variable)
     if values is not given:
         return given  # a sparse gradient has indices instead of the shape
-    if not keras.backend.is_float_dtype(name_of(tensor.dtype)):
+    if not keras.backend.is_float_dtype(dtype_name(tensor.dtype)):
         tensor = ops.cast(tensor, "float32")
     if shape is None:
         return tensor
@@ -243,7 +243,7 @@ def as_real_tensor(what: str, value: Any, where: str = "") -> Any:
     """
     try:
         tensor = ops.convert_to_tensor(value)
-        dtype = "symbol" if isinstance(tensor, keras.KerasTensor) else name_of(tensor.dtype)
+        dtype = "symbol" if isinstance(tensor, keras.KerasTensor) else dtype_name(tensor.dtype)
     except Exception as error:  # the type of the error depends on the framework
         raise _not_numeric(what, f"{with_type(value)}{where}") from error
     if dtype.startswith("complex"):

@@ -12,8 +12,8 @@ import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.keras_internals import held, weights_and_averages
-from kerasmp.backend.nested import has_own_pure_step, optimizer_chain
+from kerasmp.backend.keras_internals import values_of, weights_and_averages
+from kerasmp.backend.nested import optimizer_chain, overrides_stateless_apply
 from kerasmp.optimizer.clipping import clip, clip_divisors
 from kerasmp.optimizer.scale_tracking import is_loss_scaled
 from kerasmp.optimizer.settings import refuse_second_scale
@@ -96,7 +96,7 @@ def prepare_step(
 def run(optimizer: LossScaleOptimizer, step: Step) -> None:
     """Run a step, and assign its results."""
     framework = backend.current()
-    if framework.PURE:
+    if framework.NEEDS_PURE_STEP:
         _run_compiled(optimizer, step)
         return
     update = functools.partial(_update, optimizer.inner_optimizer)
@@ -173,14 +173,14 @@ def _update(inner: Any, step: Step, applied: Any = None) -> None:
         updates = [
             None
             if u is None
-            else framework.with_values(u, ops.cast(framework.dense_values(u), dtype))
+            else framework.replace_values(u, ops.cast(framework.dense_values(u), dtype))
             for u, dtype in zip(updates, step.dtypes, strict=True)
         ]
     if step.method == "apply_gradients":
         inner.apply_gradients(list(zip(updates, step.variables, strict=True)))
-    elif step.method == "stateless_apply" and has_own_pure_step(inner):
+    elif step.method == "stateless_apply" and overrides_stateless_apply(inner):
         slots = inner.variables
-        weights, state = inner.stateless_apply(held(slots), updates, held(step.variables))
+        weights, state = inner.stateless_apply(values_of(slots), updates, values_of(step.variables))
         for variable, value in zip([*step.variables, *slots], [*weights, *state], strict=True):
             variable.assign(value)
     else:
@@ -245,4 +245,4 @@ def finalize_variable_values(self: LossScaleOptimizer, var_list: Sequence[Any]) 
     if int(ops.convert_to_numpy(self.iterations)) > 0:
         self.inner_optimizer.finalize_variable_values(var_list)
         for variable, average in weights_and_averages(self.inner_optimizer):
-            backend.current().keep_apart(average, variable)
+            backend.current().unshare_memory(average, variable)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import keras
 
-from kerasmp.backend.keras_graph import refresh_symbolic_dtypes, renew_mask_casts, set_policy
+from kerasmp.backend.keras_graph import refresh_symbolic_dtypes, set_policy, update_mask_casts
 from kerasmp.errors import PolicyError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def set_layer_policy(layer: Any, policy: keras.DTypePolicy) -> None:
     if isinstance(layer, keras.layers.Normalization):
         recast_statistics(layer)
     elif isinstance(layer, keras.layers.Masking):
-        renew_mask_casts(layer)
+        update_mask_casts(layer)
 
 
 def check_variable_dtype(row: Assignment) -> None:

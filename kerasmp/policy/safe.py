@@ -16,11 +16,11 @@ import numpy as np
 
 from kerasmp.backend import (
     compares_in_float32,
-    drops_in_own_dtype,
+    draws_dropout_in_compute_dtype,
+    draws_noise_in_compute_dtype,
     layers_without_kernel,
-    makes_noise_in_own_dtype,
-    multiplies_mixed,
-    sums_rows_narrowly,
+    multiplies_mixed_dtypes,
+    sums_rows_in_table_dtype,
 )
 from kerasmp.backend.keras_graph import children, graph_of
 from kerasmp.backend.keras_internals import flatten_layers
@@ -181,7 +181,7 @@ def drops_wrong_share(rate: float, half: str) -> bool:
         rate: The share that it should drop.
         half: The dtype of the inputs.
     """
-    if half not in HALVES or not drops_in_own_dtype():
+    if half not in HALVES or not draws_dropout_in_compute_dtype():
         return False
     error = abs(dropped_share(rate, half) - rate)
     return error > _LARGEST_SHARE_ERROR * min(rate, 1 - rate)
@@ -214,7 +214,7 @@ def _sums_outputs(layer: Any, _: Location) -> bool:
 def _is_scores_part(layer: Any, location: Location) -> bool:
     """With a float32 query the scores are float32; keys, values and the output stay as they are."""
     # Only torch cannot multiply a float32 tensor by a float16 one.
-    projections = ("query",) if multiplies_mixed() else ("query", "key", "value")
+    projections = ("query",) if multiplies_mixed_dtypes() else ("query", "key", "value")
     return isinstance(location.holder, ATTENTION) and (
         isinstance(layer, (layers.Softmax, layers.Dropout)) or layer.name in projections
     )
@@ -354,7 +354,7 @@ RULES = (
         "21",
         "the gradient of an id that occurs often in a batch is summed in half precision",
         layers.Embedding,
-        lambda *_: sums_rows_narrowly(),
+        lambda *_: sums_rows_in_table_dtype(),
     ),
     SafeRule(
         "recurrent",
@@ -393,6 +393,6 @@ RULES = (
         "26",
         "there are few random numbers, and their mean is wrong",
         (layers.GaussianNoise, layers.GaussianDropout),
-        lambda *_: makes_noise_in_own_dtype(),
+        lambda *_: draws_noise_in_compute_dtype(),
     ),
 )

@@ -49,7 +49,7 @@ def test_what_a_graph_keeps_of_a_mask_is_found_with_the_cast_before_it():
     assert cast in kept  # LSTM is given the mask, and asks no layer for it
     assert comparison in kept
     masking.dtype_policy = "float32"
-    keras_graph.renew_mask_casts(masking)
+    keras_graph.update_mask_casts(masking)
     assert (cast.dtype, cast.get_config()["dtype"]) == ("float32", "float32")
 
 

@@ -29,7 +29,7 @@ def test_an_interrupt_while_traces_are_put_back_leaves_none():
     layer.build((2,))
 
     def traced():
-        with keras_internals.traces_kept(layer):
+        with keras_internals.preserve_layers(layer):
             layer(keras.KerasTensor((2,)))
 
     number = 0
@@ -77,7 +77,7 @@ def test_float16_layers_are_found_at_every_depth():
 def test_the_mask_that_a_layer_leaves_can_be_handed_on():
     embedded = keras.layers.Embedding(3, 2, mask_zero=True)(np.array([[1, 0]]))
     plain = keras.ops.cast(embedded, "float16")
-    kept = keras_internals.with_mask_of(embedded, plain)
+    kept = keras_internals.copy_mask(embedded, plain)
     summed = keras.layers.GlobalAveragePooling1D(dtype="float16")(kept)
     expected = keras.ops.convert_to_numpy(embedded)[:, 0]
     np.testing.assert_allclose(keras.ops.convert_to_numpy(summed), expected, rtol=1e-3)
@@ -88,7 +88,7 @@ def test_losses_stay_what_they_were():
     model = keras.Sequential([keras.Input((2,)), layer])
     model(np.ones((1, 2)))
     before = [float(keras.ops.convert_to_numpy(loss)) for loss in model.losses]
-    with keras_internals.losses_kept(model):
+    with keras_internals.preserve_losses(model):
         model(np.zeros((1, 2)))
         assert [float(keras.ops.convert_to_numpy(loss)) for loss in model.losses] != before
     assert [float(keras.ops.convert_to_numpy(loss)) for loss in model.losses] == before
@@ -249,10 +249,10 @@ def test_during_fit_the_optimizers_values_are_beside_its_variables():
 
 def test_what_holds_variables_are_their_values():
     first, second = keras.Variable([1.0]), keras.Variable([2.0])
-    assert keras_internals.held([first, second]) == [first.value, second.value]
+    assert keras_internals.values_of([first, second]) == [first.value, second.value]
     other = keras.ops.ones((1,))
     with keras.StatelessScope(state_mapping=[(second, other)]):
-        assert keras_internals.held([first, second])[1] is other
+        assert keras_internals.values_of([first, second])[1] is other
 
 
 def test_no_other_room_imports_keras_privates():

@@ -16,7 +16,7 @@ from kerasmp.backend.profiler import profile
 layers, ops = keras.layers, keras.ops
 
 
-def held():
+def values_of():
     """Return all that Keras's modules hold, and what else is replaced."""
     modules = [m for name, m in sys.modules.items() if name.partition(".")[0] == "keras"]
     found = {(id(m), name): id(value) for m in modules for name, value in vars(m).items()}
@@ -33,13 +33,13 @@ def test_every_product_is_found_in_this_keras():
 
 
 def test_everything_is_put_back_after_an_error():
-    before = held()
+    before = values_of()
     layer = Calling(lambda x: len(x.shape) // 0)
     with pytest.raises(ZeroDivisionError), profile():  # noqa: PT012 - what it does meanwhile counts
-        changed = held()
+        changed = values_of()
         assert sum(changed[key] != value for key, value in before.items()) > 2 * len(COUNTS)
         layer(ops.ones((1, 2)))
-    assert held() == before
+    assert values_of() == before
 
 
 class Calling(layers.Layer):
@@ -145,7 +145,7 @@ def in_a_thread(work):
 
 
 def test_threads_that_watch_at_once_see_their_own_and_leave_keras_as_it_was():
-    before = held()
+    before = values_of()
     layer = layers.Dense(3)
     layer.build((None, 4))
 
@@ -158,7 +158,7 @@ def test_threads_that_watch_at_once_see_their_own_and_leave_keras_as_it_was():
         # The other one has ended, and this one goes on.
         layer(ops.ones((1, 4)))
     assert seen.multiply_adds == {id(layer): {"float32": 4 * 3}}
-    assert held() == before
+    assert values_of() == before
 
 
 def test_a_module_of_keras_that_is_imported_meanwhile_keeps_nothing():

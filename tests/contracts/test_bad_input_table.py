@@ -64,7 +64,7 @@ INVALID = "`%s` has an invalid value"
 NO_STATE_OF = "does not belong to this schedule"
 SWITCH = INVALID + ".*True or False"
 # What needs no framework: of the model `m`, a functional one.
-PURE = {
+NEEDS_PURE_STEP = {
     # ------------------------------------------------------------------------------- policies
     "policy of an empty configuration": (
         lambda m: policy_of(),
@@ -294,7 +294,7 @@ def model():
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize(("call", "told"), PURE.values(), ids=PURE)
+@pytest.mark.parametrize(("call", "told"), NEEDS_PURE_STEP.values(), ids=NEEDS_PURE_STEP)
 def test_bad_input_is_told(call, told, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
@@ -314,7 +314,7 @@ def test_bad_input_is_told(call, told, model, tmp_path, monkeypatch):
 @pytest.mark.unit
 @pytest.mark.parametrize("name", ["a dry run by a word", "a schedule that switches by a word"])
 def test_a_switch_that_is_no_bool_is_one_error_wherever_it_is(name, model):
-    call, told = PURE[name]
+    call, told = NEEDS_PURE_STEP[name]
     with pytest.raises(ArgumentTypeError, match=told):
         call(model)
 

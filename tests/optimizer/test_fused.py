@@ -31,7 +31,7 @@ def leaving_out(optimizer):
     return optimizer
 
 
-FUSED = {
+HAS_FUSED_UPDATES = {
     "Adam": lambda **more: o.Adam(0.01, **more),
     "AdamW": lambda **more: o.AdamW(0.01, weight_decay=0.1, **more),
     "SGD": lambda **more: o.SGD(0.01, **more),
@@ -80,19 +80,21 @@ def tolerance(optimizer):
     return 1e-5 if BACKEND == "tensorflow" and isinstance(optimizer, o.Adam) else 2e-6
 
 
-@pytest.mark.parametrize("make", by_name(FUSED, ["Adam", "Nesterov", "clipped"]))
+@pytest.mark.parametrize("make", by_name(HAS_FUSED_UPDATES, ["Adam", "Nesterov", "clipped"]))
 @each_of(WAYS, WAYS[:2])
 def test_steps_equal_keras_to_rounding(make, step):
     check_steps(make, step, 40)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("make", FUSED.values(), ids=FUSED)
+@pytest.mark.parametrize("make", HAS_FUSED_UPDATES.values(), ids=HAS_FUSED_UPDATES)
 def test_so_do_thousands(make):
     check_steps(make, graph if BACKEND == "tensorflow" else eager, 2000)
 
 
-@pytest.mark.parametrize("make", [FUSED["Adam"], FUSED["momentum"]], ids=["Adam", "momentum"])
+@pytest.mark.parametrize(
+    "make", [HAS_FUSED_UPDATES["Adam"], HAS_FUSED_UPDATES["momentum"]], ids=["Adam", "momentum"]
+)
 @pytest.mark.parametrize("size", [-12, 6])
 def test_so_do_small_and_large_ones(make, size):
     check_steps(make, eager, 10, (size, size))
@@ -113,7 +115,7 @@ def check_steps(make, step, steps, sizes=(-12, 6)):
         assert np.all(off <= tolerance(make()) * way + rounding * np.abs(start))
 
 
-@pytest.mark.parametrize("make", by_name(FUSED, ["Adam", "momentum"]))
+@pytest.mark.parametrize("make", by_name(HAS_FUSED_UPDATES, ["Adam", "momentum"]))
 @pytest.mark.parametrize("bad", few([np.nan, np.inf, -np.inf], [np.inf]))
 @each_of(WAYS, WAYS)
 def test_a_bad_number_anywhere_changes_nothing(make, step, bad):
@@ -220,7 +222,7 @@ def test_a_sparse_gradient_is_left_to_keras_and_stays_sparse_beside_a_fused_one(
 
 
 @pytest.mark.backend("torch")
-@pytest.mark.parametrize("make", by_name(FUSED, ["Adam", "Nesterov"]))
+@pytest.mark.parametrize("make", by_name(HAS_FUSED_UPDATES, ["Adam", "Nesterov"]))
 def test_large_variables_are_updated_in_pieces(make):
     """Longer than a piece, and no multiple of it; one gradient is laid out by columns."""
     rng = np.random.default_rng(0)
@@ -241,7 +243,10 @@ def test_large_variables_are_updated_in_pieces(make):
 
 def test_some_of_the_variables_are_updated_alone():
     results = []
-    for optimizer in (LossScaleOptimizer(FUSED["Adam"](), loss_scale=4.0), FUSED["Adam"]()):
+    for optimizer in (
+        LossScaleOptimizer(HAS_FUSED_UPDATES["Adam"](), loss_scale=4.0),
+        HAS_FUSED_UPDATES["Adam"](),
+    ):
         variables = started()
         optimizer.build(variables)
         factor = np.float32(4 if isinstance(optimizer, LossScaleOptimizer) else 1)
@@ -256,7 +261,7 @@ def test_what_was_unscaled_by_hand_is_not_divided_again():
     grads = gradients(7, 1, (-2, 0))[0]
     results = []
     for by_hand in (True, False):
-        optimizer = LossScaleOptimizer(FUSED["momentum"](), loss_scale=SCALE)
+        optimizer = LossScaleOptimizer(HAS_FUSED_UPDATES["momentum"](), loss_scale=SCALE)
         variables = started()
         optimizer.build(variables)
         given = tensors(*(g * np.float32(SCALE) for g in grads))
@@ -320,7 +325,7 @@ def test_a_small_rate_keeps_its_digits(rate):
 
 
 @pytest.mark.backend("torch")
-@pytest.mark.parametrize("make", by_name(FUSED, ["Adam", "momentum", "clipped"]))
+@pytest.mark.parametrize("make", by_name(HAS_FUSED_UPDATES, ["Adam", "momentum", "clipped"]))
 def test_torchs_pure_step_is_the_eager_one(make):
     grads = tensors(*(g * np.float32(SCALE) for g in gradients(8, 1, (-2, 0))[0]))
     eagerly, purely = (LossScaleOptimizer(make(), loss_scale=SCALE) for _ in range(2))
@@ -344,19 +349,21 @@ def test_so_are_scales_that_a_rate_cannot_be_divided_by():
 
 
 def test_it_can_be_turned_off_which_files_keep():
-    wrapped = LossScaleOptimizer(FUSED["Adam"](), loss_scale=SCALE, fused=False)
+    wrapped = LossScaleOptimizer(HAS_FUSED_UPDATES["Adam"](), loss_scale=SCALE, fused=False)
     assert wrapped.fused_update is None
     config = keras.saving.serialize_keras_object(wrapped)
     assert keras.saving.deserialize_keras_object(config).fused_update is None
     sequence = gradients(4, 3)
-    got, expected = (trained(each, eager, sequence)[-1] for each in (wrapped, FUSED["Adam"]()))
+    got, expected = (
+        trained(each, eager, sequence)[-1] for each in (wrapped, HAS_FUSED_UPDATES["Adam"]())
+    )
     assert_same_bits(got, expected)
 
 
 def test_the_gradients_are_left_as_they_are():
     given = tensors(*gradients(5, 1)[0])
     before = [np.array(keras.ops.convert_to_numpy(g)) for g in given]
-    for make in FUSED.values():
+    for make in HAS_FUSED_UPDATES.values():
         wrapped = LossScaleOptimizer(make(), loss_scale=SCALE)
         wrapped.apply(given, started())
     assert_same_bits([keras.ops.convert_to_numpy(g) for g in given], before)
