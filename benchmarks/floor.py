@@ -203,8 +203,8 @@ def jax_stepping(optimizer, update):
         weights, values, seen = update(optimizer, values, grads, weights)
         return found[0], seen, (weights, found[1], values)
 
-    values_of = (model.trainable_variables, model.non_trainable_variables, optimizer.variables)
-    state = [jax.tree.map(lambda v: v.value.copy(), [list(each) for each in values_of])]
+    held = (model.trainable_variables, model.non_trainable_variables, optimizer.variables)
+    state = [jax.tree.map(lambda v: v.value.copy(), [list(each) for each in held])]
 
     def run():
         for _ in range(STEPS):

@@ -1,6 +1,6 @@
 """The most memory that an update takes beside weights, state and gradients: fresh processes.
 
-On TensorFlow, whose graph has no count of it; on Linux, which says what a process has values_of.
+On TensorFlow, whose graph has no count of it; on Linux, which says what a process has held.
 """
 
 import os
@@ -16,18 +16,18 @@ NAMES = ("adam", "clipped", "momentum")
 def variants(name, jit):
     """Return nothing to run, and what was counted, by name."""
     command = [sys.executable, __file__, name, "jit" if jit else "graph"]
-    # What is given back goes to the system, and does not count as values_of before the next step. Where
+    # What is given back goes to the system, and does not count as held before the next step. Where
     # TensorFlow finds a CPU that suits oneDNN, an allocator of its own would keep it.
     given_back = {"MALLOC_MMAP_THRESHOLD_": "1000000", "TF_ENABLE_ONEDNN_OPTS": "0"}
     environment = os.environ | given_back
     counts = {}
     for label in ("plain", "stock", "kerasmp"):
         said = subprocess.check_output([*command, label], env=environment)  # noqa: S603 - ourselves
-        counts[label] = {"MB values_of": round(float(said), 1)}
+        counts[label] = {"MB held": round(float(said), 1)}
     return {}, counts
 
 
-def values_of(name, way, label):
+def held(name, way, label):
     """Return the megabytes that the process holds at its peak in a step, beyond those before."""
     import update
 
@@ -49,4 +49,4 @@ def _status(key):
 
 if __name__ == "__main__":
     assert keras.backend.backend() == "tensorflow"
-    print(values_of(*sys.argv[1:]))
+    print(held(*sys.argv[1:]))

@@ -101,14 +101,14 @@ def compiled(step, state, counted=None):
     grads = [jax.numpy.asarray(g) for g in gradients()]
     step = jax.jit(step, donate_argnums=0).lower(state, grads).compile()
     usual = jax.jit(counted, donate_argnums=0).lower(state, grads).compile() if counted else step
-    values_of = [state]
+    held = [state]
 
     def run():
-        values_of[0] = jax.block_until_ready(step(values_of[0], grads))
+        held[0] = jax.block_until_ready(step(held[0], grads))
 
     moved = round(usual.cost_analysis()["bytes accessed"] / 1e6)
     scratch = round(step.memory_analysis().temp_size_in_bytes / 1e6, 1)
-    return run, {"MB moved": moved, "MB values_of": scratch}
+    return run, {"MB moved": moved, "MB held": scratch}
 
 
 def around_optax():

@@ -47,7 +47,7 @@ def test_every_error_is_also_the_builtin_that_a_reader_would_catch(cls):
 
 
 def test_what_needs_a_framework_says_so_where_there_is_none():
-    with pytest.raises(errors.BackendError, match=r"no part for this Keras backend.*'numpy'.*jax"):
+    with pytest.raises(errors.BackendError, match=r"not support this Keras backend.*'numpy'.*jax"):
         mp.LossScaleOptimizer("adam")
 
 

@@ -1,7 +1,8 @@
-"""The only package that imports a framework, lazily, and the only one that touches Keras privates.
+"""Everything that differs between frameworks or is private in Keras.
 
-What differs between backends comes from `current()`, a `Backend`; importing `kerasmp` alone imports
-none that Keras has not imported.
+No other package imports a framework or uses Keras's private names. `current()` returns the running
+`Backend` and imports its framework only then, so `import kerasmp` imports nothing that Keras has
+not imported.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
     from kerasmp.backend.protocol import Backend
 
 __all__ = [
-    "without_autograph",
     "compares_in_float32",
     "current",
     "draws_dropout_in_compute_dtype",
-    "layers_without_kernel",
     "draws_noise_in_compute_dtype",
+    "layers_without_kernel",
     "multiplies_mixed_dtypes",
     "sums_rows_in_table_dtype",
     "trace",
+    "without_autograph",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -36,31 +37,31 @@ _CLASSES = {"tensorflow": "TensorFlow", "jax": "Jax", "torch": "Torch"}
 
 @functools.cache
 def current() -> Backend:
-    """Return the framework-specific parts for the running Keras backend."""
+    """Return the `Backend` for the running Keras backend."""
     name = keras.backend.backend()
     if name not in _CLASSES:
         raise BackendError(
-            "kerasmp has no part for this Keras backend.",
+            "kerasmp does not support this Keras backend.",
             received=repr(name),
             expected=", ".join(_CLASSES),
-            fix="Set KERAS_BACKEND to one of them before Keras is imported.",
+            fix="Set KERAS_BACKEND to one of them before you import Keras.",
         )
     module = importlib.import_module(f"{__name__}.{name}")
     backend: Backend = getattr(module, _CLASSES[name])()
     return backend
 
 
+# What follows also works with a Keras backend that kerasmp does not support, such as NumPy.
+
+
 def multiplies_mixed_dtypes() -> bool:
-    """Return whether a product takes a float32 tensor and a float16 one; also without a backend."""
+    """Return whether a matrix product accepts a float32 and a float16 tensor."""
     name: str = keras.backend.backend()
     return name != "torch"
 
 
 def sums_rows_in_table_dtype() -> bool:
-    """Return whether a row that is taken twice has a gradient summed in the dtype of the table.
-
-    Also without a backend.
-    """
+    """Return whether the gradient of a row that is taken twice is summed in the table's dtype."""
     name: str = keras.backend.backend()
     return name != "tensorflow"
 
@@ -69,8 +70,8 @@ def compares_in_float32(value: Any) -> bool:
     """Return whether Keras compares a narrower tensor with `value` in float32.
 
     Args:
-        value: A number, or an array of them. JAX and torch go by the tensor where it is a number of
-            Python's, and torch where it is any number.
+        value: A number or an array. JAX uses the tensor's dtype if it is a Python number, torch if
+            it is a scalar of any kind.
     """
     shape = getattr(value, "shape", None)
     on_jax = keras.backend.backend() == "jax" and shape is not None
@@ -78,30 +79,31 @@ def compares_in_float32(value: Any) -> bool:
 
 
 def draws_dropout_in_compute_dtype() -> bool:
-    """Return whether dropout of a tensor draws numbers in the tensor's dtype."""
+    """Return whether dropout draws its random numbers in the dtype of its inputs."""
     return bool(keras.backend.backend() == "tensorflow")
 
 
 def draws_noise_in_compute_dtype() -> bool:
-    """Return whether normal numbers in half precision are made from uniform ones in it."""
+    """Return whether half-precision normal noise is made from half-precision uniform numbers."""
     return bool(keras.backend.backend() == "jax")
 
 
 @functools.cache
 def layers_without_kernel(dtype: str) -> tuple[type, ...]:
-    """Return the stock layers that fail in a dtype on this backend; none without a backend.
+    """Return the stock layers that fail in a dtype on this backend.
 
     Args:
-        dtype: "float16", say.
+        dtype: For example "float16".
     """
     if keras.backend.backend() not in _CLASSES:
         return ()
-    found = (getattr(keras.layers, name, None) for name in current().without_kernel(dtype))
+    names = current().layers_without_kernel(dtype)
+    found = (getattr(keras.layers, name, None) for name in names)
     return tuple(layer for layer in found if layer is not None)  # an older Keras lacks some
 
 
 def trace(call: Callable[..., Any], args: Any, kwargs: Any, *, backwards: bool) -> None:
-    """Trace a call as `Backend.trace` does; without a backend, as Keras does."""
+    """Trace a call; see `Backend.trace`. On an unsupported backend, Keras traces it."""
     if keras.backend.backend() in _CLASSES:
         current().trace(call, args, kwargs, backwards=backwards)
     else:
@@ -110,14 +112,14 @@ def trace(call: Callable[..., Any], args: Any, kwargs: Any, *, backwards: bool) 
 
 
 def without_autograph(function: _F) -> _F:
-    """Return a function that AutoGraph, tracing a user's `tf.function`, leaves as it is written.
+    """Return a function that AutoGraph does not convert when it traces a user's `tf.function`.
 
-    It rewrites the sources of all that is called there, except those of Keras, whose name it knows:
-    for one step of ours that takes longer than to trace the whole model. What the function calls is
-    left alone with it, as what Keras calls is.
+    AutoGraph converts the source of everything that is called there, except of Keras, which it
+    knows by name. For one kerasmp step, that takes longer than tracing the whole model. Functions
+    that this one calls are not converted either, as with those that Keras calls.
     """
     if keras.backend.backend() != "tensorflow":
         return function
     autograph = importlib.import_module("tensorflow").autograph
-    written: _F = autograph.experimental.do_not_convert(function)
-    return written
+    unconverted: _F = autograph.experimental.do_not_convert(function)
+    return unconverted

@@ -1,4 +1,4 @@
-"""What is known of models, layers and optimizers, whose classes may be a user's."""
+"""Values kept for models, layers and optimizers, whose classes may be user-defined."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ T = TypeVar("T")
 
 
 class ByIdentity(Generic[T]):
-    """Holds a value for each of some objects, for as long as they live.
+    """Maps objects to values by identity, for as long as the objects live.
 
-    It keeps none alive, as long as no value reaches the object that it is of.
+    It keeps no object alive, unless a value refers to its own object.
 
-    Python's weak sets and dictionaries ask an object which one it is: a class of the user's own may
-    have an `__eq__` that says something else, and then no `__hash__`.
+    Python's weak sets and dictionaries compare objects by their `__eq__` and `__hash__`. A
+    user-defined class may have an `__eq__` with another meaning, and then no `__hash__`.
 
     Example:
 
@@ -28,15 +28,15 @@ class ByIdentity(Generic[T]):
         self._values: dict[int, T] = {}
 
     def get(self, key: Any) -> T | None:
-        """Return the value of an object, None if it has none."""
+        """Return the value of an object, or None if it has none."""
         return self._values.get(id(key))
 
     def __setitem__(self, key: Any, value: T) -> None:
-        """Give an object a value."""
+        """Set the value of an object."""
         if id(key) not in self._values:
             weakref.finalize(key, self._values.pop, id(key), None).atexit = False
         self._values[id(key)] = value
 
     def __len__(self) -> int:
-        """Return how many objects have a value."""
+        """Return the number of objects with a value."""
         return len(self._values)

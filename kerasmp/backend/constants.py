@@ -1,7 +1,7 @@
-"""Constants that are infinite in float16, as the graph of a traced model shows them.
+"""Finds constants that are infinite in float16 in the graph of a traced model.
 
-Torch has no such graph. Frameworks are imported in the functions that need them: this module is
-imported on every backend.
+Torch has no such graph. This module is imported on every backend, so its functions import the
+framework that they need.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ARITHMETIC = {
     "jax": {"add", "div", "dot_general", "mul", "sub"},
 }
 _CHOICE = {"tensorflow": {"Select", "SelectV2"}, "jax": {"select_n"}}
-_HANDS_ON = {
+_PASSES_THROUGH = {
     "tensorflow": {"BroadcastTo", "ExpandDims", "Fill", "Identity", "Reshape", "Tile"},
     "jax": {"broadcast_in_dim", "copy", "expand_dims", "reshape", "squeeze", "transpose"},
 }
@@ -30,8 +30,8 @@ class Constant(NamedTuple):
 
     Args:
         scope: The name scope in which it is used.
-        value: Its value: inf, -inf, or the number that becomes so.
-        chosen: Whether it is only chosen (`where`), not computed with.
+        value: Its value: inf, -inf, or a number that becomes infinite.
+        chosen: Whether it is only selected (`where`), not computed with.
     """
 
     scope: str
@@ -40,24 +40,24 @@ class Constant(NamedTuple):
 
 
 def infinite_constants(model: Any, x: Any) -> list[Constant] | None:
-    """Return the infinite float16 constants that a model computes with or chooses.
+    """Return the infinite float16 constants that a model computes with or selects.
 
     Args:
         model: A built model.
-        x: A batch of input.
+        x: A batch of inputs.
 
     Returns:
-        Each with its place; None where the backend has no graph to look at.
+        The constants, each once; None if the backend has no graph.
     """
     read = {"tensorflow": _in_tensorflow, "jax": _in_jax}.get(keras.backend.backend())
     if read is None:
         return None
-    with np.errstate(over="ignore"):  # what overflows is what is looked for
+    with np.errstate(over="ignore"):  # an overflow is what this function looks for
         return list(dict.fromkeys(read(model, x)))
 
 
 def _worst(value: Any) -> float | None:
-    """Return a value of an array that is infinite in float16, or None."""
+    """Return the largest value of an array if it is infinite in float16, else None."""
     array = np.asarray(value)
     if array.dtype.kind != "f" or not array.size:
         return None
@@ -89,7 +89,7 @@ def _in_nodes(nodes: Any) -> list[Constant]:
     while waiting:
         name, worst, is_half = waiting.pop()
         for user in users.get(name, []):
-            if user.op in _HANDS_ON["tensorflow"]:
+            if user.op in _PASSES_THROUGH["tensorflow"]:
                 waiting.append((user.name, worst, is_half))
             elif user.op == "Cast":
                 waiting.append((user.name, worst, user.attr["DstT"].type == tf.float16))
@@ -100,7 +100,7 @@ def _in_nodes(nodes: Any) -> list[Constant]:
 
 
 def _infinite_nodes(nodes: Any) -> list[tuple[str, float, bool]]:
-    """Return the constants that float16 cannot hold, each with whether it is float16 already."""
+    """Return (name, value, whether it is float16) of the constants that float16 cannot hold."""
     import tensorflow as tf
 
     found = []
@@ -116,7 +116,7 @@ def _in_jax(model: Any, x: Any) -> list[Constant]:
     import jax
 
     def forward(values: Any, inputs: Any) -> Any:
-        # Not stateless_call, which hands `training` to models that do not take it.
+        # Not stateless_call, which passes `training` even to models that do not accept it.
         state = zip(model.variables, values, strict=True)
         with keras.StatelessScope(state_mapping=list(state)):
             return model(inputs, training=True)
@@ -138,13 +138,13 @@ def _is_key(value: Any) -> bool:
 
 
 def _walk(jaxpr: Any, known: dict[Any, float], scope: str, found: list[Constant]) -> None:
-    """Follow the constants through a jaxpr and those inside it; `known` grows."""
+    """Follow the constants in `known` through a jaxpr and those inside it, and add to `known`."""
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         inner_scope = "/".join(part for part in (scope, str(eqn.source_info.name_stack)) if part)
         values = [(var, _value(var, known)) for var in eqn.invars]
         for inner in inner_jaxprs(eqn.params):
-            # Aligned at the end: a branch has its index in front.
+            # Aligned at the end, because a branch has its index first.
             pairs = zip(reversed(inner.invars), reversed(values), strict=False)
             inside = {var: value for var, (_, value) in pairs if value is not None}
             _walk(inner, inside, inner_scope, found)
@@ -153,7 +153,7 @@ def _walk(jaxpr: Any, known: dict[Any, float], scope: str, found: list[Constant]
         for var, value in values:
             if value is None:
                 continue
-            if name in _HANDS_ON["jax"] or name == "convert_element_type":
+            if name in _PASSES_THROUGH["jax"] or name == "convert_element_type":
                 known[eqn.outvars[0]] = value
             elif _is_half(var) and name in _ARITHMETIC["jax"] | _CHOICE["jax"]:
                 found.append(Constant(inner_scope, value, name in _CHOICE["jax"]))
@@ -170,7 +170,7 @@ def _is_half(var: Any) -> bool:
 
 
 def inner_jaxprs(params: Any) -> list[Any]:
-    """Return the jaxprs that JAX keeps among the parameters of an operation, as of a loop."""
+    """Return the jaxprs among the parameters of an operation, such as the body of a loop."""
     inner = []
     for value in params.values():
         for each in value if isinstance(value, tuple | list) else [value]:

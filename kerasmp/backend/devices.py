@@ -1,8 +1,8 @@
-"""What the running backend will compute on, found without starting a GPU where possible.
+"""Finds the device that a backend will use, if possible without initializing a GPU.
 
-Asking a framework about a GPU can create a context and take memory that the user's own settings
-(memory growth, visible devices, a fork) still want to govern. So the driver's `nvidia-smi` is
-asked first, and the framework only if that cannot answer.
+To ask a framework about a GPU can create a context and reserve memory, before the user's settings
+(memory growth, visible devices, a fork) take effect. So the driver's `nvidia-smi` is asked first,
+and the framework only if that gives no answer.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _TIMEOUT = 5.0  # seconds; a driver that hangs must not hang the import of a tra
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What decides whether half precision pays on a device.
+    """The properties of a device that decide whether half precision pays.
 
     Args:
         kind: "cpu", "gpu" or "tpu".
         name: The name to show.
-        framework: The Keras backend that computes on it.
-        capability: NVIDIA compute capability; None for other GPUs and if it is unknown.
-        flags: The CPU's instruction sets, as Linux names them; None if they are unknown.
-        onednn: Whether TensorFlow runs its oneDNN kernels.
+        framework: The Keras backend that uses the device.
+        capability: NVIDIA compute capability; None for other GPUs and if unknown.
+        flags: The CPU's instruction sets, as Linux names them; None if unknown.
+        onednn: Whether TensorFlow uses its oneDNN kernels.
     """
 
     kind: Literal["cpu", "gpu", "tpu"]
@@ -49,7 +49,7 @@ class Device:
 
 
 class Gpu(NamedTuple):
-    """One NVIDIA GPU as `nvidia-smi` lists it."""
+    """An NVIDIA GPU as `nvidia-smi` lists it."""
 
     uuid: str
     name: str
@@ -57,15 +57,12 @@ class Gpu(NamedTuple):
 
 
 def detect(framework: str) -> Device:
-    """Return the device on which a Keras backend will compute.
+    """Return the device that a Keras backend will use.
 
-    Where several GPUs are visible, the weakest counts: a policy must suit them all.
+    Of several visible GPUs the weakest counts, because a policy must suit them all.
 
     Args:
-        framework: The name of the Keras backend; only that framework is imported.
-
-    Returns:
-        The description of the device.
+        framework: The name of the Keras backend. No other framework is imported.
     """
     finder = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}.get(framework)
     return (finder() if finder else None) or _cpu(framework)
@@ -74,7 +71,7 @@ def detect(framework: str) -> Device:
 def _tensorflow() -> Device | None:
     import tensorflow as tf
 
-    # Neither call creates a context: both only list.
+    # These calls only list devices and create no context.
     tpus = tf.config.list_physical_devices("TPU")
     if tpus:
         return Device("tpu", tpus[0].name, "tensorflow")
@@ -100,12 +97,12 @@ def _jax() -> Device | None:
         gpus = visible_gpus()
         if gpus:
             return _weakest("jax", [gpu[1:] for gpu in gpus])
-    # No other way is left to ask a TPU, or a GPU that nvidia-smi does not know.
+    # There is no other way to ask for a TPU, or a GPU that nvidia-smi does not list.
     return _from_jax(jax.devices())
 
 
 def _jax_plugins() -> list[str]:
-    """Return the names of what lets JAX leave the CPU: installed plugins, and libtpu."""
+    """Return the names of the installed plugins for other devices than CPUs, and of libtpu."""
     names = [entry.name for entry in importlib.metadata.entry_points(group="jax_plugins")]
     return names + ["tpu"] * (importlib.util.find_spec("libtpu") is not None)
 
@@ -127,7 +124,7 @@ def _from_jax(found: Sequence[Any]) -> Device | None:
 def _torch() -> Device | None:
     import torch
 
-    # Keras's own switch, and then the order in which Keras chooses.
+    # Keras's environment variable, then the order in which Keras chooses.
     wanted = os.environ.get("KERAS_TORCH_DEVICE", "")
     if wanted.startswith("cpu"):
         return None
@@ -142,7 +139,7 @@ def _torch() -> Device | None:
 
 def _torch_cuda(torch: Any) -> Device | None:
     if torch.version.cuda is None:
-        # AMD's capability numbers count something else.
+        # AMD's capability numbers have another meaning.
         return Device("gpu", "AMD GPU (ROCm)", "torch")
     gpus = visible_gpus()
     if gpus:
@@ -168,11 +165,11 @@ def _weakest(framework: str, gpus: Iterable[tuple[str, tuple[int, int] | None]])
 
 
 def visible_gpus() -> list[Gpu]:
-    """Return the NVIDIA GPUs that this process may use, as far as `nvidia-smi` knows.
+    """Return the NVIDIA GPUs that this process may use, according to `nvidia-smi`.
 
     Returns:
-        The GPUs that CUDA_VISIBLE_DEVICES leaves; empty also if `nvidia-smi` is missing, fails
-        or does not answer in time.
+        The GPUs that CUDA_VISIBLE_DEVICES allows. Empty also if `nvidia-smi` is missing, fails or
+        does not answer in time.
     """
     return visible(
         _nvidia_smi(),
@@ -185,13 +182,13 @@ def visible(gpus: list[Gpu], setting: str | None, *, by_bus: bool) -> list[Gpu]:
     """Apply CUDA_VISIBLE_DEVICES to a list of GPUs.
 
     Args:
-        gpus: The GPUs in the order of the bus.
+        gpus: The GPUs in bus order.
         setting: The variable's value; None if it is not set.
-        by_bus: Whether CUDA numbers GPUs by the bus; by default it puts the fastest first.
+        by_bus: Whether CUDA numbers GPUs in bus order; by default, the fastest comes first.
 
     Returns:
-        The GPUs that are visible. Where it cannot be told which ones are meant (numbers in
-        CUDA's own order, parts of a GPU), all of them.
+        The GPUs that are visible. If the setting is ambiguous (numbers in CUDA's own order, parts
+        of a GPU), all of them.
 
     Example:
     >>> visible([Gpu("GPU-1", "T4", (7, 5))], "-1", by_bus=False)
@@ -202,7 +199,7 @@ def visible(gpus: list[Gpu], setting: str | None, *, by_bus: bool) -> list[Gpu]:
     wanted: list[str] = []
     for word in setting.split(","):
         if not word.strip() or word.strip().startswith("-"):
-            break  # CUDA ignores everything from the first invalid entry on
+            break  # CUDA ignores an invalid entry and everything after it
         wanted.append(word.strip())
     if not wanted:
         return []
@@ -224,7 +221,7 @@ def _nvidia_smi() -> list[Gpu]:
     except (OSError, subprocess.SubprocessError):
         return []
     rows = csv.reader(answer.stdout.splitlines(), skipinitialspace=True)
-    # A driver too old for compute_cap answers with a sentence instead of three columns.
+    # A driver too old for compute_cap prints a sentence instead of three columns.
     return [
         Gpu(row[0], row[1], _capability(row[2])) for row in rows if len(row) == len(Gpu._fields)
     ]
@@ -245,7 +242,7 @@ def _cpu(framework: str) -> Device:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """Return what Linux says about the first core; nothing on other systems."""
+    """Return the properties of the first core on Linux; empty on other systems."""
     try:
         text = _CPUINFO.read_text(encoding="utf-8")
     except OSError:
@@ -256,6 +253,6 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def _onednn() -> bool:
-    # TensorFlow has no public way to ask; on x86 this variable decides, and unset means on.
+    # TensorFlow has no public function for this. On x86 this variable decides; unset means on.
     setting = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1").strip().lower()
     return setting not in {"0", "false"}

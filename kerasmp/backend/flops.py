@@ -1,7 +1,7 @@
-"""How many multiplications, each followed by an addition, are in a call of a product.
+"""Counts the multiply-adds in a call of a matrix product, a convolution and the like.
 
-Every function here takes the call's positional values, then those given by name, and the result.
-Where zeros are put around an input, those multiplications count, too.
+Each counting function takes the values of the call's arguments, the keyword arguments, and the
+result. Multiplications by padding count, too.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def factors(values: list[Any]) -> list[Any]:
-    """Return the tensors and variables among the values of a call, those in a list of them too."""
+    """Return the tensors and variables among the arguments of a call, including those in lists."""
     return [x for x in keras.tree.flatten(values) if hasattr(x, "shape") and hasattr(x, "dtype")]
 
 
 def size(tensor: Any) -> int:
-    """Return the number of a tensor's elements."""
+    """Return the number of elements of a tensor."""
     return math.prod(map(int, tensor.shape))
 
 
@@ -31,13 +31,13 @@ def _last_axis(values: list[Any], _: dict[str, Any], out: Any) -> int:
     return size(out) * int(factors(values)[0].shape[-1])
 
 
-def _all_of_it(values: list[Any], _: dict[str, Any], __: Any) -> int:
+def _whole_size(values: list[Any], _: dict[str, Any], __: Any) -> int:
     return size(factors(values)[0])
 
 
 def _tensordot(values: list[Any], _: dict[str, Any], out: Any) -> int:
     one, other = factors(values)[:2]
-    # The axes that are summed over are in both factors, and not in the result.
+    # A contracted axis is in both factors and not in the result, any other in one and the result.
     return math.isqrt(size(one) * size(other) * size(out))
 
 
@@ -46,15 +46,15 @@ def _einsum(values: list[Any], _: dict[str, Any], __: Any) -> int:
     operands = factors(values)
     sizes: dict[str, int] = {}
     for letters, operand in zip(subscripts.split(","), operands, strict=True):
-        for letter, length in _named_axes(letters, list(map(int, operand.shape))):
+        for letter, length in _axis_lengths(letters, list(map(int, operand.shape))):
             sizes[letter] = max(sizes.get(letter, 1), length)
     return math.prod(sizes.values()) * (len(operands) - 1)
 
 
-def _named_axes(letters: str, shape: list[int]) -> list[tuple[str, int]]:
+def _axis_lengths(letters: str, shape: list[int]) -> list[tuple[str, int]]:
     front, _, back = letters.partition("...")
     middle = shape[len(front) : len(shape) - len(back)]
-    # Axes that "..." stands for are aligned at their end, and broadcast.
+    # The axes of an ellipsis are aligned at the end, and broadcast.
     dots = [(f"...{number}", length) for number, length in enumerate(reversed(middle))]
     ends = [*shape[: len(front)], *shape[len(shape) - len(back) :]]
     return [*zip(front + back, ends, strict=True), *dots]
@@ -87,17 +87,17 @@ def _attention(values: list[Any], _: dict[str, Any], __: Any) -> int:
     return scores * (int(query.shape[-1]) + int(value.shape[-1]))
 
 
-def _recurrent(values: list[Any], named: dict[str, Any], _: Any) -> int:
+def _recurrent(values: list[Any], keywords: dict[str, Any], _: Any) -> int:
     inputs = factors(values)[0]
     steps = size(inputs) // int(inputs.shape[-1])
-    return steps * (size(named["kernel"]) + size(named["recurrent_kernel"]))
+    return steps * (size(keywords["kernel"]) + size(keywords["recurrent_kernel"]))
 
 
 COUNTS: dict[str, Count] = {
     "matmul": _last_axis,
     "dot": _last_axis,
     "inner": _last_axis,
-    "vdot": _all_of_it,
+    "vdot": _whole_size,
     "tensordot": _tensordot,
     "einsum": _einsum,
     "conv": _conv,

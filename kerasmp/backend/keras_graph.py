@@ -1,6 +1,6 @@
-"""The graph of calls inside a model, all of it private in Keras, and the policies of its layers.
+"""The graph of calls inside a model, all private in Keras, and the policies of its layers.
 
-`tests/backend/test_keras_graph.py` tells when one of the private names moves.
+`tests/backend/test_keras_graph.py` fails if one of the private names moves.
 """
 
 from __future__ import annotations
@@ -9,12 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 
-from kerasmp.backend.keras_internals import (
-    AutocastScope,
-    Functional,
-    flatten_layers,
-    preserve_layers,
-)
+from kerasmp.backend.keras_internals import AutocastScope, Functional, flatten_layers
+from kerasmp.backend.side_effects import preserve_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -28,8 +24,8 @@ class Call(NamedTuple):
     Args:
         operation: The layer or operation that is called.
         node: Keras's record of the call.
-        inputs: The symbolic tensors that go in.
-        outputs: The symbolic tensors that come out.
+        inputs: The symbolic input tensors.
+        outputs: The symbolic output tensors.
     """
 
     operation: Any
@@ -41,20 +37,20 @@ class Call(NamedTuple):
 def children(layer: Any) -> list[Any]:
     """Return the layers directly inside a layer.
 
-    Public `layers` exists on models alone, and not for the parts of wrappers or of attention.
+    The public `layers` exists on models only, and not for the parts of wrappers or of attention.
     """
-    return list(layer._flatten_layers(include_self=False, recursive=False))  # noqa: SLF001 - no public way
+    return list(layer._flatten_layers(include_self=False, recursive=False))  # noqa: SLF001 - no public way, here and where no other reason is given
 
 
 def has_call(model: Any) -> bool:
-    """Return whether a model has a `call`; a GAN, say, has none."""
+    """Return whether a model defines `call`. Some do not: a GAN calls its parts only."""
     return type(model).call not in {keras.Layer.call, keras.Model.call}
 
 
 def called_parts(model: Any) -> list[Any]:
-    """Return what calls begin with: the model, or its parts if it has no `call`.
+    """Return the outermost layers that are called: the model, or its parts if it has no `call`.
 
-    A part without one stands for its own parts.
+    A part without a `call` is replaced by its own parts.
     """
     if has_call(model):
         return [model]
@@ -64,7 +60,7 @@ def called_parts(model: Any) -> list[Any]:
 def graph_of(model: Any) -> Any | None:
     """Return the functional model that holds the graph of calls, or None if there is no graph.
 
-    A `Sequential` keeps one inside, once it knows the shape of its input.
+    A `Sequential` has one inside, as soon as its input shape is known.
     """
     if isinstance(model, Functional):
         return model
@@ -74,11 +70,11 @@ def graph_of(model: Any) -> Any | None:
 
 
 def calls(model: Any) -> list[Call]:
-    """Return the calls of a model's graph, from the inputs to the outputs; none without a graph."""
+    """Return the calls of a model's graph, from inputs to outputs; empty without a graph."""
     graph = graph_of(model)
     if graph is None:
         return []
-    by_depth = graph._nodes_by_depth  # noqa: SLF001 - no public way to the calls
+    by_depth = graph._nodes_by_depth  # noqa: SLF001
     return [
         Call(node.operation, node, list(node.input_tensors), list(node.output_tensors))
         for depth in sorted(by_depth, reverse=True)
@@ -87,30 +83,30 @@ def calls(model: Any) -> list[Call]:
 
 
 def producer(tensor: Any) -> Any:
-    """Return the layer or operation that a symbolic tensor comes from."""
-    return tensor._keras_history.operation  # noqa: SLF001 - no public way
+    """Return the layer or operation that produces a symbolic tensor."""
+    return tensor._keras_history.operation  # noqa: SLF001
 
 
 def has_mask(tensor: Any) -> bool:
-    """Return whether a mask comes with a symbolic tensor."""
+    """Return whether a symbolic tensor has a mask."""
     return getattr(tensor, "_keras_mask", None) is not None
 
 
 def mask_operations(layer: Any) -> list[tuple[Any, Any]]:
-    """Return what graphs keep of the mask of a Masking, for each of its calls with symbols.
+    """Return the operations that compute the mask of a Masking in graphs, for each symbolic call.
 
-    Where the layer after it has the same dtype, Keras hands it the mask that was computed with the
-    symbols, and in each run computes that again by these operations: the layer is not asked.
+    If the next layer has the same dtype, Keras passes it the mask from the symbolic call. Each run
+    computes that mask again with these operations, and does not ask the layer.
 
     Returns:
-        Pairs of the cast of the input, None if there is none, and the comparison with the value.
-        None of a class derived from Keras's that masks in another way.
+        Pairs: the cast of the input, or None if there is none, and the comparison with the mask
+        value. Empty for a subclass that masks in another way.
     """
     stock, cls = keras.layers.Masking, type(layer)
     if cls.compute_mask is not stock.compute_mask or cls.call is not stock.call:
         return []
     found = []
-    for node in layer._inbound_nodes:  # noqa: SLF001 - no public way to the calls
+    for node in layer._inbound_nodes:  # noqa: SLF001
         mask = getattr(node.output_tensors[0], "_keras_mask", None)
         if isinstance(mask, keras.KerasTensor):
             comparison = _node_of(_node_of(mask).input_tensors[0])
@@ -121,30 +117,31 @@ def mask_operations(layer: Any) -> list[tuple[Any, Any]]:
 
 
 def _node_of(tensor: Any) -> Any:
-    history = tensor._keras_history  # noqa: SLF001 - see `producer`
+    history = tensor._keras_history  # noqa: SLF001
     return history.operation._inbound_nodes[history.node_index]  # noqa: SLF001
 
 
 def update_mask_casts(layer: Any) -> None:
-    """Let the casts that graphs keep of a stock Masking follow its present policy."""
+    """Set the casts in graphs that belong to a stock Masking to its present compute dtype."""
     for cast, _ in mask_operations(layer):
         if type(cast).__name__ == "Cast":
             cast.dtype = layer.compute_dtype
             cast._auto_config = type(cast._auto_config)(dtype=cast.dtype)  # noqa: SLF001 - for files
 
 
-def symbolic_dtypes(model: Any, look: Callable[..., object] | None = None) -> dict[int, str]:
-    """Return the dtype that each tensor of a model's graph has under its layers' present policies.
+def symbolic_dtypes(model: Any, visit: Callable[..., object] | None = None) -> dict[int, str]:
+    """Return the dtype of each tensor of a model's graph under its layers' present policies.
 
-    Keras notes the dtypes when the layers are called, and never again.
+    Keras records dtypes when the layers are called, and does not update them.
 
     Args:
-        model: A model; one without a graph has no tensors.
-        look: Is given each layer or operation, before it is called here, with symbolic arguments: a
-            tuple and a dict. What it changes of policies counts from there on.
+        model: A model. Without a graph it has no tensors.
+        visit: Called as `visit(operation, args, kwargs)`, with symbolic arguments, before each
+            layer or operation is called here. If it changes policies, the new ones count from there
+            on.
 
     Returns:
-        From `id(tensor)` to a dtype. Of a nested model's tensors, too.
+        Dtypes by `id(tensor)`, including the tensors of nested models.
     """
     dtypes: dict[int, str] = {}
     for operation, node, inputs, outputs in calls(model):
@@ -152,7 +149,7 @@ def symbolic_dtypes(model: Any, look: Callable[..., object] | None = None) -> di
         if not inputs:
             now = [tensor.dtype for tensor in outputs]
         elif nested is not None:
-            inside = symbolic_dtypes(operation, look)
+            inside = symbolic_dtypes(operation, visit)
             dtypes |= inside
             now = [inside[id(tensor)] for tensor in nested.outputs]
         elif not isinstance(operation, keras.Layer) and all(
@@ -160,33 +157,33 @@ def symbolic_dtypes(model: Any, look: Callable[..., object] | None = None) -> di
         ):
             now = [tensor.dtype for tensor in outputs]
         else:
-            now = _dtypes_of_call(operation, node, dtypes, look)
+            now = _dtypes_of_call(operation, node, dtypes, visit)
         dtypes |= {id(tensor): dtype for tensor, dtype in zip(outputs, now, strict=True)}
     return dtypes
 
 
-def dtypes_of_graphs(model: Any, look: Callable[..., object] | None = None) -> dict[int, str]:
-    """Return what `symbolic_dtypes` does, of all graphs in a model, and leave no trace in layers.
+def dtypes_of_graphs(model: Any, visit: Callable[..., object] | None = None) -> dict[int, str]:
+    """Return `symbolic_dtypes` of all graphs in a model, without side effects on its layers.
 
-    A user's model has no graph, and may hold several.
+    A subclassed model has no graph of its own, and may contain several.
 
     Args:
         model: A model.
-        look: As for `symbolic_dtypes`.
+        visit: As for `symbolic_dtypes`.
     """
     dtypes: dict[int, str] = {}
     for outermost in outermost_graphs(model):
         with preserve_layers(outermost):
-            dtypes |= symbolic_dtypes(outermost, look)
+            dtypes |= symbolic_dtypes(outermost, visit)
     return dtypes
 
 
 def refresh_symbolic_dtypes(model: Any, dtypes: Mapping[int, str] | None = None) -> None:
-    """Let the tensors of a model's graphs say the dtypes that the layers' present policies give.
+    """Update the dtypes of the tensors in a model's graphs to its layers' present policies.
 
     Args:
         model: A model.
-        dtypes: What `dtypes_of_graphs` says of it, where that is known.
+        dtypes: The result of `dtypes_of_graphs`, if it is known already.
     """
     if dtypes is None:
         dtypes = dtypes_of_graphs(model)
@@ -194,7 +191,7 @@ def refresh_symbolic_dtypes(model: Any, dtypes: Mapping[int, str] | None = None)
         for graph in _graphs(outermost):
             for call in calls(graph):
                 for tensor in call.outputs:
-                    tensor._dtype = dtypes[id(tensor)]  # noqa: SLF001 - `dtype` refuses to be set
+                    tensor._dtype = dtypes[id(tensor)]  # noqa: SLF001 - `dtype` has no setter
 
 
 def outermost_graphs(model: Any) -> list[Any]:
@@ -205,29 +202,29 @@ def outermost_graphs(model: Any) -> list[Any]:
 
 
 def set_policy(layer: Any, policy: keras.DTypePolicy) -> None:
-    """Give a layer a policy, and no other layer.
+    """Set the policy of a layer, and of no other layer.
 
-    The public setter writes into a `DTypePolicyMap`, which all layers that were given it share.
+    The public setter writes into a `DTypePolicyMap`, which several layers may share.
     """
     if isinstance(layer.dtype_policy, MAP):
-        layer._dtype_policy = policy  # noqa: SLF001 - see above
+        layer._dtype_policy = policy  # noqa: SLF001
     else:
         layer.dtype_policy = policy
 
 
 def set_input_dtype(layer: Any, dtype: str) -> None:
-    """Let an input have a dtype, to which its model casts what it is given.
+    """Set the dtype to which a model casts an input.
 
     Args:
         layer: An `InputLayer`.
         dtype: The dtype.
     """
-    layer._dtype = dtype  # noqa: SLF001 - `dtype` refuses to be set
-    layer.output._dtype = dtype  # noqa: SLF001 - nor the tensor's
+    layer._dtype = dtype  # noqa: SLF001 - `dtype` has no setter
+    layer.output._dtype = dtype  # noqa: SLF001
 
 
 def policy_of(layer: Any) -> keras.DTypePolicy:
-    """Return the policy that a layer follows: of a `DTypePolicyMap`, the member for its path."""
+    """Return the policy that a layer follows; in a `DTypePolicyMap`, the entry for its path."""
     policy = layer.dtype_policy
     if not isinstance(policy, MAP):
         return policy
@@ -240,11 +237,11 @@ def _graphs(model: Any) -> list[Any]:
     return [] if graph is None else [graph, *nested]
 
 
-def _gives_its_compute_dtype(operation: Any) -> bool:
-    """Return whether a call with symbols gives the dtype that a layer computes in, in any case.
+def _always_returns_compute_dtype(operation: Any) -> bool:
+    """Return whether a symbolic call of a layer always returns its compute dtype.
 
-    Keras asks layers that say the shapes of their outputs for these alone. A user's layer is called
-    all the same: it may refuse the dtype of what it is given.
+    If a layer can tell the shapes of its outputs, Keras does not trace its call. A user-defined
+    layer is called all the same, because it may reject the dtype of its inputs.
     """
     cls, layer = type(operation), keras.Layer
     return (
@@ -257,27 +254,28 @@ def _gives_its_compute_dtype(operation: Any) -> bool:
 
 
 def _dtypes_of_call(
-    operation: Any, node: Any, dtypes: dict[int, str], look: Callable[..., object] | None
+    operation: Any, node: Any, dtypes: dict[int, str], visit: Callable[..., object] | None
 ) -> list[str]:
-    """Call once more on new symbolic tensors, and leave no trace of it."""
+    """Return the output dtypes of a call that is repeated on new symbolic tensors."""
 
-    def anew(value: Any) -> Any:
+    def renewed(value: Any) -> Any:
         if not isinstance(value, keras.KerasTensor):
             return value
         return keras.KerasTensor(value.shape, dtypes.get(id(value), value.dtype), value.sparse)
 
-    is_known = _gives_its_compute_dtype(operation)
-    if is_known and look is None:
-        return [operation.compute_dtype] * len(node.output_tensors)
-    args, kwargs = keras.tree.map_structure(anew, (node.arguments.args, node.arguments.kwargs))
-    if look is not None:
-        look(operation, args, kwargs)
+    is_known = _always_returns_compute_dtype(operation)
+    if visit is not None or not is_known:
+        args, kwargs = keras.tree.map_structure(
+            renewed, (node.arguments.args, node.arguments.kwargs)
+        )
+    if visit is not None:
+        visit(operation, args, kwargs)
     if is_known:
         return [operation.compute_dtype] * len(node.output_tensors)
-    inbound = operation._inbound_nodes  # noqa: SLF001 - `layer.output` counts on one call each
+    inbound = operation._inbound_nodes  # noqa: SLF001 - `layer.output` requires that a layer was called once
     before = len(inbound)
     try:
-        # With a scope around it, a layer reads variables that have another dtype in its own, too.
+        # Within a scope, a layer casts variables whose dtype differs from its compute dtype, too.
         with AutocastScope("float32"):
             outputs = operation(*args, **kwargs)
     finally:

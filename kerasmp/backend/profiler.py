@@ -1,13 +1,11 @@
-"""Sees what a model computes while it is called: products, casts, and outputs of each layer.
+"""Profiles calls of layers: their multiply-adds, casts and outputs.
 
-There is no plain way to count what each layer multiplies, and in which dtype. Keras has neither
-such a count nor a hook around its functions. XLA and TensorFlow count the operations of a whole
-compiled program, where layers are no longer told apart, and torch's FlopCounterMode knows modules
-but not dtypes. But Keras's layers all go through the functions of its backend, and those are
-replaced while eager calls are watched, in each module of Keras that has them. What stands in their
-place watches in the context alone that asked for it, and is the original everywhere else: other
-threads may be calling models meanwhile, or watching one of their own.
-`tests/backend/test_profiler.py` tells when one of the private names moves.
+Keras has no way to ask a layer for its work. All its layers call the functions of its backend, so
+these are replaced during profiled eager calls, in each Keras module that has imported them. There
+is no plainer way: frameworks count operations by kernel or graph node, and do not know the layer.
+The replacements profile only in the context that asked for it. Elsewhere they call the original,
+because other threads may call models, or profile their own, at the same time.
+`tests/backend/test_profiler.py` fails if one of the private names moves.
 """
 
 from __future__ import annotations
@@ -26,6 +24,7 @@ import keras.src.backend as keras_backend
 from kerasmp.backend import current
 from kerasmp.backend.flops import COUNTS, factors, size
 from kerasmp.backend.keras_internals import AutocastScope
+from kerasmp.backend.tensors import dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,15 +36,15 @@ _BYTES = {"bool": 1, "8": 1, "16": 2, "32": 4, "64": 8} | _FLOAT_BYTES
 
 
 class Profile:
-    """What was seen of each layer, by `id(layer)`; nothing of those that were not called.
+    """The work of each layer that was called, by `id(layer)`.
 
     Attributes:
-        output_bytes: Bytes of the tensors that it returned, less those that it handed on. The
-            layers that were called are in it.
-        multiply_adds: Multiplications that are added up, by the dtype of the factors, of its own
-            and not of a layer inside it.
-        uncounted: The layers with a product that was called in a way that is not known.
-        cast_bytes: Bytes that casts from one float dtype to another wrote, likewise.
+        output_bytes: Bytes of the tensors that the layer returned, except those that it passed
+            through. It has an entry for each layer that was called.
+        multiply_adds: Multiply-adds by the dtype of the factors, of the layer itself and not of
+            the layers inside it.
+        uncounted: The layers that called a product in an unknown way.
+        cast_bytes: Bytes written by casts between float dtypes, of the layer itself.
     """
 
     def __init__(self) -> None:
@@ -58,10 +57,10 @@ class Profile:
         self._returned: dict[int, Any] = {}
 
     def call(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `keras.Layer.__call__`, watched."""
+        """Return a profiled `keras.Layer.__call__`."""
 
         @functools.wraps(original)
-        def watched_call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        def profiled_call(layer: Any, *args: Any, **kwargs: Any) -> Any:
             self._running.append(id(layer))
             try:
                 outputs = original(layer, *args, **kwargs)
@@ -71,13 +70,13 @@ class Profile:
             _add(self.output_bytes, id(layer), written)
             return outputs
 
-        return watched_call
+        return profiled_call
 
     def product(self, original: Callable[..., Any], count: Count) -> Callable[..., Any]:
-        """Return a product, watched; what it calls itself is part of it."""
+        """Return a profiled product; the products that it calls itself are part of it."""
 
         @functools.wraps(original)
-        def watched_product(*args: Any, **kwargs: Any) -> Any:
+        def profiled_product(*args: Any, **kwargs: Any) -> Any:
             if self._in_product or not self._running:
                 return original(*args, **kwargs)
             self._in_product = True
@@ -88,20 +87,20 @@ class Profile:
             values = [*args, *kwargs.values()]
             try:
                 number = count(values, kwargs, result)
-            except Exception:  # noqa: BLE001 - a way to call it that is not known here
+            except Exception:  # noqa: BLE001 - an unknown way to call it
                 self.uncounted.add(self._running[-1])
                 return result
             counts = self.multiply_adds.setdefault(self._running[-1], {})
             _add(counts, _dtype_of_factors(values), number)
             return result
 
-        return watched_product
+        return profiled_product
 
     def cast(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `cast` or `convert_to_tensor`, watched; what it calls itself is part of it."""
+        """Return a profiled `cast` or `convert_to_tensor`; casts that it calls are part of it."""
 
         @functools.wraps(original)
-        def watched_cast(x: Any, *args: Any, **kwargs: Any) -> Any:
+        def profiled_cast(x: Any, *args: Any, **kwargs: Any) -> Any:
             if self._in_cast or not self._running or not factors([x]):
                 return original(x, *args, **kwargs)
             with self._casting():
@@ -109,20 +108,20 @@ class Profile:
             self._add_cast(x, result)
             return result
 
-        return watched_cast
+        return profiled_cast
 
     def read(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `AutocastScope.maybe_cast`, watched: it casts a variable that a layer reads."""
+        """Return a profiled `AutocastScope.maybe_cast`, which casts a variable on each read."""
 
         @functools.wraps(original)
-        def watched_read(scope: Any, value: Any) -> Any:
+        def profiled_read(scope: Any, value: Any) -> Any:
             with self._casting():
                 result = original(scope, value)
             if self._running:
                 self._add_cast(value, result)
             return result
 
-        return watched_read
+        return profiled_read
 
     @contextlib.contextmanager
     def _casting(self) -> Iterator[None]:
@@ -133,12 +132,12 @@ class Profile:
             self._in_cast = before
 
     def _add_cast(self, x: Any, result: Any) -> None:
-        dtypes = {_dtype(x), _dtype(result)}
+        dtypes = {dtype_name(x.dtype), dtype_name(result.dtype)}
         if len(dtypes) > 1 and dtypes <= _FLOAT_BYTES.keys():
             _add(self.cast_bytes, self._running[-1], _bytes(result))
 
     def _new_bytes(self, tensor: Any) -> int:
-        # By identity: a container returns what a layer inside it has returned.
+        # By identity: a container returns the tensors of the layers inside it.
         if not keras.ops.is_tensor(tensor) or id(tensor) in self._returned:
             return 0
         forget = functools.partial(_drop, self._returned, id(tensor))
@@ -148,10 +147,10 @@ class Profile:
 
 @contextlib.contextmanager
 def profile() -> Iterator[Profile]:
-    """Watch all that layers do, which is done eagerly and without gradients.
+    """Profile all layers that are called, which run eagerly and without gradients.
 
-    Seen are products and casts by Keras's functions, and products by the framework's functions of
-    the same names. Not seen are those by operators, such as `@` between tensors.
+    It sees products and casts by Keras's functions, and products by the framework's functions of
+    the same names. It does not see operators such as `@` between tensors.
 
     Example:
 
@@ -162,75 +161,75 @@ def profile() -> Iterator[Profile]:
     >>> seen.multiply_adds[id(layer)], seen.output_bytes[id(layer)]
     ({'float16': 24}, 12)
     """
-    seen = Profile()
-    with _REPLACED, current().eagerly():
-        before = _SEEN.set(seen)
+    active = Profile()
+    with _REPLACEMENTS, current().eager_scope():
+        token = _ACTIVE.set(active)
         try:
-            yield seen
+            yield active
         finally:
-            _SEEN.reset(before)
+            _ACTIVE.reset(token)
 
 
-# What watches in this context; None where nobody does.
-_SEEN: ContextVar[Profile | None] = ContextVar("seen", default=None)
+# The profile that is active in this context, or None.
+_ACTIVE: ContextVar[Profile | None] = ContextVar("active", default=None)
 
 
-class _Replaced:
-    """Replaces the functions as long as anybody watches, in whichever thread."""
+class _Replacements:
+    """Replaces the functions while any thread is profiling."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._watching = 0
+        self._users = 0
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> None:
         with self._lock:
-            if not self._watching:
+            if not self._users:
                 try:
                     _replace_all(self._undo)
-                except BaseException:  # an interrupt, too
+                except BaseException:  # includes an interrupt
                     self._undo.close()
                     raise
-            self._watching += 1
+            self._users += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            self._watching -= 1
-            if not self._watching:
+            self._users -= 1
+            if not self._users:
                 self._undo.close()
 
 
-_REPLACED = _Replaced()
+_REPLACEMENTS = _Replacements()
 
 
 def _replace_all(undo: contextlib.ExitStack) -> None:
     for function, count in _products():
-        _replace_in_keras(function, _product(function, count), undo)
-    for module, name in current().PRODUCTS:
-        _set(module, name, _product(getattr(module, name), COUNTS[name]), undo)
+        _replace_in_keras(function, _profiled_product(function, count), undo)
+    for module, name in current().MATMUL_FUNCTIONS:
+        _set(module, name, _profiled_product(getattr(module, name), COUNTS[name]), undo)
     for function in (keras_backend.cast, keras_backend.convert_to_tensor):
-        _replace_in_keras(function, _where_watched(function, Profile.cast), undo)
-    for owner, name, watch in (
+        _replace_in_keras(function, _if_active(function, Profile.cast), undo)
+    for owner, name, profiled in (
         (AutocastScope, "maybe_cast", Profile.read),
         (keras.Layer, "__call__", Profile.call),
-        *current().COMPILED,
+        *current().COMPILED_CALLS,
     ):
-        _set(owner, name, _where_watched(getattr(owner, name), watch), undo)
+        _set(owner, name, _if_active(getattr(owner, name), profiled), undo)
 
 
-def _product(function: Callable[..., Any], count: Count) -> Callable[..., Any]:
-    return _where_watched(function, functools.partial(Profile.product, count=count))
+def _profiled_product(function: Callable[..., Any], count: Count) -> Callable[..., Any]:
+    return _if_active(function, functools.partial(Profile.product, count=count))
 
 
-def _where_watched(
-    original: Callable[..., Any], watch: Callable[..., Callable[..., Any]]
+def _if_active(
+    original: Callable[..., Any], profiled: Callable[..., Callable[..., Any]]
 ) -> Callable[..., Any]:
-    """Return `original`, but in a context that watches what `watch` makes of it."""
+    """Return a function that calls `profiled(profile, original)` while a profile is active."""
 
     @functools.wraps(original)
     def either(*args: Any, **kwargs: Any) -> Any:
-        seen = _SEEN.get()
-        return (original if seen is None else watch(seen, original))(*args, **kwargs)
+        active = _ACTIVE.get()
+        return (original if active is None else profiled(active, original))(*args, **kwargs)
 
     return either
 
@@ -248,8 +247,8 @@ def _products() -> list[tuple[Callable[..., Any], Count]]:
 def _replace_in_keras(
     function: Callable[..., Any], by: Callable[..., Any], undo: contextlib.ExitStack
 ) -> None:
-    """Replace a function in each module of Keras that holds it, by whichever import."""
-    # Looked for once more in the end: a module that comes meanwhile imports what it finds.
+    """Replace a function in each Keras module that holds it, whichever way it was imported."""
+    # The undo searches again: a module that is imported in the meantime imports the replacement.
     undo.callback(_put_into_keras, function, by)
     _put_into_keras(by, function)
 
@@ -274,16 +273,12 @@ def _add(numbers: dict[Any, int], key: Any, number: int) -> None:
     numbers[key] = numbers.get(key, 0) + number
 
 
-def _dtype(tensor: Any) -> str:
-    return str(keras.backend.standardize_dtype(tensor.dtype))
-
-
 def _dtype_of_factors(values: list[Any]) -> str:
-    dtypes = [_dtype(x) for x in factors(values)[:2]]
+    dtypes = [dtype_name(x.dtype) for x in factors(values)[:2]]
     return dtypes[0] if len(set(dtypes)) == 1 else str(keras.backend.result_type(*dtypes))
 
 
 def _bytes(tensor: Any) -> int:
-    dtype = _dtype(tensor)
+    dtype = dtype_name(tensor.dtype)
     known = [width for name, width in _BYTES.items() if dtype == name or dtype.endswith(name)]
-    return size(tensor) * (known[0] if known else 1)  # float8_e4m3fn and the like
+    return size(tensor) * (known[0] if known else 1)  # such as float8_e4m3fn

@@ -1,6 +1,6 @@
-"""The dtype of a Keras variable that exists, changed in place: Keras has no way to do so.
+"""Changes the dtype of an existing Keras variable in place, which Keras has no way to do.
 
-`tests/backend/test_variable_dtypes.py` tells when one of the private names moves.
+`tests/backend/test_variable_dtypes.py` fails if one of the private names moves.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-# Others, float8 say, are parts of a layer that is quantised.
+# Variables of other dtypes, such as float8, belong to quantized layers.
 _FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 
 def takes_dtype(variable: Any, dtype: str) -> bool:
-    """Return whether a layer's variable changes where its variables are to have a float dtype.
+    """Return whether a layer's variable changes if the layer's variable dtype becomes `dtype`.
 
-    Seeds and counters do not. A float dtype that `add_weight` was given cannot be told from that of
-    the policy.
+    Seeds and counters do not. A float dtype that was passed to `add_weight` cannot be told from the
+    policy's.
     """
     return variable.dtype in _FLOATS and dtype in _FLOATS and variable.dtype != dtype
 
 
 def set_variable_dtype(variable: Any, dtype: str) -> Callable[[], None]:
-    """Change the dtype of a variable, and round its value to it, in place.
+    """Change the dtype of a variable in place, and round its value to it.
 
-    The variable stays the object that layers, optimizers and trackers know, with its name, path,
-    trainability, regularizer, constraint and sharding. Steps that TensorFlow has compiled go on
-    with what it was: they must be forgotten.
+    Layers, optimizers and trackers keep the same object, with its name, path, trainability,
+    regularizer, constraint and sharding. Functions that TensorFlow has compiled continue to use the
+    old value, so they must be discarded.
 
     Args:
         variable: A `keras.Variable` of a floating dtype that has a value.
         dtype: Another floating dtype.
 
     Returns:
-        What puts back the dtype and the value, not a copy of it. A value that was assigned
-        meanwhile, as training does, is kept, and cast.
+        A function that restores the dtype and the very value. If another value has been assigned
+        since, for instance by training, it casts and keeps that one.
 
     Example:
 
@@ -53,14 +53,14 @@ def set_variable_dtype(variable: Any, dtype: str) -> Callable[[], None]:
     >>> variable.dtype
     'float32'
     """
-    # Around the public reader, which casts within a layer's call.
-    before_dtype, before = variable._dtype, variable._value  # noqa: SLF001 - see above
-    value, put_back = current().in_dtype(before, dtype)
+    # Not the public `value`, which casts inside a layer's call.
+    before_dtype, before = variable._dtype, variable._value  # noqa: SLF001 - see above and below
+    value, undo_cast = current().cast_variable(before, dtype)
 
     def undo() -> None:
         now = keras.ops.stop_gradient(keras.ops.copy(variable.value))
-        put_back()
-        # Keras has no setter for the dtype, and `assign` copies, or casts.
+        undo_cast()
+        # Keras has no setter for the dtype, and `assign` copies or casts.
         variable._dtype, variable._value = before_dtype, before  # noqa: SLF001
         if not _same(now, keras.ops.cast(variable.value, dtype)):
             variable.assign(keras.ops.cast(now, before_dtype))

@@ -139,7 +139,7 @@ class OverflowMonitor(keras.callbacks.Callback):
         self._steps = self._epoch_first_step + batch
         if self._source is not None and batch >= self._next_check:
             self._next_check = batch + self.check_every
-            with backend.current().reading(self._model_without_sync):
+            with backend.current().current_optimizer_state(self._model_without_sync):
                 self._warn_if_losing_steps(self._source.read(self._steps))
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002

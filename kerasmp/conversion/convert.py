@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp.backend.keras_graph import called_parts, has_call, refresh_symbolic_dtypes
-from kerasmp.backend.keras_internals import flatten_layers, preserve_losses
+from kerasmp.backend.keras_internals import flatten_layers
+from kerasmp.backend.side_effects import preserve_losses
 from kerasmp.backend.variable_dtypes import set_variable_dtype
 from kerasmp.conversion.costs import measure
 from kerasmp.conversion.half_variables import (

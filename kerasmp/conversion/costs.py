@@ -6,13 +6,9 @@ from typing import Any, NamedTuple
 
 import keras
 
-from kerasmp.backend.keras_internals import (
-    flatten_layers,
-    non_trainable_state,
-    own_variables,
-    preserve_losses,
-)
+from kerasmp.backend.keras_internals import flatten_layers, non_trainable_state, own_variables
 from kerasmp.backend.profiler import Profile, profile
+from kerasmp.backend.side_effects import preserve_losses
 
 _KERNEL_RANK = 2
 _COUNTED = {"keras", "keras_hub", "kerasmp"}  # their layers multiply by functions that are counted

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp.backend.keras_graph import called_parts, has_call
-from kerasmp.backend.keras_internals import flatten_layers, own_attributes
+from kerasmp.backend.keras_internals import flatten_layers
 from kerasmp.backend.nested import optimizer_chain
+from kerasmp.backend.side_effects import own_attributes
 from kerasmp.conversion.half_variables import plan_variables, summary, with_variables
 from kerasmp.conversion.report import ConvertedLayer
 from kerasmp.conversion.trial import settle

@@ -20,9 +20,9 @@ from kerasmp.backend.keras_internals import (
     AutocastScope,
     flatten_layers,
     layers_in_traceback,
-    preserve_layers,
     unfiltered_tracebacks,
 )
+from kerasmp.backend.side_effects import preserve_layers
 from kerasmp.errors import BackendError, PolicyError, first_line
 from kerasmp.model import Model
 from kerasmp.policy.apply import set_layer_policy, set_policies, take_back
@@ -298,7 +298,7 @@ def _in_float32(value: Any) -> Any:
 
 
 def culprits(error: Exception, layer: Any) -> list[Any]:
-    """Return the layers in a layer, itself included, that an error comes from, innermost_step first."""
+    """Return the layers in a layer, itself included, that an error comes from, innermost first."""
     inside = flatten_layers(layer)
     found = [each for each in layers_in_traceback(error) if any(each is part for part in inside)]
     names = "/".join(getattr(error, "__notes__", ())).split("/")

@@ -5,8 +5,9 @@ Nothing here formats or prints. `run_demo` returns frozen results, and `kerasmp.
 
 from kerasmp.demo.environment import Environment, environment
 from kerasmp.demo.results import DemoResult, ExponentHistogram, RunResult, ScaleReading
-from kerasmp.demo.run import Progress, run_demo
+from kerasmp.demo.run import run_demo
 from kerasmp.demo.settings import RECIPES, DemoError, DemoSettings, Recipe
+from kerasmp.demo.watch import Progress
 
 __all__ = [
     "RECIPES",

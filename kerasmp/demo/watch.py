@@ -101,7 +101,7 @@ class Watch(keras.callbacks.Callback):
     def _read(self, step: int, loss: float | None = None) -> None:
         optimizer = self.model.optimizer
         if isinstance(optimizer, LossScaleOptimizer):
-            with backend.current().reading(self.model):
+            with backend.current().current_optimizer_state(self.model):
                 skipped, scale = optimizer.skipped_steps, optimizer.loss_scale
             self.scales.append(ScaleReading(step, scale, skipped - self._skipped))
             self._skipped = skipped

@@ -8,12 +8,8 @@ import keras
 import numpy as np
 
 from kerasmp.backend.keras_graph import called_parts, dtypes_of_graphs, graph_of, has_call
-from kerasmp.backend.keras_internals import (
-    flatten_layers,
-    preserve_layers,
-    preserve_losses,
-    unfiltered_tracebacks,
-)
+from kerasmp.backend.keras_internals import flatten_layers, unfiltered_tracebacks
+from kerasmp.backend.side_effects import preserve_layers, preserve_losses
 from kerasmp.conversion.trial import call_attempts, culprits, is_all_stock, trace_call
 from kerasmp.diagnosis import data, dtypes, outputs, sizes, source, traced, training
 from kerasmp.diagnosis.finding import Finding, LintReport, sorted_report

@@ -40,7 +40,7 @@ def findings(model: Any, x: Any) -> list[Finding] | None:
 
 
 def _place(scope: str, paths: dict[str, str]) -> str:
-    """Return the path of the innermost_step layer that a name scope names."""
+    """Return the path of the innermost layer that a name scope names."""
     for part in reversed(scope.split("/")):
         for name in (part, re.sub(r"_\d+$", "", part)):
             if name in paths:

@@ -63,5 +63,5 @@ class Embedding(QuantizesAsStock, keras.layers.Embedding):
         if keras.backend.standardize_dtype(inputs.dtype) not in {"int32", "int64"}:
             inputs = ops.cast(inputs, "int32")
         with AutocastScope(None):
-            rows = current().rows(self.embeddings, inputs)
+            rows = current().take_rows(self.embeddings, inputs)
         return ops.cast(rows, self.compute_dtype)

@@ -17,12 +17,7 @@ import keras
 from kerasmp import layers, ops
 from kerasmp.backend import current
 from kerasmp.backend.keras_graph import mask_operations, policy_of, refresh_symbolic_dtypes
-from kerasmp.backend.keras_internals import (
-    autocasts,
-    flatten_layers,
-    own_variables,
-    set_autocast,
-)
+from kerasmp.backend.keras_internals import autocasts, flatten_layers, own_variables, set_autocast
 from kerasmp.layers.bias import WideBias
 from kerasmp.layers.in_float32 import NeverCastWeights
 from kerasmp.layers.masking import as_it_comes, differs

@@ -70,11 +70,11 @@ class WithDtype(keras.layers.Wrapper):
             {v.dtype for v in layer.variables if keras.backend.is_float_dtype(v.dtype)}
         )
         if present not in ([], [wanted]):
-            values_of = " and ".join(present)
+            held = " and ".join(present)
             raise PolicyError(
                 "The layer is built, its variables stay in the dtype they have.",
-                received=f"variables in {values_of}, a policy that wants {wanted}",
-                expected=f"a policy with {values_of} variables",
+                received=f"variables in {held}, a policy that wants {wanted}",
+                expected=f"a policy with {held} variables",
                 fix='For low-precision compute over float32 variables use a "mixed_" policy.',
             )
         self._hand_on_policy()

@@ -10,7 +10,7 @@ import keras
 
 from kerasmp import backend
 from kerasmp.backend.by_identity import ByIdentity
-from kerasmp.backend.calls import Call, entered, running
+from kerasmp.backend.running_steps import RunningStep, enter_step, running_step
 from kerasmp.errors import PolicyError
 from kerasmp.model.hints import dtype_hints
 from kerasmp.model.optimizers import find_optimizers, warn_of_late_layers
@@ -36,10 +36,10 @@ def undo_skipped_steps(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def train_step(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if running(model):
+        if running_step(model):
             return step(model, *args, **kwargs)
         refuse_training(model)  # for a custom loop; `fit` has checked already
-        with entered(model) as call, dtype_hints():
+        with enter_step(model) as call, dtype_hints():
             return _run(call, functools.partial(step, model, **kwargs), args)
 
     return train_step
@@ -50,7 +50,7 @@ def note_losses(update: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(update)
     def update_metrics(model: Any, variables: Any, unscaled_loss: Any, *args: Any) -> Any:
-        call = running(model)
+        call = running_step(model)
         if call:
             call.losses.append(unscaled_loss)
         return update(model, variables, unscaled_loss, *args)
@@ -65,10 +65,10 @@ def keras_step(model: Any) -> Iterator[None]:
     It applies the gradients of the loss that it scaled. That says nothing about gradients that the
     user's part of the step computes before or after.
     """
-    call = running(model)
+    call = running_step(model)
     if call:
         call.by_keras = True
-    with entered(model, of_keras=True):
+    with enter_step(model, of_keras=True):
         yield
 
 
@@ -97,7 +97,7 @@ def reports_nan(model: Any) -> bool:
 
     Not during a step, whose logs then contain the results of its batch.
     """
-    return bool(_USED_KERAS_STEP.get(model)) and not running(model)
+    return bool(_USED_KERAS_STEP.get(model)) and not running_step(model)
 
 
 def nan_if_empty(model: Any, results: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def batch_results(result_or_logs: Callable[..., Any]) -> Callable[..., Any]:
     return metrics_result_or_logs
 
 
-def _run(call: Call, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _run(call: RunningStep, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     model = call.model
     optimizers = [o for o in find_optimizers(model).values() if isinstance(o, LossScaleOptimizer)]
     if not optimizers:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp import backend
-from kerasmp.backend.keras_internals import weights_and_averages
 from kerasmp.backend.nested import optimizer_chain
+from kerasmp.backend.optimizer_internals import weights_and_averages
 from kerasmp.optimizer.counters import COUNTERS
 
 if TYPE_CHECKING:

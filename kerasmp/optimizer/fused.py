@@ -10,9 +10,9 @@ import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.keras_internals import decays, moments
 from kerasmp.backend.nested import has_replaced_methods
-from kerasmp.backend.protocol import Weight
+from kerasmp.backend.optimizer_internals import applies_weight_decay, moments
+from kerasmp.backend.tensors import Weight
 from kerasmp.loss_scale import FixedLossScale
 from kerasmp.optimizer.step import divide_gradient
 
@@ -108,7 +108,9 @@ class Fused:
         decay = rate * inner.weight_decay if inner.weight_decay else None
         rows = list(zip(step.variables, step.grads, moments(inner, step.variables), strict=True))
         weights = [
-            Weight(*row, decay if decay is not None and decays(inner, row[0]) else None)
+            Weight(
+                *row, decay if decay is not None and applies_weight_decay(inner, row[0]) else None
+            )
             for row, fits in zip(rows, self.fits, strict=True)
             if fits
         ]

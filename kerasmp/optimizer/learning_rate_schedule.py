@@ -8,7 +8,7 @@ import keras
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
-from kerasmp.backend.keras_internals import learning_rate_schedules
+from kerasmp.backend.optimizer_internals import learning_rate_schedules
 from kerasmp.optimizer.counters import skipped_steps
 
 

@@ -8,8 +8,8 @@ import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.keras_internals import is_built_with, restore_on_error
 from kerasmp.backend.nested import optimizer_chain
+from kerasmp.backend.optimizer_internals import is_built_with, restore_on_error
 from kerasmp.optimizer import (
     build,
     properties,

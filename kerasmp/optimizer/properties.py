@@ -8,8 +8,8 @@ import numpy as np
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.keras_internals import step_count
 from kerasmp.backend.nested import optimizer_chain
+from kerasmp.backend.optimizer_internals import step_count
 from kerasmp.errors import LossScaleError
 from kerasmp.optimizer import counters
 from kerasmp.optimizer.counters import CAUSES, COUNTERS

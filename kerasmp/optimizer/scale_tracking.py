@@ -10,7 +10,7 @@ import keras
 
 from kerasmp import backend
 from kerasmp.backend.by_identity import ByIdentity
-from kerasmp.backend.calls import innermost_step
+from kerasmp.backend.running_steps import innermost_step
 from kerasmp.errors import LossScaleError, LossScaleWarning
 from kerasmp.loss_scale import FixedLossScale, NoLossScale
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from kerasmp.backend.keras_internals import learning_rate_numbers
+from kerasmp.backend.optimizer_internals import learning_rate_numbers
 from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning, with_type
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale, resolve, validation
 from kerasmp.optimizer.schedule_contract import check_schedule

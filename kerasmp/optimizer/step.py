@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.protocol import accumulation_dtype
+from kerasmp.backend.tensors import accumulation_dtype
 from kerasmp.optimizer.counters import APPLIED, cause_of, count_skip, last_step_skipped
 from kerasmp.optimizer.gradient_statistics import STATISTICS
 
@@ -83,7 +83,7 @@ def divide_gradient(gradient: Any, variable: Any, divisor: Any) -> Any:
         return gradient
     framework = backend.current()
     return framework.replace_values(
-        gradient, framework.quotient(framework.dense_values(gradient), divisor)
+        gradient, framework.divide(framework.dense_values(gradient), divisor)
     )
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.keras_internals import is_built_with
-from kerasmp.backend.protocol import dtype_name
+from kerasmp.backend.optimizer_internals import is_built_with
+from kerasmp.backend.tensors import dtype_name
 from kerasmp.errors import ArgumentTypeError, LossScaleError, with_type
 
 if TYPE_CHECKING:

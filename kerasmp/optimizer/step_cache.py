@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kerasmp.backend.keras_internals import learning_rate_functions
 from kerasmp.backend.nested import copy_with_settings, optimizer_chain
+from kerasmp.backend.optimizer_internals import learning_rate_functions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

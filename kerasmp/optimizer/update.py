@@ -12,8 +12,9 @@ import keras
 from keras import ops
 
 from kerasmp import backend
-from kerasmp.backend.keras_internals import values_of, weights_and_averages
+from kerasmp.backend.keras_internals import values_of
 from kerasmp.backend.nested import optimizer_chain, overrides_stateless_apply
+from kerasmp.backend.optimizer_internals import weights_and_averages
 from kerasmp.optimizer.clipping import clip, clip_divisors
 from kerasmp.optimizer.scale_tracking import is_loss_scaled
 from kerasmp.optimizer.settings import refuse_second_scale
@@ -153,7 +154,7 @@ def _run_compiled(optimizer: LossScaleOptimizer, step: Step) -> None:
     flags = (step.loss_scaled, step.unscaled, step.method)
     key = (*flags, tuple(step.indices), trace_constants(inner))
     compiled = optimizer.pending.compiled.get(
-        key, lambda: backend.current().compiled(compiled_step)
+        key, lambda: backend.current().compile_step(compiled_step)
     )
     tensors = {"grads": step.grads, "losses": step.losses, "scale": step.scale}
     after = compiled(tensors, current_rates(inner), [v.value for v in variables])

@@ -18,7 +18,7 @@ def test_an_optimizer_sums_its_gradients_in_this_method_and_uses_what_it_returns
         seen.append([ops.convert_to_numpy(g).tolist() for g, _ in grads_and_vars])
         return [(10 * g, v) for g, v in grads_and_vars]
 
-    object.__setattr__(optimizer, backend.current().REDUCTION, ten_times_what_comes)
+    object.__setattr__(optimizer, backend.current().ALL_REDUCE_METHOD, ten_times_what_comes)
     optimizer.apply([ops.array([1.0, 3.0])], [weight])
     assert seen == [[[1.0, 2.0]]]  # once, and after clipping: what is local to a replica
     np.testing.assert_array_equal(ops.convert_to_numpy(weight), [-10.0, -20.0])

@@ -16,11 +16,11 @@ from kerasmp.backend.profiler import profile
 layers, ops = keras.layers, keras.ops
 
 
-def values_of():
+def held():
     """Return all that Keras's modules hold, and what else is replaced."""
     modules = [m for name, m in sys.modules.items() if name.partition(".")[0] == "keras"]
     found = {(id(m), name): id(value) for m in modules for name, value in vars(m).items()}
-    found |= {(id(m), name): id(getattr(m, name)) for m, name in current().PRODUCTS}
+    found |= {(id(m), name): id(getattr(m, name)) for m, name in current().MATMUL_FUNCTIONS}
     return found | {"call": keras.Layer.__call__, "read": keras_backend.AutocastScope.maybe_cast}
 
 
@@ -33,13 +33,13 @@ def test_every_product_is_found_in_this_keras():
 
 
 def test_everything_is_put_back_after_an_error():
-    before = values_of()
+    before = held()
     layer = Calling(lambda x: len(x.shape) // 0)
     with pytest.raises(ZeroDivisionError), profile():  # noqa: PT012 - what it does meanwhile counts
-        changed = values_of()
+        changed = held()
         assert sum(changed[key] != value for key, value in before.items()) > 2 * len(COUNTS)
         layer(ops.ones((1, 2)))
-    assert values_of() == before
+    assert held() == before
 
 
 class Calling(layers.Layer):
@@ -87,7 +87,7 @@ def test_products_are_counted_as_by_hand(function, count, shape):
 
 
 def test_products_of_the_framework_itself_are_counted():
-    for module, name in current().PRODUCTS:
+    for module, name in current().MATMUL_FUNCTIONS:
         function = {
             "einsum": lambda f: lambda x: f("ab,cb->ac", x, x),
             "tensordot": lambda f: lambda x: f(x, x, 2),
@@ -145,7 +145,7 @@ def in_a_thread(work):
 
 
 def test_threads_that_watch_at_once_see_their_own_and_leave_keras_as_it_was():
-    before = values_of()
+    before = held()
     layer = layers.Dense(3)
     layer.build((None, 4))
 
@@ -158,7 +158,7 @@ def test_threads_that_watch_at_once_see_their_own_and_leave_keras_as_it_was():
         # The other one has ended, and this one goes on.
         layer(ops.ones((1, 4)))
     assert seen.multiply_adds == {id(layer): {"float32": 4 * 3}}
-    assert values_of() == before
+    assert held() == before
 
 
 def test_a_module_of_keras_that_is_imported_meanwhile_keeps_nothing():

@@ -372,12 +372,12 @@ def test_keras_keeps_dispatching_batch_ends_to_its_own_thread():
 def test_batch_ends_may_be_told_out_of_order():
     """Keras's pool of threads promises no order."""
     model, monitor = make(STOCK(keras.optimizers.SGD(0.1))), OverflowMonitor()
-    told_by_keras, values_of = monitor.on_train_batch_end, []
+    told_by_keras, held = monitor.on_train_batch_end, []
 
     def shuffled(batch, logs=None):
-        values_of.append(batch)
-        if len(values_of) == 4:
-            for late in reversed(values_of):
+        held.append(batch)
+        if len(held) == 4:
+            for late in reversed(held):
                 told_by_keras(late, logs)
 
     monitor.on_train_batch_end = shuffled

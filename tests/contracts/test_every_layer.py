@@ -1,4 +1,4 @@
-"""What holds for every layer of Keras and of ours; they are looked up, so a new one is values_of to it.
+"""What holds for every layer of Keras and of ours; they are looked up, so a new one is held to it.
 
 A class without a case in helpers.layer_cases fails, in test_layer_classes.py.
 """

@@ -1,4 +1,4 @@
-"""What holds for every optimizer of Keras; they are looked up, so a new one is values_of to it too."""
+"""What holds for every optimizer of Keras; they are looked up, so a new one is held to it too."""
 
 import keras
 import numpy as np

@@ -82,11 +82,11 @@ def test_restored_it_is_as_before_bit_for_bit():
     build, x = MODELS["vision"]
     model = models.lived_in(build)
     before, values, weights = model.predict(x, verbose=0), floats(model), model.get_weights()
-    values_of = [v.value for v in values]
+    held = [v.value for v in values]
     report = narrowed(model)
     assert not np.array_equal(model.predict(x, verbose=0), before)
     report.restore()
-    assert all(v.value is old for v, old in zip(values, values_of, strict=True))
+    assert all(v.value is old for v, old in zip(values, held, strict=True))
     for now, then in zip(model.get_weights(), weights, strict=True):
         np.testing.assert_array_equal(now, then, strict=True)
     np.testing.assert_array_equal(model.predict(x, verbose=0), before)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from kerasmp.demo import ExponentHistogram
-from kerasmp.demo.exponents import build_cnn, count_exponents, gradient_exponents
+from kerasmp.demo.exponents import count_exponents, gradient_exponents
+from kerasmp.demo.model import build_cnn
 
 
 def numpy_fate(values, scale):

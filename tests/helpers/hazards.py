@@ -355,7 +355,7 @@ HAZARDS = [
         ordinary=(),
     ),
     Hazard(11, "ELU, near 0", "ELU", inputs.normal((4000,), std=0.05)),
-    # Those of kerasmp.layers whose stock twin is right, values_of to the same.
+    # Those of kerasmp.layers whose stock twin is right, held to the same.
     Hazard(
         0,
         "BatchNormalization, training",

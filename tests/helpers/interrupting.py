@@ -3,10 +3,17 @@
 import inspect
 import sys
 
-# Of the backend what changes models; the rest only looks, thousands of times.
+# The modules of the backend that change models. The others only read, thousands of times.
+BACKEND = (
+    "keras_graph",
+    "keras_internals",
+    "optimizer_internals",
+    "side_effects",
+    "variable_dtypes",
+)
 WATCHED = (
     *("kerasmp.conversion", "kerasmp.policy", "kerasmp.layers", "kerasmp.model"),
-    *(f"kerasmp.backend.{name}" for name in ("keras_graph", "keras_internals", "variable_dtypes")),
+    *(f"kerasmp.backend.{name}" for name in BACKEND),
 )
 
 

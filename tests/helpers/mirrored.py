@@ -45,8 +45,8 @@ def per_replica(strategy, parts):
 
 def copies(strategy, variables):
     """Return for each replica all numbers that it holds."""
-    values_of = [strategy.experimental_local_results(v.value) for v in variables]
-    return [flat(each) for each in zip(*values_of, strict=True)]
+    held = [strategy.experimental_local_results(v.value) for v in variables]
+    return [flat(each) for each in zip(*held, strict=True)]
 
 
 def _loop(strategy, model, optimizer, *, by_hand=False):
@@ -109,8 +109,8 @@ def runs(strategy, cls, way, feeds, *, guarded=False, own_step=False, build=True
         if start is None and build:
             start = [(v, v.numpy()) for v in [*model.variables, *optimizer.variables]]
         train_on(data)
-        values_of = copies(strategy, [*model.trainable_variables, *optimizer.variables])
-        outcomes.append(outcome(model, optimizer) | {"copies": values_of})
+        held = copies(strategy, [*model.trainable_variables, *optimizer.variables])
+        outcomes.append(outcome(model, optimizer) | {"copies": held})
     return outcomes
 
 

@@ -41,9 +41,9 @@ and a test holds all of them to {allowed} times the best.
 - **inf** means that a value is inf or NaN; **-** that the layer does not run.
 - Of several outputs or gradients, a row shows the one that stock Keras gets most wrong. **Worst**
   is our largest error of all of them, as a multiple of the best.
-- The last layers have no number: stock Keras's are right, and ours are values_of to the same.
+- The last layers have no number: stock Keras's are right, and ours are held to the same.
 - bfloat16 has the range of float32, and its roundings are eight times those of float16. So stock
-  Keras is right in it where only the range of float16 is too small, and ours is values_of to the same.
+  Keras is right in it where only the range of float16 is too small, and ours is held to the same.
   Of attention the inputs differ: on those that are a hazard in float16, products in bfloat16 leave
   no right digit.
 - Values beyond the range are left out. So are those below float16's normal numbers (2^-14), both as

@@ -74,7 +74,7 @@ with `flax.training.dynamic_scale.DynamicScale`. "plain" is the Keras optimizer 
 
 Operations of TensorFlow's graph; megabytes that XLA moves in an update, and holds beside its
 arguments: these do not move from run to run. In a fresh process of TensorFlow, the most that it
-holds during updates beyond what it values_of before. The variables take 101 MB, the largest 8.4.
+holds during updates beyond what it held before. The variables take 101 MB, the largest 8.4.
 
 {counts}
 
@@ -185,7 +185,7 @@ def _counts(data):
                     for key, value in found.items()
                     if key not in {"plain", AGAIN, "stock", OURS}
                 ]
-                of = "MB values_of, fresh process" if row["group"] == "memory" else kind
+                of = "MB held, fresh process" if row["group"] == "memory" else kind
                 cells = [NAMES[row["name"]], WAYS[row["way"]] + _gpu(run), of]
                 cells += [f"{found[key]:,}" for key in ("plain", "stock", OURS)]
                 lines.append("| " + " | ".join([*cells, "; ".join(peers)]) + " |")

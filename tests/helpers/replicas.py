@@ -20,7 +20,7 @@ START = [[1.0, -2.0], [0.5, 3.0]]
 
 
 class Outer(keras.optimizers.Optimizer):
-    """A user's optimizer around others, values_of in any way."""
+    """A user's optimizer around others, held in any way."""
 
     def __init__(self, inside, name="outer"):
         super().__init__(learning_rate=0.0, name=name)
@@ -279,7 +279,7 @@ def saving(strategy):
             model.compile(optimizer, "mse", jit_compile=False)
         return model
 
-    def values_of(model):
+    def held(model):
         return copies(strategy, [*model.trainable_variables, *model.optimizer.variables])
 
     model, others = fitted(compiled(build=True)), {}
@@ -298,9 +298,9 @@ def saving(strategy):
                 others[way].optimizer.build(others[way].trainable_variables)
     return {
         "alone": flat(v.numpy() for v in [*alone.trainable_variables, *alone.optimizer.variables]),
-        "saved": values_of(model),
-        "restored": {way: values_of(other) for way, other in others.items()},
+        "saved": held(model),
+        "restored": {way: held(other) for way, other in others.items()},
         "counted": [model.optimizer.applied_steps, model.optimizer.skipped_steps],
-        "later": values_of(fitted(model)),
-        "restored later": {way: values_of(fitted(other)) for way, other in others.items()},
+        "later": held(fitted(model)),
+        "restored later": {way: held(fitted(other)) for way, other in others.items()},
     }

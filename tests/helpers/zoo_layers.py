@@ -124,7 +124,7 @@ class _Chain:
 
 
 class Borrower(layers.Layer):
-    """A user's layer that holds what is values_of elsewhere, too; no file can say so."""
+    """A user's layer that holds what is held elsewhere, too; no file can say so."""
 
     def __init__(self, part):
         super().__init__()

@@ -19,7 +19,7 @@ from helpers.turned_layers import (
 import kerasmp as mp
 
 layers = keras.layers
-# Looked up: a new class of ours is values_of to what is below.
+# Looked up: a new class of ours is held to what is below.
 STOCK = {ours.__name__: stock for stock, ours in COUNTERPARTS.items()}
 STEPS = (2, 5, 6)
 CELLS = {

@@ -34,12 +34,12 @@ def test_a_built_layer_with_other_variables_is_refused_and_unchanged(dtype, give
     wanted = keras.DTypePolicy(given).variable_dtype
     with pytest.raises(PolicyError) as caught:
         WithDtype(wrapped, given)
-    values_of = dtype if depth == "layer" else "float16 and float32"
-    assert caught.value.received == f"variables in {values_of}, a policy that wants {wanted}"
-    assert caught.value.expected == f"a policy with {values_of} variables"
+    held = dtype if depth == "layer" else "float16 and float32"
+    assert caught.value.received == f"variables in {held}, a policy that wants {wanted}"
+    assert caught.value.expected == f"a policy with {held} variables"
     assert 'use a "mixed_" policy' in caught.value.fix
     assert [part.dtype_policy for part in flatten_layers(wrapped)] == policies
-    assert {v.dtype for v in wrapped.variables} == set(values_of.split(" and "))
+    assert {v.dtype for v in wrapped.variables} == set(held.split(" and "))
 
 
 def test_what_is_no_layer_is_refused_by_keras():

@@ -218,7 +218,7 @@ def test_within_time_distributed_the_outputs_have_its_dtype(name, outer, inner):
 
 
 def test_within_time_distributed_it_is_still_quantized():
-    """Stock Keras multiplies by an int8 kernel there as if it values_of the numbers themselves."""
+    """Stock Keras multiplies by an int8 kernel there as if it held the numbers themselves."""
     dense = quantized(small_pair("Dense", "float32", "float32")[0], "int8")
     x = np.random.default_rng(2).normal(size=small("Dense")).astype("float32")
     outputs = keras.layers.TimeDistributed(dense)(x)

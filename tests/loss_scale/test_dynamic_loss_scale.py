@@ -30,7 +30,7 @@ class Machine:
         self.since = []  # whether each step since the scale last moved was an overflow
         self.fell_from = None  # the scale that was right before the present run of overflows
         self.goal = None  # the scale that a recovery leads back to
-        self.lowered = False  # whether any of that run counted, even where the floor values_of it
+        self.lowered = False  # whether any of that run counted, even where the floor held it
         self.settled = False  # below 1, where the next higher scale has just overflowed
 
     def step(self, finite):

@@ -63,12 +63,12 @@ def test_the_state_in_the_optimizer_is_that_of_the_schedule(schedule, step):
         state = schedule.update(state, finite, **measured)
         step(optimizer, [gradient], variables)
         for key, wanted in state.items():
-            values_of = getattr(optimizer, "dynamic_scale" if key == "scale" else key)
+            held = getattr(optimizer, "dynamic_scale" if key == "scale" else key)
             wanted = ops.convert_to_numpy(wanted)  # noqa: PLW2901 - the same as a number
             # XLA may round sums otherwise; scales and counters are exact all the same.
             exact = key in {"scale", "recover_to"} or wanted.dtype.kind in "iu"
             np.testing.assert_allclose(
-                ops.convert_to_numpy(values_of.value),
+                ops.convert_to_numpy(held.value),
                 wanted,
                 rtol=0 if exact else 1e-5,
                 err_msg=key,

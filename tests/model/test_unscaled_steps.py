@@ -278,14 +278,14 @@ def test_gradients_of_earlier_steps_are_unscaled_where_the_step_itself_scales_no
 
         def __init__(self, *args):
             super().__init__(*args)
-            self.values_of = []
+            self.held = []
 
         def train_step(self, data):
-            if self.values_of:
-                self.optimizer.apply(self.values_of, self.trainable_variables)
-                return {"loss": self.values_of[0][0, 0]}
+            if self.held:
+                self.optimizer.apply(self.held, self.trainable_variables)
+                return {"loss": self.held[0][0, 0]}
             loss, gradients = self.loss_and_gradients(*data)
-            self.values_of.extend(gradients)
+            self.held.extend(gradients)
             return {"loss": loss}
 
         to_differentiate = by_scale_loss

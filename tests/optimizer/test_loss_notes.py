@@ -44,6 +44,6 @@ def test_losses_without_a_step_are_held_as_one(one, finite):
     notes = LossNotes()
     for loss in (one, *[1.0] * 99):
         notes.add(0, None, ops.convert_to_tensor(loss, dtype="float32"))
-    values_of = notes.pop(0, None)
-    assert len(values_of) < 20
-    assert bool(all_finite(values_of)) == finite
+    held = notes.pop(0, None)
+    assert len(held) < 20
+    assert bool(all_finite(held)) == finite

@@ -59,7 +59,7 @@ SCHEDULES = {
 QUICK = ["of the user"] if BACKEND == "jax" else ["recovering", "of the user"]
 
 
-def values_of(optimizer, key):
+def held(optimizer, key):
     variable = getattr(optimizer, "dynamic_scale" if key == "scale" else key)
     return ops.convert_to_numpy(variable.value)
 
@@ -77,7 +77,7 @@ def test_training_goes_on_bit_for_bit(name, tmp_path):
     schedule, moving = SCHEDULES[name]
     model = train(compiled(schedule), 0, STOP)
     start = schedule.init()
-    assert {k for k in start if values_of(model.optimizer, k) != start[k]} >= moving
+    assert {k for k in start if held(model.optimizer, k) != start[k]} >= moving
     model.save(tmp_path / "model.keras")
     resumed = keras.models.load_model(tmp_path / "model.keras")
     assert resumed.optimizer.schedule == schedule

@@ -49,8 +49,8 @@ def test_xla_reads_the_gradients_once_more_and_holds_nothing_of_their_size(make,
     ours, plain = compiled(mp.LossScaleOptimizer(make()), scale=2.0**15), compiled(make())
     moved = [each.cost_analysis()["bytes accessed"] for each in (ours, plain)]
     assert moved[0] <= ratio * moved[1]
-    values_of = compiled(mp.LossScaleOptimizer(make())).memory_analysis().temp_size_in_bytes
-    assert values_of < LARGEST
+    held = compiled(mp.LossScaleOptimizer(make())).memory_analysis().temp_size_in_bytes
+    assert held < LARGEST
 
 
 @pytest.mark.backend("torch")

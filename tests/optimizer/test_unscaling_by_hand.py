@@ -102,7 +102,7 @@ def test_twice_is_an_error_and_the_first_ones_can_still_be_applied():
         optimizer.get_unscaled_gradients(grads)
     optimizer.apply(grads, variables)
     assert numpy(variables)[1].tolist() == [2.875]
-    optimizer.apply(tensors(*SCALED), variables)  # scaled again: the mark values_of for one step
+    optimizer.apply(tensors(*SCALED), variables)  # scaled again: the mark held for one step
     assert numpy(variables)[1].tolist() == [2.75]
 
 

@@ -103,7 +103,7 @@ def modules():
     """
     found = [module.name for module in pkgutil.walk_packages(kerasmp.__path__, "kerasmp.")]
     others = FRAMEWORKS - {keras.backend.backend()}
-    here = ["kerasmp", *(name for name in found if not others & set(name.split(".")))]
+    here = ["kerasmp", *(name for name in found if not others & set(re.split(r"[._]", name)))]
     quick = [name for name in here if name.startswith("kerasmp.backend.")]
     return few(here, quick, where=keras.backend.backend() != "tensorflow")
 

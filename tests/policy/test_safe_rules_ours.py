@@ -1,6 +1,6 @@
 """The rule set "safe" and layers of ours: who swaps keras.layers for kerasmp.layers loses nothing.
 
-The classes are looked up, so that a new layer is values_of to it.
+The classes are looked up, so that a new layer is held to it.
 """
 
 import inspect

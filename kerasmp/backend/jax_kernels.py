@@ -1,0 +1,75 @@
+"""Traces a call on JAX, and finds operations that have no half-precision kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import keras
+
+from kerasmp.backend.constants import inner_jaxprs
+from kerasmp.backend.keras_internals import compute_output_spec
+from kerasmp.errors import BackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def trace(call: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """Trace a call, and raise if it fails or this device has no kernel for it; see `Backend`."""
+    traced = []
+
+    def called(*args: Any, **kwargs: Any) -> None:
+        def tensors() -> list[Any]:
+            outputs = keras.tree.flatten(call(*args, **kwargs))
+            return [x for x in outputs if keras.ops.is_tensor(x)]
+
+        traced.append(jax.make_jaxpr(tensors)())
+
+    compute_output_spec(called, *args, **kwargs)
+    for each in traced:
+        _refuse_missing_kernels(each.jaxpr, "")
+
+
+def _refuse_missing_kernels(jaxpr: Any, scope: str) -> None:
+    """Raise if an operation uses half precision and this device has no kernel for it.
+
+    Raises:
+        BackendError: With the names of the layers around the operation as its note.
+    """
+    for eqn in jaxpr.eqns:
+        within = "/".join(part for part in (scope, str(eqn.source_info.name_stack)) if part)
+        inner = inner_jaxprs(eqn.params)
+        for each in inner:
+            _refuse_missing_kernels(each, within)
+        dtypes = tuple(str(getattr(var.aval, "dtype", "")) for var in eqn.invars)
+        half = next((dtype for dtype in dtypes if dtype in {"float16", "bfloat16"}), None)
+        if half and not inner and not _has_kernel(eqn, dtypes):
+            error = BackendError(
+                f"JAX has no {half} kernel for {eqn.primitive.name} on this device."
+            )
+            error.add_note(within)
+            raise error
+
+
+# By operation and the dtypes of its inputs: what JAX said. Only lowering can find out.
+_KERNELS: dict[tuple[str, tuple[str, ...]], bool] = {}
+
+
+def _has_kernel(eqn: Any, dtypes: tuple[str, ...]) -> bool:
+    key = (eqn.primitive.name, dtypes)
+    if key not in _KERNELS:
+        try:
+            inputs = [
+                # An unknown dimension is a symbol.
+                jax.ShapeDtypeStruct([d if isinstance(d, int) else 2 for d in x.shape], x.dtype)
+                for x in (var.aval for var in eqn.invars)
+            ]
+            jax.jit(lambda *xs: eqn.primitive.bind(*xs, **eqn.params)).lower(*inputs)
+        except NotImplementedError:
+            _KERNELS[key] = False
+        except Exception:  # noqa: BLE001 - such as parameters that name an unknown dimension
+            return True
+        else:
+            _KERNELS[key] = True
+    return _KERNELS[key]
