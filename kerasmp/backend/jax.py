@@ -9,16 +9,10 @@ import keras
 import numpy as np
 from jax import numpy as jnp
 
-from kerasmp.backend import jax_kernels
+from kerasmp.backend.jax_tracing import Tracing
 from kerasmp.backend.optimizer_internals import optimizer_state_in_fit
-from kerasmp.backend.protocol import Backend
 from kerasmp.backend.running_steps import running_step
 from kerasmp.backend.tensors import accumulation_dtype, finite_norms
-
-try:
-    from jax.extend.core import get_opaque_trace_state
-except ImportError:  # older versions of JAX
-    from jax.core import get_opaque_trace_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,7 +23,7 @@ if TYPE_CHECKING:
 _SMALL, _JOINED = 2**14, 2**17
 
 
-class Jax(Backend):
+class Jax(Tracing):
     """The JAX backend; see `Backend`."""
 
     # scale_loss runs inside the differentiated function, and the loss does not leave it.
@@ -69,30 +63,6 @@ class Jax(Backend):
         """Return whether an error says that operands have different float dtypes."""
         message = "requires arguments to have the same dtypes"
         return isinstance(error, TypeError) and message in str(error)
-
-    # ------------------------------------------------------------------------------- tracing
-
-    def trace(self, call: Callable[..., Any], args: Any, kwargs: Any, *, backwards: bool) -> None:  # noqa: ARG002 - if the call has its kernels, its gradients have theirs
-        """Trace a call, and raise if it fails or this device has no kernel for it."""
-        jax_kernels.trace(call, args, kwargs)
-
-    def eager_scope(self) -> Any:
-        """Return a scope in which loops and compiled functions run eagerly, too."""
-        return jax.disable_jit()
-
-    def is_traced(self) -> bool:
-        """Return whether this code runs in a trace, so that later calls run without it."""
-        return self.is_jit_constant(0.0)
-
-    def is_jit_constant(self, value: Any) -> bool:
-        """Return whether a function traced here would keep `value` as a constant for all calls."""
-        # Only under jit does JAX trace an operation on constants; grad and vmap just compute it.
-        tracer = jax.core.Tracer
-        return not isinstance(value, tracer) and isinstance(jnp.add(value, 0), tracer)
-
-    def trace_context(self) -> tuple[Any, Any]:
-        """Return keys that identify the current replica and the current trace, or eager code."""
-        return None, get_opaque_trace_state(convention="flax")
 
     # ----------------------------------------------------------------------------- gradients
 

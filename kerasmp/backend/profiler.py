@@ -56,72 +56,52 @@ class Profile:
         self._in_product = self._in_cast = False
         self._returned: dict[int, Any] = {}
 
-    def call(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a profiled `keras.Layer.__call__`."""
+    def call(self, original: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run and profile `keras.Layer.__call__`."""
+        self._running.append(id(layer))
+        try:
+            outputs = original(layer, *args, **kwargs)
+        finally:
+            self._running.pop()
+        written = sum(map(self._new_bytes, keras.tree.flatten(outputs)))
+        _add(self.output_bytes, id(layer), written)
+        return outputs
 
-        @functools.wraps(original)
-        def profiled_call(layer: Any, *args: Any, **kwargs: Any) -> Any:
-            self._running.append(id(layer))
-            try:
-                outputs = original(layer, *args, **kwargs)
-            finally:
-                self._running.pop()
-            written = sum(map(self._new_bytes, keras.tree.flatten(outputs)))
-            _add(self.output_bytes, id(layer), written)
-            return outputs
-
-        return profiled_call
-
-    def product(self, original: Callable[..., Any], count: Count) -> Callable[..., Any]:
-        """Return a profiled product; the products that it calls itself are part of it."""
-
-        @functools.wraps(original)
-        def profiled_product(*args: Any, **kwargs: Any) -> Any:
-            if self._in_product or not self._running:
-                return original(*args, **kwargs)
-            self._in_product = True
-            try:
-                result = original(*args, **kwargs)
-            finally:
-                self._in_product = False
-            values = [*args, *kwargs.values()]
-            try:
-                number = count(values, kwargs, result)
-            except Exception:  # noqa: BLE001 - an unknown way to call it
-                self.uncounted.add(self._running[-1])
-                return result
-            counts = self.multiply_adds.setdefault(self._running[-1], {})
-            _add(counts, _dtype_of_factors(values), number)
+    def product(self, count: Count, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run and profile a product; the products that it calls itself are part of it."""
+        if self._in_product or not self._running:
+            return original(*args, **kwargs)
+        self._in_product = True
+        try:
+            result = original(*args, **kwargs)
+        finally:
+            self._in_product = False
+        values = [*args, *kwargs.values()]
+        try:
+            number = count(values, kwargs, result)
+        except Exception:  # noqa: BLE001 - an unknown way to call it
+            self.uncounted.add(self._running[-1])
             return result
+        counts = self.multiply_adds.setdefault(self._running[-1], {})
+        _add(counts, _dtype_of_factors(values), number)
+        return result
 
-        return profiled_product
+    def cast(self, original: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run and profile `cast` or `convert_to_tensor`; the casts that they call are part."""
+        if self._in_cast or not self._running or not factors([x]):
+            return original(x, *args, **kwargs)
+        with self._casting():
+            result = original(x, *args, **kwargs)
+        self._add_cast(x, result)
+        return result
 
-    def cast(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a profiled `cast` or `convert_to_tensor`; casts that it calls are part of it."""
-
-        @functools.wraps(original)
-        def profiled_cast(x: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._in_cast or not self._running or not factors([x]):
-                return original(x, *args, **kwargs)
-            with self._casting():
-                result = original(x, *args, **kwargs)
-            self._add_cast(x, result)
-            return result
-
-        return profiled_cast
-
-    def read(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a profiled `AutocastScope.maybe_cast`, which casts a variable on each read."""
-
-        @functools.wraps(original)
-        def profiled_read(scope: Any, value: Any) -> Any:
-            with self._casting():
-                result = original(scope, value)
-            if self._running:
-                self._add_cast(value, result)
-            return result
-
-        return profiled_read
+    def read(self, original: Callable[..., Any], scope: Any, variable: Any) -> Any:
+        """Run and profile `AutocastScope.maybe_cast`, which casts a variable on each read."""
+        with self._casting():
+            result = original(scope, variable)
+        if self._running:
+            self._add_cast(variable, result)
+        return result
 
     @contextlib.contextmanager
     def _casting(self) -> Iterator[None]:
@@ -209,27 +189,31 @@ def _replace_all(undo: contextlib.ExitStack) -> None:
         _set(module, name, _profiled_product(getattr(module, name), COUNTS[name]), undo)
     for function in (keras_backend.cast, keras_backend.convert_to_tensor):
         _replace_in_keras(function, _if_active(function, Profile.cast), undo)
-    for owner, name, profiled in (
+    methods: list[tuple[Any, str, Callable[..., Any]]] = [
         (AutocastScope, "maybe_cast", Profile.read),
         (keras.Layer, "__call__", Profile.call),
         *current().COMPILED_CALLS,
-    ):
+    ]
+    for owner, name, profiled in methods:
         _set(owner, name, _if_active(getattr(owner, name), profiled), undo)
 
 
 def _profiled_product(function: Callable[..., Any], count: Count) -> Callable[..., Any]:
-    return _if_active(function, functools.partial(Profile.product, count=count))
+    def product(profile: Profile, *args: Any, **kwargs: Any) -> Any:
+        return profile.product(count, *args, **kwargs)
+
+    return _if_active(function, product)
 
 
-def _if_active(
-    original: Callable[..., Any], profiled: Callable[..., Callable[..., Any]]
-) -> Callable[..., Any]:
-    """Return a function that calls `profiled(profile, original)` while a profile is active."""
+def _if_active(original: Callable[..., Any], profiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls `profiled(profile, original, ...)` while a profile is active."""
 
     @functools.wraps(original)
     def either(*args: Any, **kwargs: Any) -> Any:
         active = _ACTIVE.get()
-        return (original if active is None else profiled(active, original))(*args, **kwargs)
+        if active is None:
+            return original(*args, **kwargs)
+        return profiled(active, original, *args, **kwargs)
 
     return either
 

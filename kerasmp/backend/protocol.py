@@ -49,7 +49,7 @@ class Backend(Protocol):
 
     COMPILED_CALLS: tuple[tuple[Any, str, Callable[..., Any]], ...] = ()
     """The methods that run compiled code: (class, name, replacement) triples. While a call is
-    profiled, `replacement(profile, method)` returns what runs in place of the method."""
+    profiled, `replacement(profile, method, *args, **kwargs)` runs instead."""
 
     # -------------------------------------------------------------------------------- layers
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 from typing import TYPE_CHECKING, Any
@@ -10,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import keras
 import tensorflow as tf
 
-from kerasmp.backend import tensorflow_kernels
 from kerasmp.backend.keras_internals import non_trainable_state
 from kerasmp.backend.tensorflow_fused import FusedUpdates
 from kerasmp.backend.tensorflow_gradients import Gradients
 from kerasmp.backend.tensorflow_replicas import Replicas
+from kerasmp.backend.tensorflow_tracing import Tracing
 from kerasmp.errors import LossScaleError
 
 if TYPE_CHECKING:
@@ -51,22 +50,21 @@ _MIXED_DTYPES = re.compile(
 )
 
 
-class TensorFlow(Gradients, FusedUpdates, Replicas):
+def _run_body(_profile: Any, _call: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+    return function.python_function(*args, **kwargs)
+
+
+class TensorFlow(Gradients, FusedUpdates, Replicas, Tracing):
     """The TensorFlow backend; see `Backend`."""
 
     # In bfloat16 the gradient of a vector along the last axis, in float16 that of most others.
     SUMS_IN_COMPUTE_DTYPE = True
-    MATMUL_FUNCTIONS = (
-        (tf, "matmul"),
-        (tf.linalg, "matmul"),
-        (tf, "einsum"),
-        (tf.linalg, "einsum"),
-        (tf, "tensordot"),
-        (tf.linalg, "tensordot"),
+    MATMUL_FUNCTIONS = tuple(
+        (module, name) for name in ("matmul", "einsum", "tensordot") for module in (tf, tf.linalg)
     )
     # A profiled `tf.function` runs its Python body in the profiling context only;
     # `tf.config.run_functions_eagerly` would do so in all threads.
-    COMPILED_CALLS = ((type(tf.function(lambda: None)), "__call__", lambda *_: _run_body),)
+    COMPILED_CALLS = ((type(tf.function(lambda: None)), "__call__", _run_body),)
 
     def convolution_dtype(self, dtype: str) -> str:
         """Return the dtype to compute a convolution in if its inputs have `dtype`.
@@ -127,18 +125,6 @@ class TensorFlow(Gradients, FusedUpdates, Replicas):
         kinds = (TypeError, ValueError, tf.errors.InvalidArgumentError)
         return isinstance(error, kinds) and _MIXED_DTYPES.search(str(error)) is not None
 
-    def trace(self, call: Callable[..., Any], args: Any, kwargs: Any, *, backwards: bool) -> None:
-        """Trace a call, and raise if it fails or this device has no kernel for it."""
-        tensorflow_kernels.trace(call, args, kwargs, backwards=backwards)
-
-    def eager_scope(self) -> Any:
-        """Return an empty scope: what does not run eagerly is in `COMPILED_CALLS`."""
-        return contextlib.nullcontext()
-
-    def is_traced(self) -> bool:
-        """Return whether a graph is being built."""
-        return not tf.executing_eagerly()
-
     def require_pure_step(self) -> None:
         """Raise, because TensorFlow's variables change in place."""
         raise LossScaleError(
@@ -160,13 +146,6 @@ class TensorFlow(Gradients, FusedUpdates, Replicas):
 
         The values read before the step alias the variables' buffers, and the branch that restores
         them runs in skipped steps only.
-
-        Args:
-            model: The model.
-            optimizers: The `LossScaleOptimizer`s that the step may use.
-            step: Called as `step(data)`; returns logs.
-            logs_after: Called as `logs_after(logs, skipped)`; returns the logs to report.
-            data: The batch.
         """
         if tf.executing_eagerly() and not model.built:
             # Variables that the step itself created could not be restored. A graph is traced again.
@@ -263,10 +242,6 @@ def _add(outputs: Any, bias: Any) -> Any:
 
 def _is_along_last(outputs: Any, bias: Any) -> bool:
     return bool(bias.shape.num_elements() == bias.shape[-1] == outputs.shape[-1])
-
-
-def _run_body(function: Any, *args: Any, **kwargs: Any) -> Any:
-    return function.python_function(*args, **kwargs)
 
 
 def _read_now(value: Any) -> Any:

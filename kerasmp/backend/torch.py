@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import keras
 import torch
 
-from kerasmp.backend import torch_kernels
 from kerasmp.backend.keras_internals import non_trainable_state, values_of
 from kerasmp.backend.tensors import chunks, dtype_name, finite_norms
 from kerasmp.backend.torch_fused import FusedUpdates
+from kerasmp.backend.torch_tracing import Tracing, default_generators
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ _MIXED_DTYPES = re.compile(
 _SMALL = 2**14
 
 
-class Torch(FusedUpdates):
+class Torch(FusedUpdates, Tracing):
     """The torch backend; see `Backend`."""
 
     AUTOCASTS_NESTED_LAYERS = False
@@ -66,14 +66,6 @@ class Torch(FusedUpdates):
     def is_mixed_dtype_error(self, error: Exception) -> bool:
         """Return whether an error says that operands have different float dtypes."""
         return isinstance(error, RuntimeError) and _MIXED_DTYPES.search(str(error)) is not None
-
-    def trace(self, call: Callable[..., Any], args: Any, kwargs: Any, *, backwards: bool) -> None:
-        """Trace a call, and raise if it fails or this device has no kernel for it."""
-        torch_kernels.trace(call, args, kwargs, backwards=backwards)
-
-    def eager_scope(self) -> Any:
-        """Return a scope that records no gradients; torch runs eagerly anyway."""
-        return torch.no_grad()
 
     # ----------------------------------------------------------------------------- gradients
 
@@ -180,7 +172,7 @@ class Torch(FusedUpdates):
         guarded = [*non_trainable_state(model), *model.metrics_variables]
         before = [value.detach().clone() for value in values_of(guarded)]
         # Dropout without a seed draws from torch's own generators, not from a Keras variable.
-        generators = {each: each.get_state() for each in torch_kernels.default_generators()}
+        generators = {each: each.get_state() for each in default_generators()}
         # A clone, because `skips()` is a view of the variable. An optimizer may not be built yet.
         skips = [o.skips().clone() if o.built else 0 for o in optimizers]
         logs = step(data)

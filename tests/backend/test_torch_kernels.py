@@ -14,7 +14,7 @@ pytestmark = pytest.mark.backend("torch")
 @pytest.fixture
 def torch(monkeypatch):
     """Return torch, which was not asked for any kernel."""
-    monkeypatch.setattr("kerasmp.backend.torch_kernels._KERNELS", {})
+    monkeypatch.setattr("kerasmp.backend.torch_tracing._KERNELS", {})
     return importlib.import_module("torch")
 
 
@@ -46,7 +46,7 @@ def test_the_device_of_the_users_scope_is_asked(torch):
 def test_an_index_is_one_of_an_axis_of_length_1(torch):
     """Of another a GPU's kernel would end the process."""
     given = (torch.ones(1, dtype=torch.float16), [torch.zeros(2, dtype=torch.int64)])
-    call = importlib.import_module("kerasmp.backend.torch_kernels")._call_on_few
+    call = importlib.import_module("kerasmp.backend.torch_tracing")._call_on_few
     call(torch.ops.aten.index.Tensor, (given, {}), torch.device("cpu"), backwards=True)
 
 

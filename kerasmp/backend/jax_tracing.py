@@ -1,4 +1,4 @@
-"""Traces a call on JAX, and finds operations that have no half-precision kernel."""
+"""Tracing on JAX, which finds operations that have no half-precision kernel."""
 
 from __future__ import annotations
 
@@ -6,29 +6,57 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import keras
+from jax import numpy as jnp
 
 from kerasmp.backend.constants import inner_jaxprs
 from kerasmp.backend.keras_internals import compute_output_spec
+from kerasmp.backend.protocol import Backend
 from kerasmp.errors import BackendError
+
+try:
+    from jax.extend.core import get_opaque_trace_state
+except ImportError:  # older versions of JAX
+    from jax.core import get_opaque_trace_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def trace(call: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    """Trace a call, and raise if it fails or this device has no kernel for it; see `Backend`."""
-    traced = []
+class Tracing(Backend):
+    """The methods of `Backend` that trace calls, or run them eagerly."""
 
-    def called(*args: Any, **kwargs: Any) -> None:
-        def tensors() -> list[Any]:
-            outputs = keras.tree.flatten(call(*args, **kwargs))
-            return [x for x in outputs if keras.ops.is_tensor(x)]
+    def trace(self, call: Callable[..., Any], args: Any, kwargs: Any, *, backwards: bool) -> None:  # noqa: ARG002 - if the call has its kernels, its gradients have theirs
+        """Trace a call, and raise if it fails or this device has no kernel for it."""
+        traced = []
 
-        traced.append(jax.make_jaxpr(tensors)())
+        def called(*args: Any, **kwargs: Any) -> None:
+            def tensors() -> list[Any]:
+                outputs = keras.tree.flatten(call(*args, **kwargs))
+                return [x for x in outputs if keras.ops.is_tensor(x)]
 
-    compute_output_spec(called, *args, **kwargs)
-    for each in traced:
-        _refuse_missing_kernels(each.jaxpr, "")
+            traced.append(jax.make_jaxpr(tensors)())
+
+        compute_output_spec(called, *args, **kwargs)
+        for each in traced:
+            _refuse_missing_kernels(each.jaxpr, "")
+
+    def eager_scope(self) -> Any:
+        """Return a scope in which loops and compiled functions run eagerly, too."""
+        return jax.disable_jit()
+
+    def is_traced(self) -> bool:
+        """Return whether this code runs in a trace, so that later calls run without it."""
+        return self.is_jit_constant(0.0)
+
+    def is_jit_constant(self, value: Any) -> bool:
+        """Return whether a function traced here would keep `value` as a constant for all calls."""
+        # Only under jit does JAX trace an operation on constants; grad and vmap just compute it.
+        tracer = jax.core.Tracer
+        return not isinstance(value, tracer) and isinstance(jnp.add(value, 0), tracer)
+
+    def trace_context(self) -> tuple[Any, Any]:
+        """Return keys that identify the current replica and the current trace, or eager code."""
+        return None, get_opaque_trace_state(convention="flax")
 
 
 def _refuse_missing_kernels(jaxpr: Any, scope: str) -> None:

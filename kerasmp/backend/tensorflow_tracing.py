@@ -1,7 +1,8 @@
-"""Traces a call on TensorFlow, and finds operations that have no half-precision kernel."""
+"""Tracing on TensorFlow, which finds operations that have no half-precision kernel."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import tensorflow as tf
 from tensorflow.python.framework import kernels, op_callbacks
 
 from kerasmp.backend.keras_internals import compute_output_spec
+from kerasmp.backend.protocol import Backend
 from kerasmp.errors import BackendError
 
 if TYPE_CHECKING:
@@ -19,18 +21,29 @@ if TYPE_CHECKING:
 _HALVES = {dtype.as_datatype_enum: dtype.name for dtype in (tf.float16, tf.bfloat16)}
 
 
-def trace(call: Callable[..., Any], args: Any, kwargs: Any, *, backwards: bool) -> None:
-    """Trace a call, and raise if it fails or this device has no kernel for it; see `Backend`."""
+class Tracing(Backend):
+    """The methods of `Backend` that trace calls, or run them eagerly."""
 
-    def called(*args: Any, **kwargs: Any) -> Any:
-        # Added inside the graph: in eager code, the callback would be active in all threads.
-        op_callbacks.add_op_callback(_refuse_missing_kernel)
-        try:
-            return _with_gradients(call, args, kwargs) if backwards else call(*args, **kwargs)
-        finally:
-            op_callbacks.remove_op_callback(_refuse_missing_kernel)
+    def trace(self, call: Callable[..., Any], args: Any, kwargs: Any, *, backwards: bool) -> None:
+        """Trace a call, and raise if it fails or this device has no kernel for it."""
 
-    compute_output_spec(called, *args, **kwargs)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            # Added inside the graph: in eager code, the callback would be active in all threads.
+            op_callbacks.add_op_callback(_refuse_missing_kernel)
+            try:
+                return _with_gradients(call, args, kwargs) if backwards else call(*args, **kwargs)
+            finally:
+                op_callbacks.remove_op_callback(_refuse_missing_kernel)
+
+        compute_output_spec(called, *args, **kwargs)
+
+    def eager_scope(self) -> Any:
+        """Return an empty scope: what does not run eagerly is in `COMPILED_CALLS`."""
+        return contextlib.nullcontext()
+
+    def is_traced(self) -> bool:
+        """Return whether a graph is being built."""
+        return not tf.executing_eagerly()
 
 
 def _with_gradients(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Traces a call on torch, and finds operations that have no half-precision kernel."""
+"""Tracing on torch, which finds operations that have no half-precision kernel."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from kerasmp.backend.keras_internals import compute_output_spec
+from kerasmp.backend.protocol import Backend
 from kerasmp.errors import BackendError
 
 if TYPE_CHECKING:
@@ -28,29 +29,36 @@ _NO_KERNEL = re.compile(
 _HALVES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.complex32: "float16"}
 
 
-def trace(call: Callable[..., Any], args: Any, kwargs: Any, *, backwards: bool) -> None:
-    """Trace a call, and raise if it fails or this device has no kernel for it; see `Backend`.
+class Tracing(Backend):
+    """The methods of `Backend` that trace calls, or run them eagerly."""
 
-    Keras calls it with tensors without data, for which torch looks up no kernel, and with data if
-    that raises.
-    """
-    # Here it is the device of the user's scope and process. This also starts a GPU's generators.
-    device = keras.ops.ones(()).device
-    # A probe runs its operation, and Keras may run the call: both may draw random numbers.
-    states = {generator: generator.get_state() for generator in default_generators()}
-    probes = _KernelProbes(device, states, backwards=backwards)
+    def trace(self, call: Callable[..., Any], args: Any, kwargs: Any, *, backwards: bool) -> None:
+        """Trace a call, and raise if it fails or this device has no kernel for it.
 
-    def called(*args: Any, **kwargs: Any) -> Any:
-        if probes.error is not None:
-            raise probes.error
-        with probes:
-            return call(*args, **kwargs)
+        Keras calls it with tensors without data, for which torch looks up no kernel, and with data
+        if that raises.
+        """
+        # Here it is the device of the user's scope and process. It also starts a GPU's generators.
+        device = keras.ops.ones(()).device
+        # A probe runs its operation, and Keras may run the call: both may draw random numbers.
+        states = {generator: generator.get_state() for generator in default_generators()}
+        probes = _KernelProbes(device, states, backwards=backwards)
 
-    try:
-        compute_output_spec(called, *args, **kwargs)
-    finally:
-        for generator, state in states.items():
-            generator.set_state(state)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if probes.error is not None:
+                raise probes.error
+            with probes:
+                return call(*args, **kwargs)
+
+        try:
+            compute_output_spec(called, *args, **kwargs)
+        finally:
+            for generator, state in states.items():
+                generator.set_state(state)
+
+    def eager_scope(self) -> Any:
+        """Return a scope that records no gradients; torch runs eagerly anyway."""
+        return torch.no_grad()
 
 
 def default_generators() -> list[Any]:
