@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import keras
 from keras import ops
 
-from kerasmp.backend.keras_internals import compute_output_spec
 from kerasmp.backend.tensors import Tensor, accumulation_dtype, dtype_name, finite_norms
 
 if TYPE_CHECKING:
@@ -102,14 +101,8 @@ class Backend(Protocol):
 
     # ------------------------------------------------------------------------------- tracing
 
-    def trace(
-        self,
-        call: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        *,
-        backwards: bool,  # noqa: ARG002
-    ) -> None:
+    @abstractmethod
+    def trace(self, call: Callable[..., Any], args: Any, kwargs: Any, *, backwards: bool) -> None:
         """Trace a call without side effects, and raise the errors that it raises or would raise.
 
         An error that would come only when the call runs, for a missing kernel, has a note: the name
@@ -121,11 +114,13 @@ class Backend(Protocol):
             kwargs: Its keyword arguments, likewise.
             backwards: Whether to trace the gradients of the outputs, too.
         """
-        compute_output_spec(call, *args, **kwargs)
 
-    @abstractmethod
     def eager_scope(self) -> AbstractContextManager[Any]:
-        """Return a scope in which everything runs eagerly and no gradients are recorded."""
+        """Return a scope in which everything runs eagerly and no gradients are recorded.
+
+        `COMPILED_CALLS` are not covered.
+        """
+        return contextlib.nullcontext()
 
     def is_traced(self) -> bool:
         """Return whether this code runs in a trace, so that later calls run without it."""
@@ -239,12 +234,14 @@ class Backend(Protocol):
 
     # ------------------------------------------------------------------------- fused updates
 
-    def fits_fused_kernels(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[bool]:  # noqa: ARG002
+    # Only called if `HAS_FUSED_UPDATES`.
+
+    def fits_fused_kernels(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[bool]:
         """Return whether the fused kernels can take each gradient and its variable.
 
         The kernels compute in float32, so wider gradients do not fit.
         """
-        return [False] * len(grads)
+        raise NotImplementedError
 
     def can_split_update(self) -> bool:
         """Return whether a step may mix fused kernels and Keras's own update."""
@@ -358,8 +355,8 @@ class Backend(Protocol):
         raise NotImplementedError
 
     def compile_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a pure step, compiled on its first call if that pays."""
-        return step
+        """Return a pure step, compiled on its first call; if `NEEDS_PURE_STEP`."""
+        raise NotImplementedError
 
     @abstractmethod
     def train_step(

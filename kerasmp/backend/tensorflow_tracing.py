@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ _HALVES = {dtype.as_datatype_enum: dtype.name for dtype in (tf.float16, tf.bfloa
 
 
 class Tracing(Backend):
-    """The methods of `Backend` that trace calls, or run them eagerly."""
+    """The methods of `Backend` that trace calls."""
 
     def trace(self, call: Callable[..., Any], args: Any, kwargs: Any, *, backwards: bool) -> None:
         """Trace a call, and raise if it fails or this device has no kernel for it."""
@@ -36,10 +35,6 @@ class Tracing(Backend):
                 op_callbacks.remove_op_callback(_refuse_missing_kernel)
 
         compute_output_spec(called, *args, **kwargs)
-
-    def eager_scope(self) -> Any:
-        """Return an empty scope: what does not run eagerly is in `COMPILED_CALLS`."""
-        return contextlib.nullcontext()
 
     def is_traced(self) -> bool:
         """Return whether a graph is being built."""

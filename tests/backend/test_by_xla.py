@@ -1,4 +1,4 @@
-"""Tells when TensorFlow no longer says, while it traces a function, that XLA will compile it."""
+"""Fails if TensorFlow no longer knows in a trace that XLA will compile the function."""
 
 import pytest
 
@@ -6,7 +6,7 @@ pytestmark = pytest.mark.backend("tensorflow")
 
 
 @pytest.mark.parametrize("jit_compile", [True, False, None])
-def test_what_is_traced_knows_whether_xla_will_compile_it(jit_compile):
+def test_a_trace_knows_whether_xla_will_compile_it(jit_compile):
     import tensorflow as tf
     from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 

@@ -1,4 +1,4 @@
-"""Tells when Keras's attention no longer calls what kerasmp's layers override, or reads."""
+"""Fails if Keras's attention no longer has the private names that kerasmp overrides or reads."""
 
 import inspect
 
@@ -16,7 +16,7 @@ GROUP = keras.layers.GroupQueryAttention(4, 4, 2)
 QUERY, VALUE = np.ones((1, 3, 8), "float32"), np.ones((1, 5, 8), "float32")
 
 
-def watched(layer, *names):
+def recording(layer, *names):
     """Return a layer of a subclass whose methods record their arguments and what they return."""
     calls = {name: [] for name in names}
 
@@ -36,8 +36,8 @@ def watched(layer, *names):
 
 
 @pytest.mark.parametrize("layer", [MULTI, GROUP], ids=["multi", "group"])
-def test_call_makes_a_mask_and_hands_it_on_untouched(layer):
-    layer, calls = watched(layer, "_compute_attention_mask", "_compute_attention")
+def test_call_computes_a_mask_and_passes_it_on_unchanged(layer):
+    layer, calls = recording(layer, "_compute_attention_mask", "_compute_attention")
     layer(QUERY, VALUE, use_causal_mask=True, training=True)
     ((mask_arguments, mask),) = calls["_compute_attention_mask"]
     ((arguments, outputs),) = calls["_compute_attention"]
@@ -59,7 +59,7 @@ def test_call_makes_a_mask_and_hands_it_on_untouched(layer):
 
 
 @pytest.mark.parametrize("layer", [MULTI, GROUP], ids=["multi", "group"])
-def test_the_attributes_that_are_read_are_there(layer):
+def test_the_attributes_that_kerasmp_reads_exist(layer):
     layer(QUERY, VALUE)
     assert layer.dropout == 0
     assert layer._flash_attention is None
@@ -78,7 +78,7 @@ def test_the_attributes_that_are_read_are_there(layer):
 
 
 @pytest.mark.keras("3.15")
-def test_a_window_is_called_so():
+def test_the_attribute_for_a_window_exists():
     settings = {"sliding_window": 2}
     assert keras.layers.MultiHeadAttention(2, 4, **settings)._sliding_window == 2
     assert keras.layers.GroupQueryAttention(4, 4, 2, **settings).sliding_window == 2
@@ -86,7 +86,7 @@ def test_a_window_is_called_so():
 
 @pytest.mark.parametrize("cls", [keras.layers.Attention, keras.layers.AdditiveAttention])
 def test_attention_computes_scores_and_applies_them(cls):
-    layer, calls = watched(cls(dropout=0.5), "_calculate_scores", "_apply_scores")
+    layer, calls = recording(cls(dropout=0.5), "_calculate_scores", "_apply_scores")
     mask = np.ones((1, 5), bool)
     layer([QUERY, VALUE], mask=[None, mask], training=True)
     ((arguments, scores),) = calls["_calculate_scores"]

@@ -1,4 +1,4 @@
-"""The private names of Keras's graph that kerasmp reads."""
+"""Fails if Keras moves a private name of its graphs that kerasmp uses, or changes it."""
 
 import keras
 import pytest
@@ -29,14 +29,14 @@ def test_children_are_one_level():
     assert {child.name for child in keras_graph.children(model())} == {"in", "nested", "last"}
 
 
-def test_masks_are_seen():
+def test_masks_are_found():
     inputs = keras.Input((4, 2))
     assert keras_graph.has_mask(layers.Masking()(inputs))
     assert not keras_graph.has_mask(inputs)
 
 
 @pytest.mark.keras("3.14")
-def test_what_a_graph_keeps_of_a_mask_is_found_with_the_cast_before_it():
+def test_mask_operations_in_a_graph_are_found_with_the_cast_before_them():
     inputs = keras.Input((4, 2))
     masking = layers.Masking(0.1, dtype="mixed_float16")
     masked = masking(inputs)
@@ -53,7 +53,7 @@ def test_what_a_graph_keeps_of_a_mask_is_found_with_the_cast_before_it():
     assert (cast.dtype, cast.get_config()["dtype"]) == ("float32", "float32")
 
 
-def test_a_masking_that_masks_in_another_way_has_none_of_these():
+def test_a_masking_that_masks_in_another_way_has_no_mask_operations():
     class Own(layers.Masking):
         def compute_mask(self, inputs, _=None):
             return keras.ops.not_equal(inputs[..., 0], self.mask_value)
@@ -66,7 +66,7 @@ def test_a_masking_that_masks_in_another_way_has_none_of_these():
         mp.convert(model, "mixed_bfloat16", dry_run=True)
 
 
-def test_dtypes_follow_policies_and_leave_no_trace():
+def test_dtypes_follow_policies_without_side_effects():
     built = model()
     last = built.get_layer("last")
     last.dtype_policy = "mixed_float16"
@@ -85,7 +85,7 @@ def test_dtypes_follow_policies_and_leave_no_trace():
     assert built.get_layer("nested").output.dtype == "bfloat16"
 
 
-def test_a_layer_that_says_its_shape_is_not_called_and_gives_its_compute_dtype():
+def test_a_layer_that_knows_its_output_shape_is_not_called_and_returns_its_compute_dtype():
     """Nor does Keras look into its call, whatever a function in it returns."""
     inputs = keras.Input((4,))
     wide = layers.Dense(4, activation=lambda x: keras.ops.cast(x, "float32"))

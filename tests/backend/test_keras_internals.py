@@ -21,7 +21,7 @@ def test_functional_is_the_class_of_a_model_made_from_inputs_and_outputs():
     assert not isinstance(keras.Sequential(), keras_internals.Functional)
 
 
-def test_a_sequential_keeps_a_functional_inside_and_is_none():
+def test_a_sequential_is_not_a_functional():
     assert not issubclass(keras.Sequential, keras_internals.Functional)
 
 
@@ -38,7 +38,7 @@ def test_a_sequential_keeps_a_functional_inside_and_is_none():
         ((), {"outputs": 2, "name": "model"}, False),
     ],
 )
-def test_functional_init_arguments_wants_inputs_and_outputs(args, kwargs, functional):
+def test_functional_init_arguments_requires_inputs_and_outputs(args, kwargs, functional):
     assert bool(keras_internals.functional_init_arguments(args, kwargs)) is functional
 
 
@@ -48,7 +48,7 @@ def test_float16_layers_are_found_at_every_depth():
     assert [layer.name for layer in keras_internals.float16_layers(model)] == ["deep"]
 
 
-def test_the_mask_that_a_layer_leaves_can_be_handed_on():
+def test_the_mask_of_a_layers_output_can_be_copied():
     embedded = keras.layers.Embedding(3, 2, mask_zero=True)(np.array([[1, 0]]))
     plain = keras.ops.cast(embedded, "float16")
     kept = keras_internals.copy_mask(embedded, plain)
@@ -104,7 +104,7 @@ def test_an_autocast_scope_decides_in_which_dtype_a_layer_reads_variables(scope,
     assert found == [dtype, "float16"]
 
 
-def test_autocast_of_a_variable_can_be_turned_off_and_on_after_it_was_made():
+def test_autocast_of_an_existing_variable_can_be_turned_off_and_on():
     class Reader(keras.layers.Layer):
         def build(self, _):
             self.kernel = self.add_weight(shape=(1,))
@@ -127,7 +127,7 @@ def test_autocast_of_a_variable_can_be_turned_off_and_on_after_it_was_made():
     assert found[-3:] == ["float16", "float32", "float16"]
 
 
-def test_own_variables_are_those_of_no_layer_inside():
+def test_own_variables_exclude_those_of_layers_inside():
     inner = keras.layers.Dense(2)
     outer = keras.layers.TimeDistributed(inner)
     outer.build((None, 3, 4))
@@ -146,13 +146,13 @@ def test_own_variables_are_those_of_no_layer_inside():
     }
 
 
-def test_own_variables_of_a_stateful_layer_have_its_states():
+def test_own_variables_of_a_stateful_layer_include_its_states():
     layer = keras.layers.LSTM(2, stateful=True)
     layer.build((3, 5, 4))
     assert [v.shape for v in keras_internals.own_variables(layer)] == [(3, 2), (3, 2)]
 
 
-def test_layers_and_variables_keep_what_they_hold_where_it_was():
+def test_the_private_attributes_of_layers_and_variables_exist():
     layer = keras.layers.Dense(3)
     layer.build((None, 4))
     assert layer._trainable_variables == [layer.kernel, layer.bias]
@@ -161,7 +161,7 @@ def test_layers_and_variables_keep_what_they_hold_where_it_was():
     assert layer.kernel._value is layer.kernel.value
 
 
-def test_what_holds_variables_are_their_values():
+def test_values_of_variables_are_their_tensors_or_those_of_a_scope():
     first, second = keras.Variable([1.0]), keras.Variable([2.0])
     assert keras_internals.values_of([first, second]) == [first.value, second.value]
     other = keras.ops.ones((1,))

@@ -1,4 +1,4 @@
-"""Tells when Keras's TensorFlow optimizers no longer sum over replicas where kerasmp expects it."""
+"""Fails if Keras's TensorFlow optimizers no longer sum over replicas where kerasmp expects it."""
 
 import keras
 import numpy as np
@@ -10,7 +10,7 @@ from kerasmp import backend
 pytestmark = pytest.mark.backend("tensorflow")
 
 
-def test_an_optimizer_sums_its_gradients_in_this_method_and_uses_what_it_returns():
+def test_an_optimizer_sums_its_gradients_with_this_method_and_uses_the_result():
     optimizer, weight = keras.optimizers.SGD(1.0, clipvalue=2.0), keras.Variable([0.0, 0.0])
     seen = []
 

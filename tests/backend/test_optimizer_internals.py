@@ -7,7 +7,7 @@ import pytest
 from kerasmp.backend import optimizer_internals
 
 
-def test_the_parent_classes_still_have_what_the_optimizer_calls():
+def test_the_private_attributes_of_optimizers_exist():
     optimizer = keras.optimizers.SGD()
     variable = keras.Variable([1.0])
     optimizer.build([variable])
@@ -24,7 +24,7 @@ def test_the_parent_classes_still_have_what_the_optimizer_calls():
     assert wrapper.variables[3] is wrapper.dynamic_scale
 
 
-def test_weights_stand_beside_the_averages_that_are_kept_of_them():
+def test_weights_are_paired_with_their_averages():
     variables = [keras.Variable([1.0], name="a"), keras.Variable([2.0], name="b")]
     variables[0].overwrite_with_gradient = True
     averaging = keras.optimizers.SGD(0.1, use_ema=True)
@@ -39,7 +39,7 @@ def test_weights_stand_beside_the_averages_that_are_kept_of_them():
 
 
 @pytest.mark.backend("jax")
-def test_during_fit_the_optimizers_values_are_beside_its_variables():
+def test_the_state_that_fit_passes_around_is_paired_with_variables():
     seen = []
 
     class Reads(keras.callbacks.Callback):

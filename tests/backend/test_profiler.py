@@ -1,4 +1,4 @@
-"""What layers do while they are called is seen, once, and nothing of Keras stays replaced."""
+"""The work of layers is counted, once, and nothing in Keras stays replaced."""
 
 import sys
 import types
@@ -17,7 +17,7 @@ layers, ops = keras.layers, keras.ops
 
 
 def held():
-    """Return all that Keras's modules hold, and what else is replaced."""
+    """Return everything in Keras's modules, and what else profiling replaces."""
     modules = [m for name, m in sys.modules.items() if name.partition(".")[0] == "keras"]
     found = {(id(m), name): id(value) for m in modules for name, value in vars(m).items()}
     found |= {(id(m), name): id(getattr(m, name)) for m, name in current().MATMUL_FUNCTIONS}
@@ -32,7 +32,7 @@ def test_every_product_is_found_in_this_keras():
     assert callable(keras_backend.convert_to_tensor)
 
 
-def test_everything_is_put_back_after_an_error():
+def test_everything_is_restored_after_an_error():
     before = held()
     layer = Calling(lambda x: len(x.shape) // 0)
     with pytest.raises(ZeroDivisionError), profile():  # noqa: PT012 - what it does meanwhile counts
@@ -43,7 +43,7 @@ def test_everything_is_put_back_after_an_error():
 
 
 class Calling(layers.Layer):
-    """A layer that does what it is told."""
+    """A layer that calls a function."""
 
     def __init__(self, function, **kwargs):
         super().__init__(**kwargs)
@@ -82,7 +82,7 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize(("function", "count", "shape"), PRODUCTS.values(), ids=PRODUCTS)
-def test_products_are_counted_as_by_hand(function, count, shape):
+def test_products_are_counted(function, count, shape):
     assert seen_of(function, *shape)[0] == {"float32": count}
 
 
@@ -144,7 +144,7 @@ def in_a_thread(work):
         return pool.submit(work).result()
 
 
-def test_threads_that_watch_at_once_see_their_own_and_leave_keras_as_it_was():
+def test_threads_that_profile_at_once_see_their_own_calls_and_restore_keras():
     before = held()
     layer = layers.Dense(3)
     layer.build((None, 4))
@@ -161,7 +161,7 @@ def test_threads_that_watch_at_once_see_their_own_and_leave_keras_as_it_was():
     assert held() == before
 
 
-def test_a_module_of_keras_that_is_imported_meanwhile_keeps_nothing():
+def test_a_keras_module_that_is_imported_meanwhile_is_restored():
     module = types.ModuleType("keras.late")
     sys.modules["keras.late"] = module
     try:
@@ -173,7 +173,7 @@ def test_a_module_of_keras_that_is_imported_meanwhile_keeps_nothing():
 
 
 @pytest.mark.backend("tensorflow")
-def test_a_tf_function_is_seen_into_and_stays_compiled_in_other_threads():
+def test_a_tf_function_is_profiled_and_stays_compiled_in_other_threads():
     import tensorflow as tf
 
     eager = []
@@ -191,7 +191,7 @@ def test_a_tf_function_is_seen_into_and_stays_compiled_in_other_threads():
     assert eager == [True, False]
 
 
-def test_what_is_no_layers_is_not_counted():
+def test_calls_outside_of_layers_are_not_counted():
     with profile() as seen:
         ops.cast(ops.matmul(ops.ones((2, 3)), ops.ones((3, 4))), "float16")
     assert not any((seen.multiply_adds, seen.cast_bytes, seen.output_bytes))

@@ -7,7 +7,7 @@ from helpers.interrupting import interrupted
 from kerasmp.backend import side_effects
 
 
-def test_an_interrupt_while_traces_are_put_back_leaves_none():
+def test_an_interrupt_during_the_restore_leaves_no_side_effects():
     class Counts(keras.layers.Layer):
         def __init__(self):
             super().__init__()
@@ -32,7 +32,7 @@ def test_an_interrupt_while_traces_are_put_back_leaves_none():
     assert number > 5
 
 
-def test_losses_stay_what_they_were():
+def test_losses_are_restored():
     layer = keras.layers.Dense(1, activity_regularizer="l2")
     model = keras.Sequential([keras.Input((2,)), layer])
     model(np.ones((1, 2)))

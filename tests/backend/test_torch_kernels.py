@@ -1,4 +1,4 @@
-"""What torch has no kernel for is found, and to ask for a kernel changes nothing."""
+"""Missing kernels of torch are found, and the probes have no side effects."""
 
 import importlib
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.backend("torch")
 
 @pytest.fixture
 def torch(monkeypatch):
-    """Return torch, which was not asked for any kernel."""
+    """Return torch, before any probe for a kernel."""
     monkeypatch.setattr("kerasmp.backend.torch_tracing._KERNELS", {})
     return importlib.import_module("torch")
 
@@ -24,10 +24,10 @@ def trace(function, *shape, device="cpu"):
 
 
 @pytest.mark.parametrize("numbers", [False, True])
-def test_random_generators_stay_as_they_were(torch, numbers):
+def test_random_generators_are_restored(torch, numbers):
     def draws(x):
         if numbers:
-            x.tolist()  # of which there are none in a trace: then Keras runs the call
+            x.tolist()  # fails in a trace, and then Keras runs the call
         return torch.nn.functional.dropout(torch.bernoulli(x, generator=own))
 
     own = torch.Generator()
@@ -37,21 +37,21 @@ def test_random_generators_stay_as_they_were(torch, numbers):
     assert all(map(torch.equal, after, before))
 
 
-def test_the_device_of_the_users_scope_is_asked(torch):
-    trace(torch.linalg.svdvals, 4, 4, device="meta")  # which has each kernel
+def test_the_device_of_the_users_scope_is_probed(torch):
+    trace(torch.linalg.svdvals, 4, 4, device="meta")  # which has every kernel
     with pytest.raises(BackendError, match="no float16 kernel"):
         trace(torch.linalg.svdvals, 4, 4)
 
 
-def test_an_index_is_one_of_an_axis_of_length_1(torch):
-    """Of another a GPU's kernel would end the process."""
+def test_an_index_in_a_probe_is_valid_for_an_axis_of_length_1(torch):
+    """With another index, a GPU's kernel would abort the process."""
     given = (torch.ones(1, dtype=torch.float16), [torch.zeros(2, dtype=torch.int64)])
     call = importlib.import_module("kerasmp.backend.torch_tracing")._call_on_few
     call(torch.ops.aten.index.Tensor, (given, {}), torch.device("cpu"), backwards=True)
 
 
-def test_sizes_among_the_arguments_are_small_for_a_call_that_asks(torch):
-    """Of what they say, no memory could hold the result."""
+def test_sizes_among_the_arguments_of_a_probe_are_small(torch):
+    """No memory could hold a result of the real size."""
 
     def enlarges(x):
         return torch.nn.functional.interpolate(torch.complex(x, x), size=(10**6, 10**6))
@@ -73,8 +73,10 @@ def test_a_users_operation_is_not_run(torch):
     assert not calls
 
 
-def test_a_call_that_tells_nothing_hides_no_missing_kernel(torch):
+def test_an_inconclusive_probe_hides_no_missing_kernel(torch):
     pool = torch.nn.functional.avg_pool3d
-    trace(lambda x: pool(x, 32, padding=16), 1, 1, 64, 64, 64)  # so much is not allowed for 8
+    trace(
+        lambda x: pool(x, 32, padding=16), 1, 1, 64, 64, 64
+    )  # this padding is too much for size 8
     with pytest.raises(BackendError, match="no float16 kernel for avg_pool3d"):
         trace(lambda x: pool(x, 2), 1, 1, 4, 4, 4)

@@ -1,4 +1,4 @@
-"""A variable's dtype changes in place, by private names that are where they were."""
+"""A variable's dtype changes in place; fails if Keras moves a private name used for it."""
 
 import gc
 import weakref
@@ -41,7 +41,7 @@ def test_the_value_is_rounded_as_numpy_rounds(dtype):
 
 
 @HALVES
-def test_undo_puts_back_the_very_value(dtype):
+def test_undo_restores_the_very_value(dtype):
     variable = keras.Variable(np.array(HARD, "float32"))
     value, before = variable.value, numbers(variable)
     undo = set_variable_dtype(variable, dtype)
@@ -51,7 +51,7 @@ def test_undo_puts_back_the_very_value(dtype):
     np.testing.assert_array_equal(bits(numbers(variable)), bits(before))
 
 
-def test_the_variable_stays_what_it_is_and_can_be_assigned():
+def test_the_variable_stays_the_same_object_and_can_be_assigned():
     layer = dense()
     kernel = layer.kernel
     names = ("name", "path", "trainable", "regularizer", "constraint", "shape", "aggregation")
@@ -73,7 +73,7 @@ def test_wider_is_exact():
     np.testing.assert_array_equal(variable.numpy(), np.float32(np.float16([0.1, 3])))
 
 
-def test_nothing_keeps_the_value_of_before_without_the_undo():
+def test_only_the_undo_keeps_the_old_value_alive():
     layer = dense()
     before = layer.kernel.value
     if keras.backend.backend() == "torch":
