@@ -95,12 +95,12 @@ class Profile:
         self._add_cast(x, result)
         return result
 
-    def read(self, original: Callable[..., Any], scope: Any, variable: Any) -> Any:
+    def read(self, original: Callable[..., Any], scope: Any, value: Any) -> Any:
         """Run and profile `AutocastScope.maybe_cast`, which casts a variable on each read."""
         with self._casting():
-            result = original(scope, variable)
+            result = original(scope, value)
         if self._running:
-            self._add_cast(variable, result)
+            self._add_cast(value, result)
         return result
 
     @contextlib.contextmanager

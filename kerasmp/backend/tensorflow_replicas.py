@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from kerasmp.backend.protocol import Backend
 from kerasmp.backend.tensorflow_gradients import compiled_by_xla
+from kerasmp.backend.tensors import accumulation_dtype
 from kerasmp.errors import BackendError
 
 if TYPE_CHECKING:
@@ -74,10 +75,7 @@ class Replicas(Backend):
         if not _has_several_replicas():
             return grads, losses
         context = tf.distribute.get_replica_context()
-        sent = [
-            None if g is None else self.replace_values(g, _at_least_float32(self.dense_values(g)))
-            for g in grads
-        ]
+        sent = [None if g is None else self._in_accumulation_dtype(g) for g in grads]
         if losses:
             finite = [tf.reduce_all(tf.math.is_finite(loss)) for loss in losses]
             sent.append(tf.cast(tf.logical_not(tf.reduce_all(finite)), "float32"))
@@ -94,6 +92,10 @@ class Replicas(Backend):
             g * share if g is not None and getattr(v, "overwrite_with_gradient", False) else g
             for g, v in zip(received, variables, strict=True)
         ], losses
+
+    def _in_accumulation_dtype(self, gradient: Any) -> Any:
+        values = self.dense_values(gradient)
+        return self.replace_values(gradient, tf.cast(values, accumulation_dtype(values)))
 
     def all_reduce_once(self, optimizers: Sequence[Any]) -> None:
         """Keep optimizers from summing over the replicas again what the step has summed.
@@ -169,10 +171,6 @@ def _branch(
         advance(step, finite, True)
 
     tf.cond(tf.reduce_all(finite), applied, lambda: advance(step, finite, False))
-
-
-def _at_least_float32(values: Any) -> Any:
-    return values if values.dtype == tf.float64 else tf.cast(values, "float32")
 
 
 def _has_several_replicas() -> bool:
