@@ -1,4 +1,4 @@
-"""Docstrings made from a table, for classes and functions that differ in a few words only."""
+"""Docstrings built from tables, for classes and functions that differ in only a few words."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 def documented(prose: str = "", /, **sections: str | dict[str, str]) -> Callable[[T], T]:
-    """Return a decorator that adds to a docstring what a table says.
+    """Return a decorator that adds sections to a docstring.
 
     Args:
-        prose: A paragraph. In all texts `{name}` stands for the name of what is decorated.
-        **sections: Each becomes a section, in this order, before an `Example:` that the docstring
-            has; `output_shape` gets the title "Output shape:". A dict has a paragraph for each
-            name, and `example` lines that stay as they are. What is empty is left out.
+        prose: A paragraph that follows the docstring's own text. In all texts, `{name}` stands for
+            the name of the decorated class or function.
+        **sections: The text of each section by its name, in order; `output_shape` gets the title
+            "Output shape:". A dict becomes one entry per key, and the lines of `example` are kept
+            as they are. Empty sections are left out. If the docstring has an `Example:` of its
+            own, the sections come before it.
 
     Example:
 
-    >>> @documented("See `math`.", args={"x": "A number."}, raises="", returns="`{name}` of it.")
+    >>> @documented("See `math`.", args={"x": "A number."}, raises="", returns="Twice `x`.")
     ... def double(x):
-    ...     '''Return twice the number.'''
+    ...     '''Double a number.'''
     ...     return 2 * x
     >>> print(double.__doc__)
-    Return twice the number.
+    Double a number.
     <BLANKLINE>
     See `math`.
     <BLANKLINE>
@@ -34,7 +36,7 @@ def documented(prose: str = "", /, **sections: str | dict[str, str]) -> Callable
         x: A number.
     <BLANKLINE>
     Returns:
-        `double` of it.
+        Twice `x`.
     """
 
     def document(thing: T) -> T:

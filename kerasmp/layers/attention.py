@@ -9,7 +9,7 @@ from keras import ops
 
 from kerasmp.layers.in_float32 import NeverCastWeights
 from kerasmp.layers.twin import twin
-from kerasmp.ops.precision import accumulation_dtype
+from kerasmp.ops.precision import upcast_dtype
 from kerasmp.ops.softmax import masked_softmax
 
 _VECTOR_PER_BATCH = 2  # the rank of a mask of the values, (batch, values)
@@ -23,7 +23,7 @@ class _Float32Scores(NeverCastWeights):
     """
 
     def _calculate_scores(self, query: Any, key: Any) -> Any:
-        wide = accumulation_dtype(self.compute_dtype)
+        wide = upcast_dtype(self.compute_dtype)
         return super()._calculate_scores(ops.cast(query, wide), ops.cast(key, wide))
 
     def _apply_scores(
@@ -31,7 +31,7 @@ class _Float32Scores(NeverCastWeights):
         scores: Any,
         value: Any,
         scores_mask: Any = None,
-        training: bool = False,  # noqa: FBT001, FBT002 - Keras's signature
+        training: bool = False,
     ) -> tuple[Any, Any]:
         if scores_mask is not None:
             scores_mask = ops.cast(scores_mask, "bool")

@@ -104,7 +104,7 @@ class WideSeparableConvolution(WideConvolution):
 class WideProduct(QuantizesAsStock, WideBias):
     """The same for layers that multiply matrices, which can be quantized too."""
 
-    def call(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: FBT001 - Keras's
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Multiply `inputs` by the kernel; see the class in Keras."""
         if self.quantization_mode is not None:
             # TimeDistributed calls this itself, and in Keras takes an int8 kernel for a float one.

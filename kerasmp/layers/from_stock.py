@@ -24,7 +24,7 @@ from kerasmp.layers.masking import as_it_comes, differs
 from kerasmp.layers.projection import EinsumDense as Projection
 from kerasmp.layers.projection import projections_in
 from kerasmp.layers.quantizing import QuantizesAsStock, without_type_check
-from kerasmp.ops.precision import OneNode, accumulation_dtype
+from kerasmp.ops.precision import OneNode, upcast_dtype
 from kerasmp.policy.apply import recast_statistics
 from kerasmp.policy.locations import Location, locations
 from kerasmp.policy.safe import ATTENTION
@@ -188,7 +188,7 @@ def _keeps_its_parts(layer: Any) -> bool:
 
 
 def _is_narrow(layer: Any) -> bool:
-    return accumulation_dtype(layer.compute_dtype) != str(layer.compute_dtype)
+    return upcast_dtype(layer.compute_dtype) != str(layer.compute_dtype)
 
 
 def _turn(layer: Any, ours: type, holders: Counter[int], undo: Undo) -> None:
@@ -226,7 +226,7 @@ def _compare_unrounded(layer: Any, undo: Undo) -> None:
 
 def _compute_by(function: Callable[..., Any], operation: Any, undo: Undo) -> None:
     """Let an operation that is a node of a graph, and no layer, compute something else."""
-    for name, value in (("function", function), ("narrow", None)):
+    for name, value in (("function", function), ("original", None)):
         undo.append(functools.partial(vars(operation).pop, name, None))
         vars(operation)[name] = value
     _set(operation, "__class__", OneNode, undo)

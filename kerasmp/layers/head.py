@@ -9,7 +9,7 @@ from keras import ops
 
 from kerasmp.errors import PolicyError
 from kerasmp.layers.in_float32 import NeverCastWeights
-from kerasmp.ops.precision import accumulation_dtype, registered
+from kerasmp.ops.precision import registered, upcast_dtype
 
 
 @registered
@@ -64,9 +64,9 @@ class DenseHead(NeverCastWeights, keras.layers.Dense):
     def output_dtype(self) -> str:
         """float32, or float64 where the policy computes in float64."""
         # Not result_type(), which knows no float64 on JAX and torch.
-        return accumulation_dtype(self.compute_dtype)
+        return upcast_dtype(self.compute_dtype)
 
-    def call(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: ARG002, FBT001 - Keras's
+    def call(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: ARG002 - Keras's
         """Return `activation(inputs @ kernel + bias)`."""
         outputs = ops.matmul(
             ops.cast(inputs, self.compute_dtype), ops.cast(self.kernel, self.compute_dtype)

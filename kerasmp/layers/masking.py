@@ -8,7 +8,13 @@ import keras
 from keras import ops
 
 from kerasmp.backend.keras_internals import set_keras_mask
-from kerasmp.ops.precision import accumulation_dtype, as_one_node, as_tensors, is_narrow, registered
+from kerasmp.ops.precision import (
+    as_one_node,
+    as_tensors,
+    is_low_precision,
+    registered,
+    upcast_dtype,
+)
 
 
 @registered
@@ -28,9 +34,7 @@ def differs(inputs: Any, value: Any) -> Any:
     """
     if _is_float(inputs):
         # By way of float32, as the data comes: rounded at once, a number may become another one.
-        value = ops.cast(
-            ops.convert_to_tensor(value, accumulation_dtype(inputs.dtype)), inputs.dtype
-        )
+        value = ops.cast(ops.convert_to_tensor(value, upcast_dtype(inputs.dtype)), inputs.dtype)
     return ops.not_equal(inputs, value)
 
 
@@ -94,9 +98,9 @@ class Masking(keras.layers.Masking):
         return outputs
 
     def _differs(self, inputs: Any) -> Any:
-        wide = accumulation_dtype(self.compute_dtype)
+        wide = upcast_dtype(self.compute_dtype)
         name = keras.backend.standardize_dtype(inputs.dtype)
-        if _is_float(inputs) and not is_narrow(name) and name != wide:
+        if _is_float(inputs) and not is_low_precision(name) and name != wide:
             inputs = ops.cast(inputs, wide)
         return differs(inputs, self.mask_value)
 

@@ -12,11 +12,11 @@ from kerasmp.layers.projection import turn_projections
 from kerasmp.ops.attention import (
     attend,
     attention_scores,
-    both,
     causal_mask,
+    combine,
     dot_product_attention,
 )
-from kerasmp.ops.precision import accumulation_dtype, registered
+from kerasmp.ops.precision import registered, upcast_dtype
 from kerasmp.ops.softmax import masked_softmax
 
 _SEQUENCES = 3  # the rank of inputs (batch, time, features), and one less than of what is projected
@@ -58,9 +58,9 @@ class _WideScores(keras.layers.Layer):
         """
         if mask is None and len(query.shape) == _SEQUENCES + 1:
             return _CAUSAL
-        return both(mask, causal_mask(query, key))
+        return combine(mask, causal_mask(query, key))
 
-    def _attend(  # noqa: PLR0913 - two signatures of Keras's meet here
+    def _attend(
         self,
         query: Any,
         key: Any,
@@ -99,7 +99,7 @@ class _WideScores(keras.layers.Layer):
         outputs = attend(self._dropped(weights, training), value, self.compute_dtype)
         return outputs, ops.cast(weights, self.compute_dtype)
 
-    def _dropped(self, weights: Any, training: bool | None) -> Any:  # noqa: FBT001 - Keras's own
+    def _dropped(self, weights: Any, training: bool | None) -> Any:
         if not (training and self.dropout > 0):
             return weights
         # Keras's layer itself would cast the weights to float16.
@@ -160,15 +160,15 @@ class MultiHeadAttention(_WideScores, keras.layers.MultiHeadAttention):
     ('float16', (1, 3, 8), 'float32')
     """
 
-    def _compute_attention(  # noqa: PLR0913, PLR0917 - Keras's signature
+    def _compute_attention(
         self,
         query: Any,
         key: Any,
         value: Any,
         attention_mask: Any = None,
-        training: bool | None = None,  # noqa: FBT001
-        return_attention_scores: bool = False,  # noqa: FBT001, FBT002 - Keras's signature
-        use_causal_mask: bool = False,  # noqa: FBT001, FBT002
+        training: bool | None = None,
+        return_attention_scores: bool = False,
+        use_causal_mask: bool = False,
     ) -> tuple[Any, Any]:
         scale = self.key_dim**-0.5
         if use_causal_mask:
@@ -185,17 +185,17 @@ class MultiHeadAttention(_WideScores, keras.layers.MultiHeadAttention):
             return_scores=return_attention_scores,
         )
 
-    def _attend_over_axes(  # noqa: PLR0913, PLR0917
+    def _attend_over_axes(
         self,
         query: Any,
         key: Any,
         value: Any,
         mask: Any,
         scale: float,
-        training: bool | None,  # noqa: FBT001
+        training: bool | None,
     ) -> tuple[Any, Any]:
         """Attend over several axes, or besides others, by the equations that Keras made."""
-        dtype = accumulation_dtype(self.compute_dtype)
+        dtype = upcast_dtype(self.compute_dtype)
         query, key, value = (ops.cast(x, dtype) for x in (query, key, value))
         scores = ops.einsum(self._dot_product_equation, key, query) * scale
         if mask is not None:
@@ -249,14 +249,14 @@ class GroupedQueryAttention(_WideScores, keras.layers.GroupQueryAttention):
     ('float16', (1, 3, 8))
     """
 
-    def _compute_attention(  # noqa: PLR0913, PLR0917
+    def _compute_attention(
         self,
         query: Any,
         key: Any,
         value: Any,
         attention_mask: Any = None,
-        training: bool | None = None,  # noqa: FBT001
-        use_causal_mask: bool = False,  # noqa: FBT001, FBT002
+        training: bool | None = None,
+        use_causal_mask: bool = False,
     ) -> tuple[Any, Any]:
         if use_causal_mask:
             attention_mask = self._causal_too(attention_mask, query, key)

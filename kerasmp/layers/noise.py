@@ -10,7 +10,7 @@ from keras import ops
 
 from kerasmp.layers.twin import twin
 from kerasmp.ops import in_float32
-from kerasmp.ops.precision import accumulation_dtype
+from kerasmp.ops.precision import upcast_dtype
 
 
 class _DropsInFloat32(keras.layers.Layer):
@@ -19,7 +19,7 @@ class _DropsInFloat32(keras.layers.Layer):
     Inputs, outputs and gradients keep the compute dtype.
     """
 
-    def call(self, inputs: Any, training: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's
+    def call(self, inputs: Any, training: bool = False) -> Any:
         """Return the inputs, some of them dropped while training."""
         if not training or self.rate == 0:
             return inputs
@@ -91,7 +91,7 @@ class _Gaussian(keras.layers.Layer):
             ops.shape(inputs),
             mean=mean,
             stddev=stddev,
-            dtype=accumulation_dtype(self.compute_dtype),
+            dtype=upcast_dtype(self.compute_dtype),
             seed=self.seed_generator,
         )
 
@@ -113,7 +113,7 @@ class GaussianNoise(_Gaussian, keras.layers.GaussianNoise):
     True
     """
 
-    def call(self, inputs: Any, training: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's
+    def call(self, inputs: Any, training: bool = False) -> Any:
         """Return the inputs, with noise while training."""
         if not training or self.stddev == 0:
             return inputs
@@ -138,7 +138,7 @@ class GaussianDropout(_Gaussian, keras.layers.GaussianDropout):
     True
     """
 
-    def call(self, inputs: Any, training: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's
+    def call(self, inputs: Any, training: bool = False) -> Any:
         """Return the inputs, each times a random number around 1 while training."""
         if not training or self.rate == 0:
             return inputs

@@ -34,7 +34,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     [0.0, 0.0]
     """
 
-    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:  # noqa: FBT001 - Keras's
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """Normalize `inputs`; see the class."""
         if not (training and self.trainable):
             return super().call(inputs, training=training, mask=mask)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class QuantizesAsStock(keras.layers.Layer):
     """Mixed in before a Keras layer that can be quantized: Keras refuses all subclasses of it."""
 
-    def quantize(self, mode: Any = None, type_check: bool = True, **kwargs: Any) -> None:  # noqa: FBT001, FBT002 - Keras's
+    def quantize(self, mode: Any = None, type_check: bool = True, **kwargs: Any) -> None:
         """Quantize the layer in place; see the class in Keras."""
         # A class derived from ours may compute something else, as one derived from Keras's may.
         ours = type(self).__module__.partition(".")[0] == __name__.partition(".")[0]

@@ -43,7 +43,7 @@ class RNN(keras.layers.RNN):
         sequences: Any,
         initial_state: Any,
         mask: Any,
-        training: bool = False,  # noqa: FBT001, FBT002 - Keras's
+        training: bool = False,
     ) -> Any:
         """Run the cell over the time steps; see `keras.layers.RNN`."""
         with contextlib.ExitStack() as stack:
@@ -91,7 +91,7 @@ class LSTM(keras.layers.LSTM, RNN):
         sequences: Any,
         initial_state: Any,
         mask: Any,
-        training: bool = False,  # noqa: FBT001, FBT002 - Keras's
+        training: bool = False,
     ) -> Any:
         """Run the cell over the time steps; see `keras.layers.RNN`."""
         return _widened(self, super().inner_loop, (sequences, initial_state), mask, training)
@@ -124,7 +124,7 @@ class GRU(keras.layers.GRU, RNN):
         sequences: Any,
         initial_state: Any,
         mask: Any,
-        training: bool = False,  # noqa: FBT001, FBT002 - Keras's
+        training: bool = False,
     ) -> Any:
         """Run the cell over the time steps; see `keras.layers.RNN`."""
         if (
@@ -152,7 +152,7 @@ def _widened(
     loop: Callable[..., Any],
     tensors: tuple[Any, Any],
     mask: Any,
-    training: bool,  # noqa: FBT001 - as Keras passes it
+    training: bool,
 ) -> Any:
     """Run Keras's loop, which may be the backend's own, in the dtype that the latter needs."""
     dtype = current().rnn_dtype(layer.cell.compute_dtype)

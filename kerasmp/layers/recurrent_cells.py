@@ -12,7 +12,7 @@ from keras import ops
 
 from kerasmp.backend.keras_internals import AutocastScope
 from kerasmp.layers.twin import twin
-from kerasmp.ops.precision import widen
+from kerasmp.ops.precision import upcast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -117,7 +117,7 @@ class EarlyCast(keras.layers.Layer):
         with _known(self, _EARLY.get()[id(self)]._replace(projected=True)):
             yield projected
 
-    def call(self, inputs: Any, states: Any, training: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's
+    def call(self, inputs: Any, states: Any, training: bool = False) -> Any:
         """Return the output of one step and the new states, in the compute dtype."""
         if self.compute_dtype == self.variable_dtype:
             return super().call(inputs, states, training=training)
@@ -137,7 +137,7 @@ class EarlyCast(keras.layers.Layer):
         Public methods return masks, but make them only where there are none. The tests of their
         share of zeros tell when this one moves.
         """
-        masks = super()._create_dropout_mask(widen(step_input), dropout_rate)
+        masks = super()._create_dropout_mask(upcast(step_input), dropout_rate)
         return keras.tree.map_structure(lambda mask: ops.cast(mask, step_input.dtype), masks)
 
     def _wide(self, tensor: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from kerasmp.layers.twin import twin
-from kerasmp.ops.precision import widen
+from kerasmp.ops.precision import upcast
 
 
 class _L1L2(keras.regularizers.L1L2):
@@ -16,7 +16,7 @@ class _L1L2(keras.regularizers.L1L2):
     sees_float32 = True  # models of ours ask
 
     def __call__(self, x: Any) -> Any:
-        return super().__call__(widen(x))
+        return super().__call__(upcast(x))
 
 
 @twin(

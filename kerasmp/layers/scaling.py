@@ -8,7 +8,7 @@ import keras
 
 from kerasmp.layers.twin import twin
 from kerasmp.ops import normalize
-from kerasmp.ops.precision import accumulation_dtype, registered
+from kerasmp.ops.precision import registered, upcast_dtype
 
 
 @registered
@@ -41,7 +41,7 @@ class Normalization(keras.layers.Normalization):
     @property
     def compute_dtype(self) -> str:
         """The policy's compute dtype, or float32 where that is narrower."""
-        return accumulation_dtype(self.output_dtype)
+        return upcast_dtype(self.output_dtype)
 
     @property
     def output_dtype(self) -> str:

@@ -42,7 +42,7 @@ class SpectralNormalization(keras.layers.SpectralNormalization):
     True
     """
 
-    def call(self, inputs: Any, training: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's
+    def call(self, inputs: Any, training: bool = False) -> Any:
         """Normalize the kernel if `training`, and call the layer."""
         with AutocastScope(None):  # The layer inside opens its own.
             return super().call(inputs, training=training)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def twin(  # noqa: PLR0913 - the columns of a table
+def twin(
     prose: str = "",
     *,
     inputs: str = "Any",

@@ -1,7 +1,7 @@
-"""Numerics that are right in float16: float32 inside, the dtype of their input outside.
+"""Functions that are safe in float16: they compute in float32 and return the dtype of their input.
 
-For custom layers, losses and training steps. Names and arguments are those of `keras.ops`, of
-`keras.activations` and, for losses, of `keras.losses`.
+They are meant for custom layers, losses and training steps, and have the names and arguments of
+`keras.ops`, `keras.activations` and `keras.losses`. Losses return float32.
 """
 
 from kerasmp.ops.activations import (
@@ -26,9 +26,7 @@ from kerasmp.ops.activations import (
     tanh,
     tanh_shrink,
 )
-from kerasmp.ops.attention import (
-    dot_product_attention,
-)
+from kerasmp.ops.attention import dot_product_attention
 from kerasmp.ops.losses import (
     binary_crossentropy,
     binary_focal_crossentropy,
@@ -42,9 +40,7 @@ from kerasmp.ops.losses import (
     sparse_categorical_crossentropy,
     squared_hinge,
 )
-from kerasmp.ops.precision import (
-    in_float32,
-)
+from kerasmp.ops.precision import in_float32
 from kerasmp.ops.reductions import (
     average_pool,
     cumsum,
@@ -56,10 +52,7 @@ from kerasmp.ops.reductions import (
     sum,  # noqa: A004 - as in keras.ops
     var,
 )
-from kerasmp.ops.softmax import (
-    log_softmax,
-    softmax,
-)
+from kerasmp.ops.softmax import log_softmax, softmax
 
 __all__ = [
     "average_pool",

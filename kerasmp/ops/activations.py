@@ -1,12 +1,12 @@
 """Activations whose values and gradients are right in float16.
 
-Each is that of `keras.activations`, with the same arguments and defaults, computed in float32; its
-argument `x` is a tensor of any float dtype, and so is the result. Stock activations in float16
-overflow on the way back (the product of a large gradient with `x` is inf, times 0 is NaN), or
-compute their gradient from an output that was rounded to float16. They are registered with Keras:
-a model with `Dense(8, activation=kerasmp.ops.gelu)` is saved and loaded like any other.
+Each has the name, the arguments and the defaults of the function in `keras.activations`, computes
+in float32, and returns the dtype of its input. In float16 the gradients of the stock activations
+overflow (a large gradient times `x` is inf, and inf times 0 is NaN), or are computed from an output
+that was rounded to float16. All are registered with Keras: a model with
+`Dense(8, activation=kerasmp.ops.gelu)` is saved and loaded like any other.
 
-The rest of `keras.activations`, the relu family and the piecewise linear ones, is right as it is.
+The rest of `keras.activations`, the relu family and piecewise linear ones, needs no replacement.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 
 
 def _activation(source: str = "", *, at: float, gives: float, **args: str) -> Callable[[T], T]:
-    """Return a decorator that makes an activation of a formula, with a docstring.
+    """Return a decorator that turns a formula into a float32 activation with a full docstring.
 
     Args:
-        source: Where the formula comes from, if that is known.
-        at: A number, for an example.
-        gives: The value there.
-        **args: What the arguments besides `x` are.
+        source: The paper that introduced it, if known.
+        at: A number to use in the example.
+        gives: The value of the activation at that number.
+        **args: The descriptions of the arguments other than `x`.
     """
     document = documented(
-        args={"x": "A tensor of any shape and float dtype; the result has both.", **args},
+        args={"x": "A tensor of any shape and float dtype.", **args},
+        returns="A tensor of the same shape and dtype as `x`.",
         references=source,
         example=f'>>> float({{name}}(keras.ops.array({at}, "float16")))\n{gives}',
     )
@@ -41,25 +42,25 @@ def _activation(source: str = "", *, at: float, gives: float, **args: str) -> Ca
 
 @_activation(at=0.0, gives=0.5)
 def sigmoid(x: Any) -> Any:
-    """Return `1 / (1 + exp(-x))`."""
+    """Compute `1 / (1 + exp(-x))`."""
     return ops.sigmoid(x)
 
 
 @_activation(at=-1000.0, gives=-1000.0)
 def log_sigmoid(x: Any) -> Any:
-    """Return `log(sigmoid(x))`."""
+    """Compute `log(sigmoid(x))`."""
     return ops.log_sigmoid(x)
 
 
 @_activation(at=0.0, gives=0.0)
 def tanh(x: Any) -> Any:
-    """Return the hyperbolic tangent."""
+    """Compute the hyperbolic tangent of `x`."""
     return ops.tanh(x)
 
 
 @_activation(at=9.0, gives=8.0)
 def tanh_shrink(x: Any) -> Any:
-    """Return `x - tanh(x)`."""
+    """Compute `x - tanh(x)`."""
     return ops.tanh_shrink(x)
 
 
@@ -67,45 +68,45 @@ def tanh_shrink(x: Any) -> Any:
     "[Hendrycks and Gimpel, 2016](https://arxiv.org/abs/1606.08415)",
     at=100.0,
     gives=100.0,
-    approximate="Whether to use the approximation by tanh; default False.",
+    approximate="Whether to use the tanh approximation. Defaults to `False`.",
 )
-def gelu(x: Any, approximate: bool = False) -> Any:  # noqa: FBT001, FBT002 - as in Keras
-    """Return `x` times the normal distribution function of `x`.
+def gelu(x: Any, approximate: bool = False) -> Any:
+    """Compute `x` times the cumulative distribution function of the normal distribution at `x`.
 
-    As in `keras.activations`, and not as in `keras.ops`, the default is the exact form.
+    The default is the exact form, as in `keras.activations` and unlike `keras.ops`.
     """
     return ops.gelu(x, approximate=approximate)
 
 
 @_activation("[Ramachandran et al., 2017](https://arxiv.org/abs/1710.05941)", at=100.0, gives=100.0)
 def silu(x: Any) -> Any:
-    """Return `x * sigmoid(x)`, which is also called swish."""
+    """Compute `x * sigmoid(x)`, also known as swish."""
     return ops.silu(x)
 
 
 @_activation("[Howard et al., 2019](https://arxiv.org/abs/1905.02244)", at=3.0, gives=3.0)
 def hard_silu(x: Any) -> Any:
-    """Return `x * hard_sigmoid(x)`, which is also called hard swish."""
+    """Compute `x * hard_sigmoid(x)`, also known as hard swish."""
     return ops.hard_silu(x)
 
 
 @_activation("[Misra, 2019](https://arxiv.org/abs/1908.08681)", at=100.0, gives=100.0)
 def mish(x: Any) -> Any:
-    """Return `x * tanh(softplus(x))`."""
+    """Compute `x * tanh(softplus(x))`."""
     return x * ops.tanh(ops.softplus(x))
 
 
 @registered
 @in_float32
 def glu(x: Any, axis: int = -1) -> Any:
-    """Return one half of `x` times the sigmoid of the other.
+    """Multiply one half of `x` by the sigmoid of the other half.
 
     Args:
-        x: A tensor of any shape and float dtype, of even length along `axis`.
-        axis: The axis to halve; default the last.
+        x: A tensor of any shape and float dtype, with an even length along `axis`.
+        axis: The axis to split. Defaults to the last axis.
 
     Returns:
-        A tensor of half that length there, in the dtype of `x`.
+        A tensor of half that length along `axis`, in the dtype of `x`.
 
     References:
         [Dauphin et al., 2016](https://arxiv.org/abs/1612.08083)
@@ -120,13 +121,13 @@ def glu(x: Any, axis: int = -1) -> Any:
 
 @_activation(at=100.0, gives=100.0)
 def softplus(x: Any) -> Any:
-    """Return `log(exp(x) + 1)`."""
+    """Compute `log(exp(x) + 1)`."""
     return ops.softplus(x)
 
 
 @_activation(at=3.0, gives=0.75)
 def softsign(x: Any) -> Any:
-    """Return `x / (abs(x) + 1)`."""
+    """Compute `x / (abs(x) + 1)`."""
     return ops.softsign(x)
 
 
@@ -134,22 +135,22 @@ def softsign(x: Any) -> Any:
     "[Barron, 2021](https://arxiv.org/abs/2112.11687)",
     at=1000.0,
     gives=1000.0,
-    b="The smoothness; default 4.",
+    b="The smoothness. Defaults to 4.",
 )
 def squareplus(x: Any, b: float = 4) -> Any:
-    """Return `(x + sqrt(x**2 + b)) / 2`."""
+    """Compute `(x + sqrt(x**2 + b)) / 2`."""
     return ops.squareplus(x, b=b)
 
 
 @_activation(at=0.0, gives=0.25)
 def sparse_plus(x: Any) -> Any:
-    """Return 0 up to -1, `(x + 1)**2 / 4` up to 1, and `x` from there."""
+    """Compute 0 for `x <= -1`, `(x + 1)**2 / 4` for `-1 < x < 1`, and `x` for `x >= 1`."""
     return ops.sparse_plus(x)
 
 
 @_activation(at=0.0, gives=0.5)
 def sparse_sigmoid(x: Any) -> Any:
-    """Return 0 up to -1, `(x + 1) / 2` up to 1, and 1 from there."""
+    """Compute 0 for `x <= -1`, `(x + 1) / 2` for `-1 < x < 1`, and 1 for `x >= 1`."""
     return ops.sparse_sigmoid(x)
 
 
@@ -157,10 +158,10 @@ def sparse_sigmoid(x: Any) -> Any:
     "[Clevert et al., 2015](https://arxiv.org/abs/1511.07289)",
     at=-100.0,
     gives=-1.0,
-    alpha="The slope at 0 from below; default 1.",
+    alpha="The slope at 0 from below. Defaults to 1.",
 )
 def elu(x: Any, alpha: float = 1.0) -> Any:
-    """Return `x` where it is positive, `alpha * (exp(x) - 1)` elsewhere."""
+    """Compute `x` for `x > 0`, and `alpha * (exp(x) - 1)` elsewhere."""
     return ops.elu(x, alpha=alpha)
 
 
@@ -168,25 +169,25 @@ def elu(x: Any, alpha: float = 1.0) -> Any:
     "[Barron, 2017](https://arxiv.org/abs/1704.07483)",
     at=-100.0,
     gives=-1.0,
-    alpha="Minus the least value; default 1.",
+    alpha="The negative of the smallest value. Defaults to 1.",
 )
 def celu(x: Any, alpha: float = 1.0) -> Any:
-    """Return `x` where it is positive, `alpha * (exp(x / alpha) - 1)` elsewhere."""
+    """Compute `x` for `x > 0`, and `alpha * (exp(x / alpha) - 1)` elsewhere."""
     return ops.celu(x, alpha=alpha)
 
 
 @_activation("[Klambauer et al., 2017](https://arxiv.org/abs/1706.02515)", at=1.0, gives=1.05078125)
 def selu(x: Any) -> Any:
-    """Return `1.0507 * elu(x, 1.6733)`."""
+    """Compute `1.0507 * elu(x, 1.6733)`."""
     return ops.selu(x)
 
 
 @_activation(at=0.0, gives=1.0)
 def exponential(x: Any) -> Any:
-    """Return `exp(x)`."""
+    """Compute `exp(x)`."""
     return ops.exp(x)
 
 
-# Keras knows these under both names.
+# Keras has both names for each.
 swish = silu
 hard_swish = hard_silu

@@ -1,4 +1,4 @@
-"""Attention whose scores and softmax are float32, whatever comes in and goes out."""
+"""Dot-product attention with float32 scores and softmax between tensors of any float dtype."""
 
 from __future__ import annotations
 
@@ -11,57 +11,60 @@ from keras import ops
 
 from kerasmp.backend import current
 from kerasmp.errors import ArgumentError, check_bool
-from kerasmp.ops.precision import accumulation_dtype, registered
+from kerasmp.ops.precision import registered, upcast_dtype
 from kerasmp.ops.softmax import hide
 
-# Heads stand third in the inputs and second in what is multiplied: (batch, heads, time, depth).
+# Heads are the third axis of the inputs, and the second of the matrix products:
+# (batch, heads, time, depth).
 _RANK = 4
 _HEADS_FIRST = (0, 2, 1, 3)
 _HEADS_FIRST_TRANSPOSED = (0, 2, 3, 1)
 
 
-def dot_product_attention(  # noqa: PLR0913, PLR0917 - Keras's signature
+def dot_product_attention(
     query: Any,
     key: Any,
     value: Any,
     bias: Any = None,
     mask: Any = None,
     scale: float | None = None,
-    is_causal: bool = False,  # noqa: FBT001, FBT002 - Keras's signature
-    flash_attention: bool | None = None,  # noqa: FBT001 - Keras's signature
+    is_causal: bool = False,
+    flash_attention: bool | None = None,
     attn_logits_soft_cap: float | None = None,
 ) -> Any:
-    """Return `softmax(query @ key * scale + bias) @ value`, safe in float16.
+    """Compute `softmax(query @ key * scale + bias) @ value`, safely in float16.
 
     `keras.ops.dot_product_attention` rounds the products of query and key to float16 before it
-    scales them: large ones become inf, and then NaN, others lose digits. Here the products of
-    float16 numbers come out in float32 and stay so until the result is rounded, once. Masked keys
-    have no influence, however large the scores, and a query that may see no key at all gets zeros
-    and gives zero gradients; stock Keras averages over all keys there.
+    scales them: large products become inf and then NaN, and others lose digits. Here the products
+    are computed in float32, and only the result is rounded. Masked keys have no influence, however
+    large the scores are. A query that may attend to no key gets zeros and zero gradients, where
+    stock Keras averages over all keys.
 
     Args:
-        query: Shape `(batch, queries, heads, depth)`.
-        key: Shape `(batch, keys, key_heads, depth)`; `heads` must be a multiple of `key_heads`.
-        value: Shape `(batch, keys, key_heads, value_depth)`.
-        bias: Added to the scores, in float32; broadcasts to `(batch, heads, queries, keys)`.
-            Where it is -inf, the key is masked. Default None.
-        mask: True where a query may see a key; broadcasts to `(batch, heads, queries, keys)`.
-            Default None: everywhere.
-        scale: What the products are multiplied by; default None is `1 / sqrt(depth)`.
-        is_causal: Whether query number i sees keys 0 to i only. Default False.
-        flash_attention: True uses the backend's flash attention, which computes its scores in
-            float32 too, or raises; False does not; default None uses it on devices that have it
-            if there is no bias, mask or soft cap. (With a mask it adds the lowest float16 number,
-            which does not hide keys from scores of that size.)
-        attn_logits_soft_cap: If given, a score x becomes `x / (1 + abs(x) / soft_cap)`.
+        query: A tensor of shape `(batch, queries, heads, depth)`.
+        key: A tensor of shape `(batch, keys, key_heads, depth)`. `heads` must be a multiple of
+            `key_heads`.
+        value: A tensor of shape `(batch, keys, key_heads, value_depth)`.
+        bias: A tensor that broadcasts to `(batch, heads, queries, keys)`, added to the scores in
+            float32. A key is masked where the bias is -inf. Defaults to `None`.
+        mask: A boolean tensor that broadcasts to `(batch, heads, queries, keys)`, `True` where a
+            query may attend to a key. Defaults to `None`, which masks nothing.
+        scale: The factor for the products. Defaults to `1 / sqrt(depth)`.
+        is_causal: Whether query i attends to the keys 0 to i only. Defaults to `False`.
+        flash_attention: `True` uses the backend's flash attention, which also computes scores in
+            float32, and raises an error if there is none. `False` never uses it. `None` (default)
+            uses it on devices that support it if there is no bias, mask or soft cap: with a mask,
+            it adds the lowest float16 number, which does not hide a key whose score is as large.
+        attn_logits_soft_cap: If given, each score `x` becomes `x / (1 + abs(x) / soft_cap)`.
 
     Returns:
-        Tensor of shape `(batch, queries, heads, value_depth)` in the dtype of the inputs.
+        A tensor of shape `(batch, queries, heads, value_depth)` in the dtype of the inputs.
 
     Raises:
-        ArgumentError: If an input does not have four dimensions, or heads do not divide or have no
-            static number, or `scale` or the soft cap is no such number.
-        ArgumentTypeError: If a switch is no bool.
+        ArgumentError: If an input does not have four dimensions; if the number of heads is unknown
+            or not a multiple of the number of key heads; or if `scale` or
+            `attn_logits_soft_cap` is not a finite number (above 0 for the latter).
+        ArgumentTypeError: If `is_causal` or `flash_attention` is not a bool.
 
     References:
         [Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)
@@ -79,14 +82,14 @@ def dot_product_attention(  # noqa: PLR0913, PLR0917 - Keras's signature
 
 @registered
 class DotProductAttention(keras.Operation):
-    """`dot_product_attention` as the node of a functional model that Keras makes of it.
+    """The operation of `dot_product_attention`, a node in functional models.
 
     Args:
-        scale: See `dot_product_attention`, also for the others.
-        is_causal: Default False.
-        flash_attention: Default None.
-        attn_logits_soft_cap: Default None.
-        **kwargs: As for `keras.Operation`: `name`.
+        scale: See `dot_product_attention`, also for the arguments below.
+        is_causal: Defaults to `False`.
+        flash_attention: Defaults to `None`.
+        attn_logits_soft_cap: Defaults to `None`.
+        **kwargs: Arguments of `keras.Operation`: `name`.
 
     References:
         [Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)
@@ -102,8 +105,8 @@ class DotProductAttention(keras.Operation):
     def __init__(
         self,
         scale: float | None = None,
-        is_causal: bool = False,  # noqa: FBT001, FBT002 - as in the function
-        flash_attention: bool | None = None,  # noqa: FBT001
+        is_causal: bool = False,
+        flash_attention: bool | None = None,
         attn_logits_soft_cap: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -119,15 +122,15 @@ class DotProductAttention(keras.Operation):
         self.attn_logits_soft_cap = attn_logits_soft_cap
 
     def call(self, query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None) -> Any:
-        """Compute what the function returns."""
+        """Compute the attention of one batch."""
         query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
         _check_shapes(query.shape, key.shape, value.shape)
         dtype = _common_dtype(query, key, value)
         query, key, value = (ops.cast(x, dtype) for x in (query, key, value))
         if mask is not None:
             mask = ops.cast(mask, "bool")
-        seen = both(mask, causal_mask(query, key)) if self.is_causal else mask
-        if self._flash(query, key, value, bias, mask):
+        visible = combine(mask, causal_mask(query, key)) if self.is_causal else mask
+        if self._uses_flash(query, key, value, bias, mask):
             outputs = ops.dot_product_attention(
                 query,
                 key,
@@ -139,9 +142,9 @@ class DotProductAttention(keras.Operation):
                 flash_attention=True,
                 attn_logits_soft_cap=self.attn_logits_soft_cap,
             )
-            return outputs if mask is None else _zero_where_all_masked(outputs, seen)
+            return outputs if mask is None else _zero_fully_masked(outputs, visible)
         groups = query.shape[2] // key.shape[2]
-        if groups > 1 and key.shape[2] > 1:  # a single head of keys broadcasts by itself
+        if groups > 1 and key.shape[2] > 1:  # a single key head broadcasts
             key, value = (ops.repeat(x, groups, axis=2) for x in (key, value))
         scale = 1 / math.sqrt(query.shape[3]) if self.scale is None else self.scale
         scores = attention_scores(query, key, scale)
@@ -150,14 +153,14 @@ class DotProductAttention(keras.Operation):
         if bias is not None:
             bias = ops.cast(bias, scores.dtype)
             scores = scores + bias
-            seen = both(seen, bias > -math.inf)
-        weights = ops.softmax(scores if seen is None else hide(scores, seen), axis=-1)
+            visible = combine(visible, bias > -math.inf)
+        weights = ops.softmax(scores if visible is None else hide(scores, visible), axis=-1)
         outputs = attend(weights, value, dtype)
-        # Causality alone hides no row as a whole.
+        # A causal mask leaves each query at least one key.
         none_hidden = mask is None and bias is None
-        return outputs if none_hidden else _zero_where_all_masked(outputs, seen)
+        return outputs if none_hidden else _zero_fully_masked(outputs, visible)
 
-    def _flash(self, query: Any, key: Any, value: Any, bias: Any, mask: Any) -> bool:
+    def _uses_flash(self, query: Any, key: Any, value: Any, bias: Any, mask: Any) -> bool:
         if self.flash_attention is not None:
             return self.flash_attention
         if not all(x is None for x in (bias, mask, self.attn_logits_soft_cap)):
@@ -169,88 +172,91 @@ class DotProductAttention(keras.Operation):
         query: Any,
         key: Any,
         value: Any,
-        bias: Any = None,  # noqa: ARG002 - Keras passes what it passes to call
+        bias: Any = None,  # noqa: ARG002 - Keras passes the arguments of `call`
         mask: Any = None,  # noqa: ARG002
     ) -> Any:
-        """Return the symbolic result."""
+        """Return the symbolic output."""
         _check_shapes(query.shape, key.shape, value.shape)
         shape = (*query.shape[:-1], value.shape[-1])
         return keras.KerasTensor(shape, dtype=_common_dtype(query, key, value))
 
 
 def attention_scores(query: Any, key: Any, scale: Any) -> Any:
-    """Return the scaled products of queries and keys, at least in float32.
+    """Compute the scaled products of queries and keys in float32 (float64 for float64 inputs).
 
     Args:
-        query: Shape `(batch, queries, heads, depth)`.
-        key: Shape `(batch, keys, heads, depth)`, or 1 head for all.
-        scale: A number.
+        query: A tensor of shape `(batch, queries, heads, depth)`.
+        key: A tensor of shape `(batch, keys, heads, depth)`, or with one head for all queries.
+        scale: The factor for the products.
 
     Returns:
-        Tensor of shape `(batch, heads, queries, keys)`.
+        A tensor of shape `(batch, heads, queries, keys)`.
     """
     products = current().matmul_to_dtype(
         ops.transpose(query, _HEADS_FIRST),
         ops.transpose(key, _HEADS_FIRST_TRANSPOSED),
-        accumulation_dtype(query.dtype),
+        upcast_dtype(query.dtype),
     )
-    # Afterwards: a scaled float16 query would be rounded once more.
+    # Not before the product: a scaled float16 query would be rounded once more.
     return products * scale
 
 
 def attend(weights: Any, value: Any, dtype: str) -> Any:
-    """Return the values averaged by the weights.
+    """Average the values with the attention weights.
 
-    The weights are not rounded to float16: with many keys they are subnormal there, and their
-    gradient, a product of upstream gradients and values, may not fit.
+    The weights are not rounded to float16: with many keys they would be subnormal, and their
+    gradient, a product of upstream gradients and values, may overflow.
 
     Args:
-        weights: Shape `(batch, heads, queries, keys)`, at least float32.
-        value: Shape `(batch, keys, heads, depth)`, or 1 head for all.
-        dtype: That of the result.
+        weights: A float32 or float64 tensor of shape `(batch, heads, queries, keys)`.
+        value: A tensor of shape `(batch, keys, heads, depth)`, or with one head for all queries.
+        dtype: The dtype of the result.
 
     Returns:
-        Tensor of shape `(batch, queries, heads, depth)`.
+        A tensor of shape `(batch, queries, heads, depth)`.
     """
     values = ops.cast(ops.transpose(value, _HEADS_FIRST), weights.dtype)
-    # Not ops.matmul, which knows no float64 on torch.
-    averages = current().matmul_to_dtype(weights, values, accumulation_dtype(weights.dtype))
+    # Not ops.matmul, which does not support float64 on torch.
+    averages = current().matmul_to_dtype(weights, values, upcast_dtype(weights.dtype))
     return ops.transpose(ops.cast(averages, dtype), _HEADS_FIRST)
 
 
 def causal_mask(query: Any, key: Any) -> Any:
-    """Return the bool mask `(queries, keys)`, True where no key is later than its query."""
+    """Return a boolean mask `(queries, keys)`, True where the key is not later than the query."""
     queries, keys = ops.shape(query)[1], ops.shape(key)[1]
     return ops.expand_dims(ops.arange(queries), 1) >= ops.expand_dims(ops.arange(keys), 0)
 
 
-def both(mask: Any, other: Any) -> Any:
-    """Return where both masks are True; the first may be None."""
+def combine(mask: Any, other: Any) -> Any:
+    """Return the logical and of two masks; the first may be None."""
     return other if mask is None else ops.logical_and(mask, other)
 
 
-def _zero_where_all_masked(outputs: Any, mask: Any) -> Any:
-    # Over the outputs and not over the weights, of which there are more.
-    seeing = ops.any(mask, axis=-1, keepdims=True)
-    seeing = ops.reshape(seeing, (1,) * (_RANK - len(seeing.shape)) + tuple(ops.shape(seeing)))
-    return ops.where(ops.transpose(seeing, _HEADS_FIRST), outputs, ops.zeros_like(outputs))
+def _zero_fully_masked(outputs: Any, mask: Any) -> Any:
+    """Set the outputs of queries to zero that may attend to no key.
+
+    The outputs are masked and not the weights, which are larger.
+    """
+    any_key = ops.any(mask, axis=-1, keepdims=True)
+    any_key = ops.reshape(any_key, (1,) * (_RANK - len(any_key.shape)) + tuple(ops.shape(any_key)))
+    return ops.where(ops.transpose(any_key, _HEADS_FIRST), outputs, ops.zeros_like(outputs))
 
 
 def _common_dtype(*tensors: Any) -> str:
     dtypes = {keras.backend.standardize_dtype(x.dtype) for x in tensors}
-    # result_type() knows no float64 on JAX and torch.
+    # result_type() does not support float64 on JAX and torch.
     return dtypes.pop() if len(dtypes) == 1 else str(keras.backend.result_type(*dtypes))
 
 
 def _check_number(name: str, value: Any, above: float) -> None:
-    """Raise for a number that makes no scores; a tensor may come, too."""
-    is_text = isinstance(value, str | bytes | bool)
-    if is_text or (isinstance(value, numbers.Real) and not above < float(value) < math.inf):
+    """Raise an error unless a setting is None, a tensor or a finite number above a limit."""
+    is_other = isinstance(value, str | bytes | bool)
+    if is_other or (isinstance(value, numbers.Real) and not above < float(value) < math.inf):
         raise ArgumentError(
-            f"`{name}` cannot be used.",
+            f"`{name}` has an invalid value.",
             received=repr(value),
             expected="a finite number" + (" above 0" if above == 0 else ""),
-            fix="None is the default.",
+            fix=f"Leave out `{name}` to use the default.",
         )
 
 
@@ -258,16 +264,16 @@ def _check_shapes(query: Any, key: Any, value: Any) -> None:
     shapes = f"query {tuple(query)}, key {tuple(key)}, value {tuple(value)}"
     if not all(len(shape) == _RANK for shape in (query, key, value)):
         raise ArgumentError(
-            "Attention needs four dimensions.",
+            "The inputs of attention must have four dimensions.",
             received=shapes,
-            expected="(batch, time, heads, depth) three times",
-            fix="Reshape the inputs; one head is an axis of size 1.",
+            expected="(batch, time, heads, depth) for each",
+            fix="Reshape the inputs. For a single head, add an axis of size 1.",
         )
     heads = (query[2], key[2], value[2])
     if None in heads or heads[1] != heads[2] or heads[0] % heads[1]:
         raise ArgumentError(
-            "The heads of the queries cannot be shared out among those of the keys.",
+            "The query heads cannot be divided among the key heads.",
             received=shapes,
-            expected="as many heads of keys as of values, and a multiple of them in the query",
-            fix="Choose numbers of heads that divide, and give that axis a static size.",
+            expected="as many key heads as value heads, and a multiple of that for the query",
+            fix="Change the number of heads, and give that axis a static size.",
         )

@@ -1,4 +1,4 @@
-"""Narrow tensors outside, float32 inside: the one rule that all of this package stands on."""
+"""Compute in float32 between tensors of low precision: what all functions here are built on."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ from kerasmp.errors import ArgumentTypeError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-
-# By name in the files of models.
+# Model files refer to functions and classes by these names.
 registered = keras.saving.register_keras_serializable(package="kerasmp")
 
 
-def is_narrow(dtype: Any) -> bool:
-    """Return whether `dtype` is a float that holds less than float32.
+def is_low_precision(dtype: Any) -> bool:
+    """Return whether `dtype` is a float dtype with fewer bits than float32.
 
     Args:
         dtype: A dtype of the running backend, or its name.
 
     Example:
 
-    >>> is_narrow("bfloat16"), is_narrow("float32"), is_narrow("int8")
-    (True, False, False)
+    >>> [is_low_precision(dtype) for dtype in ("bfloat16", "float32", "int8")]
+    [True, False, False]
     """
     name = keras.backend.standardize_dtype(dtype)
     return keras.backend.is_float_dtype(name) and name not in ("float32", "float64")
 
 
 def as_tensors(x: Any) -> Any:
-    """Return tensors and structures of tensors as they are, and one tensor for anything else.
+    """Convert anything but tensors and structures of tensors, which are returned, to one tensor.
+
+    Raises:
+        ArgumentTypeError: If `x` cannot be converted.
 
     Example:
 
@@ -43,51 +45,48 @@ def as_tensors(x: Any) -> Any:
     1
     """
     leaves = _leaves(x)
-    return x if leaves and all(map(_is_tensor, leaves)) else _tensor_of(x)
-
-
-def _tensor_of(x: Any) -> Any:
-    """Return a tensor of numbers, or tell that there are none."""
+    if leaves and all(map(_is_tensor, leaves)):
+        return x
     try:
         tensor = ops.convert_to_tensor(x)
-        if "string" not in keras.backend.standardize_dtype(tensor.dtype):  # only TensorFlow's
+        if "string" not in keras.backend.standardize_dtype(tensor.dtype):  # only on TensorFlow
             return tensor
         error = None
-    except Exception as raised:  # noqa: BLE001 - each framework has errors of its own for it
+    except Exception as raised:  # noqa: BLE001 - each framework raises errors of its own
         error = raised
     raise ArgumentTypeError(
-        "No tensor can be made of this.",
+        "The argument cannot be converted to a tensor.",
         received=f"{x!r:.100} of type {type(x).__name__}",
         expected="a tensor, an array, a number or a list of numbers",
-        fix="A structure may hold tensors alone.",
+        fix="A structure of inputs must contain only tensors.",
     ) from error
 
 
-def widen(tensors: Any) -> Any:
-    """Cast tensors that are narrower than float32 to float32, and leave the others.
+def upcast(tensors: Any) -> Any:
+    """Cast float tensors of lower precision than float32 to float32, and return the others as is.
 
     Args:
         tensors: A tensor or a structure of tensors.
 
     Example:
 
-    >>> half, whole = widen([keras.ops.ones(2, "float16"), keras.ops.ones(2, "int32")])
-    >>> keras.backend.standardize_dtype(half.dtype), keras.backend.standardize_dtype(whole.dtype)
+    >>> x, y = upcast([keras.ops.ones(2, "float16"), keras.ops.ones(2, "int32")])
+    >>> keras.backend.standardize_dtype(x.dtype), keras.backend.standardize_dtype(y.dtype)
     ('float32', 'int32')
     """
     if isinstance(tensors, list | tuple):
-        return type(tensors)([widen(each) for each in tensors])
+        return type(tensors)([upcast(each) for each in tensors])
     if isinstance(tensors, dict):
-        return {key: widen(each) for key, each in tensors.items()}
-    return ops.cast(tensors, "float32") if is_narrow(tensors.dtype) else tensors
+        return {key: upcast(each) for key, each in tensors.items()}
+    return ops.cast(tensors, "float32") if is_low_precision(tensors.dtype) else tensors
 
 
-def accumulation_dtype(dtype: Any) -> str:
-    """Return the dtype to compute in: float64 for float64, else float32.
+def upcast_dtype(dtype: Any) -> str:
+    """Return the dtype to compute in: float64 for float64, and float32 for every other dtype.
 
     Example:
 
-    >>> accumulation_dtype("float16"), accumulation_dtype("float64")
+    >>> upcast_dtype("float16"), upcast_dtype("float64")
     ('float32', 'float64')
     """
     return "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
@@ -95,88 +94,88 @@ def accumulation_dtype(dtype: Any) -> str:
 
 @registered
 class OneNode(keras.Operation):
-    """A function as one node of a functional model, which sees the dtypes of each run.
+    """Makes a function a single node of a functional model, which runs it on each call.
 
-    A function that asks for dtypes would else be asked once, when the model is built, and keep the
-    answer when the model is converted to another policy.
+    Otherwise a function that depends on dtypes would see them only once, when the model is built,
+    and would not follow when the model is converted to another policy.
 
     Args:
-        function: Takes and returns tensors.
-        narrow: The user's function that `function` is in float32; None for any other.
-        **kwargs: As for `keras.Operation`: `name`.
+        function: A function from tensors to tensors.
+        original: The user's function, if `function` is that function wrapped by `in_float32`.
+        **kwargs: Arguments of `keras.Operation`: `name`.
     """
 
     def __init__(
         self,
         function: Callable[..., Any],
-        narrow: Callable[..., Any] | None = None,
+        original: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.function = function
-        self.narrow = narrow
+        self.original = original
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""
         return self.function(*args, **kwargs)
 
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the symbolic result."""
+        """Return the symbolic output."""
         args, kwargs = keras.tree.map_structure(_dense, (args, kwargs))
         return super().compute_output_spec(*args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
-        """Return the name, and the function, or what it is in float32, as Keras knows it."""
-        widens = self.narrow is not None and not _is_registered(self.function)
-        function = keras.saving.serialize_keras_object(self.narrow if widens else self.function)
-        return {"name": self.name, "function": function, "in_float32": widens}
+        """Return the name and the function, unwrapped if only the original can be serialized."""
+        wrap = self.original is not None and not _is_registered(self.function)
+        function = keras.saving.serialize_keras_object(self.original if wrap else self.function)
+        return {"name": self.name, "function": function, "in_float32": wrap}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> OneNode:
-        """Return the node with the function that the configuration names."""
+        """Create the operation from its config."""
         function = keras.saving.deserialize_keras_object(config["function"])
         if config["in_float32"]:
             return cls(in_float32(function), function, name=config["name"])
         return cls(function, name=config["name"])
 
 
-def as_one_node(function: F, narrow: Callable[..., Any] | None = None) -> F:
-    """Let a function of tensors take symbolic ones too, and be one node of their model.
+def as_one_node(function: F, original: Callable[..., Any] | None = None) -> F:
+    """Make a function a single node of the model when it is called with symbolic tensors.
 
     Args:
-        function: Takes and returns tensors.
-        narrow: The user's function that it is in float32; default None, for any other.
+        function: A function from tensors to tensors.
+        original: See `OneNode`.
     """
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
         if any(isinstance(x, keras.KerasTensor) for x in _leaves([args, kwargs])):
-            return OneNode(called, narrow)(*args, **kwargs)
+            return OneNode(called, original)(*args, **kwargs)
         return function(*args, **kwargs)
 
-    return called  # type: ignore[return-value] # the same arguments, which no type can say here
+    return called  # type: ignore[return-value] # its arguments are those of `function`
 
 
 def in_float32(function: F) -> F:
-    """Make a function compute in float32 and give back the dtype of its first argument.
+    """Make a function compute in float32 and return the dtype of its first argument.
 
-    The gradient is computed in float32 too, since the casts are part of the function. What is
-    wider than float32 stays so, and what is no float is passed on as it is. A result beyond the
-    range of the dtype that was given is inf there, as it must be.
+    The gradient is computed in float32 too, because the casts are part of the function. Float64
+    tensors and tensors that are not floats are not cast. A result beyond the range of the original
+    dtype becomes inf.
 
     Args:
-        function: Takes a tensor, or a structure of tensors, as its first argument, and returns a
-            tensor. The other arguments are not cast.
+        function: A function whose first argument is a tensor or a structure of tensors, and which
+            returns a tensor. Its other arguments are not cast.
 
     Returns:
-        The function with the same arguments, whose results have the shapes they had.
+        A function with the same arguments, which returns tensors of the same shapes.
 
     Raises:
-        ArgumentTypeError: If it is no function.
+        ArgumentTypeError: If `function` is not callable.
 
     References:
         [Micikevicius et al., 2018](https://arxiv.org/abs/1710.03740), section 3.3: tensors are
-        float16 in memory, and what sums them computes in float32.
+        float16 in memory, and reductions are computed in float32.
 
     Example:
 
@@ -187,23 +186,23 @@ def in_float32(function: F) -> F:
     """
     if not callable(function):
         raise ArgumentTypeError(
-            "Only a function can be made to compute in float32.",
+            "Only a function can be wrapped to compute in float32.",
             received=f"{function!r} of type {type(function).__name__}",
             expected="a function of tensors",
-            fix="in_float32(function)(x) calls it.",
+            fix="Pass the function first, and call the result: in_float32(function)(x).",
         )
 
     @functools.wraps(function)
-    def wide(*args: Any, **kwargs: Any) -> Any:
+    def computed_in_float32(*args: Any, **kwargs: Any) -> Any:
         if not args and _first_parameter(function) not in kwargs:
-            return function(**kwargs)  # and Python says what is missing
+            return function(**kwargs)  # raises Python's error for the missing argument
         x, *others = args or (kwargs.pop(_first_parameter(function)),)
         x = as_tensors(x)
         dtype = _leaves(x)[0].dtype
-        outputs = function(widen(x), *others, **kwargs)
-        return ops.cast(outputs, dtype) if is_narrow(dtype) else outputs
+        outputs = function(upcast(x), *others, **kwargs)
+        return ops.cast(outputs, dtype) if is_low_precision(dtype) else outputs
 
-    return as_one_node(wide, function)  # type: ignore[return-value] # as in as_one_node
+    return as_one_node(computed_in_float32, function)  # type: ignore[return-value]
 
 
 def _first_parameter(function: Callable[..., Any]) -> str:
@@ -211,7 +210,7 @@ def _first_parameter(function: Callable[..., Any]) -> str:
 
 
 def _leaves(x: Any) -> list[Any]:
-    # Not keras.tree.flatten, which torch.compile cannot look into.
+    # Not keras.tree.flatten, which torch.compile cannot trace.
     if isinstance(x, dict):
         x = list(x.values())
     if isinstance(x, list | tuple):
@@ -225,7 +224,7 @@ def _is_registered(function: Callable[..., Any]) -> bool:
 
 
 def _dense(x: Any) -> Any:
-    # Keras 3.15 says of `x * 0.5` that it is sparse, and then cannot trace what comes after it.
+    # Keras 3.15 marks `x * 0.5` as sparse, and then cannot trace the operations after it.
     return keras.KerasTensor(x.shape, x.dtype) if isinstance(x, keras.KerasTensor) else x
 
 

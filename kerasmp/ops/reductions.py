@@ -1,4 +1,4 @@
-"""Sums and what is made of them: in float16 they overflow, and lose small terms."""
+"""Sums and other reductions, which in float16 overflow and lose small terms."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from kerasmp.ops.precision import in_float32, registered
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_OF_X = "the dtype of `x` if that is a float, else in"
+_FLOAT_X = "the dtype of `x` if it is a float dtype, and otherwise in"
 
 
 def _reduction(dtype: str, x: str = "dtype", source: str = "") -> Callable[[T], T]:
-    """Return a decorator that makes a reduction of a function, and completes its docstring.
+    """Return a decorator that makes a function a float32 reduction with a full docstring.
 
     Args:
-        dtype: That of the result.
-        x: What may be any of `x`, besides its shape.
-        source: Where it comes from, if that is known.
+        dtype: The dtype of the result.
+        x: The kind of dtype that `x` may have.
+        source: The paper that explains it, if any.
     """
     document = documented(
         args={
             "x": f"A tensor of any shape and {x}.",
-            "axis": "Axis or axes to reduce; default all.",
-            "keepdims": "Whether the axes stay, with length 1.",
+            "axis": "The axis or axes to reduce. Defaults to all axes.",
+            "keepdims": "Whether to keep the reduced axes with size 1. Defaults to `False`.",
         },
-        returns=f"A tensor without those axes, or with length 1 there if `keepdims`, in {dtype}.",
+        returns=f"A tensor without the reduced axes, or with size 1 there, in {dtype}.",
         references=source,
     )
     return lambda function: registered(in_float32(document(function)))
 
 
 @_reduction(
-    f"{_OF_X} that of `keras.ops.sum`: int8 and bool give int32",
+    f"{_FLOAT_X} the dtype of `keras.ops.sum`: int32 for int8 and bool",
     source="[Micikevicius et al., 2018](https://arxiv.org/abs/1710.03740), section 3.3",
 )
-def sum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A001, FBT001, FBT002 - as in keras.ops
-    """Return `keras.ops.sum`, summed in float32.
+def sum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A001 - as in keras.ops
+    """Compute `keras.ops.sum` in float32.
 
     Example:
 
@@ -51,9 +51,9 @@ def sum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A001,
     return ops.sum(x, axis=axis, keepdims=keepdims)
 
 
-@_reduction(f"{_OF_X} float32")
-def mean(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT001, FBT002
-    """Return `keras.ops.mean`, summed in float32.
+@_reduction(f"{_FLOAT_X} float32")
+def mean(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    """Compute `keras.ops.mean` in float32.
 
     Example:
 
@@ -64,9 +64,9 @@ def mean(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT0
     return ops.mean(x, axis=axis, keepdims=keepdims)
 
 
-@_reduction(f"{_OF_X} float32; on JAX and torch, in float32 for float64 too")
-def var(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT001, FBT002
-    """Return `keras.ops.var`, computed in float32.
+@_reduction(f"{_FLOAT_X} float32; on JAX and torch, float64 also becomes float32")
+def var(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    """Compute `keras.ops.var` in float32.
 
     Example:
 
@@ -77,11 +77,11 @@ def var(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT00
     return ops.var(x, axis=axis, keepdims=keepdims)
 
 
-@_reduction(f"{_OF_X} float32; on JAX and torch, in float32 for float64 too")
-def std(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT001, FBT002
-    """Return `keras.ops.std`, computed in float32.
+@_reduction(f"{_FLOAT_X} float32; on JAX and torch, float64 also becomes float32")
+def std(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    """Compute `keras.ops.std` in float32.
 
-    Where all values are equal the gradient is 0, and not NaN.
+    Where all values are equal, the gradient is 0 instead of NaN.
 
     Example:
 
@@ -90,7 +90,7 @@ def std(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT00
     1000.0
     """
     variance = ops.var(x, axis=axis, keepdims=keepdims)
-    # The derivative of sqrt at 0 is inf: keep 0 from it, on the way forward and on the way back.
+    # The derivative of sqrt at 0 is inf, so sqrt must not see a 0, not even where it is discarded.
     positive = ops.greater(variance, 0)
     return ops.where(positive, ops.sqrt(ops.where(positive, variance, 1)), 0)
 
@@ -98,15 +98,15 @@ def std(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT00
 @registered
 @in_float32
 def cumsum(x: Any, axis: int | None = None) -> Any:
-    """Return `keras.ops.cumsum`, summed in float32.
+    """Compute `keras.ops.cumsum` in float32.
 
     Args:
         x: A tensor of any shape and dtype.
-        axis: Axis to sum along; default None, which flattens first.
+        axis: The axis to sum along. Defaults to `None`, which flattens `x` first.
 
     Returns:
-        A tensor of the shape of `x`, or of one axis if `axis` is None, in the dtype of `x`, but of
-        bool in int32, and of float64 on torch in float32.
+        A tensor of the shape of `x`, or of rank 1 if `axis` is `None`, in the dtype of `x`, except
+        int32 for bool, and float32 for float64 on torch.
 
     Example:
 
@@ -122,8 +122,8 @@ def cumsum(x: Any, axis: int | None = None) -> Any:
     "float dtype",
     source="[Blanchard et al., 2021](https://arxiv.org/abs/1909.03469)",
 )
-def logsumexp(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT001, FBT002
-    """Return `keras.ops.logsumexp`, computed in float32.
+def logsumexp(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    """Compute `keras.ops.logsumexp` in float32.
 
     Example:
 
@@ -136,21 +136,21 @@ def logsumexp(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa:
 
 @registered
 @in_float32
-def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A002, FBT001, FBT002 - as in keras.ops
-    """Return `keras.ops.norm`, computed in float32.
+def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A002 - as in keras.ops
+    """Compute `keras.ops.norm` in float32.
 
-    The gradient of a zero vector is 0, and not NaN.
+    The gradient for a zero vector is 0 instead of NaN.
 
     Args:
         x: A tensor of any shape and float dtype.
-        ord: The order, as for `keras.ops.norm`.
-        axis: Axis, or two axes of a matrix; default all, which may be more than two only on JAX and
-            torch, and without `ord`.
-        keepdims: Whether the axes stay, with length 1.
+        ord: The order of the norm, as in `keras.ops.norm`.
+        axis: The axis of vectors, or the two axes of matrices. Defaults to all axes, of which there
+            may be more than two only on JAX and torch, and only without `ord`.
+        keepdims: Whether to keep the reduced axes with size 1. Defaults to `False`.
 
     Returns:
-        A tensor without those axes, or with length 1 there if `keepdims`, in the dtype of `x`; on
-        JAX and torch, in float32 for float64.
+        A tensor without the reduced axes, or with size 1 there, in the dtype of `x`; on JAX and
+        torch, float64 becomes float32.
 
     Example:
 
@@ -167,18 +167,21 @@ def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> A
 @registered
 @in_float32
 def normalize(x: Any, axis: Any = -1, order: int = 2, epsilon: float | None = None) -> Any:
-    """Return `keras.ops.normalize`, computed in float32.
+    """Compute `keras.ops.normalize` in float32.
 
-    A zero vector stays zero, and its gradient is 0, not NaN.
+    A zero vector stays zero, and its gradient is 0 instead of NaN.
 
     Args:
-        x: A tensor of any shape and float dtype; the result has both.
-        axis: Axis or axes along which the length is 1; default the last.
-        order: The order of the norm, an int of at least 1; default 2.
-        epsilon: The least length by which is divided; default `keras.config.epsilon()`.
+        x: A tensor of any shape and float dtype.
+        axis: The axis or axes to normalize. Defaults to the last axis.
+        order: The order of the norm, an integer of at least 1. Defaults to 2.
+        epsilon: The lower bound of the norm to divide by. Defaults to `keras.config.epsilon()`.
+
+    Returns:
+        A tensor of the same shape and dtype as `x`.
 
     Raises:
-        ValueError: If `order` is no int of at least 1.
+        ValueError: If `order` is not an integer of at least 1.
 
     Example:
 
@@ -186,7 +189,7 @@ def normalize(x: Any, axis: Any = -1, order: int = 2, epsilon: float | None = No
     >>> keras.ops.convert_to_numpy(normalize(x)).round(3).tolist()
     [[0.60009765625, 0.7998046875], [0.0, 0.0]]
     """
-    # Keras divides by a clipped length whose derivative at 0 is inf: let no zero get there.
+    # Keras divides by a clipped norm whose derivative at 0 is inf, so it must not see a zero.
     zero = ops.all(ops.equal(x, 0), axis=axis, keepdims=True)
     nonzero = ops.where(zero, 1, x)
     return ops.where(zero, 0, ops.normalize(nonzero, axis=axis, order=order, epsilon=epsilon))
@@ -201,19 +204,18 @@ def average_pool(
     padding: str = "valid",
     data_format: str | None = None,
 ) -> Any:
-    """Return `keras.ops.average_pool`, summed in float32.
+    """Compute `keras.ops.average_pool` in float32.
 
     Args:
-        inputs: A tensor of shape `(batch, ..., channels)`, or as `data_format` says, of any float
-            dtype; one, two or three axes lie between.
-        pool_size: The size of the window, an int or one for each dimension.
-        strides: The steps of the window; default `pool_size`.
-        padding: "valid" (default) or "same".
-        data_format: "channels_last" or "channels_first"; default that of the Keras config.
+        inputs: A tensor of any float dtype and shape `(batch, ..., channels)` with one, two or
+            three spatial axes, or `(batch, channels, ...)` if `data_format` is "channels_first".
+        pool_size: The size of the window, an integer or one for each spatial axis.
+        strides: The strides of the window. Defaults to `pool_size`.
+        padding: "valid" or "same". Defaults to "valid".
+        data_format: "channels_last" or "channels_first". Defaults to the value in the Keras config.
 
     Returns:
-        A tensor with as many positions along each axis as windows fit there, in the dtype of
-        `inputs`.
+        A tensor with one value per window and channel, in the dtype of `inputs`.
 
     Example:
 

@@ -59,7 +59,7 @@ NO_RULES = "configuration of a policy has invalid rules"
 NO_LINE = "is not a layer with its policy"
 NO_ROWS = "LayerPolicies consist of LayerPolicy rows.*Received: "
 NO_LAYERS = "Only a Keras model can have layer policies.*Received: "
-NO_TENSOR = r"No tensor can be made of this\. Received: "
+NO_TENSOR = r"The argument cannot be converted to a tensor\. Received: "
 INVALID = "`%s` has an invalid value"
 NO_STATE_OF = "does not belong to this schedule"
 SWITCH = INVALID + ".*True or False"
@@ -191,11 +191,17 @@ NEEDS_PURE_STEP = {
         lambda m: attention(flash_attention="yes"),
         SWITCH % "flash_attention",
     ),
-    "attention, scaled by NaN": (lambda m: attention(scale=NAN), "`scale` cannot be used.*nan"),
-    "attention, scaled by text": (lambda m: attention(scale="x"), "`scale` cannot be used.*'x'"),
+    "attention, scaled by NaN": (
+        lambda m: attention(scale=NAN),
+        "`scale` has an invalid value.*nan",
+    ),
+    "attention, scaled by text": (
+        lambda m: attention(scale="x"),
+        "`scale` has an invalid value.*'x'",
+    ),
     "attention, capped at 0": (
         lambda m: attention(attn_logits_soft_cap=0),
-        "`attn_logits_soft_cap` cannot be used.*above 0",
+        "`attn_logits_soft_cap` has an invalid value.*above 0",
     ),
     "attention, capped below 0": (lambda m: attention(attn_logits_soft_cap=-1.0), "above 0"),
     "attention, capped at text": (lambda m: attention(attn_logits_soft_cap="x"), "above 0"),

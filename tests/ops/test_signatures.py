@@ -43,8 +43,8 @@ def test_arguments_have_the_names_and_places_that_they_have_in_keras(name):
     ("shapes", "message"),
     [
         ([(2, 3, 4)] * 3, "four dimensions"),
-        ([(1, 3, 4, 8), (1, 3, 3, 8), (1, 3, 3, 8)], "cannot be shared out"),
-        ([(1, 3, 4, 8), (1, 3, 2, 8), (1, 3, 1, 8)], "cannot be shared out"),
+        ([(1, 3, 4, 8), (1, 3, 3, 8), (1, 3, 3, 8)], "cannot be divided"),
+        ([(1, 3, 4, 8), (1, 3, 2, 8), (1, 3, 1, 8)], "cannot be divided"),
     ],
 )
 def test_shapes_that_do_not_fit_are_errors_that_show_them(shapes, message):
