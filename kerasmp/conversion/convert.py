@@ -24,7 +24,7 @@ from kerasmp.conversion.plan import make_plan
 from kerasmp.conversion.report import ConversionReport
 from kerasmp.conversion.trial import raised
 from kerasmp.errors import ArgumentError, KerasMPError, PolicyError, check_bool, check_model
-from kerasmp.layers.from_stock import swap
+from kerasmp.layers.from_stock import apply_swaps
 from kerasmp.model import Model
 from kerasmp.model.float32 import layers_to_widen, widen_activity_regularizers
 from kerasmp.model.guards import remove_guards
@@ -176,7 +176,7 @@ def _carry_out(plan: Plan, undo: Undo) -> None:
     if plan.swaps or plan.policies:
         undo.append(functools.partial(refresh_symbolic_dtypes, model))
         if plan.swaps:
-            swap(model, plan.swaps, undo)
+            apply_swaps(model, plan.swaps, undo)
         set_policies(plan.policies, undo)
         refresh_symbolic_dtypes(model, plan.dtypes)
     change_variables(plan.variables, undo)

@@ -16,7 +16,7 @@ from kerasmp.conversion.half_variables import plan_variables, summary, with_vari
 from kerasmp.conversion.report import ConvertedLayer
 from kerasmp.conversion.trial import settle
 from kerasmp.errors import LossScaleWarning, PolicyError, PolicyWarning
-from kerasmp.layers.from_stock import counterparts, swap
+from kerasmp.layers.from_stock import apply_swaps, plan_swaps
 from kerasmp.model.model import kerasmp_class
 from kerasmp.model.optimizers import (
     find_optimizers,
@@ -106,10 +106,10 @@ def make_plan(  # noqa: PLR0913 - what `convert` was given
             if isinstance(wanted, LayerPolicies)
             else {id(layer) for layer, _ in found}
         )
-        swaps = counterparts(found, candidates - unbuilt)
+        swaps = plan_swaps(found, candidates - unbuilt)
     replaced = {id(layer): type(layer).__name__ for layer, _ in swaps}
     if swaps:
-        swap(model, swaps, undo)
+        apply_swaps(model, swaps, undo)
     if isinstance(wanted, Policy):
         rows = assign(model, wanted, found)
         check_patterns(rows, wanted)

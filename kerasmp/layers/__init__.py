@@ -1,48 +1,28 @@
-"""Layers with float32 variables and float16 compute, and float32 where it must be."""
+"""Drop-in replacements for Keras layers, with float32 variables and float32 where it matters."""
 
-from kerasmp.layers.activations import (
-    ELU,
-    Activation,
-    PReLU,
-    Softmax,
-)
 from kerasmp.layers.attention import (
     AdditiveAttention,
     Attention,
-)
-from kerasmp.layers.convolutional import (
-    Conv1D,
-    Conv1DTranspose,
-    Conv2D,
-    Conv2DTranspose,
-    Conv3D,
-    Conv3DTranspose,
-    DepthwiseConv1D,
-    DepthwiseConv2D,
-    SeparableConv1D,
-    SeparableConv2D,
-)
-from kerasmp.layers.dense import (
-    Dense,
-    EinsumDense,
-)
-from kerasmp.layers.embedding import (
-    Embedding,
-)
-from kerasmp.layers.head import (
-    DenseHead,
-)
-from kerasmp.layers.masking import (
-    Masking,
-)
-from kerasmp.layers.merging import (
-    Average,
-    Dot,
-)
-from kerasmp.layers.multi_head_attention import (
     GroupQueryAttention,
     MultiHeadAttention,
 )
+from kerasmp.layers.embedding import Embedding
+from kerasmp.layers.head import DenseHead
+from kerasmp.layers.in_float32 import (
+    ELU,
+    Activation,
+    ActivityRegularization,
+    Average,
+    AveragePooling1D,
+    AveragePooling2D,
+    AveragePooling3D,
+    Dot,
+    GlobalAveragePooling1D,
+    PReLU,
+    Softmax,
+    UnitNormalization,
+)
+from kerasmp.layers.masking import Masking
 from kerasmp.layers.noise import (
     Dropout,
     GaussianDropout,
@@ -51,37 +31,23 @@ from kerasmp.layers.noise import (
     SpatialDropout2D,
     SpatialDropout3D,
 )
-from kerasmp.layers.normalization import (
-    BatchNormalization,
+from kerasmp.layers.normalization import BatchNormalization, Normalization, SpectralNormalization
+from kerasmp.layers.products import (
+    Conv1D,
+    Conv1DTranspose,
+    Conv2D,
+    Conv2DTranspose,
+    Conv3D,
+    Conv3DTranspose,
+    Dense,
+    DepthwiseConv1D,
+    DepthwiseConv2D,
+    EinsumDense,
+    SeparableConv1D,
+    SeparableConv2D,
 )
-from kerasmp.layers.pooling import (
-    AveragePooling1D,
-    AveragePooling2D,
-    AveragePooling3D,
-    GlobalAveragePooling1D,
-)
-from kerasmp.layers.recurrent import (
-    GRU,
-    LSTM,
-    RNN,
-)
-from kerasmp.layers.recurrent_cells import (
-    GRUCell,
-    LSTMCell,
-)
-from kerasmp.layers.regularization import (
-    ActivityRegularization,
-)
-from kerasmp.layers.scaling import (
-    Normalization,
-    UnitNormalization,
-)
-from kerasmp.layers.spectral import (
-    SpectralNormalization,
-)
-from kerasmp.layers.wrapper import (
-    WithDtype,
-)
+from kerasmp.layers.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell
+from kerasmp.layers.wrapper import WithDtype
 
 __all__ = [
     "ELU",

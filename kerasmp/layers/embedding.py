@@ -1,4 +1,4 @@
-"""Embedding whose gradient, a sum over all places of a row, is summed in float32."""
+"""Embedding whose gradient is summed in float32."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from keras import ops
 
 from kerasmp.backend import current
 from kerasmp.backend.keras_internals import AutocastScope, own_variables
-from kerasmp.layers.quantizing import QuantizesAsStock
+from kerasmp.layers.base import Quantizable
 from kerasmp.ops.precision import registered
 
 
 @registered
-class Embedding(QuantizesAsStock, keras.layers.Embedding):
-    """`keras.layers.Embedding` that takes rows of the float32 table, and casts them after.
+class Embedding(Quantizable, keras.layers.Embedding):
+    """`keras.layers.Embedding` that looks rows up in the float32 table and casts only those rows.
 
     Stock Keras casts the whole table first. On JAX and torch the gradient of a row, a sum over all
-    places where its id stands, is then summed in the compute dtype: an id that stands in a batch
-    4,096 times gets half of its gradient in float16, and a sixteenth in bfloat16. Here it is summed
-    in float32, and no step makes a copy of the table. On TensorFlow, where stock Keras sums in
-    float32 too, it is the copy that is saved; gradients are sparse, as in stock Keras.
+    positions of its id, is then summed in the compute dtype: an id that occurs 4,096 times in a
+    batch gets half of its gradient in float16, and a sixteenth in bfloat16. This layer sums in
+    float32, and no step copies the table. On TensorFlow stock Keras sums in float32 too, so this
+    layer only saves the copy; gradients are sparse, as in stock Keras.
 
-    With LoRA, the table and what is added to it are summed in float32 too, and saved so: stock
-    Keras rounds what it saves to the compute dtype.
+    With LoRA the table and its update are added in float32, and saved in float32, where stock Keras
+    rounds the saved sum to the compute dtype.
 
     Args:
-        input_dim: Number of rows: ids are smaller.
-        output_dim: Length of each row.
-        **kwargs: As for `keras.layers.Embedding`: `mask_zero`, `embeddings_initializer` and so on.
+        input_dim: The number of rows. Ids must be smaller.
+        output_dim: The size of each row.
+        **kwargs: Other arguments of `keras.layers.Embedding`: `mask_zero`,
+            `embeddings_initializer` and so on.
 
     Input shape:
-        `(batch, ...)`, ids of any integer dtype.
+        `(batch, ...)`, in any integer dtype.
 
     Output shape:
         `(batch, ..., output_dim)`, in the policy's compute dtype.
@@ -47,18 +48,18 @@ class Embedding(QuantizesAsStock, keras.layers.Embedding):
 
     @property
     def embeddings(self) -> Any:
-        """The table; with LoRA, the sum that it stands for, in float32."""
+        """The table; with LoRA, its float32 sum with the update."""
         if not self.lora_enabled or self.quantization_mode is not None:
             return super().embeddings
         (table,) = (v for v in own_variables(self) if v.name == "embeddings")
         with AutocastScope(None):
-            added = ops.matmul(self.lora_embeddings_a, self.lora_embeddings_b)
-            return ops.add(table, (self.lora_alpha / self.lora_rank) * added)
+            update = ops.matmul(self.lora_embeddings_a, self.lora_embeddings_b)
+            return ops.add(table, (self.lora_alpha / self.lora_rank) * update)
 
     def call(self, inputs: Any) -> Any:
-        """Return the rows of the ids."""
+        """Look up the rows of the ids."""
         if self.quantization_mode is not None:
-            # TimeDistributed calls this itself, and would take the int8 table for a float one.
+            # TimeDistributed calls this directly, where Keras would use the int8 table as floats.
             return ops.cast(self.quantized_call(inputs), self.compute_dtype)
         if keras.backend.standardize_dtype(inputs.dtype) not in {"int32", "int64"}:
             inputs = ops.cast(inputs, "int32")

@@ -1,8 +1,8 @@
-"""Stock layers into those of `kerasmp.layers`, in place and back.
+"""Replace the stock layers of a model by those of `kerasmp.layers`, in place and back.
 
-Each of ours is a subclass of the stock one with the same weights, so that a layer is turned by its
-class. What our constructors and `add_weight` set otherwise is set here; the test that compares
-`vars()` of the two tells when there comes to be more.
+Each replacement is a subclass of the stock layer with the same weights, so it is enough to change
+the class of a layer. This module also sets what the constructor and `add_weight` of the replacement
+would have set differently. A test compares `vars()` of both, and fails when there is more to set.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ import keras
 from kerasmp import layers, ops
 from kerasmp.backend import current
 from kerasmp.backend.keras_graph import mask_operations, policy_of, refresh_symbolic_dtypes
-from kerasmp.backend.keras_internals import autocasts, flatten_layers, own_variables, set_autocast
-from kerasmp.layers.bias import WideBias
-from kerasmp.layers.in_float32 import NeverCastWeights
+from kerasmp.backend.keras_internals import (
+    autocasts,
+    flatten_layers,
+    own_variables,
+    set_autocast,
+)
+from kerasmp.layers.attention import EinsumDense as Projection
+from kerasmp.layers.attention import stock_projections
+from kerasmp.layers.base import Float32Weights, Quantizable, without_type_check
 from kerasmp.layers.masking import as_it_comes, differs
-from kerasmp.layers.projection import EinsumDense as Projection
-from kerasmp.layers.projection import projections_in
-from kerasmp.layers.quantizing import QuantizesAsStock, without_type_check
+from kerasmp.layers.products import Float32BiasGradient
 from kerasmp.ops.precision import OneNode, upcast_dtype
 from kerasmp.policy.apply import recast_statistics
 from kerasmp.policy.locations import Location, locations
@@ -34,116 +38,125 @@ if TYPE_CHECKING:
 
     from kerasmp.policy.apply import Undo
 
-# They compute their activation in float32, whichever it is. Left as it is, losses recognise a
-# stock softmax or sigmoid at the end of a model, and go by its logits.
-_ACTIVATED_IN_FLOAT32 = (layers.Activation, layers.DenseHead)
-# Keras asks for stock functions by identity before it takes cuDNN.
-_RECURRENT = (keras.layers.RNN, keras.layers.LSTMCell, keras.layers.GRUCell)
+# These keep their stock activation. The first two compute any activation in float32, and losses use
+# the logits of a stock softmax or sigmoid at the end of a model. For the others, Keras compares
+# activations by identity before it uses cuDNN. Projections have none.
+_KEEPING_ACTIVATION = (
+    layers.Activation,
+    layers.DenseHead,
+    keras.layers.RNN,
+    keras.layers.LSTMCell,
+    keras.layers.GRUCell,
+    Projection,
+)
 
 
-def turn_to_safe(model: Any, undo: Undo, only: Container[int] | None = None) -> dict[int, str]:
-    """Turn every stock layer of a model that has a float16-safe counterpart into it, in place.
+def swap_stock_layers(model: Any, undo: Undo, only: Container[int] | None = None) -> dict[int, str]:
+    """Replace every stock layer of a model that `kerasmp.layers` has a replacement for, in place.
 
-    Meant are layers at any depth whose class is exactly a stock one, up to those that are quantised
-    or inside `kerasmp.layers.WithDtype`, and those that attention, or a subclass of LSTM or GRU,
-    makes for itself; the projections of attention are turned with it. A stock Dense that makes the
-    model's outputs becomes a `DenseHead`, unless the model's own constructor would make it a Dense
-    again. Stock activations inside become those of `kerasmp.ops`, except for recurrent ones and for
-    those that attention has. Weights stay the variables that they are. Steps that are compiled go
-    on with what it was: to forget them is the caller's.
+    This includes layers at any depth whose class is exactly a stock one, except quantized layers,
+    layers inside `kerasmp.layers.WithDtype`, and layers that attention, or a subclass of LSTM or
+    GRU, creates itself. The projections of attention are replaced with it. A stock Dense that
+    produces the model's outputs becomes a `DenseHead`, unless the model's own constructor would
+    create it as a Dense again. Stock activations inside the layers are replaced by those of
+    `kerasmp.ops`, except in recurrent layers and attention. The variables stay the same objects.
+    Compiled steps still use the old layers: the caller must reset them.
 
     Args:
-        model: A model. What is not built yet has no parts that could be found.
-        undo: Is given, before each single change, what takes it back: `take_back` makes the model
-            what it was, also after an error midway.
-        only: The `id`s of the layers that may be turned; None for all.
+        model: A model. Layers that are not built yet may not have created their inner layers.
+        undo: A list that receives, before each change, a function that reverts it. `take_back`
+            restores the model, also after an error midway.
+        only: The `id`s of the layers that may be replaced. Defaults to all layers.
 
     Returns:
-        From `id(layer)` to the name of the class that the layer had.
+        A dict from the `id` of each replaced layer to the name of its previous class.
 
     Example:
 
     >>> from kerasmp.policy.apply import take_back
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Softmax(), keras.layers.Dense(2)])
     >>> undo = []
-    >>> names = turn_to_safe(model, undo)
+    >>> names = swap_stock_layers(model, undo)
     >>> [type(layer).__name__ for layer in model.layers], list(names.values())
     (['Softmax', 'DenseHead'], ['Softmax', 'Dense'])
     >>> take_back(undo)
     >>> [type(layer).__module__.partition(".")[0] for layer in model.layers]
     ['keras', 'keras']
     """
-    swaps = counterparts(locations(model), only)
+    swaps = plan_swaps(locations(model), only)
     names = {id(layer): type(layer).__name__ for layer, _ in swaps}
-    # A head's output is float32 where the policy is a narrow one.
-    widens = any(ours is layers.DenseHead and _is_narrow(layer) for layer, ours in swaps)
-    if widens:
+    # The output of a head becomes float32 under a low-precision policy.
+    changes_dtypes = any(
+        cls is layers.DenseHead and upcast_dtype(layer.compute_dtype) != layer.compute_dtype
+        for layer, cls in swaps
+    )
+    if changes_dtypes:
         undo.append(functools.partial(refresh_symbolic_dtypes, model))
-    swap(model, swaps, undo)
-    if widens:
+    apply_swaps(model, swaps, undo)
+    if changes_dtypes:
         refresh_symbolic_dtypes(model)
     return names
 
 
-def counterparts(
+def plan_swaps(
     found: Iterable[tuple[Any, Location]], only: Container[int] | None = None
 ) -> list[tuple[Any, type]]:
-    """Decide which layers get which class of ours, as `turn_to_safe` says. Nothing is changed.
+    """Return the layers to replace, each with its new class, as `swap_stock_layers` explains.
 
     Args:
-        found: What `kerasmp.policy.locations.locations` yields of a model.
-        only: As for `turn_to_safe`.
+        found: The layers and locations that `kerasmp.policy.locations.locations` yields.
+        only: As for `swap_stock_layers`.
     """
     closed: set[int] = set()
-    answers: list[tuple[Any, type]] = []
+    swaps: list[tuple[Any, type]] = []
     for layer, location in found:
         inside = id(location.holder) in closed
-        if inside or _keeps_its_parts(layer):
+        if inside or _creates_its_layers(layer):
             closed.add(id(layer))
-        quantised = policy_of(layer).quantization_mode is not None
-        ours = None if inside or quantised else _counterpart(layer, location)
-        if ours is None or (only is not None and id(layer) not in only):
+        quantized = policy_of(layer).quantization_mode is not None
+        cls = None if inside or quantized else _replacement(layer, location)
+        if cls is None or (only is not None and id(layer) not in only):
             continue
-        answers.append((layer, ours))
+        swaps.append((layer, cls))
         if isinstance(layer, ATTENTION):
-            parts = [x for x in projections_in(layer) if policy_of(x).quantization_mode is None]
-            answers += [(part, Projection) for part in parts]
-    return answers
+            parts = stock_projections(layer)
+            swaps += [(x, Projection) for x in parts if policy_of(x).quantization_mode is None]
+    return swaps
 
 
-def swap(model: Any, swaps: Iterable[tuple[Any, type]], undo: Undo) -> None:
-    """Give layers the classes that were decided on; what graphs say of dtypes is left as it is.
+def apply_swaps(model: Any, swaps: Iterable[tuple[Any, type]], undo: Undo) -> None:
+    """Give layers their new classes. The dtypes of symbolic tensors are not updated.
 
     Args:
         model: The model.
-        swaps: What `counterparts` returned.
-        undo: As for `turn_to_safe`.
+        swaps: The result of `plan_swaps`.
+        undo: As for `swap_stock_layers`.
     """
     holders = Counter(id(v) for layer in flatten_layers(model) for v in own_variables(layer))
-    for layer, ours in swaps:
-        _turn(layer, ours, holders, undo)
+    for layer, cls in swaps:
+        _swap(layer, cls, holders, undo)
 
 
 @functools.cache
-def stock_to_safe() -> dict[type, type]:
-    """Return the stock classes that have a counterpart under the same name, with it.
+def layer_replacements() -> dict[type, type]:
+    """Return a dict from stock classes to the classes of `kerasmp.layers` that replace them.
 
     Example:
 
-    >>> stock_to_safe()[keras.layers.Softmax].__module__
-    'kerasmp.layers.activations'
+    >>> layer_replacements()[keras.layers.Softmax].__module__
+    'kerasmp.layers.in_float32'
     """
     pairs = ((getattr(keras.layers, name, None), getattr(layers, name)) for name in layers.__all__)
-    return {stock: ours for stock, ours in pairs if stock is not None and issubclass(ours, stock)}
+    return {stock: cls for stock, cls in pairs if stock is not None and issubclass(cls, stock)}
 
 
 @functools.cache
-def safe_activations() -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
-    """Return the stock activations that overflow or round in float16, each with ours.
+def activation_replacements() -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
+    """Return the stock activations that are unsafe in float16, each with its replacement.
 
     Example:
 
-    >>> [ours.__module__ for stock, ours in safe_activations() if stock is keras.activations.gelu]
+    >>> [new.__module__ for old, new in activation_replacements() if old is keras.activations.gelu]
     ['kerasmp.ops.activations']
     """
     names = [name for name in ops.__all__ if hasattr(keras.activations, name)]
@@ -151,105 +164,102 @@ def safe_activations() -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
         (getattr(module, name), getattr(ops, name))
         for module in (keras.activations, keras.ops)
         for name in names
-        if hasattr(module, name) and _has_defaults_of(getattr(module, name), getattr(ops, name))
+        if hasattr(module, name) and _has_same_defaults(getattr(module, name), getattr(ops, name))
     ]
 
 
-def _has_defaults_of(stock: Callable[..., Any], ours: Callable[..., Any]) -> bool:
-    # Ours may take more. `keras.ops.gelu` approximates where `keras.activations.gelu` does not.
+def _has_same_defaults(stock: Callable[..., Any], new: Callable[..., Any]) -> bool:
+    # The new one may have more. `keras.ops.gelu` approximates, `keras.activations.gelu` does not.
     defaults = [
         [parameter.default for parameter in inspect.signature(function).parameters.values()]
-        for function in (stock, ours)
+        for function in (stock, new)
     ]
     return all(one == other for one, other in zip(*defaults, strict=False))
 
 
-def _counterpart(layer: Any, location: Location) -> type | None:
+def _replacement(layer: Any, location: Location) -> type | None:
     if type(layer) is keras.layers.Dense and location.final and _is_rebuilt(location.holder):
         return layers.DenseHead
-    return stock_to_safe().get(type(layer))
+    return layer_replacements().get(type(layer))
 
 
 def _is_rebuilt(holder: Any) -> bool:
-    """Return whether a file has the classes of the layers inside, and makes those again.
+    """Return whether a file records the classes of the layers inside, so that they are restored.
 
-    A user's model makes its layers itself, and looks for a Dense's weights under that name.
+    A user-defined model creates its layers itself, and expects the weights of a Dense in a file.
     """
     return type(holder).__module__.partition(".")[0] in {"keras", __name__.partition(".")[0]}
 
 
-def _keeps_its_parts(layer: Any) -> bool:
-    """Return whether the layers inside are made by a constructor, which files do not ask."""
-    own_recurrent = isinstance(layer, (keras.layers.LSTM, keras.layers.GRU)) and (
-        type(layer) not in stock_to_safe()
+def _creates_its_layers(layer: Any) -> bool:
+    """Return whether a constructor creates the layers inside, so that files cannot change them."""
+    is_recurrent_subclass = isinstance(layer, (keras.layers.LSTM, keras.layers.GRU)) and (
+        type(layer) not in layer_replacements()
     )
     keeps = getattr(layer, "keeps_its_dtype", False)
-    return isinstance(layer, ATTENTION) or own_recurrent or keeps
+    return isinstance(layer, ATTENTION) or is_recurrent_subclass or keeps
 
 
-def _is_narrow(layer: Any) -> bool:
-    return upcast_dtype(layer.compute_dtype) != str(layer.compute_dtype)
-
-
-def _turn(layer: Any, ours: type, holders: Counter[int], undo: Undo) -> None:
+def _swap(layer: Any, cls: type, holders: Counter[int], undo: Undo) -> None:
     if isinstance(layer, keras.layers.Normalization):
-        undo.append(functools.partial(recast_statistics, layer))  # when its class is what it was
-    computed_in = layer.compute_dtype
-    if isinstance(layer, keras.layers.Masking):  # while its class is stock Keras's
-        _compare_unrounded(layer, undo)
-    _set(layer, "__class__", ours, undo)
-    for variable in _never_cast(layer):
-        # Another layer that holds it counts on the cast.
+        undo.append(functools.partial(recast_statistics, layer))  # runs after the class is restored
+    old_dtype = layer.compute_dtype
+    if isinstance(layer, keras.layers.Masking):  # while it still has the stock class
+        _compare_before_rounding(layer, undo)
+    _set(layer, "__class__", cls, undo)
+    for variable in _without_autocast(layer):
+        # Another layer that holds the variable relies on the autocast.
         if holders[id(variable)] == 1 and autocasts(variable):
             undo.append(functools.partial(set_autocast, variable, to=True))
             set_autocast(variable, to=False)
-    if isinstance(layer, QuantizesAsStock):
+    if isinstance(layer, Quantizable):
         _set(layer, "quantize", without_type_check(layer.quantize), undo)
     if isinstance(layer, layers.ActivityRegularization):
-        # The name keeps Keras from counting this one among the layers it has to name.
-        like = type(layer)(layer.l1, layer.l2, name=layer.name)
-        _set(layer, "activity_regularizer", like.activity_regularizer, undo)
-    if layer.compute_dtype != computed_in:  # Normalization's
+        # With a name, Keras does not count this layer in its automatic names.
+        new = type(layer)(layer.l1, layer.l2, name=layer.name)
+        _set(layer, "activity_regularizer", new.activity_regularizer, undo)
+    if layer.compute_dtype != old_dtype:  # only Normalization
         recast_statistics(layer)
-    if not isinstance(layer, (*_ACTIVATED_IN_FLOAT32, *_RECURRENT, Projection)):
-        _activate_safely(layer, undo)
+    if not isinstance(layer, _KEEPING_ACTIVATION):
+        _replace_activation(layer, undo)
 
 
-def _compare_unrounded(layer: Any, undo: Undo) -> None:
-    """Let a Masking, and what a graph has made of it, compare inputs as they come."""
+def _compare_before_rounding(layer: Any, undo: Undo) -> None:
+    """Make a Masking, and its mask operations in graphs, compare unrounded inputs."""
     _set(layer, "autocast", False, undo)
     for cast, comparison in mask_operations(layer):
-        _compute_by(differs, comparison, undo)
+        _set_function(comparison, differs, undo)
         if cast is not None:
-            _compute_by(as_it_comes, cast, undo)
+            _set_function(cast, as_it_comes, undo)
 
 
-def _compute_by(function: Callable[..., Any], operation: Any, undo: Undo) -> None:
-    """Let an operation that is a node of a graph, and no layer, compute something else."""
+def _set_function(operation: Any, function: Callable[..., Any], undo: Undo) -> None:
+    """Make an operation in a graph, not a layer, compute a function instead."""
     for name, value in (("function", function), ("original", None)):
         undo.append(functools.partial(vars(operation).pop, name, None))
         vars(operation)[name] = value
     _set(operation, "__class__", OneNode, undo)
 
 
-def _never_cast(layer: Any) -> list[Any]:
-    """Return the variables that no autocast narrows in a layer of this class."""
+def _without_autocast(layer: Any) -> list[Any]:
+    """Return the variables of a layer for which its class turns autocasting off."""
     variables = own_variables(layer)
-    if isinstance(layer, NeverCastWeights):
+    if isinstance(layer, Float32Weights):
         return variables
-    narrow_sums = isinstance(layer, WideBias) and current().SUMS_IN_COMPUTE_DTYPE
-    return [v for v in variables if narrow_sums and v.name == "bias"]
+    if isinstance(layer, Float32BiasGradient) and current().SUMS_IN_COMPUTE_DTYPE:
+        return [v for v in variables if v.name == "bias"]
+    return []
 
 
-def _activate_safely(layer: Any, undo: Undo) -> None:
-    present = vars(layer).get("activation")
-    for stock, ours in safe_activations():
-        if stock is present:
-            _set(layer, "activation", ours, undo)
+def _replace_activation(layer: Any, undo: Undo) -> None:
+    activation = vars(layer).get("activation")
+    for stock, new in activation_replacements():
+        if stock is activation:
+            _set(layer, "activation", new, undo)
             return
 
 
 def _set(layer: Any, name: str, value: Any, undo: Undo) -> None:
-    # Around Keras's own __setattr__, which tracks what it is given and locks built layers.
+    # Not through Keras's __setattr__, which tracks values and locks built layers.
     undo.append(functools.partial(object.__setattr__, layer, name, getattr(layer, name)))
     object.__setattr__(layer, name, value)

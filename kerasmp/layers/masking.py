@@ -1,4 +1,4 @@
-"""Masking with any mask value, in half precision too."""
+"""Masking that finds any mask value in half precision too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kerasmp.ops.precision import (
 @registered
 @as_one_node
 def differs(inputs: Any, value: Any) -> Any:
-    """Return where inputs are not a mask value, compared in the dtype in which they come.
+    """Return where the inputs differ from a mask value, compared in the dtype of the inputs.
 
     Args:
         inputs: A tensor.
@@ -33,14 +33,14 @@ def differs(inputs: Any, value: Any) -> Any:
     [False, True]
     """
     if _is_float(inputs):
-        # By way of float32, as the data comes: rounded at once, a number may become another one.
+        # Through float32, like the data: rounding twice may give another number than rounding once.
         value = ops.cast(ops.convert_to_tensor(value, upcast_dtype(inputs.dtype)), inputs.dtype)
     return ops.not_equal(inputs, value)
 
 
 @registered
 def as_it_comes(inputs: Any) -> Any:
-    """Return the inputs: in a graph, takes the place of a cast that must not be.
+    """Return the inputs unchanged. In the graph of a model, this replaces an unwanted cast.
 
     Example:
 
@@ -52,23 +52,22 @@ def as_it_comes(inputs: Any) -> Any:
 
 @registered
 class Masking(keras.layers.Masking):
-    """`keras.layers.Masking` that looks for the mask value before it rounds its inputs.
+    """`keras.layers.Masking` that compares its inputs with the mask value before rounding them.
 
-    Keras rounds them first. On TensorFlow it then compares them with a value that is not rounded:
-    0.1, which float16 does not hold, masks no step, and -99999 stays as -inf. Here inputs are
-    compared in the dtype in which they come, with the value in that dtype, and the outputs alone
-    are rounded. A subclassed `keras.Model` under a mixed policy rounds its inputs itself; the value
-    is found there too.
+    Stock Keras rounds the inputs first. On TensorFlow it then compares them with the unrounded
+    value: 0.1, which float16 cannot represent, masks no step, and -99999 is passed on as -inf. This
+    layer casts the value to the dtype of the inputs, compares, and rounds only the outputs. It also
+    finds the value if a subclassed `keras.Model` under a mixed policy has rounded the inputs.
 
     Args:
-        mask_value: A step is masked if all its features are this number; default 0.
-        **kwargs: As for `keras.layers.Masking`: `dtype`, `name`.
+        mask_value: A step is masked if all its features equal this number. Defaults to 0.
+        **kwargs: Arguments of `keras.layers.Layer`: `dtype`, `name`.
 
     Input shape:
-        `(batch, steps, features)`, any dtype.
+        `(batch, steps, features)`, in any dtype.
 
     Output shape:
-        As the input, with zeros in masked steps; floats in the policy's compute dtype.
+        Same as the input, with zeros in masked steps. Floats have the policy's compute dtype.
 
     Example:
 
@@ -82,14 +81,14 @@ class Masking(keras.layers.Masking):
 
     def __init__(self, mask_value: Any = 0.0, **kwargs: Any) -> None:
         super().__init__(mask_value, **kwargs)
-        self.autocast = False  # which rounds inputs before `call` sees them
+        self.autocast = False  # or Keras would round the inputs before `call`
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:  # noqa: ARG002 - Keras's signature
-        """Return which steps are not masked."""
+        """Return a boolean tensor `(batch, steps)`, False where a step is masked."""
         return ops.any(self._differs(as_tensors(inputs)), axis=-1)
 
     def call(self, inputs: Any) -> Any:
-        """Return the inputs, with zeros in masked steps."""
+        """Set masked steps to zero."""
         kept = ops.any(self._differs(inputs), axis=-1, keepdims=True)
         outputs = ops.where(kept, inputs, 0)
         if _is_float(outputs):
@@ -98,10 +97,10 @@ class Masking(keras.layers.Masking):
         return outputs
 
     def _differs(self, inputs: Any) -> Any:
-        wide = upcast_dtype(self.compute_dtype)
-        name = keras.backend.standardize_dtype(inputs.dtype)
-        if _is_float(inputs) and not is_low_precision(name) and name != wide:
-            inputs = ops.cast(inputs, wide)
+        dtype = upcast_dtype(self.compute_dtype)
+        given = keras.backend.standardize_dtype(inputs.dtype)
+        if _is_float(inputs) and not is_low_precision(given) and given != dtype:
+            inputs = ops.cast(inputs, dtype)
         return differs(inputs, self.mask_value)
 
 

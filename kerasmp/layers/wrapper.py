@@ -1,4 +1,4 @@
-"""Run any layer in a dtype of its own."""
+"""A wrapper that runs any layer in another dtype."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from kerasmp.policy.spec import DTYPES
 
 @registered
 class WithDtype(keras.layers.Wrapper):
-    """Runs a layer, and all layers inside it, in a given dtype.
+    """Runs a layer, and all layers inside it, under a given dtype policy.
 
-    Keras's `dtype=` argument does this for a layer that you construct yourself. This wrapper does
-    it for one that already exists or that has parts which `dtype=` does not reach (Bidirectional,
+    For a layer that you construct yourself, Keras's `dtype` argument does this. Use this wrapper
+    for a layer that exists already, or whose inner layers `dtype` does not reach (Bidirectional,
     MultiHeadAttention, a nested model).
 
     Args:
-        layer: The layer. It is changed: it and its parts get the policy `dtype`.
-        dtype: A Keras dtype policy or its name, default "float32". Inputs are cast to its compute
-            dtype.
-        output_dtype: Float dtype to cast the outputs to; default None leaves them as they are.
-        **kwargs: As for `keras.layers.Layer`: `name`, `trainable`.
+        layer: The layer to wrap. The policy of this layer and of all layers inside is changed.
+        dtype: A Keras dtype policy or its name. Inputs are cast to its compute dtype. Defaults to
+            "float32".
+        output_dtype: The float dtype to cast the outputs to. Defaults to `None`, for no cast.
+        **kwargs: Arguments of `keras.layers.Layer`: `name`, `trainable`.
 
     Input shape:
-        That of the layer. All its inputs are passed on; where non-tensor arguments go along, pass
-        the tensors by position.
+        Same as the wrapped layer. If you also pass arguments that are not tensors, pass the tensors
+        by position.
 
     Output shape:
-        That of the layer.
+        Same as the wrapped layer.
 
     Raises:
-        PolicyError: If `layer` is built and its variables have another dtype than the policy's, or
-            if `output_dtype` is no float dtype.
+        PolicyError: If `layer` is built and its variables do not have the variable dtype of the
+            policy, or if `output_dtype` is not a float dtype.
 
     Example:
 
@@ -50,7 +50,7 @@ class WithDtype(keras.layers.Wrapper):
     >>> keras.config.set_dtype_policy("float32")
     """
 
-    # For rules and conversions, which leave it and its parts alone.
+    # Rules and conversions skip the layer and all layers inside.
     keeps_its_dtype = True
 
     def __init__(
@@ -58,42 +58,42 @@ class WithDtype(keras.layers.Wrapper):
     ) -> None:
         if output_dtype is not None and output_dtype not in DTYPES:
             raise PolicyError(
-                "Outputs cannot be cast to this.",
+                "`output_dtype` is not a float dtype.",
                 received=f"output_dtype={output_dtype!r}",
                 expected=f"{', '.join(DTYPES)} or None",
-                fix=did_you_mean(str(output_dtype), DTYPES) or "None leaves them as they are.",
+                fix=did_you_mean(str(output_dtype), DTYPES) or "Use None for no cast.",
             )
         super().__init__(layer, dtype=dtype, **kwargs)
         wanted = self.variable_dtype
-        # The variables themselves: a part may differ from the whole, and seeds are no floats.
+        # Not the policies: inner layers may differ from the layer. Seeds are integers.
         present = sorted(
             {v.dtype for v in layer.variables if keras.backend.is_float_dtype(v.dtype)}
         )
         if present not in ([], [wanted]):
             held = " and ".join(present)
             raise PolicyError(
-                "The layer is built, its variables stay in the dtype they have.",
-                received=f"variables in {held}, a policy that wants {wanted}",
+                "The layer is built, and the dtype of its variables cannot change.",
+                received=f"{held} variables, and a policy with {wanted} variables",
                 expected=f"a policy with {held} variables",
-                fix='For low-precision compute over float32 variables use a "mixed_" policy.',
+                fix='To compute in low precision with float32 variables, use a "mixed_" policy.',
             )
-        self._hand_on_policy()
+        self._propagate_policy()
         self.output_dtype = output_dtype
         self.supports_masking = layer.supports_masking
 
     def build(self, input_shape: Any = None) -> None:
-        """Build the layer, if one shape is enough; one of several inputs builds when called."""
+        """Build the wrapped layer, unless it has several inputs: then its first call builds it."""
         parameters = inspect.signature(self.layer.build).parameters.values()
         if sum(parameter.default is parameter.empty for parameter in parameters) <= 1:
             super().build(input_shape)
-            self._hand_on_policy()  # to parts that the layer makes when it is built
+            self._propagate_policy()  # to the layers that `build` has created
 
-    def _hand_on_policy(self) -> None:
+    def _propagate_policy(self) -> None:
         for part in flatten_layers(self.layer):
             part.dtype_policy = self.dtype_policy
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call the layer."""
+        """Call the wrapped layer."""
         outputs = self.layer(inputs, *args, **kwargs)
         if self.output_dtype is None:
             return outputs
@@ -104,9 +104,9 @@ class WithDtype(keras.layers.Wrapper):
         return ops.cast(tensor, self.output_dtype) if is_float else tensor
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
-        """Return the layer's mask."""
+        """Return the mask of the wrapped layer."""
         return self.layer.compute_mask(inputs, previous_mask)
 
     def get_config(self) -> dict[str, Any]:
-        """Return the constructor's arguments, serialised."""
+        """Return the config of the layer."""
         return {**super().get_config(), "output_dtype": self.output_dtype}

@@ -17,7 +17,7 @@ from kerasmp.backend.keras_graph import (
 from kerasmp.backend.keras_internals import flatten_layers, own_variables
 from kerasmp.backend.variable_dtypes import set_variable_dtype, takes_dtype
 from kerasmp.errors import PolicyError, PolicyWarning
-from kerasmp.layers.from_stock import turn_to_safe
+from kerasmp.layers.from_stock import swap_stock_layers
 from kerasmp.policy.apply import apply
 from kerasmp.policy.follow import build_with
 from kerasmp.policy.layer_policies import LayerPolicies, read
@@ -135,7 +135,7 @@ def _assign(model: Any, policies: LayerPolicies) -> list[Assignment]:
     The model's class may have created stock layers in their place.
     """
     replaced = policies.ours_in(model)
-    turn_to_safe(model, [], only=replaced)
+    swap_stock_layers(model, [], only=replaced)
     for part in flatten_layers(model):
         if id(part) in replaced and isinstance(part, keras.Model):
             type(model).from_keras(part)

@@ -216,15 +216,15 @@ NEEDS_PURE_STEP = {
     ),
     "outputs in whole numbers": (
         lambda m: mp.layers.WithDtype(dense(), output_dtype="int32"),
-        "Outputs cannot be cast",
+        "is not a float dtype",
     ),
     "outputs in a number": (
         lambda m: mp.layers.WithDtype(dense(), output_dtype=16),
-        "Outputs cannot be cast",
+        "is not a float dtype",
     ),
     "a quantised head": (
         lambda m: mp.layers.DenseHead(2, dtype="int8_from_float32"),
-        "cannot be quantised",
+        "does not support quantized policies",
     ),
     # -------------------------------------------------------------------------------- converting
     "a dry run by a word": (lambda m: mp.convert(m, dry_run="no"), SWITCH % "dry_run"),

@@ -65,7 +65,7 @@ def test_safe_layers_are_quantised_but_for_the_head():
     mp.convert(model, "mixed_bfloat16", safe_layers=True)
     with pytest.warns(UserWarning, match="Layer DenseHead does not have a `quantize`"):
         model.quantize("int8")
-    assert [type(layer).__module__ for layer in model.layers[:2]] == ["kerasmp.layers.dense"] * 2
+    assert [type(layer).__module__ for layer in model.layers[:2]] == ["kerasmp.layers.products"] * 2
     assert [layer.quantization_mode for layer in model.layers] == ["int8", "int8", None]
     assert 0 < error(model.predict(X, verbose=0), exact) < 4 * STEP["int8"]
 

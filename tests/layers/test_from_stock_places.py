@@ -9,7 +9,7 @@ from helpers.turned_layers import assert_state, flags, numpy, state, stock_left,
 from helpers.undoing import take_back
 
 import kerasmp as mp
-from kerasmp.layers.from_stock import turn_to_safe
+from kerasmp.layers.from_stock import swap_stock_layers
 
 layers = keras.layers
 
@@ -89,7 +89,7 @@ def test_an_error_before_any_change_leaves_everything_as_it_was():
     while failed:
         undo = Failing(changes)
         try:
-            turn_to_safe(model, undo)
+            swap_stock_layers(model, undo)
             failed = False
         except ZeroDivisionError:
             changes += 1

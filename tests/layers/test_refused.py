@@ -14,7 +14,7 @@ pytestmark = pytest.mark.unit
 @pytest.mark.parametrize("policy", ["int8_from_mixed_bfloat16", "float8_from_mixed_float16"])
 def test_a_head_of_a_quantised_policy(policy):
     """Dense's quantised code would give the compute dtype while the symbol says float32."""
-    with pytest.raises(PolicyError, match=f'cannot be quantised. Received: the policy "{policy}"'):
+    with pytest.raises(PolicyError, match=f'quantized policies. Received: the policy "{policy}"'):
         DenseHead(3, dtype=policy)
 
 
@@ -35,7 +35,7 @@ def test_a_built_layer_with_other_variables_is_refused_and_unchanged(dtype, give
     with pytest.raises(PolicyError) as caught:
         WithDtype(wrapped, given)
     held = dtype if depth == "layer" else "float16 and float32"
-    assert caught.value.received == f"variables in {held}, a policy that wants {wanted}"
+    assert caught.value.received == f"{held} variables, and a policy with {wanted} variables"
     assert caught.value.expected == f"a policy with {held} variables"
     assert 'use a "mixed_" policy' in caught.value.fix
     assert [part.dtype_policy for part in flatten_layers(wrapped)] == policies
