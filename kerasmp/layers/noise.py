@@ -124,8 +124,7 @@ class GaussianNoise(_Gaussian, keras.layers.GaussianNoise):
 
 
 @drop_in(
-    rate="The rate, as for Dropout. The noise has a standard deviation of "
-    "`sqrt(rate / (1 - rate))`.",
+    rate="The rate, as for Dropout. The noise has the standard deviation `sqrt(rate/(1-rate))`.",
     source=f"{_SRIVASTAVA}, section 10",
 )
 class GaussianDropout(_Gaussian, keras.layers.GaussianDropout):

@@ -135,7 +135,7 @@ def binary_crossentropy(target: Any, output: Any, from_logits: bool = False) -> 
 
 _FOCAL = {
     "y_pred": _LOGITS,
-    "**kwargs": "Arguments of `keras.losses.{name}`: `gamma`, `from_logits`, `axis` and so on.",
+    "**kwargs": "Other arguments of Keras's loss, such as `gamma`, `from_logits` and `axis`.",
     "source": "[Lin et al., 2017](https://arxiv.org/abs/1708.02002)",
 }
 _OVER_AXIS = "over `axis`, the last by default: a tensor of the shape of `y_pred` without it"
@@ -205,7 +205,7 @@ def mean_squared_error(y_true: Any, y_pred: Any) -> Any:
     return keras.losses.mean_squared_error(*_upcast_both(y_true, y_pred))
 
 
-@_loss(_MEAN.replace("mean", "mean, in percent"), y_true="Targets", y_pred="Predictions")
+@_loss(_MEAN.replace("mean", "mean in percent"), y_true="Targets", y_pred="Predictions")
 def mean_absolute_percentage_error(y_true: Any, y_pred: Any) -> Any:
     """Compute `keras.losses.mean_absolute_percentage_error` in float32.
 
