@@ -36,7 +36,7 @@ def drop_in(
         raises: When the layer raises an error, by the name of the error.
         source: The paper that introduced the layer.
         example: The lines of the example. By default, those that the docstring has.
-        **args: The descriptions of the constructor's arguments, as far as Keras does not have them.
+        **args: The descriptions of constructor arguments. Those left out are described by Keras.
     """
     document = documented(
         prose,
@@ -51,7 +51,7 @@ def drop_in(
 
 
 class Float32Call(keras.layers.Layer):
-    """A mixin before a Keras layer, whose `call` and gradient it computes in float32.
+    """A mixin, listed before a Keras layer, that computes `call` and its gradient in float32.
 
     Inputs, outputs and their gradients keep the policy's compute dtype, so memory traffic stays
     low. With `dtype="float32"` they would be float32 as well.
@@ -63,9 +63,9 @@ class Float32Call(keras.layers.Layer):
 
 
 class Float32Weights(keras.layers.Layer):
-    """A mixin before a Keras layer, whose weights it excludes from autocasting.
+    """A mixin, listed before a Keras layer, that excludes its weights from autocasting.
 
-    They are float32 in `call`, so their gradients are summed in float32.
+    The weights are float32 in `call`, so their gradients are summed in float32.
     """
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +74,7 @@ class Float32Weights(keras.layers.Layer):
 
 
 class Quantizable(keras.layers.Layer):
-    """A mixin before a Keras layer that can be quantized; Keras refuses to quantize subclasses."""
+    """A mixin, listed before a Keras layer, whose subclasses Keras refuses to quantize."""
 
     def quantize(self, mode: Any = None, type_check: bool = True, **kwargs: Any) -> None:
         """Quantize the layer in place, as in Keras."""
