@@ -1,4 +1,4 @@
-"""Where float16 fails, told before and after it does: plain results, which `report` formats."""
+"""Checks of a model before it trains. They return plain results, which `report` formats."""
 
 from kerasmp.diagnosis.finding import Finding, LintReport
 from kerasmp.diagnosis.lint import lint

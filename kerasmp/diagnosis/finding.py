@@ -1,4 +1,4 @@
-"""What lint finds: plain values."""
+"""The results of `lint`, as plain frozen values."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "hint")
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing to mend before the first step.
+    """A problem to fix before training.
 
     Args:
-        severity: "error": training goes wrong; "warning": it may, or loses accuracy; "hint": it
-            could be faster, or safer.
+        severity: "error" if training goes wrong; "warning" if it may go wrong or loses accuracy;
+            "hint" if it could be faster or a little safer.
         place: The path of a layer or variable, or the name of the model.
         rule: The id of the rule, as in docs/lint.md.
-        reason: What is wrong, in one sentence.
+        reason: What is wrong, in a sentence or two.
         remedy: What to do.
 
     Example:
 
-    >>> print(Finding("hint", "dense", "sizes", "30 is no multiple of 8.", "Take 32."))
-    hint    dense  [sizes] 30 is no multiple of 8. Take 32.
+    >>> print(Finding("hint", "dense", "sizes", "30 is not a multiple of 8.", "Use 32."))
+    hint    dense  [sizes] 30 is not a multiple of 8. Use 32.
     """
 
     severity: Severity
@@ -41,10 +41,10 @@ class Finding:
     def __post_init__(self) -> None:
         if self.severity not in SEVERITIES:
             raise ArgumentError(
-                "A finding has no such severity.",
+                "`severity` has an invalid value.",
                 received=repr(self.severity),
                 expected=f"one of {', '.join(SEVERITIES)}",
-                fix='What makes training go wrong is an "error".',
+                fix='Use "error" if training goes wrong.',
             )
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class LintReport:
-    """All findings, the worst first. It iterates over them and has their number as length.
+    """The findings of `lint`, the worst first. You can iterate over a report and take its length.
 
     Args:
         findings: The findings.
@@ -70,10 +70,10 @@ class LintReport:
         given: Any = self.findings
         if not isinstance(given, tuple) or not all(isinstance(each, Finding) for each in given):
             raise ArgumentTypeError(
-                "A report is made of findings.",
+                "`findings` has an invalid value.",
                 received=f"{given!r:.100} of type {type(given).__name__}",
                 expected="a tuple of Finding objects",
-                fix="kerasmp.lint(model) returns a report.",
+                fix="Call kerasmp.lint(model) to get a report.",
             )
 
     @property
@@ -105,10 +105,10 @@ class LintReport:
 
 
 def sorted_report(findings: list[Finding]) -> LintReport:
-    """Return a report with each finding once, the worst first, otherwise in order.
+    """Return a report without duplicates, the worst findings first, otherwise in the given order.
 
     Args:
         findings: The findings.
     """
-    once = dict.fromkeys(findings)
-    return LintReport(tuple(sorted(once, key=lambda each: SEVERITIES.index(each.severity))))
+    unique = dict.fromkeys(findings)
+    return LintReport(tuple(sorted(unique, key=lambda each: SEVERITIES.index(each.severity))))

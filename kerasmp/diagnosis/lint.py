@@ -1,4 +1,4 @@
-"""Looks over a model before its first step."""
+"""Checks a model before its first training step."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ CANNOT_COMPUTE = "cannot-compute"
 
 
 def lint(model: Any, x: Any = None) -> LintReport:
-    """Say what to mend in a model before its first float16 step.
+    """Find what to fix in a model before its first step in half precision.
 
-    Nothing is changed and no step is run. Without `x` the model is only looked at. With `x` the
-    range of the data is checked too, and on TensorFlow and JAX the model is traced, to find
-    constants that are infinite in float16. A model that is not built is first called with `x`. Of a
-    model without a `call`, such as a GAN, the parts are looked at, and `x` is not used.
+    This changes nothing and runs no step. With `x`, it also checks the range of the data, and on
+    TensorFlow and JAX it traces the model to find constants that are infinite in float16. A model
+    that is not built yet is first called with `x`. If a model has no `call`, like a GAN, its parts
+    are checked, and `x` is not used.
 
     Args:
-        model: A Keras model, stock or ours; compiled, if its loss and optimizer are to be checked.
-        x: A batch of input, as for `model.predict_on_batch`; default None.
+        model: A Keras or kerasmp model. Compile it first to check its loss and optimizer too.
+        x: A batch of inputs, as for `model.predict_on_batch`; default None.
 
     Returns:
-        The findings, the worst first. Printed, it has one line for each. Their rules are described
-        in docs/lint.md.
+        The findings, the worst first. If you print them, each takes one line. docs/lint.md
+        describes their rules.
 
     Raises:
-        ArgumentTypeError: If `model` is no Keras model.
-        ArgumentError: If `x` is no batch.
+        ArgumentTypeError: If `model` is not a Keras model.
+        ArgumentError: If `x` is not a batch, or does not fit the model's inputs.
 
     Example:
 
@@ -53,66 +53,66 @@ def lint(model: Any, x: Any = None) -> LintReport:
     """
     check_model(model, "be checked", fix="Pass the model first, then a batch of its inputs.")
     if not has_call(model):
-        x = None  # what its train step does with it, nobody can tell
+        x = None  # only the train step knows which part receives it
     if x is not None:
         given, x = x, keras.tree.map_structure(np.asarray, x)
         arrays = _in_order(model, x)
         if not arrays or not all(array.ndim for array in arrays):
             raise ArgumentError(
-                "`x` is no batch.",
+                "`x` is not a batch.",
                 received=f"{given!r:.100} of type {type(given).__name__}",
                 expected="arrays whose first axis is the batch",
-                fix="Pass what model.predict_on_batch takes.",
+                fix="Pass the same batch as to model.predict_on_batch.",
             )
-        _refuse_other_inputs(model, arrays)
+        _check_inputs(model, arrays)
     with preserve_losses(model):
-        return sorted_report(_told_once(_findings(model, x)))
+        return sorted_report(_first_failures(_findings(model, x)))
 
 
 def _in_order(model: Any, x: Any) -> list[Any]:
-    """Return the arrays of a batch in the order of the inputs that a model has."""
+    """Return the arrays of a batch in the order of the model's inputs."""
     graph = graph_of(model)
     if isinstance(x, dict) and graph is not None and not isinstance(graph.input, dict):
         names = [tensor.name for tensor in graph.inputs]
-        if x.keys() >= set(names):  # Keras goes by the names, too, and leaves the rest
+        if x.keys() >= set(names):  # like Keras, which ignores further names
             x = [x[name] for name in names]
     return list(keras.tree.flatten(x))
 
 
-def _refuse_other_inputs(model: Any, arrays: list[Any]) -> None:
-    """Raise where a batch cannot be one for the inputs that a model has."""
+def _check_inputs(model: Any, arrays: list[Any]) -> None:
+    """Raise an error if a batch does not fit the model's inputs."""
     graph = graph_of(model)
-    wanted = [tuple(tensor.shape) for tensor in graph.inputs] if graph is not None else None
-    found = [array.shape for array in arrays]
-    fits = wanted is None or (
-        len(wanted) == len(found)
+    expected = [tuple(tensor.shape) for tensor in graph.inputs] if graph is not None else None
+    received = [array.shape for array in arrays]
+    fits = expected is None or (
+        len(expected) == len(received)
         and all(
-            len(one) != len(other)  # for which Keras may have or drop an axis
+            len(one) != len(other)  # Keras may add or drop an axis
             or all(a in {None, b} for a, b in zip(one, other, strict=True))
-            for one, other in zip(wanted, found, strict=True)
+            for one, other in zip(expected, received, strict=True)
         )
     )
     if not fits or any(array.dtype.kind == "c" for array in arrays):
         raise ArgumentError(
-            "`x` is no batch for this model.",
+            "`x` does not fit the inputs of this model.",
             received=", ".join(f"{array.dtype} of shape {array.shape}" for array in arrays),
-            expected="real numbers" if fits else f"arrays of the shapes {wanted}",
-            fix="Pass what model.predict_on_batch takes.",
+            expected="real numbers" if fits else f"arrays of the shapes {expected}",
+            fix="Pass the same batch as to model.predict_on_batch.",
         )
 
 
-def _told_once(found: list[Finding]) -> list[Finding]:
-    """Leave out what is told of a layer anew: another way to call it has other words for it."""
-    first = {each.place: each for each in reversed(found) if each.rule == CANNOT_COMPUTE}
-    return [x for x in found if x.rule != CANNOT_COMPUTE or x is first[x.place]]
+def _first_failures(findings: list[Finding]) -> list[Finding]:
+    """Drop repeated failures of a layer: each way to call it fails with another message."""
+    first = {each.place: each for each in reversed(findings) if each.rule == CANNOT_COMPUTE}
+    return [x for x in findings if x.rule != CANNOT_COMPUTE or x is first[x.place]]
 
 
 def _findings(model: Any, x: Any) -> list[Finding]:
     if x is not None and not model.built:
-        _, failed = _tried(model, lambda: model(x))
+        _, failed = _try(model, lambda: model(x))
         if failed:
             return [*cheap_findings(model), *failed]
-    # Not before: building makes tensors that have to stay.
+    # Only now, because tensors that a build creates must stay.
     with preserve_layers(model):
         return _findings_of_built(model, x)
 
@@ -121,31 +121,31 @@ def _findings_of_built(model: Any, x: Any) -> list[Finding]:
     found = [*cheap_findings(model), *training.unscaled(model), *sizes.findings(model)]
     if x is None:
         return found
-    in_data, failed = _tried(model, lambda: list(data.findings(model, _in_order(model, x))))
+    in_data, failed = _try(model, lambda: list(data.findings(model, _in_order(model, x))))
     found += [*(in_data or []), *failed]
-    constants, failed = _tried(model, lambda: traced.findings(model, x))
+    constants, failed = _try(model, lambda: traced.findings(model, x))
     found += [*(constants or []), *failed]
-    if not failed and graph_of(model) is None and _asks_for_kernels(model):
-        _, failed = _tried(
+    if not failed and graph_of(model) is None and _may_lack_kernels(model):
+        _, failed = _try(
             model,
             lambda: [each(training=False, backwards=False) for each in call_attempts(model, x)],
         )
         found += failed
     if constants is None:
         return found
-    # The graph has told for certain.
+    # The graph shows for certain what the source only suggests.
     return [each for each in found if each.rule != source.POSSIBLY_INFINITE]
 
 
 def cheap_findings(model: Any) -> list[Finding]:
-    """Return what a look at the layers tells, without data, and without hints about speed.
+    """Return the findings that need no data, without hints about speed.
 
     Args:
         model: A Keras model.
     """
-    symbolic, failed = _tried(model, lambda: dtypes_of_graphs(model))
-    if not failed and _asks_for_kernels(model):
-        _, failed = _tried(model, lambda: dtypes_of_graphs(model, _ask_for_kernels))
+    symbolic, failed = _try(model, lambda: dtypes_of_graphs(model))
+    if not failed and _may_lack_kernels(model):
+        _, failed = _try(model, lambda: dtypes_of_graphs(model, _check_kernels))
     if symbolic is None:
         return [*failed, *dtypes.findings(model, {}), *source.findings(model)]
     return [
@@ -156,23 +156,23 @@ def cheap_findings(model: Any) -> list[Finding]:
     ]
 
 
-def _asks_for_kernels(layer: Any) -> bool:
-    """Return whether something in a layer computes in half precision that is not stock."""
+def _may_lack_kernels(layer: Any) -> bool:
+    """Return whether a layer has user-defined code and computes in half precision."""
     return not is_all_stock(layer) and any(x.compute_dtype in HALVES for x in flatten_layers(layer))
 
 
-def _ask_for_kernels(operation: Any, args: Any, kwargs: Any) -> None:
-    """Raise where a layer of a graph calls an operation that has no kernel."""
-    if isinstance(operation, keras.Layer) and _asks_for_kernels(operation):
+def _check_kernels(operation: Any, args: Any, kwargs: Any) -> None:
+    """Raise an error if a layer of a graph calls an operation that has no kernel."""
+    if isinstance(operation, keras.Layer) and _may_lack_kernels(operation):
         trace_call(operation, args, kwargs, training=False, backwards=False)
 
 
-def _tried(model: Any, action: Callable[[], Any]) -> tuple[Any, list[Finding]]:
-    """Return what an action that calls layers returns, or None and what it raised, as a finding."""
+def _try(model: Any, action: Callable[[], Any]) -> tuple[Any, list[Finding]]:
+    """Return the result of an action that calls layers, or None and its error as a finding."""
     try:
         with unfiltered_tracebacks():
             return action(), []
-    except Exception as error:  # noqa: BLE001 - whatever a layer raises
+    except Exception as error:  # noqa: BLE001 - a layer may raise anything
         layers = culprits(error, model)
         place = (layers[0].path or layers[0].name) if layers else model.name
         return None, [
@@ -181,7 +181,7 @@ def _tried(model: Any, action: Callable[[], Any]) -> tuple[Any, list[Finding]]:
                 place,
                 CANNOT_COMPUTE,
                 f"Calling it raises {first_line(error)}.",
-                'If float32 would do, give it dtype="float32", or let kerasmp.convert(model) find '
-                "what has to stay in it.",
+                'If float32 is enough for it, pass dtype="float32", or let kerasmp.convert(model) '
+                "find the layers that must stay in float32.",
             )
         ]

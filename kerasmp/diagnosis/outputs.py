@@ -1,4 +1,4 @@
-"""Outputs in float16, and losses that take them for probabilities."""
+"""Finds float16 outputs, and losses that expect probabilities and receive them in float16."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _REMEDY = (
-    'Let it compute in float32: make it a kerasmp.layers.DenseHead, or give it dtype="float32". '
-    "kerasmp.convert(model) does so for layers that are not of your own."
+    'Compute it in float32: use a kerasmp.layers.DenseHead, or pass dtype="float32". '
+    "kerasmp.convert(model) does this for all but user-defined layers."
 )
-# From probabilities unless `from_logits` says otherwise.
+# They take probabilities unless `from_logits` is True.
 _CROSS_ENTROPIES = (
     keras.losses.BinaryCrossentropy,
     keras.losses.BinaryFocalCrossentropy,
@@ -29,11 +29,11 @@ _CROSS_ENTROPIES = (
 
 
 def findings(model: Any, dtypes: dict[int, str]) -> list[Finding]:
-    """Return what is wrong with the outputs of a model; nothing where no graph tells.
+    """Return the problems with the outputs of a model. Without a graph there are none.
 
     Args:
         model: A Keras model.
-        dtypes: Of its symbolic tensors.
+        dtypes: The dtype of each symbolic tensor, by the tensor's id.
     """
     graph = graph_of(model)
     if graph is None:
@@ -43,11 +43,12 @@ def findings(model: Any, dtypes: dict[int, str]) -> list[Finding]:
 
 
 def _heads(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
-    cast_later = getattr(model, "_output_dtype", None) == "float32"  # kerasmp.Model, by its policy
+    # The policy of a kerasmp.Model may cast its outputs.
+    cast_later = getattr(model, "_output_dtype", None) == "float32"
     for layer in final_layers(model):
-        if layer.compute_dtype != "float16" or _gives_float32(layer, dtypes):
+        if layer.compute_dtype != "float16" or _returns_float32(layer, dtypes):
             continue
-        probabilities = _gives_probabilities(layer)
+        probabilities = _returns_probabilities(layer)
         if probabilities or not cast_later:
             yield Finding(
                 "error" if probabilities else "warning",
@@ -56,29 +57,29 @@ def _heads(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
                 "Its probabilities are float16: small ones become 0, and the gradient of their "
                 "logarithm overflows."
                 if probabilities
-                else "It makes a final output in float16, which rounds what losses, metrics and "
-                "predictions see.",
+                else "It returns a model output in float16, so losses, metrics and predictions "
+                "are rounded.",
                 _REMEDY,
             )
 
 
 def _losses(model: Any, half: list[bool]) -> Iterator[Finding]:
     losses = keras.tree.flatten(getattr(model, "loss", None))
-    for number, loss in enumerate(losses):
-        fits = len(losses) == len(half)
-        if any(half[number : number + 1] if fits else half) and _from_probabilities(loss):
+    one_each = len(losses) == len(half)
+    for index, loss in enumerate(losses):
+        if (half[index] if one_each else any(half)) and _takes_probabilities(loss):
             name = loss if isinstance(loss, str) else getattr(loss, "name", None) or loss.__name__
             yield Finding(
                 "error",
                 model.name,
                 "float16-probabilities",
-                f'The loss "{name}" takes probabilities, and they are float16: its gradients '
-                "overflow as soon as the loss is scaled.",
-                "Give it float32 probabilities, or better logits, with from_logits=True.",
+                f'The loss "{name}" receives float16 probabilities: its gradients overflow as '
+                "soon as the loss is scaled.",
+                "Pass logits and from_logits=True, or at least float32 probabilities.",
             )
 
 
-def _gives_float32(layer: Any, dtypes: dict[int, str]) -> bool:
+def _returns_float32(layer: Any, dtypes: dict[int, str]) -> bool:
     tensors = [t for t in keras.tree.flatten(_output(layer)) if id(t) in dtypes]
     return bool(tensors) and all(dtypes[id(tensor)] != "float16" for tensor in tensors)
 
@@ -86,19 +87,18 @@ def _gives_float32(layer: Any, dtypes: dict[int, str]) -> bool:
 def _output(layer: Any) -> Any:
     try:
         return layer.output
-    except (AttributeError, ValueError):  # called more than once, or not on its own
+    except (AttributeError, ValueError):  # called several times, or only inside another layer
         return []
 
 
-def _gives_probabilities(layer: Any) -> bool:
+def _returns_probabilities(layer: Any) -> bool:
     return isinstance(layer, keras.layers.Softmax) or activation_name(layer) in PROBABILITIES
 
 
-def _from_probabilities(loss: Any) -> bool:
+def _takes_probabilities(loss: Any) -> bool:
     if isinstance(loss, str):
         loss = keras.losses.get(loss)
     if isinstance(loss, _CROSS_ENTROPIES):
         return not loss.from_logits
-    names = {cls.__name__ for cls in _CROSS_ENTROPIES}
-    plain = str(getattr(loss, "__name__", "")).replace("_", "")
-    return plain in {name.lower() for name in names}
+    name = str(getattr(loss, "__name__", "")).replace("_", "")
+    return name in {cls.__name__.lower() for cls in _CROSS_ENTROPIES}

@@ -1,4 +1,4 @@
-"""Sizes that Tensor Cores do not like: hints only."""
+"""Finds sizes that are not multiples of 8, with which Tensor Cores are slower: hints only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MULTIPLE = 8
 
-_PRODUCTS = (
+_MATMUL_LAYERS = (
     keras.layers.Dense,
     keras.layers.Conv1D,
     keras.layers.Conv2D,
@@ -26,15 +26,15 @@ _PRODUCTS = (
     keras.layers.Conv2DTranspose,
     keras.layers.Conv3DTranspose,
 )
-_RECURRENT = (keras.layers.SimpleRNNCell, keras.layers.LSTMCell, keras.layers.GRUCell)
-_MATRIX = 2  # axes; the kernels inside of attention have more
-# A stem takes what an image has, and a classifier what classes there are; padding pays from here.
+_RECURRENT_CELLS = (keras.layers.SimpleRNNCell, keras.layers.LSTMCell, keras.layers.GRUCell)
+_MATRIX_AXES = 2  # the kernels inside attention have more
+# The channels of an image and the number of classes are given. Padding pays off above these sizes.
 _STEM_CHANNELS = 4
 _LARGE_HEAD = 128
 
 
 def findings(model: Any) -> Iterator[Finding]:
-    """Yield a hint for each layer with half precision products of sizes that miss multiples of 8.
+    """Yield a hint for each half-precision layer whose matmul sizes are not multiples of 8.
 
     Args:
         model: A Keras model.
@@ -43,18 +43,19 @@ def findings(model: Any) -> Iterator[Finding]:
     for layer in flatten_layers(model):
         if layer.compute_dtype not in HALVES:
             continue
-        odd = [
+        misaligned = [
             f"{what} {size}"
             for what, size in _sizes(layer, is_head=id(layer) in heads)
             if size % MULTIPLE
         ]
-        if odd:
+        if misaligned:
             yield Finding(
                 "hint",
                 layer.path or layer.name,
                 "sizes",
-                f"{' and '.join(odd)}: Tensor Cores want multiples of {MULTIPLE}.",
-                "Round up.",
+                f"{' and '.join(misaligned)}: Tensor Cores are fastest with multiples of "
+                f"{MULTIPLE}.",
+                "Round it up.",
             )
 
 
@@ -62,14 +63,14 @@ def _sizes(layer: Any, *, is_head: bool) -> Iterator[tuple[str, int]]:
     if isinstance(layer, ATTENTION):
         key = layer.key_dim if isinstance(layer, ATTENTION[0]) else layer.head_dim
         yield "head size", key
-    if isinstance(layer, _RECURRENT) and layer.built:
+    if isinstance(layer, _RECURRENT_CELLS) and layer.built:
         yield "input size", layer.kernel.shape[0]
         yield "units", layer.units
     einsum = isinstance(layer, keras.layers.EinsumDense) and layer.built
-    if einsum and len(layer.kernel.shape) == _MATRIX:
+    if einsum and len(layer.kernel.shape) == _MATRIX_AXES:
         yield from (("kernel size", size) for size in layer.kernel.shape)
     depthwise = getattr(layer, "groups", 1) > 1
-    if not isinstance(layer, _PRODUCTS) or not layer.built or depthwise:
+    if not isinstance(layer, _MATMUL_LAYERS) or not layer.built or depthwise:
         return
     transposed = "Transpose" in type(layer).__name__
     inputs, units = layer.kernel.shape[-2:][:: -1 if transposed else 1]

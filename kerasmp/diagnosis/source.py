@@ -1,4 +1,4 @@
-"""Numbers in the source of custom layers that float16 cannot hold: possible trouble only."""
+"""Finds constants in the source of user-defined layers that float16 cannot hold."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 POSSIBLY_INFINITE = "possibly-infinite"
 POSSIBLY_VANISHING = "possibly-vanishing"
 
-# These compute nothing.
-_PASSED_OVER = {"__init__", "build", "get_config", "from_config", "compute_output_shape"}
-# Who names it has thought of dtypes.
-_CAREFUL = ("float32", "float64")
+# Methods that do not compute outputs.
+_SKIPPED_METHODS = {"__init__", "build", "get_config", "from_config", "compute_output_shape"}
+# Code that names one of these already takes care of dtypes.
+_WIDE_DTYPES = ("float32", "float64")
 
 
 def findings(model: Any) -> Iterator[Finding]:
-    """Yield the numbers in custom float16 layers that may become infinite or 0.
+    """Yield the constants in user-defined float16 layers that may become infinite or 0.
 
     Args:
         model: A Keras model.
@@ -42,8 +42,9 @@ def findings(model: Any) -> Iterator[Finding]:
                     "warning",
                     place,
                     POSSIBLY_INFINITE,
-                    f"Possible: `{name}` has the constant {number:g}, infinite in float16.",
-                    "Take one below 65504, or compute this part in float32.",
+                    f"Possible: `{name}` has the constant {number:g}, which is infinite in "
+                    "float16.",
+                    "Use one below 65504, or compute this part in float32.",
                 )
             elif vanishes(number):
                 yield Finding(
@@ -51,23 +52,23 @@ def findings(model: Any) -> Iterator[Finding]:
                     place,
                     POSSIBLY_VANISHING,
                     f"Possible: `{name}` has the constant {number:g}, which is 0 in float16.",
-                    "Take 1e-6 or more, or compute this part in float32.",
+                    "Use 1e-6 or more, or compute this part in float32.",
                 )
 
 
 @functools.cache
 def _numbers(cls: Any) -> list[tuple[str, float]]:
-    """Return the float constants in the methods of a class, each with the method's name."""
+    """Return the float constants in the methods of a class, each after the method's name."""
     try:
         source = textwrap.dedent(inspect.getsource(cls))
-    except (OSError, TypeError):  # made in a prompt, or by a program
+    except (OSError, TypeError):  # defined in a prompt, or by generated code
         return []
     found = []
     for method in ast.walk(ast.parse(source)):
-        if not isinstance(method, ast.FunctionDef) or method.name in _PASSED_OVER:
+        if not isinstance(method, ast.FunctionDef) or method.name in _SKIPPED_METHODS:
             continue
         text = ast.get_source_segment(source, method) or ""
-        if any(word in text for word in _CAREFUL):
+        if any(dtype in text for dtype in _WIDE_DTYPES):
             continue
         found += [
             (method.name, float(node.value))

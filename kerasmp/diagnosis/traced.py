@@ -1,4 +1,4 @@
-"""Constants that are infinite in float16, read from the traced graph."""
+"""Finds constants in the traced graph that are infinite in float16."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INFINITE = "infinite-constant"
 
 
 def findings(model: Any, x: Any) -> list[Finding] | None:
-    """Return the infinite constants that a model computes with; None where no graph shows them.
+    """Return the infinite constants that a model computes with, or None if it has no graph.
 
     Args:
         model: A built Keras model.
@@ -28,19 +28,19 @@ def findings(model: Any, x: Any) -> list[Finding] | None:
             "warning" if each.chosen else "error",
             _place(each.scope, paths) or model.name,
             INFINITE,
-            f"It chooses {each.value:g}, which is infinite in float16: a row of nothing else is "
-            "NaN after softmax."
+            f"It selects {each.value:g}, which is infinite in float16: a row of nothing else "
+            "becomes NaN in a softmax."
             if each.chosen
-            else f"It computes with {each.value:g}, which is infinite in float16: 0 times it is "
+            else f"It computes with {each.value:g}, which is infinite in float16, and 0 * inf is "
             "NaN.",
-            "Take a mask value such as -3e4, or compute this part in float32.",
+            "Use a mask value such as -3e4, or compute this part in float32.",
         )
         for each in constants
     ]
 
 
 def _place(scope: str, paths: dict[str, str]) -> str:
-    """Return the path of the innermost layer that a name scope names."""
+    """Return the path of the innermost layer in a name scope."""
     for part in reversed(scope.split("/")):
         for name in (part, re.sub(r"_\d+$", "", part)):
             if name in paths:

@@ -1,4 +1,4 @@
-"""What a compiled model lacks for float16."""
+"""Finds optimizers that train float16 layers without loss scaling."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def unscaled(model: Any) -> Iterator[Finding]:
-    """Yield a finding if float16 is trained and nothing scales the loss.
+    """Yield a finding if float16 layers are trained and an optimizer does not scale the loss.
 
     Args:
-        model: A Keras model; one that is not compiled earns none, nor does the optimizer of one of
-            ours, which wraps it by itself. Those that a model keeps besides it count in both.
+        model: A Keras model. If it is not compiled, there is no finding. A kerasmp model wraps its
+            compiled optimizer itself, so only other optimizers that it holds count there.
     """
-    wraps = is_kerasmp_layer(model) and getattr(model, "_auto_scale_loss", False)
-    plain = [name for name in unscaled_optimizers(model) if not (wraps and name == "optimizer")]
+    auto_scales = is_kerasmp_layer(model) and getattr(model, "_auto_scale_loss", False)
+    plain = [x for x in unscaled_optimizers(model) if not (auto_scales and x == "optimizer")]
     layers = trainable_float16_layers(model)
     if not layers or not plain:
         return
@@ -31,7 +31,7 @@ def unscaled(model: Any) -> Iterator[Finding]:
         "unscaled",
         f"{len(layers)} layers train in float16 and nothing scales the loss{others}: gradients "
         "below 6e-8 become 0.",
-        "Wrap each in kerasmp.LossScaleOptimizer, and call its scale_loss in the train step."
+        "Wrap each one in kerasmp.LossScaleOptimizer, and call its scale_loss in the train step."
         if others
         else "Compile with kerasmp.LossScaleOptimizer(optimizer), or use kerasmp.Model.",
     )

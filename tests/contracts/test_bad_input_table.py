@@ -64,7 +64,7 @@ INVALID = "`%s` has an invalid value"
 NO_STATE_OF = "does not belong to this schedule"
 SWITCH = INVALID + ".*True or False"
 # What needs no framework: of the model `m`, a functional one.
-NEEDS_PURE_STEP = {
+PURE = {
     # ------------------------------------------------------------------------------- policies
     "policy of an empty configuration": (
         lambda m: policy_of(),
@@ -264,23 +264,26 @@ NEEDS_PURE_STEP = {
     ),
     # ------------------------------------------------------------------------------------ lint
     "lint of None": (lambda m: mp.lint(None), "Only a Keras model can be checked"),
-    "lint of a class": (lambda m: mp.lint(keras.Model), "Only a Keras model"),
-    "lint with text": (lambda m: mp.lint(m, "abc"), "`x` is no batch.*'abc' of type str"),
-    "lint with a number": (lambda m: mp.lint(m, 3.0), "`x` is no batch"),
-    "lint with nothing": (lambda m: mp.lint(m, []), "`x` is no batch"),
-    "lint with an object": (lambda m: mp.lint(m, NoTensor()), "`x` is no batch"),
+    "lint of a class": (lambda m: mp.lint(keras.Model), "Only a Keras model can be checked"),
+    "lint with text": (lambda m: mp.lint(m, "abc"), "`x` is not a batch.*'abc' of type str"),
+    "lint with a number": (lambda m: mp.lint(m, 3.0), "`x` is not a batch"),
+    "lint with nothing": (lambda m: mp.lint(m, []), "`x` is not a batch"),
+    "lint with an object": (lambda m: mp.lint(m, NoTensor()), "`x` is not a batch"),
     "lint with another batch": (
         lambda m: mp.lint(m, np.ones((2, 7))),
-        r"no batch for this model.*\(2, 7\).*\(None, 4\)",
+        r"does not fit the inputs of this model.*\(2, 7\).*\(None, 4\)",
     ),
-    "lint with two batches": (lambda m: mp.lint(m, [np.ones((2, 4))] * 2), "no batch for this"),
+    "lint with two batches": (
+        lambda m: mp.lint(m, [np.ones((2, 4))] * 2),
+        "does not fit the inputs",
+    ),
     "lint with complex numbers": (lambda m: mp.lint(m, np.ones((2, 4)) * 1j), "real numbers"),
     "a finding of another severity": (
         lambda m: mp.Finding("bad", "a", "b", "c", "d"),
         "Received: 'bad'.*error, warning, hint",
     ),
-    "a report of nothing": (lambda m: mp.LintReport(None), "made of findings"),
-    "a report of text": (lambda m: mp.LintReport(("a",)), "made of findings"),
+    "a report of nothing": (lambda m: mp.LintReport(None), "`findings` has an invalid value"),
+    "a report of text": (lambda m: mp.LintReport(("a",)), "`findings` has an invalid value"),
 }
 
 
@@ -300,7 +303,7 @@ def model():
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize(("call", "told"), NEEDS_PURE_STEP.values(), ids=NEEDS_PURE_STEP)
+@pytest.mark.parametrize(("call", "told"), PURE.values(), ids=PURE)
 def test_bad_input_is_told(call, told, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
@@ -320,7 +323,7 @@ def test_bad_input_is_told(call, told, model, tmp_path, monkeypatch):
 @pytest.mark.unit
 @pytest.mark.parametrize("name", ["a dry run by a word", "a schedule that switches by a word"])
 def test_a_switch_that_is_no_bool_is_one_error_wherever_it_is(name, model):
-    call, told = NEEDS_PURE_STEP[name]
+    call, told = PURE[name]
     with pytest.raises(ArgumentTypeError, match=told):
         call(model)
 

@@ -50,7 +50,7 @@ def test_each_way_of_the_remedy_helps(module, activation):
 def test_the_remedy_says_which_heads_convert_does_not_reach():
     model = made(Holds, bare=True)
     mp.convert(model)
-    assert "not of your own" in only(model, "float16-head").remedy
+    assert "all but user-defined layers" in only(model, "float16-head").remedy
     assert not found(made(lambda: Holds(dtype="float32"), bare=True), "float16-head")
 
 
