@@ -30,9 +30,10 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command. An error of kerasmp ends it with one line and without a traceback.
+    """Run the command. If kerasmp raises an error, print one line instead of a traceback.
 
-    The exit code is 0, 1 if something is missing or cannot be written, or 2 for wrong usage.
+    The exit code is 0 on success, 1 if something is missing or cannot be written, and 2 for invalid
+    arguments.
     """
     try:
         app()
@@ -43,17 +44,17 @@ def main() -> None:
         sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
-def _empty(option: str, given: str, expected: str) -> ArgumentError:
+def _empty(option: str, value: str, expected: str) -> ArgumentError:
     return ArgumentError(
         f"`--{option}` has an invalid value.",
-        received=repr(given),
+        received=repr(value),
         expected=expected,
-        fix=f"Leave --{option} out to use its default.",
+        fix=f"Omit --{option} to use its default.",
     )
 
 
-def _print_version(wanted: bool) -> None:  # noqa: FBT001 - Typer calls it
-    if wanted:
+def _print_version(requested: bool) -> None:  # noqa: FBT001 - Typer calls it
+    if requested:
         from kerasmp import __version__
 
         typer.echo(f"kerasmp {__version__}")
@@ -75,7 +76,7 @@ def kerasmp(
 
 @app.command()
 def env() -> None:
-    """Show versions, devices and the policy that is recommended here."""
+    """Show versions, devices and the recommended policy."""
     from rich.console import Console
 
     from kerasmp.demo import environment
@@ -95,7 +96,9 @@ def demo(  # noqa: PLR0913 - one argument for each option
     ] = "kerasmp_digits",
     data_dir: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="Folder with prepared data sets. [default: tfds's own]"),
+        typer.Option(
+            metavar="PATH", help="Folder with prepared data sets. [default: the folder of tfds]"
+        ),
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 12,
     policies: Annotated[
@@ -104,24 +107,26 @@ def demo(  # noqa: PLR0913 - one argument for each option
     output: Annotated[
         str, typer.Option(metavar="PATH", help="Folder for the report.")
     ] = "kerasmp-demo",
-    seed: Annotated[int, typer.Option(help="Decides the weights and the order of the images.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Sets the initial weights and the order of the images.")
+    ] = 0,
     limit: Annotated[
         int | None, typer.Option(help="Use at most this many training and this many test images.")
     ] = None,
 ) -> None:
     """Train a small CNN under each policy and report the results.
 
-    Without --dataset it trains on the handwritten digits that are part of scikit-learn. Nothing is
-    ever downloaded.
+    Without --dataset, it trains on the handwritten digits that ship with scikit-learn. It never
+    downloads anything.
     """
     from rich.console import Console
 
     from kerasmp.demo import DemoSettings, run_demo
     from kerasmp.report import ProgressDisplay, check_folder, demo_table, write_demo
 
-    for option, given in {"dataset": dataset, "data-dir": data_dir, "output": output}.items():
-        if given is not None and not given.strip():
-            raise _empty(option, given, "a name" if option == "dataset" else "a folder")
+    for option, value in {"dataset": dataset, "data-dir": data_dir, "output": output}.items():
+        if value is not None and not value.strip():
+            raise _empty(option, value, "a name" if option == "dataset" else "a folder")
     names = tuple(name.strip() for name in policies.split(",") if name.strip())
     if policies and not names:
         raise _empty("policies", policies, "names, separated by commas")

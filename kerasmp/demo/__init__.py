@@ -1,6 +1,6 @@
 """The demo: trains one small CNN under each policy on the same images.
 
-Nothing here formats or prints. `run_demo` returns frozen results, and `kerasmp.report` shows them.
+It formats and prints nothing. `run_demo` returns frozen results, and `kerasmp.report` shows them.
 """
 
 from kerasmp.demo.environment import Environment, environment

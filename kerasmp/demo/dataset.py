@@ -1,4 +1,4 @@
-"""Loads images of tensorflow-datasets (tfds) from this disk. Nothing here uses the network."""
+"""Loads images that tensorflow-datasets (tfds) prepared on this disk. It uses no network."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-# The package to install for each module.
-_NEEDED = {
+# Modules that the demo imports, and the package that provides each.
+_REQUIRED = {
     "importlib_resources": "importlib_resources",
     "jinja2": "jinja2",
     "matplotlib": "matplotlib",
@@ -45,10 +45,10 @@ class Images:
 
     Args:
         name: Name and version, as tfds writes them.
-        train: Images `(n, height, width, channels)` and labels `(n,)` for training.
-        test: Images and labels for testing.
-        spec: What a network must know about them. `brightest` is the largest pixel value of the
-            training images, and at least 1.
+        train: Training images `(n, height, width, channels)` and labels `(n,)`.
+        test: Test images and labels.
+        spec: Shape, classes and brightness of the images. `brightest` is the largest pixel value
+            of the training images, and at least 1.
     """
 
     name: str
@@ -58,20 +58,20 @@ class Images:
 
 
 def load(settings: DemoSettings) -> Images:
-    """Return the images that the settings name. The digits are prepared if they are not there yet.
+    """Load the images that the settings name. The first time, this prepares the digits on disk.
 
     Args:
-        settings: The settings, of which `dataset`, `data_dir` and `limit` matter here.
+        settings: The settings. Only `dataset`, `data_dir` and `limit` matter here.
 
     Returns:
         The images, all in memory.
 
     Raises:
-        DatasetError: If the data set is not on this disk, or damaged.
+        DatasetError: If the data set is not on this disk, or is damaged.
         DemoError: If the data set does not have images of one size with class labels, and splits
             for training and testing.
-        OutputError: If the digits cannot be prepared in the folder.
-        MissingDependencyError: If a package is missing that is needed to read the data.
+        OutputError: If the digits cannot be written to the folder.
+        MissingDependencyError: If a package that reads the data is not installed.
     """
     require_packages()
     try:
@@ -80,22 +80,22 @@ def load(settings: DemoSettings) -> Images:
     except (KerasMPError, MemoryError):
         raise
     except Exception as error:
-        # TensorFlow, protobuf and tfds have many errors for damaged and missing files.
+        # TensorFlow, protobuf and tfds raise many kinds of errors for damaged or missing files.
         raise DatasetError(
-            "This data set is on this disk, but cannot be read.",
+            "The data set is on this disk, but it cannot be read.",
             received=f"{settings.dataset!r} in {settings.folder} ({type(error).__name__}: {error})",
             expected="all files as tensorflow-datasets wrote them",
-            fix="Prepare it again.",
+            fix="Prepare the data set again.",
         ) from error
 
 
 def require_packages() -> None:
-    """Check that all packages of the demo and of its report are installed, before any work.
+    """Check that all packages of the demo and its report are installed.
 
     Raises:
         MissingDependencyError: If packages are missing. The message names all of them.
     """
-    missing = [name for module, name in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    missing = [name for module, name in _REQUIRED.items() if not importlib.util.find_spec(module)]
     if missing:
         raise MissingDependencyError(
             "The demo needs packages that are not installed.",
@@ -106,7 +106,7 @@ def require_packages() -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the progress bars, messages and advice of tfds."""
+    """Hide the progress bars and messages of tfds."""
     import tensorflow_datasets as tfds
 
     absl = logging.getLogger("absl")
@@ -136,7 +136,7 @@ def _digits(folder: Path) -> Any:
     prepared_folder = folder / DIGITS / str(KerasmpDigits.VERSION)
     if (prepared_folder / _INFO).exists():
         return tfds.builder_from_directory(str(prepared_folder))
-    # Both are formats of tfds. Only the first can be read without TensorFlow.
+    # array_record can be read without TensorFlow.
     file_format = "array_record" if importlib.util.find_spec("array_record") else "tfrecord"
     _require_tensorflow(file_format)
     try:
@@ -144,26 +144,26 @@ def _digits(folder: Path) -> Any:
         builder.download_and_prepare()
     except OSError as error:
         raise OutputError(
-            "The digits cannot be prepared in this folder.",
+            "The digits cannot be written to this folder.",
             received=f"{folder} ({error.strerror or error})",
-            expected="a folder that can be written",
-            fix="Pass another one with --data-dir.",
+            expected="a writable folder",
+            fix="Pass another folder with --data-dir.",
         ) from error
     return builder
 
 
 def find(folder: Path, dataset: str) -> Path:
-    """Return the folder of the newest prepared version of a data set.
+    """Return the folder of a prepared data set, in its newest version.
 
-    This looks for the files of tfds. If tfds is asked for a data set by name, it may try to reach a
-    server, which takes minutes offline.
+    This searches for files, because `tfds.builder(name)` may try to reach a server, which takes
+    minutes offline.
 
     Args:
         folder: The folder with prepared data sets.
-        dataset: "name" or "name/config", and perhaps ":1.2.3" behind it.
+        dataset: "name" or "name/config", optionally with a version: "name:1.2.3".
 
     Raises:
-        DatasetError: If there is none.
+        DatasetError: If the data set is not there.
     """
     name, _, version = dataset.partition(":")
     versions = [path.parent for path in (folder / name).glob(f"*/{_INFO}")]
@@ -174,8 +174,8 @@ def find(folder: Path, dataset: str) -> Path:
         return max(found, key=lambda path: [int(part) for part in path.name.split(".")])
     known = [DIGITS, *prepared(folder)]
     raise DatasetError(
-        "This data set is not prepared on this disk.",
-        received=f"{dataset!r}, looked for in {folder}",
+        "The data set is not prepared on this disk.",
+        received=f"{dataset!r}, searched in {folder}",
         expected=", ".join(known),
         fix=did_you_mean(dataset, known)
         or "Prepare it once with tensorflow-datasets, and pass its folder with --data-dir.",
@@ -183,7 +183,7 @@ def find(folder: Path, dataset: str) -> Path:
 
 
 def prepared(folder: Path) -> list[str]:
-    """Return the names, with their configs, of the data sets that are prepared in a folder."""
+    """Return "name" or "name/config" of each data set that is prepared in a folder."""
     files = [*folder.glob(f"*/*/{_INFO}"), *folder.glob(f"*/*/*/{_INFO}")]
     return sorted({file.parents[1].relative_to(folder).as_posix() for file in files})
 
@@ -229,7 +229,7 @@ def _read_split(
         images, labels = batch[image], batch[label]
     if len(labels) and labels.min() < 0:
         raise _unsuitable(
-            f"{builder.info.full_name}, whose split {split} has images without a label",
+            f"{builder.info.full_name}, whose split {split} has images without labels",
             "a label for every image",
         )
     return images, labels.astype("int32")
@@ -240,15 +240,15 @@ def _unsuitable(received: str, expected: str) -> DemoError:
         "The demo cannot train on this data set.",
         received=received,
         expected=expected,
-        fix="Choose another one with --dataset.",
+        fix="Choose another data set with --dataset.",
     )
 
 
 def _require_tensorflow(file_format: str | None) -> None:
     if file_format != "array_record" and importlib.util.find_spec("tensorflow") is None:
         raise MissingDependencyError(
-            f"Data in the {file_format} format can only be read with TensorFlow, also if Keras "
-            "runs on another backend.",
+            f"Data in the {file_format} format can only be read with TensorFlow, whatever backend "
+            "Keras runs on.",
             received="no tensorflow",
             fix='Install it with: pip install "kerasmp[tensorflow-cpu]"',
         )

@@ -1,4 +1,4 @@
-"""The digits of the demo, as a builder of tensorflow-datasets (tfds), which this file needs."""
+"""The digits of the demo, as a tensorflow-datasets (tfds) builder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _TEST_SHARE = 5  # one image in five is a test image
 
 
 class KerasmpDigits(tfds.core.GeneratorBasedBuilder):
-    """Handwritten digits of 8 x 8 pixels from 0 to 16, which are part of scikit-learn.
+    """Handwritten digits that ship with scikit-learn: 8 x 8 pixels from 0 to 16.
 
     The 1,797 images by 43 people are a part of "Optical Recognition of Handwritten Digits"
     (E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998). 1,437 are for training and
-    360 for testing, with all ten digits in equal shares. The split depends only on the order in the
+    360 for testing, with the same share of each digit. The split depends only on the order in the
     file, so it is the same everywhere. Nothing is downloaded.
     """
 
@@ -30,7 +30,7 @@ class KerasmpDigits(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> Any:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Handwritten digits that ship inside scikit-learn, 8 x 8 pixels, 0 to 16.",
+            description="Handwritten digits that ship with scikit-learn, 8 x 8 pixels, 0 to 16.",
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(8, 8, 1), dtype=np.uint8),
@@ -45,7 +45,7 @@ class KerasmpDigits(tfds.core.GeneratorBasedBuilder):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        # One in five of the images sorted by label, so the shares of the digits are equal.
+        # Sort by label first, so that each digit has the same share of the test images.
         by_label = np.argsort(digits.target, kind="stable")
         test = np.zeros(len(by_label), bool)
         test[by_label[::_TEST_SHARE]] = True
@@ -63,7 +63,7 @@ class KerasmpDigits(tfds.core.GeneratorBasedBuilder):
 
 
 def _png(image: Any) -> io.BytesIO:
-    # To encode an array, tfds needs TensorFlow, which may not be installed.
+    # tfds needs TensorFlow to encode an array, and it may not be installed.
     from PIL import Image
 
     stream = io.BytesIO()

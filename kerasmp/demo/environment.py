@@ -1,4 +1,4 @@
-"""Versions and hardware of this process."""
+"""Describes the versions and hardware of this process."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Environment:
     """Versions and hardware of a process.
 
     Args:
-        versions: Version by name, in the order in which to show them.
-        backend: Keras's backend.
-        devices: The devices on which Keras can compute.
+        versions: Each package's version, in display order.
+        backend: The Keras backend.
+        devices: The devices that Keras can use.
         processor: The device that the recommended policy is for.
         cores: The number of cores that this process may use.
-        system: Operating system.
+        system: The operating system.
         recommended: The recommended policy.
-        reason: The reason for this recommendation.
+        reason: Why it is recommended.
     """
 
     versions: dict[str, str]
@@ -52,14 +52,14 @@ def environment() -> Environment:
         "python": platform.python_version(),
         "keras": keras.__version__,
     }
-    for package in (backend, f"{backend}-cpu", "numpy"):  # TensorFlow has a package of either name
+    for package in (backend, f"{backend}-cpu", "numpy"):  # such as tensorflow or tensorflow-cpu
         if found := version(package):
             versions[package] = found
     try:
         devices = tuple(keras.distribution.list_devices())
-    except (AttributeError, NotImplementedError):  # on torch Keras cannot list them
+    except (AttributeError, NotImplementedError):  # Keras cannot list them on torch
         devices = ()
-    # Not every system has this function. Where it does, a container's limit counts.
+    # It respects the limits of a container, but not every system has it.
     affinity = getattr(os, "sched_getaffinity", None)
     return Environment(
         versions=versions,
@@ -74,7 +74,7 @@ def environment() -> Environment:
 
 
 def version(package: str) -> str:
-    """Return the installed version of a package, or an empty string."""
+    """Return the installed version of a package, or "" if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Exponents of gradients, computed in float32."""
+"""Counts the exponents of gradients, computed in float32."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from kerasmp.demo.model import ImageSpec
 
-# The bins. Values beyond them are rare, and counted in the outermost bin.
+# The bins. Values beyond them are rare and count in the outermost bin.
 _FIRST, _LAST = -60, 20
 
 
 class _Tap(keras.layers.Layer):
-    """Adds a weight of zeros to its input. The gradient of the weight is that of the input."""
+    """Adds a weight of zeros to its input. The weight then has the gradient of the input."""
 
     def build(self, input_shape: Any) -> None:
         self.zeros = self.add_weight(shape=tuple(input_shape), initializer="zeros", name="zeros")
@@ -36,18 +36,17 @@ def gradient_exponents(
     batch: tuple[np.ndarray, np.ndarray],
     moment: str,
 ) -> list[ExponentHistogram]:
-    """Return the exponents of a batch's gradients, computed in float32 without loss scaling.
+    """Count the exponents of a batch's gradients, computed in float32 without loss scaling.
 
     Args:
-        spec: The shape, classes and brightness of the images.
+        spec: Shape, classes and brightness of the images.
         weights: The weights of the model, in the order of `get_weights`.
         batch: Images and labels.
-        moment: When the weights were taken, "start" or "end" of training.
+        moment: When the weights were taken: "start" or "end" of training.
 
     Returns:
-        Two histograms. The first is of the gradients with respect to the outputs of the
-        convolutions, which a float16 backward pass holds in float16. The second is of the gradients
-        with respect to the weights.
+        Two histograms: of the gradients with respect to the outputs of the convolutions, which a
+        float16 backward pass stores in float16, and with respect to the weights.
     """
     taps: list[_Tap] = []
 
@@ -58,27 +57,27 @@ def gradient_exponents(
     with policy_scope("float32"):
         model = build_cnn(spec, model_class=keras.Model, batch_size=len(batch[0]), tap=tap)
     tapped = {id(layer.zeros) for layer in taps}
-    own = [variable for variable in model.weights if id(variable) not in tapped]
-    for variable, value in zip(own, weights, strict=True):
+    others = [variable for variable in model.weights if id(variable) not in tapped]
+    for variable, value in zip(others, weights, strict=True):
         variable.assign(value)
-    # After one step, the momentum of SGD is the negative gradient.
+    # After the first step, the momentum of SGD is the negative gradient.
     optimizer = keras.optimizers.SGD(learning_rate=1.0, momentum=0.5)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     model.train_on_batch(*batch)
-    found: dict[str, list[np.ndarray]] = {"activations": [], "weights": []}
+    gradients: dict[str, list[np.ndarray]] = {"activations": [], "weights": []}
     for variable, gradient in zip(model.trainable_variables, optimizer.momentums, strict=True):
         kind = "activations" if id(variable) in tapped else "weights"
-        found[kind].append(keras.ops.convert_to_numpy(gradient).ravel())
-    return [count_exponents(name, moment, np.concatenate(found[name])) for name in found]
+        gradients[kind].append(keras.ops.convert_to_numpy(gradient).ravel())
+    return [count_exponents(x, moment, np.concatenate(each)) for x, each in gradients.items()]
 
 
 def count_exponents(name: str, moment: str, values: np.ndarray) -> ExponentHistogram:
-    """Return how many values have which exponent.
+    """Count the values for each binary exponent.
 
     Args:
         name: What the values are.
         moment: When they were taken.
-        values: Floats. Infinities and NaN are left out.
+        values: Floats. inf and NaN are left out.
 
     Example:
 
@@ -87,7 +86,7 @@ def count_exponents(name: str, moment: str, values: np.ndarray) -> ExponentHisto
     (1, 3, 2)
     """
     values = np.abs(values[np.isfinite(values)].astype("float64"))
-    # frexp returns a fraction from 0.5 to 1, so its exponent is one more than that of 1.xxx * 2**e.
+    # frexp returns a fraction in [0.5, 1). Its exponent is one higher than in 1.xxx * 2**e.
     exponents = np.clip(np.frexp(values[values > 0])[1] - 1, _FIRST, _LAST)
     counts = np.bincount(exponents - _FIRST, minlength=_LAST - _FIRST + 1)
     return ExponentHistogram(name, moment, _FIRST, tuple(counts.tolist()), int(np.sum(values == 0)))

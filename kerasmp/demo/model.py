@@ -1,4 +1,4 @@
-"""The network of the demo: a small CNN for images of any size, under the current policy."""
+"""Builds the network of the demo: a small CNN for images of any size."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from kerasmp.model import Model
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_FILTERS = 16  # in the first block; each further block has twice as many
+_FILTERS = 16  # in the first block; each further block doubles them
 _MAX_BLOCKS = 5
-_SMALLEST_SIDE = 2  # no block follows when the shorter side of the image is this small
-# Keras's default of 0.99 needs more steps than the demo has until the statistics are current.
+_SMALLEST_SIDE = 2  # no further block once the shorter side of the image is this small
+# With Keras's default of 0.99, the statistics would not be current after so few steps.
 _MOMENTUM = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpec:
-    """What a network must know about its images.
+    """Shape, classes and brightness of images.
 
     Args:
         shape: Height, width and channels.
-        classes: Number of classes.
+        classes: The number of classes.
         brightest: The pixel value that becomes 1.
     """
 
@@ -49,13 +49,13 @@ def build_cnn(
     Global pooling and a head with float32 logits follow. Pixels are rescaled in float32.
 
     Args:
-        spec: The shape, classes and brightness of the images.
+        spec: Shape, classes and brightness of the images.
         model_class: The class of the model.
         batch_size: The number of images in a batch, if it is fixed.
-        tap: Returns a layer to put behind a convolution, to look at the gradients there.
+        tap: Returns a layer to insert after each convolution, to capture the gradients there.
 
     Returns:
-        The model, not compiled: float32 `(batch, *spec.shape)` to float32 `(batch, classes)`.
+        A model, not compiled, from float32 `(batch, *spec.shape)` to float32 `(batch, classes)`.
 
     Example:
 
@@ -84,10 +84,10 @@ def build_cnn(
 
 
 def activation_bytes(model: Any, batch_size: int) -> int:
-    """Return the size of the outputs of all layers for one batch.
+    """Return the total size of all layer outputs for one batch.
 
-    It is computed from shapes and dtypes and not measured. What a framework keeps in memory depends
-    on how it fuses and reuses.
+    It is computed from shapes and dtypes, not measured: the memory that a framework really takes
+    depends on how it fuses operations and reuses buffers.
 
     Args:
         model: A functional model.
@@ -101,7 +101,7 @@ def activation_bytes(model: Any, batch_size: int) -> int:
 
 
 def weight_bytes(model: Any) -> int:
-    """Return the size of the model's variables. Under the mixed policies all are float32."""
+    """Return the total size of a model's variables."""
     return sum(_bytes(variable.shape, variable.dtype) for variable in model.variables)
 
 

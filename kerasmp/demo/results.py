@@ -1,4 +1,4 @@
-"""The results of a demo, as plain frozen values."""
+"""The results of the demo, as plain frozen values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kerasmp.demo.environment import Environment
     from kerasmp.demo.settings import DemoSettings, Recipe
 
-# Exponents of float16. The smallest subnormal number is 2**-24, and half of it rounds to 0. The
+# Exponents of float16. Its smallest subnormal number is 2**-24, half of which rounds to 0. Its
 # smallest normal number is 2**-14. Numbers from 65520, just below 2**16, round to infinity.
 FLOAT16_SMALLEST = -24
 FLOAT16_NORMAL = -14
@@ -24,9 +24,9 @@ class ScaleReading:
     """The loss scale at one moment of training.
 
     Args:
-        step: Steps so far.
+        step: The number of steps so far.
         scale: The scale.
-        skipped: Steps skipped since the reading before.
+        skipped: The number of steps skipped since the previous reading.
     """
 
     step: int
@@ -40,20 +40,20 @@ class RunResult:
 
     Args:
         recipe: The recipe.
-        loss: Training loss of each epoch.
-        test_loss: Loss on the test images after each epoch.
-        test_accuracy: Accuracy on the test images after each epoch.
-        steps: All steps.
-        seconds_per_step: Wall time of one step: the median over the epochs, without the first epoch
-            if there are more. The first step of an epoch is left out, since the very first one
-            compiles. NaN if an epoch is a single step.
-        seconds: Wall time of the whole run.
-        skipped_steps: Number of skipped steps; None if the loss is not scaled.
+        loss: The training loss of each epoch.
+        test_loss: The loss on the test images after each epoch.
+        test_accuracy: The accuracy on the test images after each epoch.
+        steps: The total number of steps.
+        seconds_per_step: The wall time of one step: the median over the epochs, without the first
+            epoch if there are more. The first step of each epoch does not count, because the very
+            first one compiles. NaN if an epoch has a single step.
+        seconds: The wall time of the whole run.
+        skipped_steps: The number of skipped steps; None if the loss is not scaled.
         final_scale: The scale at the end; None if the loss is not scaled.
         scales: The scale over time; empty if the loss is not scaled.
-        activation_bytes: Size of the layers' outputs for one batch, from shapes and dtypes.
-        weight_bytes: Size of the model's variables.
-        warnings: The warnings of kerasmp during training.
+        activation_bytes: The size of the layer outputs for one batch, from shapes and dtypes.
+        weight_bytes: The size of the model's variables.
+        warnings: The warnings that kerasmp gave during training.
     """
 
     recipe: Recipe
@@ -73,13 +73,13 @@ class RunResult:
 
 @dataclasses.dataclass(frozen=True)
 class Fate:
-    """The shares of non-zero values by what float16 would make of them. They sum to 1.
+    """What float16 would make of nonzero values, as shares that sum to 1.
 
     Args:
         lost: The share that rounds to zero.
-        subnormal: The share that has fewer than the usual 11 bits.
+        subnormal: The share that keeps fewer than the usual 11 bits.
         kept: The share in the normal range.
-        overflow: The share that becomes infinity.
+        overflow: The share that becomes infinite.
     """
 
     lost: float
@@ -90,12 +90,12 @@ class Fate:
 
 @dataclasses.dataclass(frozen=True)
 class ExponentHistogram:
-    """How many values have which binary exponent, from a computation in float32.
+    """The number of float32 values for each binary exponent.
 
     Args:
-        name: What the values are: "activations" or "weights" (the gradients with respect to them).
-        moment: When they were taken: "start" or "end" of training.
-        first: The exponent of the first bin. A bin holds 2**e <= |x| < 2**(e+1).
+        name: "activations" or "weights", for gradients with respect to these.
+        moment: When the gradients were taken: "start" or "end" of training.
+        first: The exponent e of the first bin. A bin holds 2**e <= |x| < 2**(e+1).
         counts: The number of values in each bin.
         zeros: The number of values that are exactly zero in float32.
     """
@@ -107,10 +107,10 @@ class ExponentHistogram:
     zeros: int
 
     def fate(self, scale: float = 1.0) -> Fate:
-        """Return what float16 would make of these values, each times a scale.
+        """Return what float16 would make of these values, each multiplied by a scale.
 
         Args:
-            scale: A power of two. Any other number counts as the next lower one.
+            scale: A power of two. Any other number is rounded down to one.
 
         Example:
 
@@ -120,9 +120,9 @@ class ExponentHistogram:
         exponents = np.arange(len(self.counts)) + self.first + math.floor(math.log2(scale))
         # [2**-25, 2**-24) rounds up to the smallest subnormal, except for 2**-25 itself.
         ends = (FLOAT16_SMALLEST - 1, FLOAT16_NORMAL, FLOAT16_OVERFLOW)
-        parts = np.searchsorted(ends, exponents, side="right")
-        values = np.bincount(parts, weights=self.counts, minlength=4)
-        return Fate(*(values / max(sum(self.counts), 1)).tolist())
+        ranges = np.searchsorted(ends, exponents, side="right")
+        totals = np.bincount(ranges, weights=self.counts, minlength=4)
+        return Fate(*(totals / max(sum(self.counts), 1)).tolist())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,14 +134,14 @@ class DemoResult:
         environment: Versions and hardware.
         dataset: Name and version of the data set.
         image_shape: Height, width and channels.
-        classes: Number of classes.
-        train_images: Number of training images.
-        test_images: Number of test images.
+        classes: The number of classes.
+        train_images: The number of training images.
+        test_images: The number of test images.
         learning_rate: The learning rate of Adam.
-        parameters: Number of the model's weights.
+        parameters: The number of weights in the model.
         runs: The result of each recipe.
         histograms: The exponents of the gradients, at the start and at the end.
-        seconds: Wall time of the whole demo.
+        seconds: The wall time of the whole demo.
     """
 
     settings: DemoSettings

@@ -1,4 +1,4 @@
-"""Runs the demo: trains the same network, from the same weights, under each recipe."""
+"""Runs the demo: trains the same network from the same weights under each recipe."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def run_demo(
     *,
     progress: Callable[[Progress], None] | None = None,
 ) -> DemoResult:
-    """Train the network of the demo under each recipe and return the results.
+    """Train the demo's network under each recipe and return the results.
 
-    Every run starts from the same weights and gets the same images in the same order, so the curves
-    differ only by number format and scaling.
+    Every run starts from the same weights and sees the same images in the same order. So the curves
+    differ only by number format and loss scaling.
 
     Args:
         settings: What to train on and for how long. The defaults take well under two minutes.
-        progress: Called with the progress now and then.
+        progress: Called every few steps with the progress.
 
     Returns:
         The results. Nothing is printed or written.
@@ -90,7 +90,7 @@ def run_demo(
 
 
 class _Batches(keras.utils.PyDataset):
-    """Full batches, in an order that depends only on seed and epoch, on every backend."""
+    """Full batches, in an order that depends only on the seed and the epoch."""
 
     def __init__(self, part: tuple[np.ndarray, np.ndarray], settings: DemoSettings) -> None:
         super().__init__()
@@ -98,10 +98,10 @@ class _Batches(keras.utils.PyDataset):
         self._size, self._seed = settings.batch_size, settings.seed
         if len(self._labels) < self._size:
             raise DemoError(
-                "There are fewer training images than one step needs.",
+                "There are not enough training images for one step.",
                 received=f"{len(self._labels)} images, {self._size} a step",
                 expected="at least one full batch",
-                fix="Use more images (--limit), or a smaller batch_size.",
+                fix="Raise --limit, or use a smaller batch_size.",
             )
         self._epoch = -1
         self.on_epoch_end()
@@ -126,7 +126,7 @@ def _train(
     weights: Sequence[np.ndarray],
     watch: Watch,
 ) -> tuple[RunResult, list[np.ndarray]]:
-    """Train under one recipe and return the result and the trained weights."""
+    """Train under one recipe. Return the result and the trained weights."""
     started = time.perf_counter()
     keras.utils.set_random_seed(settings.seed)
     model = _compiled(recipe, images.spec)
@@ -158,7 +158,7 @@ def _train(
         scales=tuple(watch.scales),
         activation_bytes=activation_bytes(model, settings.batch_size),
         weight_bytes=weight_bytes(model),
-        warnings=_warnings_of_kerasmp(caught),
+        warnings=_kerasmp_warnings(caught),
     ), model.get_weights()
 
 
@@ -172,18 +172,18 @@ def _compiled(recipe: Recipe, spec: ImageSpec) -> Any:
         optimizer,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
-        # Otherwise Keras would scale the loss in the cautionary case.
+        # Otherwise Keras would scale the loss of the unscaled recipe.
         auto_scale_loss=False,
     )
     return model
 
 
-def _warnings_of_kerasmp(caught: Sequence[warnings.WarningMessage]) -> tuple[str, ...]:
-    """Return the messages of kerasmp's warnings, and give all other warnings once more."""
-    ours = []
+def _kerasmp_warnings(caught: Sequence[warnings.WarningMessage]) -> tuple[str, ...]:
+    """Return the messages of kerasmp's warnings, and issue all other warnings again."""
+    messages = []
     for each in caught:
         if issubclass(each.category, KerasMPWarning):
-            ours.append(str(each.message))
+            messages.append(str(each.message))
         else:
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-    return tuple(ours)
+    return tuple(messages)

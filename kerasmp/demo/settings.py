@@ -1,4 +1,4 @@
-"""The recipes of the demo, and the settings of one run of it."""
+"""The recipes of the demo, and the settings of one demo."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, LossScale
 
 DIGITS = "kerasmp_digits"
 
-# With the default schedule the scale would not move in so short a demo. Here it starts at 2**24, so
-# that it has to come down, and grows after 100 good steps. A run of few steps starts lower, by one
+# With the default schedule, the scale would not change in such a short demo. Here it starts at
+# 2**24, so that it must come down, and grows after 100 good steps. A short run starts lower: one
 # halving for each 8 steps that it lacks.
 _INITIAL_EXPONENT = 24
 _GROWTH_INTERVAL = 100
@@ -23,21 +23,21 @@ _STEPS_PER_HALVING = 8
 
 
 class DemoError(KerasMPError, ValueError):
-    """The demo cannot use a setting or a data set."""
+    """Raised if the demo cannot use a setting or a data set."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One way to train: a policy, and what happens to the loss.
+    """One way to train: a policy and a loss-scale schedule.
 
     Args:
         name: Its name in `--policies`.
         policy: The name of the Keras policy under which the model is built.
-        loss_scale: The schedule. With None, the model trains with a plain optimizer.
+        loss_scale: The schedule; None for a plain optimizer.
         guarded: Whether the model is a `kerasmp.Model`, in which skipped steps leave no trace. If
-            not, it is a stock `keras.Model` without automatic scaling, and nothing checks the
+            not, it is a stock `keras.Model` without automatic loss scaling, and nothing checks the
             gradients.
-        summary: One line that describes it.
+        summary: A one-line description.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Recipe:
     summary: str
 
     def within(self, steps: int) -> Recipe:
-        """Return the recipe for a run of so many steps. A short run starts at a lower scale."""
+        """Return the recipe for a run of `steps` steps. A short run starts at a lower scale."""
         if not isinstance(self.loss_scale, DynamicLossScale):
             return self
         default = int(math.log2(DynamicLossScale().initial_scale))
@@ -57,7 +57,7 @@ class Recipe:
 def _dynamic(exponent: int) -> Recipe:
     schedule = DynamicLossScale(2.0**exponent, growth_interval=_GROWTH_INTERVAL)
     summary = (
-        f"float16, the loss scaled dynamically: from {schedule.initial_scale:,.0f}, doubled "
+        f"float16 with a dynamic loss scale: from {schedule.initial_scale:,.0f}, doubled "
         f"after {schedule.growth_interval} good steps."
     )
     return Recipe("mixed_float16", "mixed_float16", schedule, guarded=True, summary=summary)
@@ -78,14 +78,14 @@ RECIPES: tuple[Recipe, ...] = (
         "mixed_float16",
         FixedLossScale(),
         True,
-        f"float16 with the loss always scaled by {FixedLossScale().initial_scale:,.0f}.",
+        f"float16 with a fixed loss scale of {FixedLossScale().initial_scale:,.0f}.",
     ),
     Recipe(
         "mixed_float16_unscaled",
         "mixed_float16",
         None,
         False,
-        "The cautionary case: float16, the loss not scaled, no check, stock keras.Model.",
+        "The cautionary case: float16 without loss scaling or checks, in a stock keras.Model.",
     ),
 )
 
@@ -95,19 +95,19 @@ class DemoSettings:
     """What to train, on which data, and for how long.
 
     Args:
-        dataset: The name of a tfds data set that is prepared on disk, as "name", "name/config" or
-            "name:1.2.3". The default is the digits that are part of scikit-learn.
+        dataset: A tfds data set that is prepared on disk: "name", "name/config" or "name:1.2.3".
+            The default is the digits that ship with scikit-learn.
         data_dir: The folder with prepared data sets. None means the user's cache for the digits,
-            and tfds's own default folder for all others.
-        epochs: Passes over the training images.
+            and the default folder of tfds for all others.
+        epochs: The number of passes over the training images.
         policies: Names of recipes. Empty means all.
-        seed: Decides the initial weights and the order of the images, for every recipe alike.
-        batch_size: Images a step.
+        seed: Sets the initial weights and the order of the images, the same for every recipe.
+        batch_size: The number of images in a step.
         limit: Use at most this many training and this many test images. None means all.
 
     Raises:
-        DemoError: If a value cannot work.
-        ArgumentTypeError: If a number is not an integer, or `policies` are not strings.
+        DemoError: If a value is out of range, or a recipe is unknown.
+        ArgumentTypeError: If a number is not an integer, or `policies` is not a list of strings.
 
     Example:
 
@@ -135,16 +135,16 @@ class DemoSettings:
         is_list = isinstance(given, Collection) and not isinstance(given, str)
         if not (is_list and all(isinstance(name, str) for name in given)):
             raise ArgumentTypeError(
-                "`policies` is not a tuple of names.",
+                "`policies` has an invalid value.",
                 received=repr(given),
-                expected="names of recipes in a tuple",
-                fix='For example policies=("mixed_float16",).',
+                expected="a tuple of recipe names",
+                fix='For example, pass policies=("mixed_float16",).',
             )
         known = [recipe.name for recipe in RECIPES]
         for name in given:
             if name not in known:
                 raise DemoError(
-                    "The demo has no policy of this name.",
+                    "The demo has no policy with this name.",
                     received=repr(name),
                     expected=", ".join(known),
                     fix=did_you_mean(name, known),
@@ -152,14 +152,14 @@ class DemoSettings:
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
-        """The recipes to train, in the order of `RECIPES` and each once."""
+        """The recipes to train, in the order of `RECIPES`, without duplicates."""
         return tuple(
             recipe for recipe in RECIPES if not self.policies or recipe.name in self.policies
         )
 
     @property
     def folder(self) -> Path:
-        """The folder in which to look for the data set."""
+        """The folder that contains the data set."""
         if self.data_dir is not None:
             return Path(self.data_dir).expanduser()
         if self.dataset == DIGITS:

@@ -1,4 +1,4 @@
-"""The callback that reads the loss, the scale and the time while a demo trains."""
+"""The callback that records the scale and the time of a demo, and reports its progress."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from kerasmp.optimizer import LossScaleOptimizer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# On JAX a reading waits until the state has come back from the device. Every 16 steps this costs
-# too little to measure.
+# On JAX a reading waits for the device. Every 16 steps, the cost is too small to measure.
 _EVERY = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a demo has come.
+    """The progress of a demo.
 
     Args:
-        recipe: The name of the recipe that trains.
+        recipe: The name of the recipe that is training.
         run: Its number, from 1.
         runs: The number of recipes.
-        step: Steps done under it.
-        steps: All steps under it.
+        step: The number of steps done with this recipe.
+        steps: The total number of steps with this recipe.
         loss: The mean training loss of the epoch so far; None before the first step.
         finished: Whether the run is over.
     """
@@ -45,12 +44,12 @@ class Progress:
 
 
 class Watch(keras.callbacks.Callback):
-    """Measures the time of the steps, follows the scale and reports progress.
+    """Measures the time of a step, records the loss scale, and reports progress.
 
     Args:
-        report: Called with the progress now and then; None for no report.
+        report: Called with the progress every few steps, or None.
         start: The progress before the first step.
-        steps: Steps of an epoch.
+        steps: The number of steps in an epoch.
     """
 
     def __init__(
@@ -61,38 +60,38 @@ class Watch(keras.callbacks.Callback):
         self._start = start
         self._steps = steps
         self._seconds: list[float] = []
-        self._steps_before = 0
+        self._first_step = 0
         self._skipped = 0
         self.scales: list[ScaleReading] = []
 
     @property
     def seconds_per_step(self) -> float:
-        """The median over the epochs, the first one left out if there are more; NaN if unknown."""
+        """The median over the epochs, without the first if there are more; NaN if unknown."""
         return median(self._seconds[1:] or self._seconds or [float("nan")])
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002 - Keras's
-        """Read for the first time."""
+        """Take the first reading."""
         self._read(0)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
-        """Remember the steps before this epoch."""
-        self._steps_before = epoch * self._steps
+        """Remember the number of steps before this epoch."""
+        self._first_step = epoch * self._steps
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Read after some of the steps, and measure the time from the first to the last step."""
+        """Take a reading after some steps, and measure the time from the first to the last."""
         last = batch == self._steps - 1
         if not (last or batch % _EVERY == 0):
             return
-        # This waits until the step is done, so the time is right.
+        # float() waits until the step is done, so the time is right.
         loss = float((logs or {})["loss"])
         if batch == 0:
             self._first_step_end = time.perf_counter()
         elif last:
             self._seconds.append((time.perf_counter() - self._first_step_end) / batch)
-        self._read(self._steps_before + batch + 1, loss)
+        self._read(self._first_step + batch + 1, loss)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Report the end."""
+        """Report that the run is over."""
         if self._report is not None:
             loss = (logs or {})["loss"]
             steps = self._start.steps

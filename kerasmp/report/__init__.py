@@ -1,4 +1,4 @@
-"""Turns results into text, plots, HTML and JSON. No other package formats results."""
+"""Formats results as text, tables, plots, HTML and JSON. No other package formats results."""
 
 from kerasmp.report.files import check_folder, write_demo
 from kerasmp.report.html import demo_html

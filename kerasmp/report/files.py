@@ -1,4 +1,4 @@
-"""Writes reports to disk. The folder is checked first, and a file is never half written."""
+"""Writes reports to disk: checks the folder first, and never leaves a half-written file."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 
 def check_folder(folder: Path) -> Path:
-    """Check that a folder can be created and written. Call this before the work.
+    """Check that a folder is writable or can be created. Call this before the work starts.
 
     Args:
-        folder: The folder. If it does not exist, it does not exist afterwards either.
+        folder: The folder. If it does not exist, the check does not create it.
 
     Returns:
         The folder, with "~" replaced by the user's home.
 
     Raises:
-        OutputError: If it cannot be created or written.
+        OutputError: If the folder cannot be created or written.
     """
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise _cannot_write(folder, NotADirectoryError(errno.ENOTDIR, "it is a file"))
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    created = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -40,21 +40,21 @@ def check_folder(folder: Path) -> Path:
     except OSError as error:
         raise _cannot_write(folder, error) from error
     finally:
-        for each in made:
+        for each in created:
             with contextlib.suppress(OSError):
                 each.rmdir()
     return folder
 
 
 def write_demo(result: DemoResult, folder: Path) -> tuple[Path, Path]:
-    """Write `report.html` and `results.json`. Files of the same names are replaced.
+    """Write `report.html` and `results.json`, and replace earlier files of these names.
 
     Args:
         result: The result of `run_demo`.
         folder: The folder.
 
     Returns:
-        The paths of the report and of the results.
+        The paths of the report and the results.
 
     Raises:
         OutputError: If a file cannot be written.
@@ -68,7 +68,7 @@ def write_demo(result: DemoResult, folder: Path) -> tuple[Path, Path]:
 
 
 def _replace(path: Path, text: str) -> None:
-    # An interrupted run must not leave half a report in place of an earlier one.
+    # An interrupted run must not replace an earlier report by half of a new one.
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -82,6 +82,6 @@ def _cannot_write(path: Path, error: OSError) -> OutputError:
     return OutputError(
         "The report cannot be written.",
         received=f"{path} ({error.strerror or error})",
-        expected="a folder that can be written",
-        fix="Pass another one with --output.",
+        expected="a writable folder",
+        fix="Pass another folder with --output.",
     )

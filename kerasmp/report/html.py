@@ -1,4 +1,4 @@
-"""Turns results into one HTML page that needs no other file."""
+"""Formats results as one HTML page that needs no other file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def demo_html(result: DemoResult) -> str:
-    """Return a page with the settings, the table and the plots. It loads no other file.
+    """Return a page with the settings, the table and the plots. It loads no other files.
 
     Args:
         result: The result of `run_demo`.
@@ -41,7 +41,7 @@ def demo_html(result: DemoResult) -> str:
 
 
 def _facts(result: DemoResult) -> list[tuple[str, str]]:
-    where = result.environment
+    environment = result.environment
     height, width, channels = result.image_shape
     settings = result.settings
     data = (
@@ -54,22 +54,22 @@ def _facts(result: DemoResult) -> list[tuple[str, str]]:
         f"seed {settings.seed}"
     )
     hardware = (
-        f"{where.processor}, {where.cores} cores for this process, {', '.join(where.devices)}, "
-        f"{where.system}"
+        f"{environment.processor}, {environment.cores} cores for this process, "
+        f"{', '.join(environment.devices)}, {environment.system}"
     )
     return [
         ("data", data),
         ("network", f"a CNN with {result.parameters:,} weights"),
         ("training", training),
         ("took", f"{seconds(result.seconds)} in all"),
-        ("versions", ", ".join(f"{name} {text}" for name, text in where.versions.items())),
+        ("versions", ", ".join(f"{name} {text}" for name, text in environment.versions.items())),
         ("hardware", hardware),
-        ("recommended here", f"{where.recommended}. {where.reason}"),
+        ("recommended policy", f"{environment.recommended}. {environment.reason}"),
     ]
 
 
 def _shares(result: DemoResult) -> list[tuple[str, ...]]:
-    """Return what float16 would make of the gradients at the final scales, as rows of a table."""
+    """Return table rows: what float16 would make of the gradients at each run's final scale."""
     scales = sorted({1.0, *(run.final_scale for run in result.runs if run.final_scale)})
     rows = []
     for histogram in result.histograms:

@@ -1,4 +1,4 @@
-"""Turns results into SVG drawings that are part of a page and follow its colours."""
+"""Draws results as SVG elements that follow the colours of their page."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
     from kerasmp.demo import DemoResult, ExponentHistogram, ScaleReading
 
-# They are legible on white and on black, and the colour-blind can tell them apart (Okabe and Ito).
-# Each has a line style of its own.
+# Legible on white and on black, and distinct for the colour-blind (Okabe and Ito). Each colour also
+# has its own line style.
 _COLOURS = ("#808080", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
 _STYLES = ("-", "--", "-", "-.", ":")
-# It is replaced by "currentColor", the text colour of the page, which matplotlib does not know.
+# A placeholder for "currentColor", the text colour of the page, which matplotlib does not know.
 _TEXT_COLOUR = "#010203"
 _FAINT = 0.25  # opacity
 _SETTINGS: Any = {
@@ -38,13 +38,13 @@ _SETTINGS: Any = {
 
 
 def loss_curves(result: DemoResult) -> str:
-    """Return the training and test losses of all runs over the epochs, as SVG."""
+    """Return an SVG plot of the training and test losses of all runs over the epochs."""
     label = "Loss over the epochs, one line for each policy"
     return _svg("loss", label, 2, lambda axes: _draw_losses(axes, result))
 
 
 def scale_curves(result: DemoResult) -> str:
-    """Return the loss scale over the steps, with skips marked, as SVG; empty if none was scaled."""
+    """Return an SVG plot of the loss scales over the steps, or "" if no loss was scaled."""
     if not any(run.scales for run in result.runs):
         return ""
     label = "Loss scale over the steps, with skipped steps marked"
@@ -52,25 +52,25 @@ def scale_curves(result: DemoResult) -> str:
 
 
 def exponent_histograms(result: DemoResult) -> str:
-    """Return the exponents of the gradients against float16's range, as SVG."""
+    """Return an SVG plot of the exponents of the gradients and float16's range."""
     label = "Histogram of gradient exponents against float16's range"
     return _svg("exponents", label, 2, lambda axes: _draw_exponents(axes, result))
 
 
 def _svg(name: str, label: str, columns: int, draw: Callable[[Sequence[Any]], None]) -> str:
-    """Return what `draw` puts on the axes as an SVG element.
+    """Return a plot as an SVG element.
 
     Args:
-        name: A prefix of all ids, since several drawings in a page must not share them.
+        name: A prefix for all ids, which must be unique in a page.
         label: A description for screen readers.
         columns: The number of axes.
-        draw: Draws on the axes.
+        draw: A function that draws on the axes.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context(_SETTINGS):
-        # pyplot would look for a display, and keep the figure for good.
+        # pyplot would look for a display and never release the figure.
         figure = Figure(figsize=(9.6, 3.6), layout="constrained")
         axes = figure.subplots(1, columns, squeeze=False)[0]
         for each in axes:
@@ -85,9 +85,9 @@ def _svg(name: str, label: str, columns: int, draw: Callable[[Sequence[Any]], No
 
 
 def _inline(svg: str, name: str, label: str) -> str:
-    """Return matplotlib's SVG file as an element of a page."""
+    """Return an SVG file of matplotlib as an element of a page."""
     svg = svg[svg.index("<svg") :]
-    # The page decides on the size.
+    # The page sets the size.
     head, rest = svg.split(">", 1)
     head = " ".join(part for part in head.split() if not part.startswith(("width=", "height=")))
     svg = f'{head} role="img" aria-label="{label}">{rest}'
@@ -133,7 +133,7 @@ def _mark_skips(axes: Any, skips: Sequence[ScaleReading], colour: str) -> None:
         return
     axes.scatter(
         [reading.step for reading in skips], [reading.scale for reading in skips],
-        marker="x", color=colour, zorder=3, label="skipped since the reading before",
+        marker="x", color=colour, zorder=3, label="steps skipped since the previous reading",
     )  # fmt: skip
     for reading in skips:
         axes.annotate(

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class ProgressDisplay:
-    """Shows `Progress` events. It is a context manager, and the callable that `run_demo` takes.
+    """A context manager that shows progress. Pass it to `run_demo` as `progress`.
 
-    On a terminal each policy has a bar with the steps and the loss. Elsewhere, for example in a log
-    file, each policy has one line when it starts and one when it has ended.
+    On a terminal, each policy gets a bar with the steps and the loss. Elsewhere, for example in a
+    log file, it gets one line when it starts and one when it ends.
 
     Args:
         console: The Rich console to write to.
@@ -49,12 +49,12 @@ class ProgressDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop the bars. They stay on the screen."""
+        """Stop the bars, and leave them on the screen."""
         if self._bars is not None:
             self._bars.stop()
 
     def __call__(self, event: Progress) -> None:
-        """Show one event."""
+        """Show an event."""
         name, loss = f"{event.run}/{event.runs} {event.recipe}", number(event.loss, ".4f")
         new = event.recipe not in self._tasks
         if self._bars is None:

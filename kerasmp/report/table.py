@@ -1,4 +1,4 @@
-"""Turns results into Rich tables."""
+"""Formats results as Rich tables."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from kerasmp.diagnosis import LintReport
 
 _CAPTION = (
-    "accuracy and loss: on the test images, at the end. time a step: wall time in fit, without "
-    "compilation. skipped: steps. memory: the layers' outputs for one batch, computed from shapes "
-    "and dtypes, not measured. All weights are float32."
+    "accuracy and loss: on the test images, after the last epoch. time a step: wall time in fit, "
+    "without compilation. skipped: number of skipped steps. memory: the layer outputs for one "
+    "batch, computed from shapes and dtypes, not measured. All weights are float32."
 )
 
 
 def demo_table(result: DemoResult) -> Table:
-    """Return the table at the end of a demo, with a row for each policy.
+    """Return the results of a demo as a table with a row for each policy.
 
     Args:
         result: The result of `run_demo`.
@@ -32,7 +32,7 @@ def demo_table(result: DemoResult) -> Table:
     from rich.table import Table
 
     table = Table(
-        # Narrow enough for 80 columns.
+        # Must fit 80 columns.
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
         title=f"{result.dataset}: {result.train_images:,} + {result.test_images:,} images, "
@@ -50,7 +50,7 @@ def demo_table(result: DemoResult) -> Table:
 
 
 def environment_table(environment: Environment) -> Table:
-    """Return versions, devices and the recommended policy as a table of two columns.
+    """Return versions, devices and the recommended policy as a table with two columns.
 
     Args:
         environment: The result of `kerasmp.demo.environment`.
@@ -78,7 +78,7 @@ def environment_table(environment: Environment) -> Table:
 
 
 def lint_table(report: LintReport) -> Table:
-    """Return the findings of lint as a table with a row for each.
+    """Return the findings of `lint` as a table with a row for each finding.
 
     Args:
         report: The result of `kerasmp.lint`.
@@ -91,9 +91,9 @@ def lint_table(report: LintReport) -> Table:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    for column in ("", "place", "rule", "what is wrong, and what to do"):
+    for column in ("severity", "place", "rule", "problem and remedy"):
         table.add_column(column, overflow="fold")
     for each in report:
-        words = (each.severity, each.place, each.rule, f"{each.reason} {each.remedy}")
-        table.add_row(*map(Text, words))
+        row = (each.severity, each.place, each.rule, f"{each.reason} {each.remedy}")
+        table.add_row(*map(Text, row))
     return table

@@ -1,4 +1,4 @@
-"""Turns numbers into text, the same for the terminal and for the page."""
+"""Formats numbers, in the same way for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ COLUMNS = (
 
 
 def number(value: float | None, pattern: str, unit: str = "") -> str:
-    """Return a number as text: a dash for None, and "inf" or "nan" without a unit.
+    """Format a number: None as a dash, and "inf" or "nan" without a unit.
 
     Args:
         value: The number.
         pattern: A format specification, such as ".3f".
-        unit: The unit behind it.
+        unit: A suffix, such as " ms".
 
     Example:
 
@@ -40,7 +40,7 @@ def number(value: float | None, pattern: str, unit: str = "") -> str:
 
 
 def scale(value: float | None) -> str:
-    """Return a scale, as a power of two where it is one.
+    """Format a loss scale, as a power of two if it is one.
 
     Example:
 
@@ -54,7 +54,7 @@ def scale(value: float | None) -> str:
 
 
 def kibibytes(value: int) -> str:
-    """Return a number of bytes in KiB or MiB.
+    """Format a number of bytes in KiB or MiB.
 
     Example:
 
@@ -66,7 +66,7 @@ def kibibytes(value: int) -> str:
 
 
 def cells(run: RunResult) -> tuple[str, ...]:
-    """Return the row of one run, with a cell for each of `COLUMNS`."""
+    """Return the table row of a run, with a cell for each of `COLUMNS`."""
     milliseconds = None if math.isnan(run.seconds_per_step) else run.seconds_per_step * 1e3
     return (
         run.recipe.name,
@@ -80,7 +80,7 @@ def cells(run: RunResult) -> tuple[str, ...]:
 
 
 def seconds(value: float) -> str:
-    """Return a duration.
+    """Format a duration.
 
     Example:
 
@@ -94,7 +94,7 @@ def seconds(value: float) -> str:
 
 
 def plain(value: object) -> object:
-    """Return a result as a value for JSON. A number that is not finite becomes None.
+    """Convert a result to JSON values. Numbers that are not finite become None.
 
     Args:
         value: A result, or a part of one.

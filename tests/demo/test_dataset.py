@@ -142,7 +142,7 @@ def test_a_data_set_with_lost_files_is_an_error_of_ours(tmp_path):
     write(tmp_path, "tiny", features)
     for shard in (tmp_path / "tiny" / "1.2.3").glob("*tfrecord*"):
         shard.unlink()
-    with pytest.raises(DatasetError, match=r"cannot be read.*'tiny'.*Prepare it again"):
+    with pytest.raises(DatasetError, match=r"cannot be read.*'tiny'.*Prepare the data set again"):
         load(DemoSettings(dataset="tiny", data_dir=tmp_path))
 
 
@@ -150,13 +150,13 @@ def test_a_data_set_with_lost_files_is_an_error_of_ours(tmp_path):
 def test_digits_that_cannot_be_prepared(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(OutputError, match=r"cannot be prepared.*--data-dir"):
+    with pytest.raises(OutputError, match=r"cannot be written.*--data-dir"):
         load(DemoSettings(data_dir=file))
 
 
 @pytest.mark.unit
 def test_a_missing_package_is_named_before_any_work(monkeypatch):
-    monkeypatch.setitem(dataset._NEEDED, "no_such_module", "no-such-package")
+    monkeypatch.setitem(dataset._REQUIRED, "no_such_module", "no-such-package")
     monkeypatch.setattr(
         dataset.importlib.util,
         "find_spec",
@@ -196,7 +196,7 @@ def test_what_is_not_there_is_an_error_with_what_is(tmp_path, name):
     with pytest.raises(DatasetError) as caught:
         find(tmp_path, name)
     message = str(caught.value)
-    assert f"{name!r}, looked for in {tmp_path}" in message
+    assert f"{name!r}, searched in {tmp_path}" in message
     assert "Expected: kerasmp_digits, b/config, fashion." in message
     if name == "fasion":
         assert message.endswith('Did you mean "fashion"?')

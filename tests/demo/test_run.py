@@ -146,11 +146,11 @@ def test_batches_are_full_and_reshuffled_and_each_time_the_same(images):
 
 
 @pytest.mark.unit
-def test_warnings_of_kerasmp_are_kept_and_others_handed_on():
+def test_kerasmp_warnings_are_kept_and_others_handed_on():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.warn("mind the scale", LossScaleWarning, stacklevel=1)
         warnings.warn("somebody else's", UserWarning, stacklevel=1)
     with pytest.warns(UserWarning, match="somebody else's") as handed_on:
-        assert run._warnings_of_kerasmp(caught) == ("mind the scale",)
+        assert run._kerasmp_warnings(caught) == ("mind the scale",)
     assert len(handed_on) == 1

@@ -74,7 +74,7 @@ def test_numbers_of_the_wrong_type(value):
 
 @pytest.mark.parametrize("value", [3, None, "float32", (1,)])
 def test_policies_that_are_no_names(value):
-    with pytest.raises(ArgumentTypeError, match="`policies` is not a tuple of names"):
+    with pytest.raises(ArgumentTypeError, match="`policies` has an invalid value"):
         DemoSettings(policies=value)
 
 
