@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kerasmp.diagnosis import LintReport
 
 _CAPTION = (
-    "accuracy and loss: on the test images, after the last epoch. time a step: wall time in fit, "
+    "accuracy and loss: on the test images, after the last epoch. time per step: wall time in fit, "
     "without compilation. skipped: number of skipped steps. memory: the layer outputs for one "
     "batch, computed from shapes and dtypes, not measured. All weights are float32."
 )

@@ -14,7 +14,7 @@ COLUMNS = (
     "policy",
     "accuracy",
     "loss",
-    "time a step",
+    "time per step",
     "skipped",
     "final scale",
     "memory",
