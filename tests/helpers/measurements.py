@@ -1,4 +1,4 @@
-"""What a page of docs/ is made from: JSON beside it, by run, such as a backend. No framework."""
+"""Reads and writes the measurements behind a page of docs/: a JSON file beside it, by run."""
 
 import json
 from pathlib import Path
@@ -7,18 +7,18 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def read(path):
-    """Return what is measured, by run."""
+    """Return the measurements, by run."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def write(path, data, page):
-    """Keep what is measured, and the page that was made from it."""
+    """Write the measurements and the page that was generated from them."""
     path.write_text(compact(data), encoding="utf-8")
     path.with_suffix(".md").write_text(page, encoding="utf-8")
 
 
 def compact(data):
-    """Return JSON with a line for each row, so that a change shows as the lines that changed."""
+    """Return JSON with one line per row, so that a diff shows the rows that changed."""
     parts = []
     for run, entry in sorted(data.items()):
         head = {key: value for key, value in entry.items() if key != "rows"}
