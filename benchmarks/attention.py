@@ -1,7 +1,7 @@
-"""What safe attention costs: one training step of stock layers in float16, and of ours.
+"""Compares attention in kerasmp with stock layers in float16: a forward and a backward pass.
 
-Forward and backward pass over one layer. Stock MultiHeadAttention does not run in float16 on JAX's
-CPU: there, and as one more line elsewhere, the stock layer in float32 is what to compare with.
+Stock MultiHeadAttention does not run in float16 on CPUs with JAX. There, the baseline is the stock
+layer in float32, which is also shown on other backends.
 
     KERAS_BACKEND=tensorflow python benchmarks/attention.py --jit no
     KERAS_BACKEND=tensorflow python benchmarks/attention.py --jit yes
@@ -63,7 +63,7 @@ KINDS = {
 
 
 def step(make, module, dtype, *, jit):
-    """Return a function that does one step and waits for it."""
+    """Return a function that runs one step and waits for it."""
     layer, call = make(module, dtype)
     x = np.random.default_rng(0).normal(size=(BATCH, TIME, WIDTH)).astype("float32")
     call(keras.ops.convert_to_tensor(x))
@@ -88,7 +88,7 @@ def _tensorflow(layer, call, x, *, jit):
 def _jax(layer, call, x, *, jit):  # noqa: ARG001 - always compiled
     import jax
 
-    # All state, the seed of a dropout too: what a step assigns to must be an argument of it.
+    # All state, including dropout seeds: a step may assign only to its arguments.
     variables = layer.non_trainable_variables
 
     @jax.jit
@@ -107,7 +107,7 @@ def _jax(layer, call, x, *, jit):  # noqa: ARG001 - always compiled
 
 
 def variants(kind, *, jit):
-    """Return what is compared, by name: stock in float16 first, where it runs."""
+    """Return the functions to compare, by name: first stock in float16, if it runs."""
     compared = {
         "stock float16": (STOCK, "mixed_float16"),
         "kerasmp float16": (layers, "mixed_float16"),
@@ -120,9 +120,9 @@ def variants(kind, *, jit):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kinds", nargs="*", help=f"of {', '.join(KINDS)}; default all")
+    parser.add_argument("kinds", nargs="*", help=f"any of {', '.join(KINDS)}; default: all")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=5, help="in a round")
+    parser.add_argument("--steps", type=int, default=5, help="steps in a round")
     parser.add_argument("--jit", choices=["no", "yes"], default="no")
     arguments = parser.parse_args()
     jit = arguments.jit == "yes" or keras.backend.backend() == "jax"

@@ -1,6 +1,7 @@
-"""How long `convert` takes with ResNet50 of `keras.applications`, as it is and with safe layers.
+"""Measures `convert` of ResNet50 from `keras.applications`, with and without safe layers.
 
-Trees of kerasmp to compare take turns, each with a new model in a process of its own:
+To compare several versions of kerasmp, pass their folders. They run in turns, each with a new model
+in a new process:
 
     KERAS_BACKEND=tensorflow python benchmarks/convert.py OLD NEW
 """
@@ -16,7 +17,7 @@ import keras
 
 import kerasmp as mp
 
-WAYS = {"as it is": {}, "safe layers": {"safe_layers": True}}
+WAYS = {"stock layers": {}, "safe layers": {"safe_layers": True}}
 ROUNDS = 7
 
 
@@ -33,7 +34,7 @@ if len(sys.argv) == 1:
 found = {tree: [] for tree in sys.argv[1:]}
 for tree in list(found) * ROUNDS:
     command, there = [sys.executable, __file__], {**os.environ, "PYTHONPATH": tree}
-    found[tree].append(json.loads(subprocess.check_output(command, env=there).splitlines()[-1]))  # noqa: S603 - this very script
+    found[tree].append(json.loads(subprocess.check_output(command, env=there).splitlines()[-1]))  # noqa: S603 - this file
 for way in WAYS:
     medians = {tree: statistics.median(each[way] for each in found[tree]) for tree in found}
     for tree, taken in medians.items():

@@ -1,14 +1,14 @@
-"""What the least step could be, beside the optimizers: where a target is missed, and how far.
+"""Measures the minimum time of a step, to explain the targets that are missed.
 
-`graph` (TensorFlow): the transformer but for its embedding. The gradients alone; one
-`ResourceApplyAdam` for each of them, the cheapest update there is, run as soon as its gradient is
-there; and the same when all are there, as a check of all has to wait for them.
+`graph` (TensorFlow): the transformer without its embedding. Only the gradients; one
+`ResourceApplyAdam` for each, the cheapest possible update, as soon as its gradient is ready; and
+the same when all gradients are ready, because a check must wait for all of them.
 
-`xla` (TensorFlow) and `jax`: the transformer. The plain step which also looks at all gradients
-once, and tells what it saw; and on JAX one that goes by it. `xla` leaves out the embedding, too.
+`xla` (TensorFlow) and `jax`: the transformer. A plain step that also checks all gradients once and
+returns the result; and on JAX a step that branches on it. `xla` leaves out the embedding, too.
 
-`sparse` (TensorFlow): the bare loop of sparse.py. The least that scales, looks, branches and counts
-what is applied, by hand; and the same with a scale that grows.
+`sparse` (TensorFlow): the bare loop of sparse.py. The smallest step that scales, checks, branches
+and counts, written out; and the same with a growing scale.
 
     KERAS_BACKEND=tensorflow python benchmarks/floor.py graph xla sparse --rounds 60
     KERAS_BACKEND=jax python benchmarks/floor.py jax --rounds 60
@@ -40,11 +40,11 @@ def loss_of(y, logits):
 
 
 def stepping(update, *, jit=False):
-    """Return a function that takes a round of steps, each of which gives `update` the gradients.
+    """Return a function that runs a round of steps.
 
     Args:
-        update: Takes the variables, and returns a function of their gradients and how a loss is
-            scaled.
+        update: Takes the variables. Returns a function that applies their gradients, and a function
+            that scales the loss.
         jit: Whether XLA compiles the step.
     """
     import tensorflow as tf
@@ -71,17 +71,17 @@ def stepping(update, *, jit=False):
     return run
 
 
-def by_optimizer(wrap, look=None):
-    """Return an update by an optimizer of Keras's or ours, which may look at the gradients, too."""
+def by_optimizer(wrap, check=None):
+    """Return an update by an optimizer, optionally with a check of the gradients."""
 
     def update(variables):
         optimizer = wrap(adam())
         optimizer.build(variables)
 
         def apply(grads):
-            seen = [look(gradient) for gradient in grads] if look else []
+            checks = [check(gradient) for gradient in grads] if check else []
             optimizer.apply(grads, variables)
-            return seen
+            return checks
 
         return apply, getattr(optimizer, "scale_loss", lambda loss: loss)
 
@@ -89,12 +89,12 @@ def by_optimizer(wrap, look=None):
 
 
 def nothing(_):
-    """Return no update: the gradients are all there is."""
+    """Return an update that only computes the gradients."""
     return (lambda grads: grads), (lambda loss: loss)
 
 
 def by_kernels(*, wait):
-    """Return an update by one kernel for each gradient, which may wait for all of them."""
+    """Return an update with one kernel for each gradient, which may wait for all of them."""
     import tensorflow as tf
 
     def update(variables):
@@ -126,8 +126,8 @@ def by_kernels(*, wait):
 def graph():
     return {label: stepping(by_optimizer(wrap)) for label, wrap in OPTIMIZERS.items()} | {
         "gradients alone": stepping(nothing),
-        "a kernel for each, at once": stepping(by_kernels(wait=False)),
-        "a kernel for each, after all": stepping(by_kernels(wait=True)),
+        "a kernel for each, when ready": stepping(by_kernels(wait=False)),
+        "a kernel for each, when all are": stepping(by_kernels(wait=True)),
     }
 
 
@@ -136,26 +136,26 @@ def xla():
 
     zero = tf.Variable(0.0)  # known at run time only
 
-    def by_largest(gradient):
+    def by_maximum(gradient):
         return tf.math.is_finite(tf.reduce_max(tf.abs(gradient)))
 
     def by_product(gradient):  # 0 times inf or NaN is NaN
         rows = tf.reshape(gradient, (-1, gradient.shape[-1]))
         return tf.reduce_all(tf.equal(tf.matmul(rows, tf.fill((rows.shape[1], 1), zero)), 0))
 
-    def by_hand(*, wait):
-        """Return Adam as sums, on all gradients at once or on each where all are finite."""
+    def written_out(*, wait):
+        """Return Adam written out. With `wait`, it updates only if all gradients are finite."""
 
         def update(variables):
             moments = [[tf.Variable(tf.zeros(v.shape)) for _ in range(2)] for v in variables]
 
             def apply(grads):
-                fine = tf.reduce_all([by_product(g) for g in grads]) if wait else None
+                finite = tf.reduce_all([by_product(g) for g in grads]) if wait else None
                 for each, (m, v), g in zip(variables, moments, grads, strict=True):
                     new_m, new_v = m + (g - m) * 0.1, v + (g * g - v) * 0.001
                     new = each.value - 1e-4 * new_m / (tf.sqrt(new_v) + 1e-7)
                     for variable, value in ((m, new_m), (v, new_v), (each.value, new)):
-                        variable.assign(tf.where(fine, value, variable) if wait else value)
+                        variable.assign(tf.where(finite, value, variable) if wait else value)
                 return []
 
             return apply, lambda loss: loss
@@ -164,10 +164,10 @@ def xla():
 
     plain = OPTIMIZERS["plain"]
     named = {label: by_optimizer(wrap) for label, wrap in OPTIMIZERS.items()} | {
-        "plain, and a look (largest)": by_optimizer(plain, by_largest),
-        "plain, and a look (product)": by_optimizer(plain, by_product),
-        "by hand": by_hand(wait=False),
-        "by hand, where a look allows it": by_hand(wait=True),
+        "plain and check (maximum)": by_optimizer(plain, by_maximum),
+        "plain and check (product)": by_optimizer(plain, by_product),
+        "written out": written_out(wait=False),
+        "written out, selected by check": written_out(wait=True),
     }
     return {label: stepping(update, jit=True) for label, update in named.items()}
 
@@ -176,12 +176,12 @@ def xla():
 
 
 def jax_stepping(optimizer, update):
-    """Return a function that takes a round of compiled steps, whose state is donated.
+    """Return a function that runs a round of compiled steps, whose state is donated.
 
     Args:
         optimizer: The optimizer.
-        update: Takes it, its values, gradients and weights; returns new weights, new values, and
-            what else the step is to return.
+        update: Takes the optimizer, its values, the gradients and the weights. Returns new weights,
+            new values, and another output of the step.
     """
     import jax
 
@@ -200,8 +200,8 @@ def jax_stepping(optimizer, update):
     def step(state):
         weights, others, values = state
         found, grads = jax.value_and_grad(loss_with, has_aux=True)(weights, others, values)
-        weights, values, seen = update(optimizer, values, grads, weights)
-        return found[0], seen, (weights, found[1], values)
+        weights, values, other = update(optimizer, values, grads, weights)
+        return found[0], other, (weights, found[1], values)
 
     held = (model.trainable_variables, model.non_trainable_variables, optimizer.variables)
     state = [jax.tree.map(lambda v: v.value.copy(), [list(each) for each in held])]
@@ -224,7 +224,7 @@ def jax():
     def applied(optimizer, values, grads, weights):
         return *optimizer.stateless_apply(values, grads, weights), ()
 
-    def looking(optimizer, values, grads, weights):
+    def checking(optimizer, values, grads, weights):
         return *optimizer.stateless_apply(values, grads, weights), finite(grads)
 
     def branching(optimizer, values, grads, weights):
@@ -236,16 +236,16 @@ def jax():
         return *new, ()
 
     return {label: jax_stepping(wrap(adam()), applied) for label, wrap in OPTIMIZERS.items()} | {
-        "plain, and a look": jax_stepping(adam(), looking),
-        "plain, in a branch by a look": jax_stepping(adam(), branching),
+        "plain and check": jax_stepping(adam(), checking),
+        "plain in a branch by a check": jax_stepping(adam(), branching),
     }
 
 
 # ------------------------------------------------------------------------- the sparse bare loop
 
 
-class ByHand:
-    """Scaled SGD for one variable with a sparse gradient: no more than the names say."""
+class WrittenOut:
+    """Scaled SGD for one variable with a sparse gradient, and nothing else."""
 
     def __init__(self, *, grows):
         import tensorflow as tf
@@ -256,14 +256,14 @@ class ByHand:
         self.grows = grows
 
     def build(self, variables):
-        """Have everything already."""
+        """Do nothing: everything exists."""
 
     def scale_loss(self, loss):
-        """Return the loss times the scale."""
+        """Return the loss multiplied by the scale."""
         return loss * self.scale
 
     def apply(self, grads, variables):
-        """Update the rows if all of them are finite, else halve the scale."""
+        """Update the rows if all are finite, else halve the scale."""
         tf, scale = self.tf, self.scale.read_value()
 
         def update():
@@ -289,8 +289,8 @@ def sparse():
     from sparse import looping
 
     named = {label: wrap(keras.optimizers.SGD(0.1)) for label, wrap in OPTIMIZERS.items()} | {
-        "by hand, scale fixed": ByHand(grows=False),
-        "by hand, scale grows": ByHand(grows=True),
+        "written out, fixed scale": WrittenOut(grows=False),
+        "written out, growing scale": WrittenOut(grows=True),
     }
     return {label: looping(optimizer) for label, optimizer in named.items()}
 

@@ -1,7 +1,7 @@
-"""The rows of docs/performance.md on one NVIDIA GPU, with JAX and torch: in under eight minutes.
+"""Measures rows of docs/performance.md on one NVIDIA GPU, with JAX and torch, in eight minutes.
 
-First whether a step is right there: applied as by the plain optimizer, and skipped as a whole. What
-is measured is kept beside the rows of other machines, and the page made anew.
+First it checks that steps are correct there: applied as by the plain optimizer, or skipped as a
+whole. Then it stores the rows with those of other machines, and generates the page again.
 
     python benchmarks/gpu.py
 """
@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 
 LIMIT = 8 * 60  # seconds
-SHARE = {"jax": 0.5, "torch": 0.9}  # of the limit, at which a backend has to be done
+SHARE = {"jax": 0.5, "torch": 0.9}  # the share of the limit at which a backend must be done
 MEASURE = Path(__file__).with_name("performance.py")
 
 
 def check():
-    """Fail unless this backend computes on a GPU, applies what the plain one does, and skips."""
+    """Fail unless this backend runs on a GPU, updates like the plain optimizer, and skips steps."""
     import keras
     import numpy as np
 
@@ -35,22 +35,22 @@ def check():
 
     plain = trained(keras.optimizers.Adam(0.1), 1.0, [1.0, 2.0])
     optimizer = mp.LossScaleOptimizer(keras.optimizers.Adam(0.1), loss_scale=2.0**10)
-    ours = trained(optimizer, 2.0**10, [1.0, float("inf"), 2.0])
-    np.testing.assert_allclose(ours, plain, rtol=1e-5)
+    scaled = trained(optimizer, 2.0**10, [1.0, float("inf"), 2.0])
+    np.testing.assert_allclose(scaled, plain, rtol=1e-5)
     assert (optimizer.applied_steps, optimizer.skipped_steps) == (2, 1)
     device = str(keras.ops.array(0.0).device)
     assert "cuda" in device.lower(), f"computed on {device}"
 
 
 def run(backend, command, until):
-    """Run Python on a backend; return whether it succeeded in time."""
+    """Run a Python command on a backend, and return whether it succeeded in time."""
     environment = {**os.environ, "KERAS_BACKEND": backend}
     command = [sys.executable, *command]
     left = max(1.0, until - time.monotonic())
     try:
-        found = subprocess.run(command, env=environment, timeout=left, check=False)  # noqa: S603 - ourselves
+        found = subprocess.run(command, env=environment, timeout=left, check=False)  # noqa: S603 - this file
     except subprocess.TimeoutExpired:
-        print(f"{backend}: out of time; the rows that were measured are kept.")
+        print(f"{backend}: out of time. The rows measured so far are stored.")
         return False
     return found.returncode == 0
 
@@ -60,12 +60,12 @@ def main():
     failed = False
     for backend, share in SHARE.items():
         if importlib.util.find_spec(backend) is None:
-            print(f"{backend} is not installed; nothing is measured.")
+            print(f"{backend} is not installed, so nothing is measured.")
             failed = True
             continue
         until = started + share * LIMIT
         if not run(backend, [__file__, "check"], until):
-            print(f"{backend}: a step is wrong here, or there is no GPU; nothing is measured.")
+            print(f"{backend}: a step is wrong, or there is no GPU, so nothing is measured.")
             failed = True
             continue
         rows = ["update", "step/transformer", "step/mlp", "model/transformer", "model/mlp"]

@@ -1,7 +1,7 @@
-"""Ratios of times: what is compared takes turns in random order, in one process.
+"""Measures ratios of times: the variants run in turns, in random order, in one process.
 
-Absolute times on a machine that is shared mean little; the median over rounds of the ratio to the
-first of the compared, taken in the same round, holds still.
+Absolute times mean little on a shared machine. The median over all rounds of the ratio to the first
+variant, in the same round, is stable.
 """
 
 import math
@@ -13,16 +13,16 @@ import time
 
 import keras
 
-AGAIN = "again"  # the first of the compared once more: how far apart the same thing is from itself
+AGAIN = "again"  # a second copy of the first variant, which shows the noise
 
 
 def measure(compared, rounds):
     """Return wall and CPU seconds of each function in each round.
 
     Args:
-        compared: Dict of names and functions without arguments; the first is what others are
-            compared to. A round before the first one, which compiles, is left out.
-        rounds: How often each runs.
+        compared: Dict of names and functions without arguments. The first one is the baseline. An
+            extra round at the start, which compiles, does not count.
+        rounds: How often each function runs.
     """
     times = {name: [] for name in compared}
     for number in range(rounds + 1):
@@ -38,10 +38,10 @@ def measure(compared, rounds):
 
 
 def ratios(times):
-    """Return, for each name, the ratios of wall and of CPU time: the median and its interval.
+    """Return, for each name, the ratios of wall and CPU time: the median and its interval.
 
-    The interval holds the median of all rounds there could be with 95 % (the order statistics of
-    a sign test), whatever the distribution.
+    The interval is a 95 % confidence interval of the median (order statistics of a sign test), for
+    any distribution.
     """
     first = next(iter(times.values()))
     return {
@@ -61,7 +61,7 @@ def _median(values):
 
 
 def report(title, times):
-    """Print, for each name, the median ratio of wall time and, behind the slash, of CPU time."""
+    """Print, for each name, the median ratios of wall time / CPU time."""
     print(f"{title}: {keras.backend.backend()}, Keras {keras.__version__}", end=", ")
     print(f"{os.cpu_count()} cores, {platform.machine()}")
     for name, found in ratios(times).items():

@@ -1,6 +1,6 @@
-"""What kerasmp's layers cost in float16: a forward and a backward pass, stock Keras's and ours.
+"""Compares kerasmp's layers with stock layers in float16: a forward and a backward pass.
 
-Of an Embedding, a whole step with SGD, where its table is changed.
+For an Embedding, it is a whole step with SGD, which changes the table.
 
 KERAS_BACKEND=tensorflow python benchmarks/layers.py --jit no
 KERAS_BACKEND=tensorflow python benchmarks/layers.py --jit yes
@@ -59,8 +59,8 @@ CASES = {
     "Dot": ("Dot", {"axes": -1, "normalize": True}, (256, 1024), 10),
     "ActivityRegularization": ("ActivityRegularization", {"l2": 1e-3}, (256, 1024), 10),
 }
-OF_TWO = {"Average", "Dot"}  # inputs
-TRAINED = {"BatchNormalization", "SpectralNormalization"}  # do more while training
+TWO_INPUTS = {"Average", "Dot"}
+TRAINING = {"BatchNormalization", "SpectralNormalization"}  # do more in training
 
 
 def built(module, name, arguments, shape):
@@ -70,21 +70,21 @@ def built(module, name, arguments, shape):
     if name == "DenseHead" and module is keras.layers:
         name = "Dense"
     layer = getattr(module, name)(dtype="mixed_float16", **arguments)
-    layer.build([shape, shape] if name in OF_TWO else shape)
+    layer.build([shape, shape] if name in TWO_INPUTS else shape)
     return layer
 
 
 def called(layer, x):
-    """Return the loss of a call: the mean square of the outputs and what the call adds to it."""
+    """Return the loss of a call: the mean square of the outputs plus the losses it adds."""
     name = type(layer).__name__
-    training = {"training": True} if name in TRAINED else {}
-    outputs = layer([x, x] if name in OF_TWO else x, **training)
+    training = {"training": True} if name in TRAINING else {}
+    outputs = layer([x, x] if name in TWO_INPUTS else x, **training)
     added = sum(ops.cast(loss, "float32") for loss in layer.losses)
     return ops.mean(ops.square(ops.cast(outputs, "float32"))) + added
 
 
 def passing(layer, x, repeats, *, jit):
-    """Return a function that runs the layer forward and backward, a few times."""
+    """Return a function that runs the layer forward and backward a few times."""
     run = {"tensorflow": _tensorflow, "jax": _jax}[keras.backend.backend()](layer, jit)
 
     def repeat():
@@ -107,7 +107,7 @@ def _tensorflow(layer, jit):
     return lambda x: [g.numpy() for g in step(tf.constant(x))]
 
 
-def _jax(layer, jit):  # noqa: ARG001 - JAX has no other way
+def _jax(layer, jit):  # noqa: ARG001 - always compiled
     import jax
 
     variables = layer.variables
@@ -133,7 +133,7 @@ def stepping(layer, batch, repeats, *, jit):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; default all")
+    parser.add_argument("cases", nargs="*", help=f"any of {', '.join(CASES)}; default: all")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--jit", choices=["no", "yes"], default="no")
     arguments = parser.parse_args()

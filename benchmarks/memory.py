@@ -1,6 +1,6 @@
-"""The most memory that an update takes beside weights, state and gradients: fresh processes.
+"""Measures the peak memory of an update besides weights, state and gradients, in new processes.
 
-On TensorFlow, whose graph has no count of it; on Linux, which says what a process has held.
+Only for TensorFlow, whose graphs have no memory analysis, and on Linux, which records the peak.
 """
 
 import os
@@ -14,26 +14,26 @@ NAMES = ("adam", "clipped", "momentum")
 
 
 def variants(name, jit):
-    """Return nothing to run, and what was counted, by name."""
+    """Return no functions, and the counts by name."""
     command = [sys.executable, __file__, name, "jit" if jit else "graph"]
-    # What is given back goes to the system, and does not count as held before the next step. Where
-    # TensorFlow finds a CPU that suits oneDNN, an allocator of its own would keep it.
-    given_back = {"MALLOC_MMAP_THRESHOLD_": "1000000", "TF_ENABLE_ONEDNN_OPTS": "0"}
-    environment = os.environ | given_back
+    # Return freed memory to the system, so that it does not count as held before the next step.
+    # With oneDNN, TensorFlow uses an allocator that keeps it.
+    freeing = {"MALLOC_MMAP_THRESHOLD_": "1000000", "TF_ENABLE_ONEDNN_OPTS": "0"}
+    environment = os.environ | freeing
     counts = {}
     for label in ("plain", "stock", "kerasmp"):
-        said = subprocess.check_output([*command, label], env=environment)  # noqa: S603 - ourselves
-        counts[label] = {"MB held": round(float(said), 1)}
+        output = subprocess.check_output([*command, label], env=environment)  # noqa: S603 - this file
+        counts[label] = {"MB held": round(float(output), 1)}
     return {}, counts
 
 
 def held(name, way, label):
-    """Return the megabytes that the process holds at its peak in a step, beyond those before."""
+    """Return the peak memory of this process in a step, beyond its memory before, in megabytes."""
     import update
 
     optimizer = update.OPTIMIZERS[label](update.INNER[name]())
     step, _ = update.on_tensorflow(optimizer, way == "jit")
-    step()  # traces, compiles, and makes what stays
+    step()  # traces, compiles, and allocates what stays
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
     before = _status("VmRSS")
     for _ in range(3):
@@ -42,7 +42,7 @@ def held(name, way, label):
 
 
 def _status(key):
-    """Return a line of what Linux says of this process, in kB."""
+    """Return an entry of this process's status in Linux, in kB."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1])
 

@@ -1,9 +1,10 @@
-"""What `kerasmp.Model` and the monitor cost a training step on top of `keras.Model`.
+"""Defines the cost of `kerasmp.Model` and OverflowMonitor compared with `keras.Model`.
 
-All with our LossScaleOptimizer, so that nothing differs but what undoes a skipped step, or what
-watches it. Networks as in `overhead.py`: an MLP of 20 Dense and 20 BatchNormalization layers, which
-is bound by the number of kernels and has 40 statistics to guard, and a transformer of 20 million
-parameters. The monitor looks every 50 of the 200 steps of a round, and when `fit` begins and ends.
+All variants use kerasmp's LossScaleOptimizer, so they differ only in the protection against skipped
+steps, or in the monitor. The networks are those of `overhead.py`: an MLP with 20 Dense and 20
+BatchNormalization layers, which is limited by the number of kernels and has 40 statistics to
+protect, and a transformer with 20 million parameters. The monitor reads every 50 of the 200 steps
+in a round, and when `fit` begins and ends.
 """
 
 import interleaved
@@ -16,7 +17,7 @@ NAMES = ("mlp", "transformer", "monitor")
 
 
 def variants(name, jit):
-    """Return what is compared, by name, and nothing that was counted."""
+    """Return the functions to compare, by name, and no counts."""
     if name == "monitor":
         return {
             "unwatched": fitting("long mlp", jit, SCALED),

@@ -1,8 +1,8 @@
-"""How far half precision is from float64: stock Keras, kerasmp, and the best that can be had.
+"""Compares half precision with float64: stock Keras, kerasmp, and the best possible result.
 
-Measures tests/helpers/hazards.py on one backend, keeps the errors in docs/numerics.json beside
-those of the other backends, and makes docs/numerics.md from all of them. Each hazard is kept once
-it is measured: run one backend after the other.
+Measures the hazards in tests/helpers/hazards.py on one backend, stores the errors in
+docs/numerics.json with those of the other backends, and generates docs/numerics.md from all of
+them. Each hazard is stored as soon as it is measured, so run one backend after the other.
 
     KERAS_BACKEND=tensorflow python benchmarks/numerics.py
     KERAS_BACKEND=tensorflow python benchmarks/numerics.py --dtype bfloat16
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the tests hold the same hazards
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the tests use the same hazards
 
 import keras
 from helpers import gradients, measurements, numerics_page, precision
@@ -62,8 +62,8 @@ def framework():
     return f"{NAMES[backend]} {version}"
 
 
-def keep(name, half):
-    """Measure a hazard in one half precision, and put its rows in the place of those kept."""
+def update(name, half):
+    """Measure a hazard in one half precision, and replace its stored rows."""
     rows = []
     for way in gradients.WAYS:
         found = list(measure(BY_NAME[name], way, half))
@@ -87,7 +87,7 @@ def keep(name, half):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("hazards", nargs="*", help="parts of their names; all, if none is given")
+    parser.add_argument("hazards", nargs="*", help="parts of their names; default: all")
     parser.add_argument("--dtype", nargs="+", choices=HALVES, default=list(HALVES))
     parser.add_argument("--page-only", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
@@ -98,7 +98,7 @@ def main():
     for name, half in MEASURED:
         asked = not arguments.hazards or any(part in name for part in arguments.hazards)
         if asked and half in arguments.dtype:
-            keep(name, half)
+            update(name, half)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What loss scaling costs a training step: plain optimizer, stock Keras's wrapper, and ours.
+"""Defines the cost of loss scaling in a training step: plain optimizer, stock wrapper, kerasmp.
 
-All layers compute in float32, so that nothing differs but the scaling. Networks: an MLP of 82
-variables and a CNN of 150 (both bound by the number of kernels, the worst case), and a transformer
-of 20 million parameters.
+All layers compute in float32, so only the scaling differs. The networks are an MLP with 82
+variables and a CNN with 150 (both limited by the number of kernels, the worst case), and a
+transformer with 20 million parameters.
 """
 
 import keras
@@ -57,15 +57,15 @@ NETWORKS = {
 NAMES = ("mlp", "cnn", "transformer")
 
 
-def fitting(name, jit, optimizer, turn=lambda model: model, callbacks=()):
+def fitting(name, jit, optimizer, convert=lambda model: model, callbacks=()):
     """Return a function that trains a network for a round of steps.
 
     Args:
-        name: Of the network.
-        jit: Whether it is compiled.
+        name: The name of the network.
+        jit: Whether XLA compiles it.
         optimizer: Takes the network's optimizer and returns the one to train with.
-        turn: Takes the model and returns the one to train.
-        callbacks: For `fit`.
+        convert: Takes the model and returns the one to train.
+        callbacks: Callbacks for `fit`.
     """
     build, shape, words, batch, steps, inner = NETWORKS[name]
     rng = np.random.default_rng(0)
@@ -73,7 +73,7 @@ def fitting(name, jit, optimizer, turn=lambda model: model, callbacks=()):
     x = rng.integers(0, words, size) if words else rng.normal(size=size).astype("float32")
     y = rng.integers(0, 10, size=len(x))
     keras.utils.set_random_seed(0)
-    model = turn(build())
+    model = convert(build())
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer(inner()), loss, jit_compile=jit)
     return lambda: model.fit(
@@ -82,5 +82,5 @@ def fitting(name, jit, optimizer, turn=lambda model: model, callbacks=()):
 
 
 def variants(name, jit):
-    """Return what is compared, by name, and nothing that was counted."""
+    """Return the functions to compare, by name, and no counts."""
     return {label: fitting(name, jit, wrap) for label, wrap in OPTIMIZERS.items()}, {}

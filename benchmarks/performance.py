@@ -1,7 +1,7 @@
-"""Measures the rows of docs/performance.md on one backend, and makes the page from all of them.
+"""Measures the rows of docs/performance.md on one backend, and generates the page.
 
-Keeps them in docs/performance.json, beside those of other backends; a row that is not measured
-stays as it was.
+The rows are stored in docs/performance.json with those of other backends. Rows that are not
+measured do not change.
 
     KERAS_BACKEND=tensorflow python benchmarks/performance.py
     KERAS_BACKEND=jax python benchmarks/performance.py update/adam step --rounds 60
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the tests hold the page
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the tests use the same page
 
 import interleaved
 import keras
@@ -51,21 +51,21 @@ if BACKEND == "tensorflow":
 
 
 def asked(names):
-    """Yield each row that is asked for: group, name and way."""
+    """Yield the group, name and way of each requested row."""
     known = [f"{group}/{name}" for group, (_, names) in GROUPS.items() for name in names]
     unknown = [name for name in names if name not in {*GROUPS, *known}]
     if unknown:
         sys.exit(f"No row is called {', '.join(unknown)}. The rows are: {', '.join(known)}.")
-    for each in names or GROUPS:  # in the order in which they are named
+    for each in names or GROUPS:  # in the requested order
         for row in known:
             group, name = row.split("/")
             for way in WAYS[BACKEND] if each in {group, row} else ():
-                if not (group == "sparse" and way == "xla"):  # which has no sparse gradients
+                if not (group == "sparse" and way == "xla"):  # XLA has no sparse gradients
                     yield group, name, way
 
 
 def row_of(group, name, way, rounds):
-    """Return a row as plain data, measured."""
+    """Measure a row and return it as plain data."""
     compared, counts = GROUPS[group][0](name, WAYS[BACKEND][way])
     times = interleaved.measure(compared, rounds) if compared else {}
     row = {"group": group, "name": name, "way": way, "rounds": rounds, "versions": versions()}
@@ -73,7 +73,7 @@ def row_of(group, name, way, rounds):
 
 
 def machine():
-    """Return the name under which rows are kept, and the hardware in words."""
+    """Return the key under which rows are stored, and a description of the hardware."""
     gpu = None
     if BACKEND == "jax":
         import jax
@@ -97,9 +97,9 @@ def versions():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", nargs="*", help="groups or GROUP/NAME; all, if none is named")
+    parser.add_argument("rows", nargs="*", help="groups or GROUP/NAME; default: all")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--print-only", action="store_true", help="keep nothing")
+    parser.add_argument("--print-only", action="store_true", help="store nothing")
     parser.add_argument("--page-only", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
     data = measurements.read(performance_page.DATA)

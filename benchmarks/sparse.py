@@ -1,7 +1,7 @@
-"""What loss scaling costs a step with a sparse gradient, on TensorFlow.
+"""Defines the cost of loss scaling in a step with a sparse gradient, on TensorFlow.
 
-An embedding of 1,000,000 x 64, SGD, 128 rows a step; plain SGD, stock Keras's wrapper, and ours; in
-`fit`, and in a bare loop.
+A 1,000,000 x 64 embedding with SGD and 128 rows per step: plain SGD, the wrapper of stock Keras,
+and kerasmp's, in `fit` and in a bare loop.
 """
 
 import keras
@@ -15,10 +15,10 @@ BATCH = 128
 
 
 class Rows(keras.layers.Embedding):
-    """An embedding that reads its rows alone.
+    """An embedding that reads only its rows.
 
-    Keras's reads the whole table, which makes the update copy it: 25 ms, beside which nothing else
-    is seen.
+    Keras's Embedding reads the whole table, so the update copies it, which takes 25 ms and hides
+    everything else.
     """
 
     def call(self, ids):
@@ -27,7 +27,7 @@ class Rows(keras.layers.Embedding):
 
 
 def fitting(optimizer):
-    """Return a function that takes a round of steps in `fit`."""
+    """Return a function that runs a round of steps in `fit`."""
     keras.utils.set_random_seed(0)
     layers = [keras.Input((1,), dtype="int32"), Rows(ROWS, 64), keras.layers.Flatten()]
     model = keras.Sequential(layers)
@@ -38,7 +38,7 @@ def fitting(optimizer):
 
 
 def looping(optimizer):
-    """Return a function that takes a round of steps in a bare loop: the least a step can be."""
+    """Return a function that runs a round of steps in a bare loop, the smallest possible step."""
     keras.utils.set_random_seed(0)
     embedding = Rows(ROWS, 64)
     embedding.build()
@@ -63,7 +63,7 @@ NAMES = {"fit": fitting, "bare loop": looping}
 
 
 def variants(name, _):
-    """Return what is compared, by name, and nothing that was counted."""
+    """Return the functions to compare, by name, and no counts."""
     training = NAMES[name]
     return {
         label: training(wrap(keras.optimizers.SGD(0.1))) for label, wrap in OPTIMIZERS.items()

@@ -1,9 +1,9 @@
-"""What the optimizer's update alone takes: plain, in stock Keras's wrapper, in ours, and at peers.
+"""Defines the cost of the update alone: plain, stock wrapper, kerasmp, and other libraries.
 
-Of 66 variables with 25 million values and the same gradients. Beside the times stand counts, which
-do not move: operations of TensorFlow's graph, and bytes that XLA moves and holds on JAX. Peers are
-torch's own Adam with `torch.amp.GradScaler`, and on JAX, where they are installed, `optax.adam`
-alone, with jmp and with flax's DynamicScale, as their documentation shows it.
+There are 66 variables with 25 million values, and all variants get the same gradients. Besides
+times, there are counts, which do not vary: the operations in TensorFlow's graph, and the bytes that
+XLA moves and holds on JAX. The other libraries are torch's Adam with `torch.amp.GradScaler`, and on
+JAX, if installed, `optax.adam` alone, with jmp, and with flax's DynamicScale, as in their docs.
 """
 
 import importlib.util
@@ -29,16 +29,16 @@ OPTIMIZERS = {
 
 
 def variants(name, jit):
-    """Return what is compared and what was counted, by name: functions, and dicts of numbers."""
+    """Return the functions to compare and the dicts of counts, both by name."""
     backend = keras.backend.backend()
     stepping = {"tensorflow": on_tensorflow, "jax": on_jax, "torch": on_torch}[backend]
     compared, counts = {}, {}
     for label, wrap in OPTIMIZERS.items():
         compared[label], counts[label] = stepping(wrap(INNER[name]()), jit)
     if name == "adam" and backend == "torch":
-        # What torch's users have, and what ours is to be compared to.
-        own = {"GradScaler": True, interleaved.AGAIN: True, "no scaling": False}
-        compared = {label: torchs_own(scaled=scaled) for label, scaled in own.items()} | {
+        # The usual way to train in torch is the baseline.
+        in_torch = {"GradScaler": True, interleaved.AGAIN: True, "no scaling": False}
+        compared = {label: torch_adam(scaled=scaled) for label, scaled in in_torch.items()} | {
             label: run for label, run in compared.items() if label != interleaved.AGAIN
         }
     if name == "adam" and backend == "jax":
@@ -70,7 +70,7 @@ def on_tensorflow(optimizer, jit):
 
     graph = step.get_concrete_function(grads).graph.as_graph_def()
     nodes = len(graph.node) + sum(len(f.node_def) for f in graph.library.function)
-    # XLA makes of them what it likes.
+    # XLA compiles them into something else.
     return (lambda: step(grads).numpy()), {} if jit else {"operations": nodes}
 
 
@@ -85,16 +85,16 @@ def on_jax(optimizer, _):
         scale, pairs = optimizer.dynamic_scale, zip(optimizer.variables, state[1], strict=True)
         return step((state[0], [2.0**15 if v is scale else value for v, value in pairs]), grads)
 
-    ours = isinstance(optimizer, mp.LossScaleOptimizer)
-    branches = ours and not optimizer.inner_optimizer.global_clipnorm
+    scales = isinstance(optimizer, mp.LossScaleOptimizer)
+    branches = scales and not optimizer.inner_optimizer.global_clipnorm
     state = [v.value for v in variables], [v.value for v in optimizer.variables]
     return compiled(step, state, scaled_up if branches else None)
 
 
 def compiled(step, state, counted=None):
-    """Return a function that takes the step from state to state, and what XLA says of it.
+    """Return a function that runs the step repeatedly, and the costs that XLA reports.
 
-    Of two branches XLA counts the dearer one: `counted` is the step that takes the usual one.
+    XLA counts only the more expensive of two branches, so `counted` is a step with the usual one.
     """
     import jax
 
@@ -112,7 +112,7 @@ def compiled(step, state, counted=None):
 
 
 def around_optax():
-    """Return steps of optax's Adam, and their states: alone, with jmp, with flax's DynamicScale."""
+    """Return steps and states of optax's Adam: alone, with jmp, and with flax's DynamicScale."""
     if importlib.util.find_spec("optax") is None:
         return {}
     import jax
@@ -145,15 +145,15 @@ def around_optax():
             scale = scale.adjust(finite)
             return after, scale.loss_scale, scale.counter
 
-        # Its values: where JAX puts descriptions in their place, to lower a function, it fails.
+        # The state holds the scale's values, because JAX cannot lower a function of the object.
         found["optax, jmp"] = with_jmp, (start(), jnp.float32(2.0**15), jnp.int32(0))
     if importlib.util.find_spec("flax") is not None:
         from flax.training.dynamic_scale import DynamicScale
 
         def with_flax(state, grads):
             before, scale = state
-            # It differentiates by itself: the gradient of this sum is what it scales and unscales,
-            # in one pass, so that the bytes moved are those of the unscaling alone.
+            # It computes the gradient itself. The gradient of this sum needs one pass, so that the
+            # bytes moved are only those of the unscaling.
             gradient_of = scale.value_and_grad(
                 lambda weights: sum(map(jnp.vdot, jax.tree.leaves(weights), grads))
             )
@@ -174,7 +174,7 @@ def on_torch(optimizer, _):
     copies = [None] * len(grads)
 
     def run():
-        # GradScaler changes the gradients that it is given: all get copies, which stay as long.
+        # GradScaler changes its gradients in place, so all variants get copies.
         for i, gradient in enumerate(grads):
             copies[i] = gradient.clone()
         with torch.no_grad():
@@ -184,8 +184,8 @@ def on_torch(optimizer, _):
     return run, {}
 
 
-def torchs_own(*, scaled):
-    """Return the step of torch's fused Adam, with its GradScaler or alone."""
+def torch_adam(*, scaled):
+    """Return a step of torch's fused Adam, with GradScaler or alone."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -206,7 +206,7 @@ def torchs_own(*, scaled):
 
 
 def finish():
-    """Wait for what a GPU has been given."""
+    """Wait for the GPU."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,8 +1,7 @@
 """A transformer that stock Keras cannot train in float16, and kerasmp can.
 
-It reads an image row by row, in pixels from 0 to 255 that are not rescaled. The attention scores
-exceed float16, so with stock layers every loss is NaN. The layers of kerasmp compute the scores in
-float32.
+It reads an image row by row, with raw pixels from 0 to 255. The attention scores exceed float16, so
+with stock layers every loss is NaN. kerasmp's layers compute the scores in float32.
 
     python examples/attention_on_raw_pixels.py --dataset fashion_mnist --data-dir DIRECTORY
 
@@ -19,7 +18,7 @@ import kerasmp as mp
 from kerasmp.demo.dataset import load
 from kerasmp.demo.settings import DemoSettings
 
-# The policy, the module of models, the module of layers, the last layer.
+# For each run: the policy, the module with Model, the module with layers, and the last layer.
 RUNS = {
     "float32": ("float32", keras, keras.layers, keras.layers.Dense),
     "stock mixed_float16": ("mixed_float16", keras, keras.layers, keras.layers.Dense),
@@ -29,7 +28,7 @@ WIDTH = 64
 
 
 def block(x, layers):
-    """Add attention and a small MLP to `x`, and normalise each sum."""
+    """Apply attention and a small MLP, each with a residual connection and normalization."""
     attended = layers.MultiHeadAttention(num_heads=1, key_dim=WIDTH)(x, x)
     x = keras.layers.LayerNormalization()(keras.layers.Add()([x, attended]))
     hidden = keras.layers.Dense(2 * WIDTH, activation="relu")(x)
@@ -38,7 +37,7 @@ def block(x, layers):
 
 
 def accuracy(run, train, test, epochs, batch_size):
-    """Train, and return the accuracy on the test images."""
+    """Train and return the accuracy on the test images."""
     policy, models, layers, head = RUNS[run]
     keras.utils.set_random_seed(0)
     mp.set_global_policy(policy)

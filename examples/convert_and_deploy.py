@@ -1,4 +1,4 @@
-"""Convert an existing network, fine-tune it in float16, and deploy it in half the bytes.
+"""Convert an existing network, fine-tune it in float16, and deploy it at half the size.
 
 Backend: any
 """
@@ -19,7 +19,7 @@ x[..., 0] += 0.5 * y[:, None, None]
 
 
 def network():
-    """Return a network that was built without float16 in mind."""
+    """Return a float32 network."""
     return keras.Sequential(
         [
             keras.Input((16, 16, 3)),
@@ -36,16 +36,16 @@ model = network()
 model.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy", metrics=["accuracy"])
 model.fit(x, y, batch_size=64, epochs=2, verbose=0)
 
-# Convert to float16; weights, optimizer and its state are kept.
+# Convert to float16. The model keeps its weights and optimizer state.
 report = mp.convert(model, "mixed_float16", safe_layers=True, sample=x[:64])
 print(report)
 model.fit(x, y, batch_size=64, epochs=6, verbose=0)
 loss, accuracy = model.evaluate(x, y, verbose=0)
-print(f"fine-tuned in float16: loss {loss:.3f}, {accuracy:.0%} right")
+print(f"fine-tuned in float16: loss {loss:.3f}, accuracy {accuracy:.0%}")
 print(f"{model.optimizer.applied_steps} steps applied, {model.optimizer.skipped_steps} skipped")
 assert accuracy > 0.9
 
-# Convert for inference: half the bytes, and the model refuses to be trained.
+# Convert for inference. The model takes half the memory and cannot be trained any more.
 folder = pathlib.Path(tempfile.mkdtemp())
 exact = model.predict(x, verbose=0)
 report = mp.convert(model, "float16", variables="float16", safe_layers=True)

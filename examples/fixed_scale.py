@@ -1,8 +1,8 @@
-"""A fixed scale: what it rescues, and what it costs when it is too high.
+"""A fixed loss scale: what it solves, and what happens if it is too high.
 
-The example fits a line. Its loss has a small weight, as auxiliary losses do, so the gradients are
-small. Without scaling they become 0 in float16, and the model learns nothing; a scale of 2**15
-preserves them. With 2**60 every step overflows and is skipped, and the monitor says so.
+The example fits a linear model. Its loss has a small weight, as auxiliary losses often do, so the
+gradients are small. Without scaling, they become 0 in float16 and the model learns nothing. A scale
+of 2**15 preserves them. With 2**60, every step overflows and is skipped, and the monitor warns.
 
 Backend: any
 """
@@ -35,16 +35,16 @@ def train(loss_scale):
         f"scale {optimizer.loss_scale:>13g}: {unexplained:6.1%} of the variance unexplained, "
         f"{optimizer.skipped_steps} of 160 steps skipped"
     )
-    said = [w for w in caught if issubclass(w.category, mp.errors.LossScaleWarning)]
-    for warning in said:
+    scale_warnings = [w for w in caught if issubclass(w.category, mp.errors.LossScaleWarning)]
+    for warning in scale_warnings:
         print("  ", warning.message)
-    return unexplained, optimizer.skipped_steps, said
+    return unexplained, optimizer.skipped_steps, scale_warnings
 
 
 unscaled, _, _ = train(None)
 scaled, _, _ = train(2.0**15)
-_, skipped, said = train(2.0**60)
+_, skipped, scale_warnings = train(2.0**60)
 assert unscaled > 0.5
 assert scaled < 0.01
 assert skipped == 160
-assert said
+assert scale_warnings

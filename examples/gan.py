@@ -1,7 +1,7 @@
-"""Two models with two wrapped optimizers, each with its own scale.
+"""A GAN: two models with two wrapped optimizers, each with its own loss scale.
 
-A generator learns a ring of points against a discriminator, both in float16. Their gradients have
-different sizes, so with one shared scale an overflow in one would skip the steps of the other.
+A generator learns to produce points on a ring, against a discriminator, both in float16. Their
+gradients differ in size, so with a shared scale, an overflow in one would skip steps of the other.
 
 Backend: tensorflow
 """

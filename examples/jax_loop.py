@@ -1,4 +1,4 @@
-"""A hand-written JAX loop: all state is explicit, including the scale.
+"""A custom training loop in JAX: all state is explicit, including the loss scale.
 
 Backend: jax
 """
@@ -26,8 +26,8 @@ loss_fn = keras.losses.MeanSquaredError()
 def scaled_loss(trainable, non_trainable, optimizer_state, x, y):
     prediction, non_trainable = model.stateless_call(trainable, non_trainable, x, training=True)
     loss = loss_fn(y, prediction)
-    # The scale is part of the optimizer's state. Read it from the values of this step: otherwise
-    # tracing would bake in the scale of the first one.
+    # The scale is part of the optimizer's state. Read it from this step's values; otherwise the
+    # compiled step would contain the first scale as a constant.
     with keras.StatelessScope(list(zip(optimizer.variables, optimizer_state, strict=True))):
         return optimizer.scale_loss(loss), (loss, non_trainable)
 
@@ -61,7 +61,7 @@ for _ in range(30):
     last = sum(losses) / len(losses)
     first = first or last
 
-# After the loop, put the values back into the variables.
+# After the loop, assign the values to the variables.
 for variables, values in zip(
     (model.trainable_variables, model.non_trainable_variables, optimizer.variables),
     state,

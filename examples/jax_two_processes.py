@@ -12,8 +12,8 @@ import subprocess
 import sys
 
 os.environ["KERAS_BACKEND"] = "jax"
-os.environ.setdefault("JAX_CPU_COLLECTIVES_IMPLEMENTATION", "gloo")  # CPUs need it
-BATCHES, ROWS = 60, 64  # rows of each process in a step
+os.environ.setdefault("JAX_CPU_COLLECTIVES_IMPLEMENTATION", "gloo")  # needed on CPUs
+BATCHES, ROWS = 60, 64  # rows per step in each process
 
 
 def start_both():
@@ -43,16 +43,16 @@ def start_both():
 def work():
     import keras
 
-    keras.distribution.initialize()  # before anything else of JAX
+    keras.distribution.initialize()  # before any other use of JAX
 
     import numpy as np
 
     import kerasmp as mp
 
-    # False: each process passes its own rows, and together they form the batch.
+    # Each process passes its own rows, which together form the batch.
     keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
     rank = int(os.environ["KERAS_DISTRIBUTION_PROCESS_ID"])
-    keras.utils.set_random_seed(0)  # the same weights everywhere
+    keras.utils.set_random_seed(0)  # the same weights in both processes
     with mp.policy_scope("mixed_float16"):
         model = mp.Sequential(
             [keras.Input((8,)), keras.layers.Dense(32, activation="tanh"), mp.layers.DenseHead(1)]
@@ -65,7 +65,7 @@ def work():
     print(f"process {rank}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     assert losses[-1] < losses[0] / 2
 
-    # One process's batch overflows. Both skip the step, and the weights do not change.
+    # The batch of one process overflows. Both skip the step, and the weights do not change.
     before = model.get_weights()
     x = np.full((ROWS, 8), np.inf if rank == 1 else 1.0, "float32")
     model.fit(x, np.ones((ROWS, 1)), ROWS, verbose=0)

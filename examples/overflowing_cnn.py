@@ -1,9 +1,9 @@
-"""A CNN that overflows in one batch in twenty: stock Keras ruins its BatchNormalization.
+"""A CNN that overflows in one of twenty batches, which corrupts stock BatchNormalization.
 
-Raw pixels and large initial weights bring a few images close to the limit of float16. In training,
-Dropout enlarges what it keeps and takes some of them beyond it. The step is skipped, as it should
-be, but stock BatchNormalization keeps the inf: from then on predictions are NaN. kerasmp undoes
-every trace of such a step.
+With raw pixels and large initial weights, a few images come close to the limit of float16. In
+training, Dropout scales up the values that it keeps, and some of them overflow. The step is
+skipped, as it should be, but stock BatchNormalization keeps the inf, and from then on predictions
+are NaN. kerasmp undoes every effect of such a step.
 
     python examples/overflowing_cnn.py --dataset fashion_mnist --data-dir DIRECTORY
 
@@ -20,7 +20,7 @@ import kerasmp as mp
 from kerasmp.demo.dataset import load
 from kerasmp.demo.settings import DemoSettings
 
-# The policy, the module of models, the last layer.
+# For each run: the policy, the module with Model, and the last layer.
 RUNS = {
     "float32": ("float32", keras, keras.layers.Dense),
     "stock mixed_float16": ("mixed_float16", keras, keras.layers.Dense),
@@ -35,20 +35,20 @@ def convolution(x, filters, strides=2, gain=None, seed=None):
     )(x)
 
 
-def normalised(x):
+def normalized(x):
     return keras.layers.ReLU()(keras.layers.BatchNormalization(momentum=0.9)(x))
 
 
 def accuracy(run, train, test, arguments):
-    """Train, and return the accuracy on the test images."""
+    """Train and return the accuracy on the test images."""
     policy, models, head = RUNS[run]
     keras.utils.set_random_seed(0)
     mp.set_global_policy(policy)
     inputs = keras.Input(train[0].shape[1:])
     x = keras.layers.ReLU()(convolution(inputs, 16, 1, arguments.gain, seed=1))
     x = keras.layers.SpatialDropout2D(0.2)(x)
-    x = normalised(convolution(x, 16, 2, arguments.gain, seed=2))
-    x = normalised(convolution(x, 32))
+    x = normalized(convolution(x, 16, 2, arguments.gain, seed=2))
+    x = normalized(convolution(x, 32))
     x = keras.layers.GlobalAveragePooling2D()(x)
     model = models.Model(inputs, head(10, activation="softmax")(x))
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
@@ -70,7 +70,9 @@ def main():
     parser.add_argument("--limit", type=int, help="train on at most this many images")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--gain", type=float, default=1.85, help="std of the first weights")
+    parser.add_argument(
+        "--gain", type=float, default=1.85, help="standard deviation of the first weights"
+    )
     arguments = parser.parse_args()
     images = load(DemoSettings(dataset=arguments.dataset, data_dir=arguments.data_dir))
     scale = 255 / images.spec.brightest

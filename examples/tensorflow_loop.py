@@ -1,4 +1,4 @@
-"""A hand-written TensorFlow loop: scale the loss, take gradients, and call the optimizer.
+"""A custom training loop in TensorFlow: scale the loss, compute gradients, apply them.
 
 Backend: tensorflow
 """
@@ -29,7 +29,7 @@ def train_step(x, y):
         loss = loss_fn(y, model(x, training=True))
         scaled_loss = optimizer.scale_loss(loss)
     gradients = tape.gradient(scaled_loss, model.trainable_variables)
-    # Pass the gradients of the scaled loss: `apply` checks and unscales them, or skips the step.
+    # Pass the gradients of the scaled loss. `apply` checks and unscales them, or skips the step.
     optimizer.apply(gradients, model.trainable_variables)
     return loss
 

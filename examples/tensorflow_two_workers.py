@@ -2,7 +2,7 @@
 
 Run alone, the script starts both workers on this machine. To use your own machines, set TF_CONFIG
 on each and run the script there. In Keras 3, `fit` does not work under MultiWorkerMirroredStrategy
-with any optimizer, so this loop is written by hand.
+with any optimizer, so this is a custom training loop.
 
 Backend: tensorflow
 """
@@ -15,7 +15,7 @@ import sys
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-STEPS, ROWS = 60, 64  # rows of each worker in a step
+STEPS, ROWS = 60, 64  # rows per step in each worker
 
 
 def start_both():
@@ -41,7 +41,7 @@ def start_both():
 def work():
     import tensorflow as tf
 
-    strategy = tf.distribute.MultiWorkerMirroredStrategy()  # before anything else of TensorFlow
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()  # before any other use of TensorFlow
 
     import keras
     import numpy as np
@@ -49,7 +49,7 @@ def work():
     import kerasmp as mp
 
     rank = strategy.cluster_resolver.task_id
-    keras.utils.set_random_seed(0)  # the same weights everywhere
+    keras.utils.set_random_seed(0)  # the same weights in both workers
     with strategy.scope(), mp.policy_scope("mixed_float16"):
         model = keras.Sequential(
             [keras.Input((8,)), keras.layers.Dense(32, activation="tanh"), mp.layers.DenseHead(1)]
@@ -60,7 +60,7 @@ def work():
     def replica_step(x, y):
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean(tf.square(y - model(x, training=True)))
-            # `apply` sums the gradients of the workers, so each gives its share of the mean.
+            # `apply` sums the gradients of the workers, so each contributes its share of the mean.
             scaled_loss = optimizer.scale_loss(loss / strategy.num_replicas_in_sync)
         gradients = tape.gradient(scaled_loss, model.trainable_variables)
         optimizer.apply(gradients, model.trainable_variables)
@@ -79,7 +79,7 @@ def work():
     print(f"worker {rank}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     assert losses[-1] < losses[0] / 2
 
-    # One worker's batch overflows. Both skip the step, and the weights do not change.
+    # The batch of one worker overflows. Both skip the step, and the weights do not change.
     before = model.get_weights()
     x = np.full((ROWS, 8), np.inf if rank == 1 else 1.0, "float32")
     train_step(tf.constant(x), tf.ones((ROWS, 1)))

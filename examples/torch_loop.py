@@ -1,4 +1,4 @@
-"""A hand-written torch loop: backpropagate the scaled loss, then call the optimizer.
+"""A custom training loop in torch: backpropagate the scaled loss, then apply the gradients.
 
 Backend: torch
 """

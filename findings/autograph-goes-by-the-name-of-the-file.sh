@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# TensorFlow 2.21.0: whether AutoGraph turns `if tensor:` into graph code depends on the name of the
-# file that holds the function. A list inside TensorFlow names packages whose functions are called as
-# they are: keras, numpy and pandas, but also `mock`. So a function that is called in a `tf.function`
-# works from my_steps.py, and the same text in mock.py raises OperatorNotAllowedInGraphError. A
-# library that is not on the list is rewritten function by function when it is first traced, whatever
-# its size, unless it asks for `tf.autograph.experimental.do_not_convert`.
+# TensorFlow 2.21.0: whether AutoGraph converts `if tensor:` to graph code depends on the name of the
+# file that contains the function. TensorFlow has a list of packages whose functions are called
+# without conversion: keras, numpy and pandas, but also `mock`. So a function that is called in a
+# `tf.function` works in my_steps.py, while the same code in mock.py raises
+# OperatorNotAllowedInGraphError. A library that is not on the list is converted function by function
+# when it is first traced, whatever its size, unless it uses
+# `tf.autograph.experimental.do_not_convert`.
 #
-# Prints what it saw; fails if that has changed.
+# Prints the results, and fails if they have changed.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

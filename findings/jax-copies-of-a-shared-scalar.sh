@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# JAX 0.10.2 on a CPU: where arrays of one shape are multiplied by the same scalar and then summed up,
-# XLA writes the scalar to memory as an array of that shape, once for each shape, and reads it for
-# each of the arrays: for 16 arrays of 1,024 x 1,024 it holds 4.2 MB and moves twice the bytes. With a
-# scalar for each array, each made from the sum before it, it holds next to nothing and moves the
-# arrays once. So norms of gradients that are unscaled by a loss scale cost twice their reading.
+# JAX 0.10.2 on a CPU: if arrays of one shape are multiplied by the same scalar and then summed, XLA
+# broadcasts the scalar to an array of that shape in memory, once per shape, and reads it again for
+# each array. For 16 arrays of 1,024 x 1,024, it holds 4.2 MB and moves twice the bytes. If each array
+# has its own scalar, made to depend on the previous sum, it holds almost nothing and reads the arrays
+# once. So norms of gradients that are divided by a loss scale need twice the memory traffic.
 #
-# Prints what it saw; fails if that has changed.
+# Prints the results, and fails if they have changed.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# JAX 0.10.2 on a CPU: the largest of 4,096 float32 numbers, one of which is NaN, is the largest of
-# the others, compiled or not, for `jnp.max` as for `jnp.min`; up to 2,048 numbers it is NaN, as NumPy
-# has it for any number of them. So `isfinite(max(abs(x)))` takes an array with NaN for a finite one.
-# A sum of zero times each number is NaN for any size.
+# JAX 0.10.2 on a CPU: `jnp.max` and `jnp.min` of 4,096 float32 numbers, one of which is NaN, ignore
+# the NaN, compiled or not. For up to 2,048 numbers, the result is NaN, as in NumPy for any size. So
+# `isfinite(max(abs(x)))` can be True for an array with NaN. A sum of zero times each number is NaN
+# for any size.
 #
-# Prints what it saw; fails if that has changed.
+# Prints the results, and fails if they have changed.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

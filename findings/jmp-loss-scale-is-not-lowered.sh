@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # jmp 0.0.4 with JAX 0.10.2: a compiled function that takes a jmp.DynamicLossScale runs, but
-# `jax.jit(function).lower(scale).compile()`, from which one reads costs and memory, raises
-# TypeError ("... returned a value of type ... ArgInfo, which is not a valid JAX type"). JAX builds
-# the pytree anew with descriptions in place of arrays, and the class looks at the dtypes of what it
-# is built of. To hand over `loss_scale` and `counter`, and build the object inside, works.
+# `jax.jit(function).lower(scale).compile()`, which is needed to read costs and memory, raises a
+# TypeError ("... returned a value of type ... ArgInfo, which is not a valid JAX type"). JAX rebuilds
+# the pytree with descriptions instead of arrays, and the class reads the dtypes of its arguments. It
+# works to pass `loss_scale` and `counter` and to build the object inside the function.
 #
-# Prints what it saw; fails if that has changed.
+# Prints the results, and fails if they have changed.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -23,13 +23,13 @@ print("called: 3.0 times the scale is", float(scaled(scale, loss)))
 try:
     scaled.lower(scale, loss).compile()
 except TypeError as error:
-    said = str(error)
-    print("lowered: TypeError:", said.splitlines()[0])
-    assert "ArgInfo" in said
+    message = str(error)
+    print("lowered: TypeError:", message.splitlines()[0])
+    assert "ArgInfo" in message
 else:
-    raise SystemExit("It is lowered now.")
+    raise SystemExit("JAX can lower it now.")
 inside = jax.jit(lambda value, counter, loss: jmp.DynamicLossScale(value, counter).scale(loss))
 compiled = inside.lower(scale.loss_scale, scale.counter, loss).compile()
 assert float(compiled(scale.loss_scale, scale.counter, loss)) == 3 * 2**15
-print("lowered with its values: runs")
+print("lowered with the values of the scale: runs")
 PYTHON

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Keras 3.15.1 on torch 2.13.0: an optimizer class of the user's own that only derives from
-# keras.optimizers.SGD, and changes nothing, runs seven operations for each variable, where SGD
-# itself runs eight for all of them together. The base class looks the class up in a dict that holds
-# Keras's own classes alone, and makes an object of another class than the one that was called:
-# type(keras.optimizers.SGD()) is not keras.optimizers.SGD. The results are the same.
+# Keras 3.15.1 on torch 2.13.0: a subclass of keras.optimizers.SGD that changes nothing runs seven
+# operations for each variable, while SGD runs eight for all variables together. The base class looks
+# up the class in a dict that contains only the classes of Keras, and creates an object of another
+# class than the one that was called: type(keras.optimizers.SGD()) is not keras.optimizers.SGD. The
+# results are the same.
 #
-# Prints how many operations torch is given in one update of 100 variables; fails if that has changed.
+# Prints the number of torch operations in one update of 100 variables, and fails if it has changed.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
