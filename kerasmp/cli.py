@@ -96,9 +96,7 @@ def demo(  # noqa: PLR0913 - one argument for each option
     ] = "kerasmp_digits",
     data_dir: Annotated[
         str | None,
-        typer.Option(
-            metavar="PATH", help="Folder with prepared data sets. [default: the folder of tfds]"
-        ),
+        typer.Option(metavar="PATH", help="Folder of prepared data sets. [default: as in tfds]"),
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 12,
     policies: Annotated[
@@ -107,9 +105,7 @@ def demo(  # noqa: PLR0913 - one argument for each option
     output: Annotated[
         str, typer.Option(metavar="PATH", help="Folder for the report.")
     ] = "kerasmp-demo",
-    seed: Annotated[
-        int, typer.Option(help="Sets the initial weights and the order of the images.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(help="Sets the weights and the order of the images.")] = 0,
     limit: Annotated[
         int | None, typer.Option(help="Use at most this many training and this many test images.")
     ] = None,

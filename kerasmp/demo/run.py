@@ -25,8 +25,6 @@ from kerasmp.policy import policy_scope
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Progress", "run_demo"]
-
 LEARNING_RATE = 2e-3
 _TEST_BATCH = 256
 
