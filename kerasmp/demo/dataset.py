@@ -75,8 +75,12 @@ def load(settings: DemoSettings) -> Images:
     """
     require_packages()
     try:
+        import tensorflow_datasets as tfds
+
         with _quiet():
-            return _read(_builder(settings), settings.limit)
+            name, parent = settings.dataset, settings.folder
+            folder = _digits(parent) if name == DIGITS else find(parent, name)
+            return _read(tfds.builder_from_directory(str(folder)), settings.limit)
     except (KerasMPError, MemoryError):
         raise
     except Exception as error:
@@ -120,28 +124,18 @@ def _quiet() -> Iterator[None]:
         absl.setLevel(level)
 
 
-def _builder(settings: DemoSettings) -> Any:
-    import tensorflow_datasets as tfds
-
-    if settings.dataset == DIGITS:
-        return _digits(settings.folder)
-    return tfds.builder_from_directory(str(find(settings.folder, settings.dataset)))
-
-
-def _digits(folder: Path) -> Any:
-    import tensorflow_datasets as tfds
-
+def _digits(folder: Path) -> Path:
+    """Return the folder of the digits, and prepare them if they are not there yet."""
     from kerasmp.demo.digits import KerasmpDigits
 
-    prepared_folder = folder / DIGITS / str(KerasmpDigits.VERSION)
-    if (prepared_folder / _INFO).exists():
-        return tfds.builder_from_directory(str(prepared_folder))
+    digits = folder / DIGITS / str(KerasmpDigits.VERSION)
+    if (digits / _INFO).exists():
+        return digits
     # array_record can be read without TensorFlow.
     file_format = "array_record" if importlib.util.find_spec("array_record") else "tfrecord"
     _require_tensorflow(file_format)
     try:
-        builder = KerasmpDigits(data_dir=str(folder), file_format=file_format)
-        builder.download_and_prepare()
+        KerasmpDigits(data_dir=str(folder), file_format=file_format).download_and_prepare()
     except OSError as error:
         raise OutputError(
             "The digits cannot be written to this folder.",
@@ -149,7 +143,7 @@ def _digits(folder: Path) -> Any:
             expected="a writable folder",
             fix="Pass another folder with --data-dir.",
         ) from error
-    return builder
+    return digits
 
 
 def find(folder: Path, dataset: str) -> Path:
