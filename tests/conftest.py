@@ -115,11 +115,3 @@ def another_process():
     kept = processes.Kept()
     yield kept.call
     kept.close()
-
-
-@pytest.fixture(scope="session")
-def stock_process():
-    """The same, without kerasmp."""
-    kept = processes.Kept()
-    yield kept.call
-    kept.close()

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.marks import full, marks_on
-from helpers.monitored import ENTRIES, OURS_AND_STOCK, STOCK, batches, fit, make
+from helpers.monitored import STOCK, batches, fit, make
 
 from kerasmp.callbacks import OverflowMonitor, readings
 from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning, NotCompiledError
@@ -17,6 +17,8 @@ from kerasmp.model import Sequential
 from kerasmp.optimizer import LossScaleOptimizer
 
 pytestmark = marks_on("oldest")
+
+ENTRIES = ["loss_scale", "skipped_steps", "total_skipped_steps", "overflow_rate"]
 
 
 @pytest.fixture
@@ -206,7 +208,7 @@ def test_a_generator_of_unknown_length(optimizer, steps):
 
 @pytest.mark.full
 @pytest.mark.backend("tensorflow")
-@OURS_AND_STOCK
+@pytest.mark.parametrize("optimizer", [LossScaleOptimizer, STOCK], ids=["kerasmp", "stock"])
 @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
 def test_a_dataset_of_unknown_cardinality(optimizer):
     import tensorflow as tf

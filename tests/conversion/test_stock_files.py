@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import converted, stock_only
+from helpers import converted, processes, stock_only
 from helpers.marks import full, marks_on
 
 import kerasmp as mp
@@ -12,6 +12,14 @@ pytestmark = marks_on("jax", "oldest")
 
 layers = keras.layers
 ATTENTION = (layers.MultiHeadAttention, layers.GroupQueryAttention)
+
+
+@pytest.fixture(scope="session")
+def stock_process():
+    """Return `call` of a process that does not import kerasmp."""
+    kept = processes.Kept()
+    yield kept.call
+    kept.close()
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,7 @@ import weakref
 import keras
 import numpy as np
 import pytest
-from helpers import narrowed as models
 from helpers.marks import few, marks_on
-from helpers.narrowed import MODELS, narrowed
 from helpers.undoing import assigned, take_back
 
 import kerasmp as mp
@@ -19,6 +17,46 @@ from kerasmp.conversion.half_variables import plan_variables
 pytestmark = marks_on("jax", "oldest")
 
 layers = keras.layers
+RNG = np.random.default_rng(3)
+IMAGES = RNG.normal(size=(4, 8, 8, 3)).astype("float32")
+WORDS = RNG.integers(0, 20, size=(4, 6)).astype("int32")
+
+
+def vision():
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(8, 3, activation="relu"),
+            layers.BatchNormalization(),
+            layers.Flatten(),
+            layers.LayerNormalization(),
+            layers.Dense(4),
+        ]
+    )
+
+
+def text(**kwargs):
+    words = keras.Input((6,), dtype="int32")
+    x = layers.Embedding(20, 8)(words)
+    return keras.Model(words, layers.Dense(3)(layers.LSTM(8, **kwargs)(x)))
+
+
+MODELS = {"vision": (vision, IMAGES), "text": (text, WORDS)}
+
+
+def lived_in(build):
+    """Return a model whose numbers float16 has to round, statistics too."""
+    model = build()
+    rng = np.random.default_rng(5)
+    model.set_weights([w + rng.uniform(0.01, 0.3, w.shape) for w in model.get_weights()])
+    return model
+
+
+def narrowed(model, dtype="float16"):
+    """Narrow all layers; return the report, which keeps what they had."""
+    return mp.convert(model, dtype, rules=None, variables=dtype)
+
+
 DTYPES = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 # In bfloat16 the recurrent layer is the one that Keras cannot build by itself.
 QUICK = [("vision", "float16"), ("text", "bfloat16")]
@@ -49,7 +87,7 @@ def narrow_variables(rows, undo=None):
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
 def test_predictions_are_those_of_a_model_built_so(kind, dtype):
     build, x = MODELS[kind]
-    model = models.lived_in(build)
+    model = lived_in(build)
     narrowed(model, dtype)
     keras.config.set_dtype_policy(dtype)
     other = build(recurrent_initializer="zeros") if kind == "text" else build()
@@ -80,7 +118,7 @@ def test_recurrent_layers_can_be_built_in_half_precision(dtype):
 
 def test_restored_it_is_as_before_bit_for_bit():
     build, x = MODELS["vision"]
-    model = models.lived_in(build)
+    model = lived_in(build)
     before, values, weights = model.predict(x, verbose=0), floats(model), model.get_weights()
     held = [v.value for v in values]
     report = narrowed(model)
@@ -122,13 +160,13 @@ def test_weights_files_go_round_and_come_from_wider_ones(tmp_path):
 def test_an_exported_model_holds_the_narrow_variables(tmp_path):
     import tensorflow as tf
 
-    model = models.lived_in(models.vision)
+    model = lived_in(vision)
     narrowed(model)
     model.export(tmp_path / "exported", verbose=False)
     served = tf.saved_model.load(tmp_path / "exported")
     assert {v.dtype.name for v in served.variables} == {"float16"}
-    outputs = served.serve(models.IMAGES.astype("float16"))
-    np.testing.assert_array_equal(outputs, model.predict(models.IMAGES, verbose=0))
+    outputs = served.serve(IMAGES.astype("float16"))
+    np.testing.assert_array_equal(outputs, model.predict(IMAGES, verbose=0))
 
 
 def test_facts_of_each_layer():
@@ -231,7 +269,7 @@ def test_a_shared_variable_counts_once_and_must_be_wanted_alike():
 
 def test_nothing_keeps_the_values_of_before_once_the_undo_is_gone():
     build, x = MODELS["vision"]
-    model = models.lived_in(build)
+    model = lived_in(build)
     model.predict(x, verbose=0)
     torch = keras.backend.backend() == "torch"
     kept = [weakref.ref(v.value.untyped_storage() if torch else v.value) for v in floats(model)]

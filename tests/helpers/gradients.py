@@ -64,16 +64,6 @@ def compile_(function, variables, way, optimizer=None):
     return compiled
 
 
-def evaluate(function, inputs):
-    """Return the outputs of a function of tensors, by what is quickest."""
-    tensors = [ops.convert_to_tensor(x) for x in inputs]
-    if keras.backend.backend() == "jax":
-        import jax
-
-        function = jax.jit(function, compiler_options=QUICK)
-    return [numpy(y) for y in keras.tree.flatten(function(*tensors))]
-
-
 def _listed(function):
     def listed(*inputs):
         return keras.tree.flatten(function(*inputs))

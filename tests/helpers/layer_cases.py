@@ -37,10 +37,6 @@ WITHOUT = {
 }
 # Layers that augment images: they prepare data, nothing is trained through them.
 AUGMENTATION = "BaseImagePreprocessingLayer"
-# Their cases have a seed: without one, Keras on torch draws from torch's own generator.
-RANDOM = {"AlphaDropout", "Dropout", "GaussianDropout", "GaussianNoise"} | {
-    f"SpatialDropout{n}D" for n in (1, 2, 3)
-}
 
 
 @dataclasses.dataclass(frozen=True)

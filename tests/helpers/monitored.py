@@ -2,15 +2,10 @@
 
 import keras
 import numpy as np
-import pytest
 
 from kerasmp.optimizer import LossScaleOptimizer
 
-ENTRIES = ["loss_scale", "skipped_steps", "total_skipped_steps", "overflow_rate"]
 STOCK = keras.optimizers.LossScaleOptimizer
-OURS_AND_STOCK = pytest.mark.parametrize(
-    "optimizer", [LossScaleOptimizer, STOCK], ids=["ours", "stock"]
-)
 
 
 def batches(pattern):

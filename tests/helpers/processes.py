@@ -1,10 +1,16 @@
-"""Calls a function in processes of their own: one, or several that talk to each other.
+"""Call a function in one other process, or in several that form a cluster.
 
-Logical devices and clusters are set before a framework's first use, so a test cannot set them for
-itself. No process outlives its time: all are killed when one of them fails or the time is up.
+Logical devices and clusters are fixed before a framework's first use, so a test cannot set them in
+its own process. No process outlives its time: if one fails, or time is up, all are killed.
+
+The child runs this module, with four arguments: the seconds that it may take, `module:function`,
+the keyword arguments as JSON, and the file for the result. Without arguments it reads such lists
+from standard input, each a line of JSON.
 """
 
 import contextlib
+import faulthandler
+import importlib
 import json
 import os
 import re
@@ -16,11 +22,11 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
-HUNG = "Timeout ("  # faulthandler's word, when a process ends itself
+HUNG = "Timeout ("  # what faulthandler writes when it ends a process
 PORT_TAKEN = re.compile(r"[Aa]ddress already in use|[Ff]ailed to bind|Could not start gRPC server")
 ATTEMPTS = 3
-# On two cores of their own none needs half a minute, most of it to start a framework. On cores that
-# are shared with much else a start alone can take that long.
+# On two idle cores each takes less than half a minute, most of it to start a framework. On busy
+# cores the start alone can take that long.
 SECONDS = 110
 
 
@@ -33,21 +39,21 @@ class HungError(ProcessError):
 
 
 def call(name, *, env=None, seconds=SECONDS, **arguments):
-    """Return what `module:function` of `name` returns in a process of its own."""
+    """Run `name`, as `module:function`, in a new process, and return its result."""
     return _together(name, [arguments], env, time.monotonic() + seconds)[0]
 
 
 class Kept:
-    """A process that answers call after call: for what needs another process, not a new one.
+    """A process that answers many calls, for tests that need another process, not a new one.
 
-    To start a framework takes longer than most of what is asked.
+    Starting a framework takes longer than most calls.
     """
 
     def __init__(self):
         self._child = None
 
     def call(self, name, *, seconds=SECONDS, **arguments):
-        """Return what `module:function` of `name` returns there."""
+        """Run `name`, as `module:function`, there, and return its result."""
         if self._child is None:
             self._directory = tempfile.TemporaryDirectory()
             self._log = Path(self._directory.name, "log")
@@ -73,22 +79,22 @@ class Kept:
         if self._child is not None:
             child, self._child = self._child, None
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.communicate(timeout=10)  # by the end of its input it ends itself
+                child.communicate(timeout=10)  # it exits at the end of its input
             child.kill()
             child.wait()
             self._directory.cleanup()
 
 
 def cluster(name, ranks, *, env=None, seconds=SECONDS, **arguments):
-    """Return what the function returns in each of `ranks` processes, given `rank` and `ports`."""
-    deadline = time.monotonic() + seconds  # of all attempts together
+    """Run `name` in `ranks` processes, each given `rank` and `ports`; return all results."""
+    deadline = time.monotonic() + seconds  # for all attempts together
     for attempt in range(1, ATTEMPTS + 1):
         ports = _free_ports(ranks)
         calls = [{"rank": rank, "ports": ports, **arguments} for rank in range(ranks)]
         try:
             return _together(name, calls, env, deadline)
         except ProcessError as error:
-            # Somebody else may take a port between its choice and its use.
+            # Another program may take a port between its choice and its use.
             if attempt == ATTEMPTS or not PORT_TAKEN.search(str(error)):
                 raise
     raise AssertionError
@@ -129,7 +135,7 @@ def _together(name, calls, env, deadline):
 def _start(arguments, log, env, **more):
     with log.open("w") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "helpers.child", *arguments],
+            [sys.executable, "-m", "helpers.processes", *arguments],
             cwd=TESTS,
             env={
                 **os.environ,
@@ -143,10 +149,39 @@ def _start(arguments, log, env, **more):
 
 
 def _wait(children, deadline):
-    """Return whether all have ended, or one has failed, before the time was up."""
+    """Return whether all ended, or one failed, before the deadline."""
     while time.monotonic() < deadline:
         codes = [child.poll() for child in children]
         if None not in codes or any(codes):
             return True
         time.sleep(0.05)
     return False
+
+
+# ---------------------------------------------------------------------------- in the child process
+
+
+def _main(seconds, name, arguments, result):
+    # This ends the process even if it waits forever outside Python, or has lost its parent.
+    faulthandler.dump_traceback_later(float(seconds), exit=True)
+    module, function = name.split(":")
+    returned = getattr(importlib.import_module(module), function)(**json.loads(arguments))
+    # Renaming makes the file appear only when it is complete.
+    unfinished = Path(f"{result}.part")
+    unfinished.write_text(json.dumps(returned), encoding="utf-8")
+    unfinished.replace(result)
+    faulthandler.cancel_dump_traceback_later()
+
+
+def _serve():
+    import keras
+
+    policy = keras.config.dtype_policy()
+    for line in sys.stdin:  # which ends with the parent
+        _main(*json.loads(line))
+        keras.config.set_dtype_policy(policy)
+        keras.backend.clear_session(free_memory=False)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:]) if sys.argv[1:] else _serve()

@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from helpers.attention64 import softmax, softmax_gradient
 from helpers.float16 import MODES, error, numpy_of, rounded, step
 from helpers.marks import full, full_on, in_each_way
+from helpers.references import softmax, softmax_gradient
 from keras import ops
 
 import kerasmp as mp
@@ -59,7 +59,7 @@ def reference(kind, layer, inputs, upstream, *, mask=None, dtype="float64", less
     else:
         products = query @ value.swapaxes(1, 2)
         scores = scale * products
-    weights = softmax(scores, mask) * np.asarray(1 - less, dtype)
+    weights = softmax(scores, mask=mask) * np.asarray(1 - less, dtype)
     outputs = weights @ value
     to_scores = softmax_gradient(weights, upstream @ value.swapaxes(1, 2))
     to_value = weights.swapaxes(1, 2) @ upstream

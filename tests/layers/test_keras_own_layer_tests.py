@@ -4,9 +4,15 @@ What they skip on a backend stays skipped. Those that import TensorFlow run wher
 """
 
 import importlib.util
+import re
+import sys
+import types
+from pathlib import Path
+from unittest import TestCase, mock
 
+import keras
 import pytest
-from helpers import keras_own
+from helpers.turned_layers import COUNTERPARTS
 
 pytestmark = [
     pytest.mark.full,
@@ -15,10 +21,54 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),
 ]
 
-FILES = keras_own.files()
+KERAS = keras.src  # where its tests look for what they test
+LAYERS = Path(KERAS.layers.__file__).parent
+IMPORTED = ("grain", "tensorflow")  # by some of the files, and not needed by Keras
+
+
+def files():
+    """Return the files of tests, beside the layers, that use one of which we have our own."""
+    names = "|".join(stock.__name__ for stock in COUNTERPARTS)
+    used = re.compile(rf"\.(?:{names})\b[(,]")
+    found = [file for file in sorted(LAYERS.glob("*/*_test.py")) if used.search(file.read_text())]
+    missing = "|".join(name for name in IMPORTED if importlib.util.find_spec(name) is None)
+    fails = re.compile(rf"^(?:from|import) (?:{missing or 'nothing'})\b", re.MULTILINE)
+    return [file for file in found if not fails.search(file.read_text())]
+
+
+def cases(file):
+    """Return the test cases of a file by name, in which every layer that they name is ours."""
+    # Keras looks there for the classes of their own that tests have saved.
+    name = f"{KERAS.layers.__name__}.{file.parent.name}.{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    # Parameters of a test may be layers, which are looked up as the file is read.
+    with mock.patch.object(KERAS, "layers", _with_ours(KERAS.layers)):
+        spec.loader.exec_module(module)
+    for name, value in vars(module).items():
+        if isinstance(value, types.ModuleType) and value.__name__.startswith(KERAS.layers.__name__):
+            setattr(module, name, _with_ours(value))
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, type)
+        and issubclass(value, TestCase)
+        and value.__module__ == module.__name__
+    }
+
+
+def _with_ours(module):
+    """Return a copy of a module of Keras's in which each class that has one is its counterpart."""
+    copy = types.ModuleType(module.__name__)
+    for name, value in vars(module).items():
+        setattr(copy, name, COUNTERPARTS.get(value, value) if isinstance(value, type) else value)
+    return copy
+
+
+FILES = files()
 
 for file in FILES:
-    globals().update({f"{file.stem}_{name}": case for name, case in keras_own.cases(file).items()})
+    globals().update({f"{file.stem}_{name}": case for name, case in cases(file).items()})
 
 if not importlib.util.find_spec("tensorflow"):
     delattr(globals()["dense_test_DenseTest"], "test_dense_sparse")  # imports it on any backend

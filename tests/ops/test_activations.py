@@ -1,16 +1,98 @@
 """Activations of float16 tensors, forward and back, against NumPy in float64."""
 
+import math
+
 import keras
 import numpy as np
 import pytest
 from helpers.float16 import MODES, assert_near_best, draw, errors, numpy_of, step
 from helpers.marks import few, full, full_on, in_each_way
-from helpers.references import ACTIVATIONS, TANH_GELU
+from helpers.references import sigmoid
 from keras import ops
 
 import kerasmp
 
-# Scale of the inputs, and of the gradients that come from above.
+
+def normal(x):
+    """Return the normal distribution function, accurate in both tails."""
+    return np.vectorize(math.erfc, otypes=[float])(-x / math.sqrt(2)) / 2
+
+
+def _gelu_slope(x):
+    return normal(x) + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+def _tanh_gelu(x):
+    return x * sigmoid(2 * _tanh_gelu_inner(x))
+
+
+def _tanh_gelu_inner(x):
+    return math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+
+
+def _tanh_gelu_slope(x):
+    p = sigmoid(2 * _tanh_gelu_inner(x))
+    rest = sigmoid(-2 * _tanh_gelu_inner(x))
+    return p + 2 * x * p * rest * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
+
+
+def _softplus(x):
+    return np.logaddexp(0, x)
+
+
+def _mish_slope(x):
+    t = np.tanh(_softplus(x))
+    return t + x * sigmoid(x) * (1 - t) * (1 + t)
+
+
+def _elu(x, alpha=1.0):
+    return np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0)))
+
+
+def _elu_slope(x, alpha=1.0):
+    return np.where(x > 0, 1, alpha * np.exp(np.minimum(x, 0)))
+
+
+_SELU_SCALE, _SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
+
+# Name in kerasmp.ops: the exact function and its derivative, in float64.
+ACTIVATIONS = {
+    "celu": (_elu, _elu_slope),
+    "elu": (_elu, _elu_slope),
+    "exponential": (np.exp, np.exp),
+    "gelu": (lambda x: x * normal(x), _gelu_slope),
+    "hard_silu": (
+        lambda x: x * np.clip(x / 6 + 0.5, 0, 1),
+        lambda x: np.where(np.abs(x) < 3, x / 3 + 0.5, x > 0),
+    ),
+    "log_sigmoid": (lambda x: -_softplus(-x), lambda x: sigmoid(-x)),
+    "mish": (lambda x: x * np.tanh(_softplus(x)), _mish_slope),
+    "selu": (
+        lambda x: _SELU_SCALE * _elu(x, _SELU_ALPHA),
+        lambda x: _SELU_SCALE * _elu_slope(x, _SELU_ALPHA),
+    ),
+    "sigmoid": (sigmoid, lambda x: sigmoid(x) * sigmoid(-x)),
+    "silu": (
+        lambda x: x * sigmoid(x),
+        lambda x: sigmoid(x) * (1 + x * sigmoid(-x)),
+    ),
+    "softplus": (_softplus, sigmoid),
+    "softsign": (lambda x: x / (1 + np.abs(x)), lambda x: 1 / (1 + np.abs(x)) ** 2),
+    "sparse_plus": (
+        lambda x: np.where(x <= -1, 0, np.where(x < 1, (x + 1) ** 2 / 4, x)),
+        lambda x: np.where(x <= -1, 0, np.where(x < 1, (x + 1) / 2, 1)),
+    ),
+    "sparse_sigmoid": (lambda x: np.clip((x + 1) / 2, 0, 1), lambda x: (np.abs(x) < 1) / 2),
+    "squareplus": (
+        lambda x: (x + np.sqrt(x * x + 4)) / 2,
+        lambda x: (1 + x / np.sqrt(x * x + 4)) / 2,
+    ),
+    "tanh": (np.tanh, lambda x: 1 / np.cosh(np.clip(x, -300, 300)) ** 2),
+    "tanh_shrink": (lambda x: x - np.tanh(x), lambda x: np.tanh(x) ** 2),
+}
+TANH_GELU = (_tanh_gelu, _tanh_gelu_slope)
+
+# Scale of the inputs, and of the upstream gradients.
 MAGNITUDES = [(0.02, 1.0), (1.0, 1.0), (10.0, 1000.0), (1000.0, 1.0), (15000.0, 200.0)]
 
 

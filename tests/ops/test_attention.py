@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from helpers.attention64 import attention
 from helpers.float16 import MODES, error, numpy_of, rounded, step
 from helpers.marks import full, full_on, in_each_way
+from helpers.references import attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops

@@ -1,8 +1,8 @@
-"""Hypothesis strategies of recipes for `helpers.zoo`."""
+"""Hypothesis strategies of recipes for `helpers.drawn_models`."""
 
 import keras
-from helpers.zoo import Head, Recipe
-from helpers.zoo_layers import CELLS, MERGERS, OPERATIONS, Part
+from helpers.drawn_layers import CELLS, MERGERS, OPERATIONS, Part
+from helpers.drawn_models import Head, Recipe
 from hypothesis import strategies as st
 
 JAX = keras.backend.backend() == "jax"

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-from helpers import zoo_layers
-from helpers.zoo_layers import FEATURES, STEPS, Part
+from helpers import drawn_layers
+from helpers.drawn_layers import FEATURES, STEPS, Part
 from keras import ops
 
 import kerasmp as mp
@@ -150,7 +150,7 @@ class _Insides:
         self.recipe = recipe
         self.entries = [_entry(kind) for kind in recipe.inputs]
         self.join = layers.Add() if len(recipe.inputs) > 1 else None
-        self.parts = zoo_layers.make_all(recipe.parts)
+        self.parts = drawn_layers.make_all(recipe.parts)
         self.heads = [_head(head) for head in recipe.heads]
 
     @property
@@ -167,7 +167,7 @@ class _Insides:
         ]
         if self.join is not None:
             tensors.append(self.join(tensors))
-        tensors = zoo_layers.run(self.recipe.parts, self.parts, tensors)
+        tensors = drawn_layers.run(self.recipe.parts, self.parts, tensors)
         outputs = []
         for head, made in zip(self.recipe.heads, self.heads, strict=True):
             x = tensors[-1 - head.back % len(tensors)]
@@ -222,12 +222,12 @@ class _Net:
         return {**super().get_config(), "recipe": self.recipe}
 
 
-@keras.saving.register_keras_serializable("zoo")
+@keras.saving.register_keras_serializable("drawn_models")
 class Net(_Net, keras.Model):
     """A user's model."""
 
 
-@keras.saving.register_keras_serializable("zoo")
+@keras.saving.register_keras_serializable("drawn_models")
 class OurNet(_Net, mp.Model):
     """The same as a model of kerasmp's."""
 

@@ -1,4 +1,4 @@
-"""The parts of the models in `helpers.zoo`: layers that map (2, 3, 4) to (2, 3, 4)."""
+"""The parts of the models in `helpers.drawn_models`: layers that map (2, 3, 4) to (2, 3, 4)."""
 
 from typing import Any, NamedTuple
 
@@ -137,12 +137,12 @@ class Borrower(layers.Layer):
         return call(self.part, x, [x])
 
 
-@keras.saving.register_keras_serializable("zoo")
+@keras.saving.register_keras_serializable("drawn_models")
 class Block(_Chain, layers.Layer):
     """A user's layer with layers in a list."""
 
 
-@keras.saving.register_keras_serializable("zoo")
+@keras.saving.register_keras_serializable("drawn_models")
 class Inner(_Chain, keras.Model):
     """A user's model, inside another."""
 
