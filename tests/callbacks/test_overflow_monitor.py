@@ -55,6 +55,7 @@ def test_the_entries_of_each_epoch_and_of_each_fit(model):
     model = make(LossScaleOptimizer("sgd", loss_scale=DynamicLossScale(64.0)), model, loss="mae")
     monitor = OverflowMonitor()
     history = fit(model, "ghggh", [monitor], epochs=2)
+    assert history.keys() == {"loss", *ENTRIES}
     assert {name: history[name] for name in ENTRIES} == {
         "loss_scale": [16.0, 4.0],
         "skipped_steps": [2, 2],

@@ -85,10 +85,15 @@ def test_update_is_pure_and_keeps_the_keys(cls, finite):
 @pytest.mark.parametrize("finite", [True, False])
 def test_update_takes_tensors_and_python_numbers_alike(cls, finite):
     schedule = cls()
-    numbers = schedule.init()
-    tensors = {key: ops.convert_to_tensor(value) for key, value in numbers.items()}
-    by_tensor = schedule.update(tensors, ops.convert_to_tensor(finite))
-    assert _numbers(by_tensor) == _numbers(schedule.update(numbers, finite))
+    for value in (0.0, 0.25, np.inf):
+        numbers = schedule.init(), dict.fromkeys(schedule.measures, value)
+        state, measured = (
+            {key: ops.convert_to_tensor(number) for key, number in given.items()}
+            for given in numbers
+        )
+        by_tensor = schedule.update(state, ops.convert_to_tensor(finite), **measured)
+        by_number = schedule.update(numbers[0], finite, **numbers[1])
+        np.testing.assert_equal(_numbers(by_tensor), _numbers(by_number))
 
 
 @every_schedule
@@ -159,18 +164,6 @@ def test_no_measure_breaks_the_state_for_good(cls, data):
     for _ in range(3):
         state = schedule.update(state, True, **dict.fromkeys(schedule.measures, 0.5))
     assert np.isfinite(list(_numbers(state).values())).all()
-
-
-@every_schedule
-@pytest.mark.parametrize("finite", [True, False])
-def test_what_is_measured_may_be_a_tensor_too(cls, finite):
-    schedule = cls()
-    for value in (0.0, 0.25, np.inf):
-        measured = dict.fromkeys(schedule.measures, value)
-        tensors = {name: ops.convert_to_tensor(v) for name, v in measured.items()}
-        by_tensor = schedule.update(schedule.init(), finite, **tensors)
-        by_number = schedule.update(schedule.init(), finite, **measured)
-        np.testing.assert_equal(_numbers(by_tensor), _numbers(by_number))
 
 
 @every_schedule

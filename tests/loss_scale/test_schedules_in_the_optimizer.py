@@ -75,15 +75,6 @@ def test_the_state_in_the_optimizer_is_that_of_the_schedule(schedule, step):
             )
 
 
-def test_log_max_is_fed_the_unscaled_maximum():
-    schedule = LogMaxLossScale(initial_scale=2.0**15)
-    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.0), loss_scale=schedule)
-    variables = variables_of([1.0, 2.0])
-    optimizer.build(variables)
-    eager(optimizer, tensors([2.0**17, -8.0]), variables)  # unscaled: 4 at most
-    assert optimizer.loss_scale == 2.0**14
-
-
 def test_underflow_stops_where_the_gradients_are_seen():
     schedule = UnderflowLossScale(1.0, window=2)
     optimizer = LossScaleOptimizer("sgd", loss_scale=schedule)

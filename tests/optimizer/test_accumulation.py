@@ -7,7 +7,6 @@ good micro-batches as it should. Windows after it end later than planned, which 
 
 import keras
 import numpy as np
-import pytest
 from helpers.marks import full_on, marks_on
 from helpers.stepping import EXACT_WAYS, assert_same_bits, each_of, numpy
 from helpers.twins import Twins
@@ -97,9 +96,3 @@ def test_fit_with_a_bad_micro_batch_ends_where_fit_without_it_ends_and_the_logs_
     # Seven good micro-batches an epoch: after the first epoch one waits, after the second two.
     assert logs["accumulated_steps"] == [1, 2]
     assert int(ops.convert_to_tensor(optimizer.iterations)) == 4
-
-
-@pytest.mark.full
-def test_the_logs_of_an_optimizer_that_does_not_accumulate_say_nothing_of_it():
-    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.01))
-    assert "accumulated_steps" not in _fitted(X, Y, optimizer, [mp.OverflowMonitor()])[1]

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.marks import by_name, few, full_on, marks_on
-from helpers.stepping import Stock, assert_same_bits, built, numpy, variables_of
+from helpers.stepping import assert_same_bits, built, numpy, variables_of
 
 import kerasmp as mp
 from kerasmp.optimizer import LossScaleOptimizer as Ours
@@ -73,9 +73,9 @@ def test_a_run_whose_first_steps_are_skipped_ends_as_one_without_them(settings):
     assert_same_bits(numpy(inner.variables), numpy(plain.optimizer.variables))
 
 
-def evaluated_by_swapping(cls, settings):
-    """Return the weights before a skipped epoch, those its validation saw, and those after it."""
-    model = compiled(cls(averaging(settings)))
+@every_setting("at the end")
+def test_before_the_first_applied_step_an_evaluation_by_averages_sees_the_weights(settings):
+    model = compiled(Ours(averaging(settings)))
     before = numpy(model.trainable_variables)
     watch = Watch()
     model.fit(
@@ -86,23 +86,10 @@ def evaluated_by_swapping(cls, settings):
         validation_data=(X, Y),
         callbacks=[keras.callbacks.SwapEMAWeights(), watch],
     )
-    return before, watch.seen, numpy(model.trainable_variables)
-
-
-@every_setting("at the end")
-def test_before_the_first_applied_step_an_evaluation_by_averages_sees_the_weights(settings):
-    before, seen, after = evaluated_by_swapping(Ours, settings)
-    assert_same_bits(seen[0], before)
+    assert_same_bits(watch.seen[0], before)
     # TensorFlow swaps by adding and subtracting, which rounds.
-    for value, start in zip(after, before, strict=True):
+    for value, start in zip(numpy(model.trainable_variables), before, strict=True):
         np.testing.assert_allclose(value, start, rtol=1e-6)
-
-
-@pytest.mark.full
-def test_in_stock_keras_it_sees_zeros():
-    before, seen, _ = evaluated_by_swapping(Stock, {})
-    assert before[0].any()
-    assert not seen[0][0].any()
 
 
 @pytest.mark.parametrize("swap_on_epoch", few([False, True], [True]))

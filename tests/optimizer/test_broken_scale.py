@@ -1,13 +1,13 @@
-"""A scale that came from outside past every check: the weights outlive it, and so does training.
+"""A scale that no check has seen returns to its bounds, and neither weights nor training suffer.
 
-Checkpoints of frameworks assign to variables without asking anyone; stock Keras's can hold 0
-(fault 3).
+A framework's checkpoint assigns to the variable directly, and one of stock Keras may hold 0: fault
+3.
 """
 
 import keras
 import numpy as np
 import pytest
-from helpers.stepping import Stock, eager, numpy, step_of, tensors, variables_of
+from helpers.stepping import numpy, step_of, tensors, variables_of
 from keras import ops
 
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, NoLossScale
@@ -31,7 +31,7 @@ def step_against_two(optimizer, variables):
 
 
 @every_schedule
-def test_the_weights_are_right_and_move_again_at_the_second_step(schedule):
+def test_the_scale_returns_at_once_and_the_weights_move_by_the_second_step(schedule):
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=schedule)
     (weight,) = variables = variables_of([8.0])
     optimizer.build(variables)
@@ -41,27 +41,6 @@ def test_the_weights_are_right_and_move_again_at_the_second_step(schedule):
         optimizer.dynamic_scale.assign(scale)
         for _ in range(2):
             step_against_two(optimizer, variables)
+            assert schedule.min_scale <= scale_of(optimizer) <= schedule.max_scale
         assert numpy(variables)[0].tolist() in ([6.0], [4.0])
-        assert schedule.min_scale <= scale_of(optimizer) <= schedule.max_scale
     assert optimizer.applied_steps + optimizer.skipped_steps == 12
-
-
-@every_schedule
-def test_it_is_inside_after_a_single_step(schedule):
-    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.0), loss_scale=schedule)
-    variables = variables_of([1.0])
-    optimizer.build(variables)
-    for scale in (np.nan, np.inf, 0.0, 1e-30):  # with the second one the step is applied
-        optimizer.dynamic_scale.assign(scale)
-        eager(optimizer, tensors([1.0]), variables)
-        assert schedule.min_scale <= scale_of(optimizer) <= schedule.max_scale
-
-
-@pytest.mark.full
-def test_stock_keras_divides_by_a_scale_of_zero():
-    variables = variables_of([8.0])
-    optimizer = Stock(keras.optimizers.SGD(1.0))
-    optimizer.build(variables)
-    optimizer.dynamic_scale.assign(0.0)
-    step_against_two(optimizer, variables)
-    assert np.isnan(numpy(variables)[0]).all()

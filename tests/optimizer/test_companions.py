@@ -146,28 +146,14 @@ def test_variables_without_a_gradient_stay_and_the_others_move(step, accumulatio
 
 # Keras keeps the largest of a window, and of the 0 that an accumulator starts with.
 @every_way
-@pytest.mark.parametrize(("accumulation", "window"), [full(None, [4]), (2, [2, 3])])
-def test_a_variable_that_takes_its_gradient_as_value_takes_none_of_a_skipped_step(
-    step, accumulation, window
-):
+def test_a_variable_that_takes_its_gradient_as_value_takes_none_of_a_skipped_step(step):
     def overwritten(variables):
         variables[1].overwrite_with_gradient = True
 
-    twins = trained(adam(gradient_accumulation_steps=accumulation), step, prepare=overwritten)
+    twins = trained(adam(gradient_accumulation_steps=2), step, prepare=overwritten)
     twins.check()
-    given = [gradients(seed)[1] for seed in window] + [np.zeros(2)] * (len(window) - 1)
+    given = [*(gradients(seed)[1] for seed in (2, 3)), np.zeros(2)]
     assert numpy(twins.ours)[1].tolist() == np.maximum.reduce(given).tolist()
-
-
-@every_way
-@full_on("jax")
-def test_the_clipped_gradient_is_the_unscaled_one(step):
-    """A norm of 0.5 is below the threshold of 1, and 0.5 times the scale is far above."""
-    for settings in ({"clipnorm": 1.0}, {"global_clipnorm": 1.0}, {"clipvalue": 1.0}):
-        variables = variables_of([0.0, 0.0])
-        optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0, **settings), loss_scale=SCALE)
-        step(optimizer, tensors([0.5 * SCALE, 0.0]), variables)
-        assert numpy(variables)[0].tolist() == [-0.5, 0.0]
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")

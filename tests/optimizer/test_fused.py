@@ -257,19 +257,6 @@ def test_some_of_the_variables_are_updated_alone():
         np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-def test_what_was_unscaled_by_hand_is_not_divided_again():
-    grads = gradients(7, 1, (-2, 0))[0]
-    results = []
-    for by_hand in (True, False):
-        optimizer = LossScaleOptimizer(HAS_FUSED_UPDATES["momentum"](), loss_scale=SCALE)
-        variables = started()
-        optimizer.build(variables)
-        given = tensors(*(g * np.float32(SCALE) for g in grads))
-        optimizer.apply(optimizer.get_unscaled_gradients(given) if by_hand else given, variables)
-        results.append(numpy(variables))
-    assert_same_bits(*results)
-
-
 def test_the_optimizer_inside_and_the_schedule_may_change_before_the_build():
     wrapped = LossScaleOptimizer(o.Adam(0.01), loss_scale=SCALE)
     wrapped.inner_optimizer = o.SGD(1.0)

@@ -23,7 +23,6 @@ from kerasmp.optimizer import LossScaleOptimizer
 
 X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
 Y = X[:, :1]
-ELSEWHERE = "ignore:Skipping variable loading for optimizer 'adam:UserWarning"
 
 
 def _plain():
@@ -64,16 +63,6 @@ def test_a_plain_optimizers_state_goes_to_the_inner_optimizer(tmp_path):
     assert int(ops.convert_to_tensor(ours.optimizer.iterations)) == 4
     assert_same_bits(numpy(ours.optimizer.inner_optimizer.variables), numpy(plain.variables))
     assert ours.optimizer.loss_scale == 2.0**15
-
-
-@pytest.mark.full
-@pytest.mark.filterwarnings(ELSEWHERE, "ignore:Skipping variable loading.*loss_scale:UserWarning")
-def test_a_plain_optimizers_state_is_lost_in_stock_keras(tmp_path):
-    path = tmp_path / "plain.keras"
-    _saved(_plain(), path)
-    stock = _compiled(Stock(_plain()))
-    stock.load_weights(path)
-    assert int(ops.convert_to_tensor(stock.optimizer.iterations)) == 0
 
 
 SAVED = {

@@ -267,7 +267,3 @@ def test_a_loss_of_a_step_that_is_not_taken_can_be_forgotten():
     optimizer.forget_unscaled()
     eager(optimizer, tensors([np.inf]), variables)
     assert optimizer.skip_causes == causes(unknown=1)
-
-
-def test_before_build_nothing_was_skipped():
-    assert LossScaleOptimizer("sgd").skip_causes == causes()

@@ -27,38 +27,22 @@ def current_scale(optimizer):
     return float(ops.convert_to_numpy(optimizer.dynamic_scale.value))
 
 
-def bad_steps_then_a_good_one(count):
-    """Return the scale after `count` bad steps, and the weights after one good step more."""
+def test_a_falling_scale_reaches_zero_and_destroys_the_weights():
     variables = variables_of([1.0, 2.0])
     optimizer = Stock(keras.optimizers.SGD(0.5))
-    steps(optimizer, variables, np.nan, count)
-    sunk = current_scale(optimizer)
+    steps(optimizer, variables, np.nan, 170)  # float32 halves from 2**15 to exactly 0 in fewer
+    assert current_scale(optimizer) == 0.0
     steps(optimizer, variables, 0.0, 1)
-    return sunk, numpy(variables)[0]
+    assert np.isnan(numpy(variables)[0]).all()
 
 
-class TestTheScaleSinks:
-    COUNT = 170  # float32 halves from 2**15 to exactly 0 in fewer
-
-    def test_stock_reaches_zero_and_destroys_the_weights(self):
-        scale, weights = bad_steps_then_a_good_one(self.COUNT)
-        assert scale == 0.0
-        assert np.isnan(weights).all()
-
-
-def grown(count):
-    """Return the scale after `count` good steps, each of which makes it grow."""
+def test_a_growing_scale_reaches_infinity_and_stays_there():
     variables = variables_of([1.0, 2.0])
     optimizer = Stock(keras.optimizers.SGD(0.0), initial_scale=2.0**15, dynamic_growth_steps=1)
-    steps(optimizer, variables, 0.0, count)
-    high = current_scale(optimizer)
+    steps(optimizer, variables, 0.0, 115)
+    assert current_scale(optimizer) == np.inf
     steps(optimizer, variables, np.inf, 1)
-    return high, current_scale(optimizer)
-
-
-class TestTheScaleClimbs:
-    def test_stock_reaches_infinity_and_stays_there(self):
-        assert grown(115) == (np.inf, np.inf)
+    assert current_scale(optimizer) == np.inf
 
 
 class TestAFixedScale:
@@ -84,22 +68,20 @@ class TestAFixedScale:
         assert float(model.optimizer.scale_loss(ops.array(1.0))) == 32768.0
 
 
-class TestAveragesThatWereNeverUpdated:
-    def test_stock_overwrites_the_weights_with_zeros(self):
-        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-        model.compile(Stock(keras.optimizers.SGD(0.01, use_ema=True, ema_momentum=0.5)), "mse")
-        model.fit(np.full_like(X, np.nan), Y, batch_size=32, verbose=0)
-        assert not np.any(model.get_weights()[0])
+def test_averages_that_were_never_updated_overwrite_the_weights_with_zeros():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(Stock(keras.optimizers.SGD(0.01, use_ema=True, ema_momentum=0.5)), "mse")
+    model.fit(np.full_like(X, np.nan), Y, batch_size=32, verbose=0)
+    assert not np.any(model.get_weights()[0])
 
 
-class TestAWrapperAroundAWrapper:
-    def test_stock_shrinks_the_update_by_the_scale(self):
-        inner = Stock(keras.optimizers.SGD(1.0))
-        outer = Stock(inner)
-        variables = variables_of([0.0, 0.0])
-        gradient = float(ops.convert_to_numpy(outer.scale_loss(ops.array(1.0))))
-        steps(outer, variables, gradient, 1)
-        np.testing.assert_allclose(numpy(variables)[0], -1 / 32768)
+def test_a_wrapper_around_a_wrapper_divides_the_update_by_the_scale():
+    inner = Stock(keras.optimizers.SGD(1.0))
+    outer = Stock(inner)
+    variables = variables_of([0.0, 0.0])
+    gradient = float(ops.convert_to_numpy(outer.scale_loss(ops.array(1.0))))
+    steps(outer, variables, gradient, 1)
+    np.testing.assert_allclose(numpy(variables)[0], -1 / 32768)
 
 
 BAD_ARGUMENTS = [
@@ -125,16 +107,15 @@ class TestBadArguments:
             Stock("adam")
 
 
-class TestASkippedStepIsInvisible:
-    def test_the_history_holds_nothing_but_the_loss(self):
-        """From a scale that overflows."""
-        head = keras.layers.Dense(1, dtype="mixed_float16")
-        model = keras.Sequential([keras.Input((4,)), head])
-        optimizer = Stock(keras.optimizers.SGD(0.01), initial_scale=2.0**24)
-        model.compile(optimizer, "mse")
-        logs = model.fit(X, Y, batch_size=8, verbose=0).history
-        assert int(ops.convert_to_numpy(ops.convert_to_tensor(optimizer.iterations))) < 8
-        assert set(logs) == {"loss"}
+def test_the_history_of_a_run_with_skipped_steps_holds_only_the_loss():
+    """From a scale that overflows."""
+    head = keras.layers.Dense(1, dtype="mixed_float16")
+    model = keras.Sequential([keras.Input((4,)), head])
+    optimizer = Stock(keras.optimizers.SGD(0.01), initial_scale=2.0**24)
+    model.compile(optimizer, "mse")
+    logs = model.fit(X, Y, batch_size=8, verbose=0).history
+    assert int(ops.convert_to_numpy(ops.convert_to_tensor(optimizer.iterations))) < 8
+    assert set(logs) == {"loss"}
 
 
 class TestNoGradientsAtAll:
