@@ -55,7 +55,8 @@ def test_the_entries_of_each_epoch_and_of_each_fit(model):
     model = make(LossScaleOptimizer("sgd", loss_scale=DynamicLossScale(64.0)), model, loss="mae")
     monitor = OverflowMonitor()
     history = fit(model, "ghggh", [monitor], epochs=2)
-    assert history.keys() == {"loss", *ENTRIES}
+    causes = {f"skips_{cause}" for cause in model.optimizer.skip_causes}
+    assert history.keys() == {"loss", *ENTRIES, *causes}
     assert {name: history[name] for name in ENTRIES} == {
         "loss_scale": [16.0, 4.0],
         "skipped_steps": [2, 2],

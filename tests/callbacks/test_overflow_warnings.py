@@ -113,9 +113,3 @@ def test_what_lint_finds_is_told_when_training_begins():
     model.fit(x, x[:, :1], verbose=0, callbacks=[monitor])  # once: a second warning would raise
     with pytest.warns(PolicyWarning, match="float16-head"):
         model.fit(x, x[:, :1], verbose=0, callbacks=[OverflowMonitor()])
-
-
-@pytest.mark.parametrize("dtype", [full("float32"), "mixed_bfloat16"])
-def test_a_clean_model_is_told_nothing(dtype):
-    x = np.ones((2, 3), "float32")
-    head(dtype=dtype).fit(x, x[:, :1], verbose=0, callbacks=[OverflowMonitor()])

@@ -209,6 +209,7 @@ def dtypes_of(case, layer):
 def test_a_file_with_open_shapes_gives_the_same_numbers(name, tmp_path):
     case = CASES[name]
     layer = case.make(OURS[name], "mixed_float16")
+    assert OURS[name].from_config(layer.get_config()).get_config() == layer.get_config()
     inputs = symbols(case, free=True)
     model = keras.Model(inputs, case.call(layer, *inputs))
     model.save(tmp_path / "model.keras")

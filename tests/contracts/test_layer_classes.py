@@ -43,12 +43,3 @@ def test_a_method_of_ours_takes_what_that_of_the_stock_layer_takes():
             pair = [getattr(cls, method, None) for cls in (ours, stock)]
             if all(map(inspect.isfunction, pair)):
                 assert not missing(*pair), f"{name}.{method}"
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_a_layer_is_made_again_from_its_config(name):
-    layer = CASES[name].make(OURS[name], "mixed_float16")
-    again = OURS[name].from_config(layer.get_config())
-    assert type(again) is OURS[name]
-    assert again.get_config() == layer.get_config()
-    assert again.dtype_policy.name == "mixed_float16"

@@ -6,6 +6,7 @@ not compiled.
 
 import keras
 import numpy as np
+import pytest
 
 import kerasmp as mp
 
@@ -78,6 +79,11 @@ def test_models_and_layers_convert_and_come_back():
     second = mp.convert(net, rules=None)
     assert keras.backend.standardize_dtype(net(X).dtype) == "float16"
     assert {each.rule for each in mp.lint(net, X)} == {"sizes"}
+    # Conversions are told apart by their layers, which all claim to be equal.
+    with pytest.raises(mp.errors.PolicyError):
+        first.restore()
     second.restore()
     first.restore()
+    with pytest.raises(mp.errors.PolicyError):
+        first.restore()
     assert keras.backend.standardize_dtype(net(X).dtype) == "float32"

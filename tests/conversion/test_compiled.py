@@ -213,13 +213,3 @@ def test_the_model_becomes_what_a_dry_run_says(how):
     wrapped = isinstance(model.optimizer, mp.LossScaleOptimizer)
     assert ("is wrapped in kerasmp.LossScaleOptimizer" in str(dry)) is wrapped
     assert ("is removed with its state" in str(dry)) is (model.optimizer is None)
-
-
-def test_a_dry_run_keeps_what_is_compiled():
-    model = compiled("adam")
-    model.make_predict_function()
-    steps = model.train_function, model.predict_function
-    assert None not in steps
-    mp.convert(model, dry_run=True)
-    assert (model.train_function, model.predict_function) == steps
-    assert isinstance(model.optimizer, keras.optimizers.Adam)

@@ -166,15 +166,6 @@ def test_parts_of_wrappers_and_of_cells_follow():
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(model(X[:1])), before)
 
 
-def test_copies_keep_the_policies():
-    model = functional()
-    mp.convert(model)
-    copied = type(model).from_config(model.get_config())
-    assert [layer.compute_dtype for layer in flatten_layers(copied)] == [
-        layer.compute_dtype for layer in flatten_layers(model)
-    ]
-
-
 def test_clones_keep_the_policies_of_layers_and_not_of_their_parts():
     model = attention()
     mp.convert(model)
@@ -186,33 +177,6 @@ def test_clones_keep_the_policies_of_layers_and_not_of_their_parts():
     assert [x.compute_dtype for x in flatten_layers(clone)] == [
         x.compute_dtype for x in flatten_layers(model)
     ]
-
-
-def test_a_layer_is_never_asked_which_it_is():
-    class Same(keras.layers.Dense):
-        __hash__ = None
-
-        def __eq__(self, other):
-            return True
-
-    class Net(keras.Model):  # Keras itself asks where there is a graph
-        def __init__(self):
-            super().__init__()
-            self.one, self.other = Same(4), Same(2)
-
-        def call(self, inputs):
-            return self.other(self.one(inputs))
-
-    model = Net()
-    model(X)
-    first = mp.convert(model, "mixed_bfloat16")
-    second = mp.convert(model, "float32")
-    with pytest.raises(mp.errors.PolicyError, match="later conversion"):
-        first.restore()
-    second.restore()
-    first.restore()
-    with pytest.raises(mp.errors.PolicyError, match="undone already"):
-        first.restore()
 
 
 def test_what_is_known_of_a_layer_goes_with_it():

@@ -7,7 +7,6 @@ from helpers import converted
 from helpers.flattened import flatten_layers
 
 import kerasmp as mp
-from kerasmp.policy import LayerPolicies
 
 pytestmark = pytest.mark.unit
 
@@ -18,8 +17,11 @@ def test_the_text_of_the_policies_makes_another_build_the_same(kind):
     model = converted.KINDS[kind]()
     report = mp.convert(model)
     text = f"# kept with the project\n\n{report.layer_policies}\n"
+    policies = mp.LayerPolicies.parse(text)
+    assert policies == mp.LayerPolicies.of(model)
+    assert str(policies) == str(report.layer_policies)
     other = converted.KINDS[kind]()
-    mp.convert(other, mp.LayerPolicies.parse(text))
+    mp.convert(other, policies)
     assert [layer.compute_dtype for layer in flatten_layers(other)] == [
         layer.compute_dtype for layer in flatten_layers(model)
     ]
@@ -80,10 +82,3 @@ def test_text_that_says_no_policies_is_refused(text, message):
         mp.LayerPolicies.parse(text)
     with pytest.raises(mp.errors.ArgumentTypeError, match="of type NoneType"):
         mp.LayerPolicies.parse(None)
-
-
-def test_the_text_reads_back():
-    model = converted.subclassed()
-    text = str(mp.convert(model).layer_policies)
-    assert str(LayerPolicies.parse(text)) == text
-    assert LayerPolicies.parse(text) == LayerPolicies.of(model)

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.flattened import flatten_layers
-from helpers.marks import few, full_on
+from helpers.marks import few, full, full_on
 
 import kerasmp as mp
 
@@ -153,8 +153,14 @@ def test_a_converted_model(case, tmp_path):
     assert_same(saved_and_loaded(loaded, tmp_path), model)
 
 
-@pytest.mark.parametrize("case", few(OURS, QUICK))
-@pytest.mark.parametrize("policy", few(["mixed_float16", "float16", "float32"], ["float16"]))
+@pytest.mark.parametrize(
+    ("policy", "case"),
+    [
+        *(("float16", case) for case in QUICK),
+        *(full("float16", case) for case in OURS if case not in QUICK),
+        *(full(policy, case) for policy in ("mixed_float16", "float32") for case in QUICK),
+    ],
+)
 def test_a_model_that_was_made_under_a_policy(policy, case, tmp_path):
     with mp.policy_scope(policy):
         model = made(case)

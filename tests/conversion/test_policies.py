@@ -37,17 +37,6 @@ def test_symbolic_outputs_follow(build):
     assert model.layers[-2].output.dtype == "float16"
 
 
-def test_a_dry_run_says_the_same_and_does_nothing():
-    model = functional()
-    before = predict(model)
-    dry = mp.convert(model, dry_run=True)
-    np.testing.assert_array_equal(predict(model), before)
-    dry.restore()
-    wet = mp.convert(model)
-    assert [row[1:] for row in dry.rows] == [row[1:] for row in wet.rows]
-    assert {row.after for row in wet.rows} == {"mixed_float16", "float32"}
-
-
 def test_the_report_names_the_exceptions_and_their_reasons():
     model = keras.Sequential(
         [keras.Input((4,)), layers.Dense(4), layers.Softmax(name="soft"), layers.Dense(2)]
@@ -86,11 +75,6 @@ def test_a_shared_policy_map_is_not_written_into():
     report.restore()
     assert not list(policies.items())
     assert isinstance(model.layers[0].dtype_policy, keras.dtype_policies.DTypePolicyMap)
-
-
-def test_a_model_that_is_not_built_is_refused():
-    with pytest.raises(mp.errors.PolicyError, match="not built"):
-        mp.convert(converted.Net())
 
 
 def test_weights_of_another_dtype_are_refused_and_nothing_changes():
@@ -149,11 +133,6 @@ def test_restore_puts_the_output_dtype_back_where_no_layer_changed():
     assert keras.backend.standardize_dtype(model(x).dtype) == "float32"
     report.restore()
     assert keras.backend.standardize_dtype(model(x).dtype) == before == "float16"
-
-
-def test_what_is_no_model_is_an_error():
-    with pytest.raises(mp.errors.ArgumentTypeError, match="a str"):
-        mp.convert("mixed_float16")
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,6 @@ def test_vocabularies_go_along_and_optimizers_do_not(tmp_path):
     assert list(loaded.layers[1].get_vocabulary()) == list(lookup.get_vocabulary())
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
     model.fit(x, np.ones((3, 2)), verbose=0)
-    with pytest.raises(mp.errors.ArgumentError, match=r"ends in \".keras\""):
-        mp.save_for_stock_keras(model, tmp_path / "model.h5")
 
 
 def test_activations_and_initializers_of_ours_are_named(tmp_path):

@@ -36,12 +36,6 @@ def test_each_finding_comes_once():
     assert len(found(model, "unsafe-layer")) == 1
 
 
-@pytest.mark.unit
-def test_what_is_no_model_is_an_error():
-    with pytest.raises(mp.errors.ArgumentTypeError, match="a str"):
-        mp.lint("model")
-
-
 def test_losses_stay_as_the_last_call_left_them():
     model = made(dense(activity_regularizer="l2"))
     x = np.ones((8, 8), "float32")

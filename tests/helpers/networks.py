@@ -72,3 +72,14 @@ def relu_after(layer, shape, count=1, before=()):
     outputs = layer(inputs if count > 1 else _through(before, inputs[0]))
     outputs = keras.layers.Concatenate(axis=0)(outputs) if isinstance(outputs, list) else outputs
     return keras.Model(inputs, keras.layers.ReLU()(keras.layers.ReLU()(outputs)))
+
+
+def attends_itself(layer, shape=(4, 8)):
+    """Return the same for a layer of attention that takes one input as query and value."""
+    inputs = keras.Input(shape)
+    return keras.Model(inputs, keras.layers.ReLU()(keras.layers.ReLU()(layer(inputs, inputs))))
+
+
+def third_from_the_end(model):
+    """Return the layer that `relu_after` and `attends_itself` were given."""
+    return model.layers[-3]

@@ -168,8 +168,3 @@ def test_it_need_not_be_built_or_compiled_and_twice_is_once():
     model.compile("adam", "mse")
     assert isinstance(model.optimizer, mp.LossScaleOptimizer)
     assert np.isfinite(model.fit(X, Y, verbose=0).history["loss"][0])
-
-
-def test_anything_else_is_refused():
-    with pytest.raises(mp.errors.ArgumentTypeError, match=r"Received: .*Dense.*keras\.Sequential"):
-        mp.Model.from_keras(keras.layers.Dense(2))

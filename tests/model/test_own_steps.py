@@ -80,13 +80,6 @@ def test_as_if_it_had_not_been(build, way):
         np.testing.assert_array_equal(value, wanted)
 
 
-@pytest.mark.full
-def test_in_a_stock_model_the_bad_batch_stays():
-    _, logs, values = train(written_in_the_class, BAD_X, BAD_Y, module=keras)
-    assert np.isnan(logs["loss"]).all()
-    assert not all(np.isfinite(v).all() for path, v in values.items() if "moving" in path)
-
-
 def test_what_a_step_adds_to_keras_own_logs_stays():
     _, logs, _ = train(around_keras_own, GOOD_X, GOOD_Y)
     assert set(logs) == {"loss", "mae", "extra"}

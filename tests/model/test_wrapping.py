@@ -21,9 +21,7 @@ def network(*dtypes, module=mp):
     [
         (["float32"], False),
         (["mixed_bfloat16"], False),
-        (["mixed_float16"], True),
         (["float32", "mixed_float16", "float32"], True),
-        (["float16"], True),
     ],
     ids=str,
 )
@@ -32,13 +30,6 @@ def test_the_layers_decide(dtypes, wrapped):
         model = network(*dtypes)
         model.compile(optimizer, "mse")
         assert isinstance(model.optimizer, mp.LossScaleOptimizer) is wrapped
-
-
-@pytest.mark.full
-def test_stock_keras_overlooks_a_float16_layer_under_another_policy():
-    model = network("float32", "mixed_float16", module=keras)
-    model.compile("adam", "mse")
-    assert not isinstance(model.optimizer, Stock)
 
 
 @pytest.mark.parametrize("module", [keras, mp], ids=["stock model", "our model"])
@@ -167,21 +158,6 @@ def test_a_state_for_which_there_are_no_variables_is_said():
     with pytest.warns(mp.errors.KerasMPWarning, match=said):
         other.set_state_tree(one.get_state_tree())
     np.testing.assert_array_equal(other.get_weights()[0], before[0])
-
-
-@pytest.mark.parametrize("dtype", ["mixed_float16", full("mixed_bfloat16")])
-def test_metrics_see_float32_predictions(dtype):
-    seen = []
-
-    def watch(y_true, y_pred):
-        seen.append(keras.backend.standardize_dtype(y_pred.dtype))
-        return keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1)
-
-    model = network(dtype)
-    model.compile("sgd", "mse", metrics=[watch])
-    model.fit(X, Y, verbose=0)
-    model.evaluate(X, Y, verbose=0)
-    assert set(seen) == {"float32"}
 
 
 def test_what_a_user_adds_to_the_metrics_stays():

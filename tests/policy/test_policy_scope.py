@@ -3,7 +3,6 @@
 import threading
 
 import keras
-import numpy as np
 import pytest
 
 from kerasmp.errors import ArgumentTypeError, PolicyError, PolicyWarning
@@ -23,17 +22,6 @@ def test_stock_layers_follow_the_global_policy(name):
     layer.build((None, 3))
     assert layer.compute_dtype == Policy(name).compute_dtype
     assert layer.kernel.dtype == Policy(name).variable_dtype
-
-
-@pytest.mark.parametrize("name", ["mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("make", [lambda: keras.layers.Dense(4), keras.layers.BatchNormalization])
-def test_variables_are_float32_under_every_mixed_policy(name, make):
-    with policy_scope(name) as policy:
-        layer = make()
-        outputs = layer(np.ones((2, 3), "float32"))
-    assert keras.backend.standardize_dtype(outputs.dtype) == policy.compute_dtype
-    assert len(layer.variables) in {2, 4}
-    assert {variable.dtype for variable in layer.variables} == {"float32"}
 
 
 @pytest.mark.unit

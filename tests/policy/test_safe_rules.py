@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.networks import relu_after
+from helpers.networks import attends_itself, relu_after, third_from_the_end
 
 import kerasmp as mp
 from kerasmp.policy.safe import RULES
@@ -220,10 +220,6 @@ CASES = {
 }
 
 
-def third_from_the_end(model):
-    return model.layers[-3]
-
-
 # Keras's NumPy backend hands no masks on in 3.12, where the unit tests run, too.
 MARKS = {"masked-pooling": pytest.mark.keras("3.15")}
 
@@ -321,11 +317,6 @@ def test_attention_computes_scores_in_float32_and_projects_in_float16(cls):
     assert len(float32 - wide) == 2  # softmax and dropout
     rest = {path.rpartition("/")[2] for path, name in after.items() if name != "float32"}
     assert rest == {layer.name, "key", "value", "attention_output"} - wide
-
-
-def attends_itself(layer, shape=(4, 8)):
-    inputs = keras.Input(shape)
-    return keras.Model(inputs, layers.ReLU()(layers.ReLU()(layer(inputs, inputs))))
 
 
 def heads(model):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from helpers import gradients
 from helpers.marks import full, marks_on
-from helpers.networks import relu_after
+from helpers.networks import attends_itself, relu_after, third_from_the_end
+from helpers.references import softmax
 
 import kerasmp as mp
 
@@ -14,22 +15,8 @@ pytestmark = marks_on("jax")
 layers = keras.layers
 
 
-def third_from_the_end(model):
-    return model.layers[-3]
-
-
-def attends_itself(layer, shape=(4, 8)):
-    inputs = keras.Input(shape)
-    return keras.Model(inputs, layers.ReLU()(layers.ReLU()(layer(inputs, inputs))))
-
-
 def normalized(x):
     return x / np.sqrt(np.sum(np.square(x), -1, keepdims=True))
-
-
-def softmax(x, axis):
-    e = np.exp(x - x.max(axis, keepdims=True))
-    return e / e.sum(axis, keepdims=True)
 
 
 def dot_attention(query, value, scale=1.0):
