@@ -11,9 +11,9 @@ import keras
 import numpy as np
 import pytest
 from helpers import gradients
+from helpers.float16 import error
 from helpers.layer_cases import CASES, OURS, STOCK
 from helpers.marks import few
-from helpers.precision import error
 from keras import ops
 
 from kerasmp.optimizer import LossScaleOptimizer
@@ -221,6 +221,21 @@ def test_a_file_with_open_shapes_gives_the_same_numbers(name, tmp_path):
         np.testing.assert_array_equal(f, w)
         assert len(f.shape) == len(symbol.shape)
         assert all(s in {None, n} for s, n in zip(symbol.shape, f.shape, strict=True))
+
+
+@pytest.mark.parametrize("name", few(BOTH, MECHANISMS & {*BOTH}))
+def test_weights_files_are_those_of_stock_keras(name, tmp_path):
+    models = []
+    for package in (OURS[name], getattr(keras.layers, name)):
+        inputs = symbols(CASES[name])
+        layer = CASES[name].make(package, "float32")
+        models.append(keras.Model(inputs, CASES[name].call(layer, *inputs)))
+    for source, target in (models, models[::-1]):
+        source.set_weights([weight + 1 for weight in source.get_weights()])
+        source.save_weights(tmp_path / "model.weights.h5")
+        target.load_weights(tmp_path / "model.weights.h5")
+        for found, wanted in zip(target.get_weights(), source.get_weights(), strict=True):
+            np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.backend("tensorflow")

@@ -4,69 +4,19 @@ import keras
 import numpy as np
 import pytest
 from helpers.float16 import assert_near_best, draw, numpy_of, rounded, step
-from helpers.marks import few, full, full_on, in_each_way
-from helpers.references import (
-    softmax,
-    softmax_gradient,
-)
+from helpers.marks import full_on, in_each_way
 from keras import ops
 
 from kerasmp import layers
 
-ALPHAS = -(0.375 * 2 * 112 * 112)
-
-
-def gradient_of_alpha(package, mode):
-    x, dy = rounded(np.full((2, 112, 112, 1), -1.0)), rounded(np.full((2, 112, 112, 1), 0.375))
-    layer = package.PReLU(shared_axes=[1, 2], dtype="mixed_float16")
-    layer.build(x.shape)
-
-    def loss(alpha):
-        with keras.StatelessScope(state_mapping=[(layer.alpha, alpha)]):
-            return layer(ops.convert_to_tensor(x.astype("float16")))
-
-    _, (of_alpha,) = step(mode, loss, [np.zeros((1, 1, 1))], dy, dtype="float32")
-    return of_alpha.item()
-
-
-@in_each_way
-def test_the_gradient_of_alpha_is_summed_in_float32(mode):
-    assert abs(gradient_of_alpha(layers, mode) / ALPHAS - 1) < 1e-5
-
-
-@pytest.mark.full
-@pytest.mark.backend("jax")
-def test_stock_keras_sums_it_in_float16():
-    assert abs(gradient_of_alpha(keras.layers, "jit") / ALPHAS - 1) > 1e-3
-
-
 # ----------------------------------------------------------------------------------------- masks
-
-
-@in_each_way
-def test_softmax_gives_masked_logits_nothing(mode):
-    x, dy = draw(0, (5, 8), 10000.0), draw(1, (5, 8))
-    mask = np.random.default_rng(0).random((5, 8)) > 0.5
-    mask[2] = False
-    x[0] = np.where(mask[0], -60000.0 + np.arange(8) * 32, 60000.0)
-    kept = ops.convert_to_tensor(mask)
-    layer = layers.Softmax(dtype="mixed_float16")
-    outputs, (gradient,) = step(mode, lambda x: layer(x, mask=kept), [x], dy)
-    masked = np.where(mask, x, -1e9)
-    assert_near_best(outputs, np.where(mask, softmax(masked), 0))
-    assert_near_best(gradient, np.where(mask, softmax_gradient(softmax(masked), dy * mask), 0))
 
 
 @full_on("jax")
 @in_each_way
 @pytest.mark.parametrize(
     ("data_format", "keepdims"),
-    [
-        ("channels_last", False),
-        full("channels_last", True),
-        full("channels_first", False),
-        ("channels_first", True),
-    ],
+    [("channels_last", False), ("channels_first", True)],
 )
 def test_global_pooling_of_masked_steps(data_format, keepdims, mode):
     x = draw(0, (3, 2000, 4), 1.0)
@@ -92,12 +42,6 @@ def test_global_pooling_of_masked_steps(data_format, keepdims, mode):
     assert_near_best(unmasked, x.mean(axis, keepdims=keepdims))
 
 
-@pytest.mark.full
-def test_stock_pooling_of_nothing_but_masked_steps_is_nan():
-    outputs = keras.layers.GlobalAveragePooling1D()(np.ones((1, 2, 3)), mask=np.zeros((1, 2), bool))
-    assert np.all(np.isnan(numpy_of(outputs)))
-
-
 @full_on("jax")
 def test_a_mask_from_an_embedding_reaches_pooling_and_softmax():
     ids = np.array([[1, 2, 0], [0, 0, 0]])
@@ -115,10 +59,8 @@ def test_a_mask_from_an_embedding_reaches_pooling_and_softmax():
 # ------------------------------------------------------------------- penalties on activations
 
 
-@pytest.mark.parametrize(
-    "factors", [full({"l2": 0.01}), full({"l1": 0.01}), {"l1": 0.5, "l2": 0.25}]
-)
-def test_activity_penalties_are_float32(factors):
+def test_activity_penalties_are_float32():
+    factors = {"l1": 0.5, "l2": 0.25}
     x = np.abs(draw(0, (32, 2000), 300.0))
     layer = layers.ActivityRegularization(**factors, dtype="mixed_float16")
     layer(ops.convert_to_tensor(x.astype("float32")))
@@ -127,78 +69,50 @@ def test_activity_penalties_are_float32(factors):
     reference = keras.layers.ActivityRegularization(**factors, dtype="float32")
     reference(ops.convert_to_tensor(x.astype("float32")))  # over the batch, since Keras 3.13
     np.testing.assert_allclose(numpy_of(loss), numpy_of(reference.losses[0]), rtol=1e-5)
-    total = (factors.get("l1", 0) * x + factors.get("l2", 0) * x**2).sum()
+    total = (factors["l1"] * x + factors["l2"] * x**2).sum()
     ratio = total / numpy_of(loss)
     assert abs(ratio - 1) < 1e-5 or abs(ratio / len(x) - 1) < 1e-5
 
 
-@pytest.mark.full
-def test_a_stock_penalty_overflows():
-    stock = keras.layers.ActivityRegularization(l2=0.01, dtype="mixed_float16")
-    stock(ops.convert_to_tensor(draw(0, (32, 2000), 300.0).astype("float32")))
-    assert not np.isfinite(numpy_of(stock.losses[0]))
-
-
-def trained_with_a_penalty(package):
-    """Return the loss of one step, to which 0.1 * 8 * 4² is added."""
+def test_a_model_with_a_penalty_trains():
     model = keras.Sequential(
         [
             keras.Input((4,)),
             keras.layers.Dense(8, dtype="mixed_float16", kernel_initializer="ones"),
-            package.ActivityRegularization(l2=0.1, dtype="mixed_float16"),
+            layers.ActivityRegularization(l2=0.1, dtype="mixed_float16"),
             keras.layers.Dense(1, dtype="float32"),
         ]
     )
     model.compile("sgd", "mse")
-    return model.fit(np.ones((8, 4)), np.ones((8, 1)), verbose=0).history["loss"][0]
-
-
-def test_a_model_with_a_penalty_trains():
-    assert trained_with_a_penalty(layers) > 12
-
-
-@pytest.mark.full
-@pytest.mark.backend("tensorflow")
-def test_a_model_with_a_stock_penalty_does_not():
-    with pytest.raises(TypeError, match="float16"):
-        trained_with_a_penalty(keras.layers)
+    loss = model.fit(np.ones((8, 4)), np.ones((8, 1)), verbose=0).history["loss"][0]
+    assert loss > 12  # the penalty is 0.1 * 8 * 4**2
 
 
 # ------------------------------------------------------------------------------------- contracts
 
-KWARGS = {"dtype": "mixed_float16", "name": "ours"}
+# Arguments that change the way through the code; contracts/test_every_layer.py has plain layers.
 MADE = {
-    "Activation": lambda **k: layers.Activation("gelu", **k),
-    "ActivityRegularization": lambda **k: layers.ActivityRegularization(l1=0.1, l2=0.2, **k),
-    "Average": layers.Average,
     "AveragePooling1D": lambda **k: layers.AveragePooling1D(2, strides=1, padding="same", **k),
     "AveragePooling2D": lambda **k: layers.AveragePooling2D((2, 1), padding="same", **k),
-    "AveragePooling3D": lambda **k: layers.AveragePooling3D(2, **k),
     "Dot": lambda **k: layers.Dot([1, -1], normalize=True, **k),
-    "ELU": lambda **k: layers.ELU(0.5, **k),
     "GlobalAveragePooling1D": lambda **k: layers.GlobalAveragePooling1D(keepdims=True, **k),
     "PReLU": lambda **k: layers.PReLU("ones", shared_axes=[1], **k),
     "Softmax": lambda **k: layers.Softmax(axis=[1, 2], **k),
     "UnitNormalization": lambda **k: layers.UnitNormalization(axis=[1, 2], **k),
 }
-SHAPES = {"AveragePooling2D": (4, 4, 3), "AveragePooling3D": (4, 4, 4, 3), "Dot": (5, 5)}
-
-
-# Those with arguments that take them elsewhere; contracts/test_every_layer.py has plain ones.
-ELSEWHERE = {"AveragePooling1D", "Dot", "GlobalAveragePooling1D", "Softmax", "UnitNormalization"}
+SHAPES = {"AveragePooling2D": (4, 4, 3), "Dot": (5, 5)}
 
 
 @full_on("jax")
-@pytest.mark.parametrize("policy", [full("mixed_float16"), "mixed_bfloat16", full("float32")])
-@pytest.mark.parametrize("name", few(MADE, ELSEWHERE))
-def test_it_is_the_stock_layer_else(name, policy, tmp_path):
-    layer = MADE[name](dtype=policy, name="ours")
+@pytest.mark.parametrize("name", MADE)
+def test_it_is_the_stock_layer_else(name, tmp_path):
+    layer = MADE[name](dtype="mixed_bfloat16", name="ours")
     stock = getattr(keras.layers, name).from_config({**layer.get_config(), "dtype": "float32"})
     assert isinstance(layer, getattr(keras.layers, name))
     assert {**layer.get_config(), "dtype": 0} == {**stock.get_config(), "dtype": 0}
     shape = SHAPES.get(name, (4, 3))
-    count = 2 if name in ("Average", "Dot") else 1
-    sizes = (None, *shape[1:]) if name in ("AveragePooling1D", "Activation") else shape
+    count = 2 if name == "Dot" else 1
+    sizes = (None, *shape[1:]) if name == "AveragePooling1D" else shape
     inputs = [keras.Input(sizes) for _ in range(count)]
     inputs = inputs if count > 1 else inputs[0]
     outputs = layer(inputs)
@@ -210,16 +124,12 @@ def test_it_is_the_stock_layer_else(name, policy, tmp_path):
     got = model(x, training=True)
     assert keras.backend.standardize_dtype(got.dtype) == layer.compute_dtype
     assert all(n in (None, m) for n, m in zip(outputs.shape, got.shape, strict=True))
-    expected = stock(x)
-    tolerance = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-6}[layer.compute_dtype]
-    np.testing.assert_allclose(numpy_of(got), numpy_of(expected), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(numpy_of(got), numpy_of(stock(x)), rtol=2e-2, atol=2e-2)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert type(loaded.get_layer("ours")) is type(layer)
     assert loaded.get_layer("ours").get_config() == layer.get_config()
-    for training in (False, True):
-        again = loaded(x, training=training)
-        np.testing.assert_array_equal(numpy_of(again), numpy_of(got))
+    np.testing.assert_array_equal(numpy_of(loaded(x)), numpy_of(got))
 
 
 @full_on("jax")

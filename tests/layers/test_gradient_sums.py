@@ -206,24 +206,15 @@ def test_lora_is_summed_and_saved_in_float32():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("cls", ["Embedding", "Dense", "EinsumDense"])
-def test_a_layer_of_ours_is_quantized_as_a_stock_one(cls):
-    arguments, x = {
-        "Embedding": ({"input_dim": 4, "output_dim": 3}, IDS),
-        "Dense": ({"units": 3}, np.ones((2, 8), "float32")),
-        "EinsumDense": (
-            {"equation": "ab,bc->ac", "output_shape": (3,), "bias_axes": "c"},
-            np.ones((2, 8), "float32"),
-        ),
-    }[cls]
+def test_a_table_is_quantized_as_a_stock_one():
     found = []
     for package in (layers, keras.layers):
         keras.utils.set_random_seed(0)
-        layer = getattr(package, cls)(**arguments, dtype="mixed_bfloat16")
-        layer(x)
+        layer = package.Embedding(4, 3, dtype="mixed_bfloat16")
+        layer(IDS)
         layer.quantize("int8")
         assert layer.quantization_mode == "int8"
-        found.append(gradients.numpy(layer(x)))
+        found.append(gradients.numpy(layer(IDS)))
     np.testing.assert_allclose(*found, rtol=2.0**-7)
 
 

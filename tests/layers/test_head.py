@@ -190,11 +190,6 @@ def test_the_activity_regularizer_sums_in_float32():
     assert numpy_of(loss) == numpy_of(penalty(keras.layers.Dense, "float32")) > 0
 
 
-@pytest.mark.full
-def test_that_of_stock_keras_overflows():
-    assert not np.isfinite(numpy_of(penalty(keras.layers.Dense, "mixed_float16")))
-
-
 @pytest.mark.parametrize("outer", ["mixed_float16", full("mixed_bfloat16")])
 def test_an_enclosing_layer_does_not_narrow_the_bias(outer):
     """The autocast of the layer around it must end at the head."""
@@ -212,23 +207,6 @@ def test_an_enclosing_layer_does_not_narrow_the_bias(outer):
     outputs = Outer(dtype=outer)(np.zeros((1, 2)))
     assert dtype_of(outputs) == "float32"
     assert numpy_of(outputs).item() == 1 + 2.0**-20
-
-
-@full_on("jax")
-@pytest.mark.parametrize("policy", ["mixed_float16", full("mixed_bfloat16"), full("float32")])
-def test_config_and_weights_survive(policy, tmp_path):
-    inputs = keras.Input((4,))
-    model = keras.Model(inputs, DenseHead(3, "softmax", dtype=policy, name="head")(inputs))
-    x = np.random.default_rng(0).normal(size=(5, 4)).astype("float32")
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    head = loaded.get_layer("head")
-    assert type(head) is DenseHead
-    assert head.dtype_policy.name == policy
-    np.testing.assert_array_equal(numpy_of(loaded(x)), numpy_of(model(x)))
-    clone = DenseHead.from_config(head.get_config())
-    assert clone.get_config() == head.get_config()
-    assert dtype_of(clone(x)) == "float32"
 
 
 @full_on("jax")
@@ -289,8 +267,7 @@ def one_step(layer, loss, x, y):
     return before, [b - a for b, a in zip(before, after, strict=True)], model.optimizer
 
 
-LOSSES = ["categorical", "sparse_categorical", "binary"]
-QUICK = LOSSES[1:2] if keras.backend.backend() == "jax" else LOSSES[1:]
+LOSSES = ["sparse_categorical", "binary"]
 
 
 def problem(loss):
@@ -299,31 +276,19 @@ def problem(loss):
     x = random.normal(size=(64, 32)).astype("float32")
     classes = 2 if loss == "binary" else CLASSES
     labels = random.integers(0, classes, 64)
-    one_hot = np.eye(classes, dtype="float32")[labels]
     settings = {"units": classes, "activation": "softmax", "dtype": "mixed_float16"}
     if loss != "binary":
-        y = one_hot if loss == "categorical" else labels
-        return x, y, settings, lambda kernel: softmax_gradients(x, kernel, labels)
+        return x, labels, settings, lambda kernel: softmax_gradients(x, kernel, labels)
+    one_hot = np.eye(classes, dtype="float32")[labels]
     settings["activation"] = "sigmoid"
     settings["kernel_initializer"] = keras.initializers.RandomNormal(stddev=0.5, seed=1)
     return x, one_hot, settings, lambda kernel: sigmoid_gradients(x, kernel, one_hot)
 
 
-@pytest.mark.parametrize("loss", few(LOSSES, QUICK))
+@pytest.mark.parametrize("loss", few(LOSSES, LOSSES[:1], where=keras.backend.backend() == "jax"))
 def test_cross_entropy_of_probabilities_trains(loss):
     x, y, settings, reference = problem(loss)
     before, gradients, optimizer = one_step(DenseHead(**settings), f"{loss}_crossentropy", x, y)
     assert (optimizer.applied_steps, optimizer.skipped_steps) == (1, 0)
     for got, want in zip(gradients, reference(before[0]), strict=True):
         assert np.linalg.norm(got - want) / np.linalg.norm(want) < 5e-3
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("loss", LOSSES)
-def test_stock_dense_cannot_train_by_it(loss):
-    x, y, settings, _ = problem(loss)
-    stock = keras.layers.Dense(**settings)
-    _, nothing, optimizer = one_step(stock, f"{loss}_crossentropy", x, y)
-    assert (optimizer.applied_steps, optimizer.skipped_steps) == (0, 1)
-    assert optimizer.nonfinite_counts.tolist() == [1, 1]
-    assert not np.any(nothing[0])

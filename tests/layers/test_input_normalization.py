@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.float16 import MODES, assert_near_best, numpy_of
+from helpers.float16 import assert_near_best, numpy_of
 from helpers.marks import full, full_on, in_each_way
 from keras import ops
 
@@ -52,9 +52,8 @@ def compiled(mode, function):
 @in_each_way
 @pytest.mark.parametrize(
     ("kind", "made"),
-    [("far", adapted), ("narrow", fixed)]
-    + [full(kind, made) for kind in ("wide", "offset") for made in (fixed, adapted)]
-    + [full("far", fixed), full("narrow", adapted)],
+    # test_hazards.py has more with a fixed mean and variance.
+    [("far", adapted), ("narrow", fixed), full("wide", adapted), full("offset", adapted)],
 )
 def test_outputs_are_within_four_times_the_best(kind, made, mode):
     x, expected = raw(*RANGES[kind])
@@ -62,17 +61,6 @@ def test_outputs_are_within_four_times_the_best(kind, made, mode):
     outputs = compiled(mode, layer)(ops.convert_to_tensor(x))
     assert keras.backend.standardize_dtype(outputs.dtype) == "float16"
     assert_near_best(numpy_of(outputs), expected)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("made", [fixed, adapted])
-@pytest.mark.parametrize("kind", RANGES)
-def test_those_of_stock_keras_are_not(kind, made, mode):
-    x, expected = raw(*RANGES[kind])
-    stock = made(Stock, x)
-    outputs = numpy_of(compiled(mode, stock)(ops.convert_to_tensor(x)))
-    assert not np.linalg.norm(outputs - expected) < 0.01 * np.linalg.norm(expected)
 
 
 @full_on("jax")

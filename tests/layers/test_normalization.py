@@ -51,11 +51,10 @@ def with_a_bad_value(value):
     return bad
 
 
-@pytest.mark.parametrize("value", [float("inf"), full(float("-inf")), float("nan")])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("arguments", [{}, RENORM], ids=str)
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_bad_value_leaves_no_trace(value, arguments, policy):
-    layer = BatchNormalization(dtype=policy, **arguments)
+def test_a_bad_value_leaves_no_trace(value, arguments):
+    layer = BatchNormalization(dtype="mixed_float16", **arguments)
     layer(batch(1), training=True)
     before = statistics(layer)
     outputs = layer(with_a_bad_value(value), training=True)
@@ -70,14 +69,6 @@ def test_a_variance_that_overflows_under_a_finite_mean_leaves_no_trace():
     before = statistics(layer)
     layer(np.float32([[3e20] * 3, [-3e20] * 3]), training=True)
     assert_same(statistics(layer), before)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("value", BAD)
-def test_a_bad_value_poisons_stock_keras(value):
-    stock = Stock()
-    stock(with_a_bad_value(value), training=True)
-    assert not np.all(np.isfinite(statistics(stock)["moving_mean"]))
 
 
 @full_on("jax")
@@ -218,31 +209,6 @@ def test_with_stock_keras_it_trains_and_predicts_nan():
     model, _ = trained(Stock, bad, {})
     assert np.all(np.isfinite(numpy_of(model.layers[0].kernel)))
     assert not np.any(np.isfinite(numpy_of(model(good[0]))))
-
-
-@full_on("jax")
-@pytest.mark.parametrize("policy", ["mixed_float16", full("float32")])
-def test_config_and_weights_survive(policy, tmp_path):
-    arguments = {"momentum": 0.5, "epsilon": 0.01, "center": False, "dtype": policy}
-    layer = BatchNormalization(**arguments)
-    model = keras.Sequential([keras.Input((3,)), layer])
-    layer(batch(), training=True)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert type(loaded.layers[0]) is BatchNormalization
-    assert loaded.layers[0].get_config() == layer.get_config()
-    assert layer.get_config() | {"name": ""} == Stock(**arguments).get_config() | {"name": ""}
-    assert_same(statistics(loaded.layers[0]), statistics(layer))
-
-
-@full_on("jax")
-def test_weights_of_a_stock_model_load(tmp_path):
-    stock = keras.Sequential([keras.Input((3,)), Stock()])
-    stock.layers[0](batch(), training=True)
-    stock.save_weights(tmp_path / "stock.weights.h5")
-    ours = keras.Sequential([keras.Input((3,)), BatchNormalization()])
-    ours.load_weights(tmp_path / "stock.weights.h5")
-    assert_same(statistics(ours.layers[0]), statistics(stock.layers[0]))
 
 
 @pytest.mark.backend("tensorflow")

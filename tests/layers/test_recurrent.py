@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 from helpers import traced_casts
 from helpers.float16 import error, numpy_of, step
-from helpers.hazards import BY_NAME
 from helpers.marks import full, full_on, in_each_way
-from helpers.precision import Measured
 from keras import ops
 
 from kerasmp import layers
@@ -137,15 +135,6 @@ def test_also_in_cells_that_are_stacked_and_in_both_directions():
 
 
 # --------------------------------------------------------------------------------------- errors
-
-
-@pytest.mark.full
-@pytest.mark.backend("jax")
-def test_stock_keras_sums_the_gradients_of_a_gru_over_its_steps_in_float16():
-    _, rows = Measured(BY_NAME["GRU, 64 steps"], "jit").rows()
-    (bias,) = [row for row in rows if row.tensor.endswith("bias")]
-    assert bias.good("ours")
-    assert not bias.good("stock")
 
 
 def half(x):
@@ -421,23 +410,6 @@ def test_weights_and_configs_are_those_of_stock_keras(tmp_path):
         config = getattr(layers, name)(**arguments).get_config()
         assert config == getattr(keras.layers, name)(**arguments).get_config()
         assert getattr(layers, name).from_config(config).get_config() == config
-
-
-@full_on("jax")
-def test_a_saved_model_comes_back(tmp_path):
-    keras.config.set_dtype_policy("mixed_float16")
-    model = model_of(layers)
-    x = sequences()
-    want = flat(model(x))[0]
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert type(loaded.get_layer("lstm").cell) is layers.LSTMCell
-    assert type(loaded.get_layer("both").backward_layer) is layers.GRU
-    assert [type(c) for c in loaded.get_layer("stacked").cell.cells] == [
-        layers.LSTMCell,
-        layers.GRUCell,
-    ]
-    np.testing.assert_array_equal(flat(loaded(x))[0], want)
 
 
 @full_on("jax")

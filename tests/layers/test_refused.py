@@ -47,14 +47,6 @@ def test_what_is_no_layer_is_refused_by_keras():
         WithDtype(ops.relu)
 
 
-def test_config():
-    config = WithDtype(layers.Dense(2), "mixed_float16", output_dtype="float32").get_config()
-    again = WithDtype.from_config(dict(config))
-    assert again.get_config() == config
-    assert again.layer.compute_dtype == "float16"
-    assert WithDtype(layers.Dense(2)).compute_dtype == "float32"
-
-
 def test_no_power_iterations():
     with pytest.raises(ValueError, match="power_iterations"):
         SpectralNormalization(layers.Dense(1), power_iterations=0)

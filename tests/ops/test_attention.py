@@ -85,19 +85,6 @@ def test_random_inputs_and_masks(std, depth, seed, masked, causal):
     assert_as_good_as_float16_can_be(got, inputs, upstream, mask=mask)
 
 
-@pytest.mark.full
-@pytest.mark.backend("tensorflow", "jax")
-@pytest.mark.parametrize("mode", MODES)
-def test_stock_keras_gives_nan_or_does_not_run(mode):
-    inputs, upstream = drawn(60, 128)
-    if mode == "jit":
-        with pytest.raises(ValueError, match="not supported"):
-            step(mode, stock, inputs, upstream)
-        return
-    outputs, gradients = step(mode, stock, inputs, upstream)
-    assert all(np.isnan(x).any() for x in (outputs, *gradients))
-
-
 @in_each_way
 def test_the_longest_rows_lose_nothing_to_subnormal_weights(mode):
     rng = np.random.default_rng(0)

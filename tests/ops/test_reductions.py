@@ -115,12 +115,11 @@ def test_rows_of_zeros_have_no_gradient_and_stay_zero(name, mode):
 
 @pytest.mark.full
 @pytest.mark.backend("tensorflow", "jax")
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["norm", "std"])
-def test_their_gradient_is_nan_in_stock_keras(name, mode):
+def test_their_gradient_is_nan_in_stock_keras(name):
     x = draw(0, (4, 8), 300.0)
     x[1] = 0
-    _, (gradient,) = step(mode, lambda x: getattr(ops, name)(x, axis=-1), [x], np.ones(4))
+    _, (gradient,) = step(MODES[-1], lambda x: getattr(ops, name)(x, axis=-1), [x], np.ones(4))
     assert np.any(np.isnan(gradient))
 
 
@@ -186,24 +185,12 @@ def test_dtypes_are_those_of_keras(name, dtype):
     )
 
 
-@in_each_way
-@pytest.mark.parametrize("size", [(2048,), (112, 112)])
-def test_large_windows_are_averaged_near_best(size, mode):
-    x = rounded(draw(0, (1, *size, 2)) + 8)
-    dy = np.full((1, *(1 for _ in size), 2), 1000.0)
-    outputs, (gradient,) = step(mode, lambda x: kerasmp.ops.average_pool(x, size), [x], dy)
-    axes = tuple(range(1, len(size) + 1))
-    assert_near_best(outputs, x.mean(axes, keepdims=True))
-    assert_near_best(gradient, dy / np.prod(size) + 0 * x)
-
-
 # --------------------------------------------------------------------------------------- softmax
 
 
 @in_each_way
-@pytest.mark.parametrize(("largest", "scale"), [full(0.0, 3.0), (60000.0, 64.0)])
-def test_softmax_over_two_axes(largest, scale, mode):
-    x, dy = rounded(draw(0, (3, 20, 30), scale) + largest), draw(1, (3, 20, 30))
+def test_softmax_over_two_axes(mode):
+    x, dy = rounded(draw(0, (3, 20, 30), 64.0) + 60000), draw(1, (3, 20, 30))
     flat, flat_dy = x.reshape(3, 600), dy.reshape(3, 600)
     outputs, (gradient,) = step(mode, lambda x: kerasmp.ops.softmax(x, axis=(1, 2)), [x], dy)
     assert_near_best(outputs, softmax(flat).reshape(x.shape))
