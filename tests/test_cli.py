@@ -67,7 +67,7 @@ def in_a_process(*arguments, **settings):
 
 
 @on_tensorflow
-def test_env_tells_of_this_machine_and_nothing_else():
+def test_env_prints_this_machine_and_nothing_else():
     # With oneDNN, of which TensorFlow's log tells before it heeds any setting.
     code, printed, complained = in_a_process("env", TF_ENABLE_ONEDNN_OPTS="1")
     assert (code, complained) == (0, "")
@@ -134,13 +134,13 @@ def test_demo_from_digits_to_report(call, tmp_path):
         (("--dataset", ""), 2, "`--dataset` has an invalid value. Received: ''. Expected: a name."),
     ],
 )
-def test_wrong_usage_is_told_without_a_traceback(call, tmp_path, arguments, code, message):
+def test_wrong_usage_is_an_error_without_a_traceback(call, tmp_path, arguments, code, message):
     refused(call, tmp_path, arguments, code, message)
     assert list(tmp_path.iterdir()) == []
 
 
 @on_tensorflow  # which tensorflow-datasets imports
-def test_so_is_a_data_set_that_is_not_there(call, tmp_path):
+def test_a_missing_data_set_is_an_error_without_a_traceback(call, tmp_path):
     arguments = ("--dataset", "kerasmp_digit")
     refused(call, tmp_path, arguments, 1, 'Did you mean "kerasmp_digits"?')
 
@@ -169,7 +169,7 @@ def test_the_output_folder_is_checked_before_any_work(call, tmp_path, monkeypatc
 
 
 @pytest.mark.unit
-def test_the_options_defaults_are_those_of_the_settings(call, tmp_path, monkeypatch):
+def test_defaults_of_the_options_are_those_of_the_settings(call, tmp_path, monkeypatch):
     asked = []
 
     def work(settings, **_):

@@ -71,23 +71,23 @@ def test_an_error_while_it_is_loaded_is_shown_whole(tmp_path):
     assert done.stderr.endswith("RuntimeError: no such library\n")
 
 
-def test_what_is_said_last_is_shown_even_if_the_process_ends_at_once(tmp_path):
+def test_the_last_message_is_shown_even_if_the_process_ends_at_once(tmp_path):
     done = run(tmp_path, LOGGING + "sys.stderr.flush()\nos.abort()")
     assert done.returncode not in {0, 1}
     assert done.stderr == FATAL + PYTHON
 
 
-def test_of_tensorflows_warnings_one_is_dropped_that_several_models_were_compiled(tmp_path):
+def test_the_warning_of_tensorflow_about_many_compiled_models_is_dropped(tmp_path):
     tell = "import logging\nfor text in ('5 out of 9 triggered tf.function retracing', 'Mind %s'):"
     done = run(tmp_path, f"{tell} logging.getLogger('tensorflow').warning(text)")
     assert done.stderr == f"Mind %s\n3\n{INFO}"
 
 
-def test_to_import_it_changes_nothing():
+def test_importing_it_changes_nothing():
     assert not logging.getLogger("tensorflow").filters
 
 
-def test_the_command_begins_there_and_is_part_of_what_is_installed():
+def test_the_installed_command_starts_here():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert settings["project"]["scripts"] == {"kerasmp": f"{kerasmp_command.__name__}:main"}
     targets = settings["tool"]["hatch"]["build"]["targets"]

@@ -42,11 +42,11 @@ def test_the_message_has_the_parts_that_were_given(cls, parts, message):
 
 
 @pytest.mark.parametrize("cls", [cls for cls in ERRORS if cls is not errors.KerasMPError])
-def test_every_error_is_also_the_builtin_that_a_reader_would_catch(cls):
+def test_every_error_is_also_the_builtin_that_a_user_would_catch(cls):
     assert any(base.__module__ == "builtins" for base in cls.__mro__[1:-3])
 
 
-def test_what_needs_a_framework_says_so_where_there_is_none():
+def test_code_that_needs_a_framework_says_so_where_there_is_none():
     with pytest.raises(errors.BackendError, match=r"not support this Keras backend.*'numpy'.*jax"):
         mp.LossScaleOptimizer("adam")
 
@@ -61,5 +61,5 @@ def test_every_warning_can_be_filtered_as_one_family(cls):
     ("word", "hint"),
     [("mixed_flaot16", 'Did you mean "mixed_float16"?'), ("zzz", ""), ("", "")],
 )
-def test_did_you_mean_offers_one_near_word_or_nothing(word, hint):
+def test_did_you_mean_proposes_one_near_word_or_nothing(word, hint):
     assert errors.did_you_mean(word, iter(["mixed_float16", "float32"])) == hint

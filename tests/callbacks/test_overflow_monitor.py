@@ -72,7 +72,7 @@ def test_the_entries_of_each_epoch_and_of_each_fit(model):
 
 
 @pytest.mark.parametrize("position", ["before", full("after")])
-def test_others_see_the_entries_wherever_they_stand(position, tmp_path):
+def test_other_callbacks_see_the_entries_whatever_the_order(position, tmp_path):
     recorder, logger = Recorder(), keras.callbacks.CSVLogger(tmp_path / "log.csv")
     others = [recorder, logger]
     monitor = [OverflowMonitor()]
@@ -104,7 +104,7 @@ def test_tensorboard_listed_before_has_the_scalars(tmp_path):
     }
 
 
-def test_the_order_of_the_others_is_left_intact():
+def test_the_order_of_the_other_callbacks_is_kept():
     calls = []
     names = ["a", "b", "c"]
     recorders = [Recorder(name, calls) for name in names]
@@ -112,7 +112,7 @@ def test_the_order_of_the_others_is_left_intact():
     assert calls == list(itertools.product([0, 1], names))
 
 
-def test_a_callback_list_of_the_users_own_class_without_params():
+def test_a_user_defined_callback_list_without_params():
     class OwnList(keras.callbacks.CallbackList):
         epochs = 0
 
@@ -273,7 +273,7 @@ def test_the_stock_optimizer_with_and_without_accumulation(accumulate):
     assert fit(model, "gb", [OverflowMonitor()])["total_skipped_steps"] == [1]
 
 
-def test_our_optimizer_with_accumulation():
+def test_the_kerasmp_optimizer_with_accumulation():
     inner = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
     history = fit(make(LossScaleOptimizer(inner)), "gbggg", [OverflowMonitor()], epochs=2)
     assert history["skipped_steps"] == [1, 1]
@@ -281,14 +281,14 @@ def test_our_optimizer_with_accumulation():
 
 
 @pytest.mark.parametrize("dtype", [full("float32"), "mixed_bfloat16"])
-def test_a_plain_optimizer_needs_no_word_without_float16(dtype, told):
+def test_a_plain_optimizer_without_float16_gives_no_warning(dtype, told):
     history = fit(make(keras.optimizers.SGD(0.1), dtype=dtype), "gg", [OverflowMonitor()])
     assert list(history) == ["loss"]
     assert told() == []
 
 
 @pytest.mark.parametrize("dtype", ["mixed_float16", full("float16")])
-def test_a_plain_optimizer_under_float16_earns_a_warning(dtype, told):
+def test_a_plain_optimizer_under_float16_gives_a_warning(dtype, told):
     warnings.filterwarnings("ignore", "Before the first step")  # other findings
     model = make(keras.optimizers.SGD(0.1), dtype=dtype)
     assert not isinstance(model.optimizer, STOCK)
@@ -320,14 +320,14 @@ def test_a_model_without_an_optimizer():
         (None, ArgumentTypeError),
     ],
 )
-def test_arguments_that_cannot_work(name, value, error):
+def test_invalid_arguments_are_refused(name, value, error):
     with pytest.raises(error, match=f"`{name}` has.*Expected: an integer of at least 1") as caught:
         OverflowMonitor(**{name: value})
     assert repr(value) in caught.value.received
 
 
 @pytest.mark.unit
-def test_arguments_that_work():
+def test_valid_arguments_are_accepted():
     monitor = OverflowMonitor(1, streak=1, stalled=1)
     assert (monitor.check_every, monitor.streak, monitor.stalled) == (1, 1, 1)
     with pytest.raises(TypeError):
@@ -373,7 +373,7 @@ def test_keras_keeps_dispatching_batch_ends_to_its_own_thread():
     assert all(keras.callbacks.Callback.__dict__[look.__name__] is look for look in looks)
 
 
-def test_batch_ends_may_be_told_out_of_order():
+def test_batch_ends_may_come_out_of_order():
     """Keras's pool of threads promises no order."""
     model, monitor = make(STOCK(keras.optimizers.SGD(0.1))), OverflowMonitor()
     told_by_keras, held = monitor.on_train_batch_end, []
@@ -390,7 +390,7 @@ def test_batch_ends_may_be_told_out_of_order():
 
 
 @pytest.mark.parametrize("optimizer", [full(LossScaleOptimizer), STOCK])
-def test_a_fit_that_was_broken_off_leaves_nothing_behind(optimizer):
+def test_an_interrupted_fit_leaves_nothing_behind(optimizer):
     class Failure(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):  # noqa: ARG002 - Keras's signature
             if batch == 4:

@@ -21,7 +21,7 @@ def test_a_healthy_run_is_silent(told):
     assert told() == []
 
 
-def test_a_streak_and_then_a_stall_are_told_once_each(told):
+def test_a_streak_and_then_a_stall_give_one_warning_each(told):
     model = make(LossScaleOptimizer("sgd", loss_scale=FixedLossScale(8)))
     fit(model, "g" + "b" * 80, [OverflowMonitor(5, streak=10, stalled=50)], epochs=2)
     streak, stalled = told()
@@ -66,7 +66,7 @@ def test_each_fit_warns_anew(told):
     assert len(told()) == 2
 
 
-def test_the_variable_at_fault_is_named_and_no_other(told):
+def test_only_the_variable_at_fault_is_named(told):
     keras.utils.set_random_seed(2)
     inputs = [keras.Input((3,)), keras.Input((3,))]
     dense = keras.layers.Dense
@@ -103,7 +103,7 @@ def head(activation=None, dtype="mixed_float16"):
     return model
 
 
-def test_what_lint_finds_is_told_when_training_begins():
+def test_findings_of_lint_are_reported_when_training_begins():
     x = np.ones((2, 3), "float32")
     monitor = OverflowMonitor()
     model = head("sigmoid")

@@ -39,7 +39,7 @@ class Value:
 
 
 @pytest.mark.parametrize("applying", ["apply", "apply_gradients"])
-def test_a_step_of_ours_in_a_loop_of_the_users_own(applying):
+def test_an_optimizer_step_in_a_user_defined_loop(applying):
     import tensorflow as tf
 
     inner, variable, loss, gradient = Noting(), keras.Variable([1.0, 2.0]), Value(), Value()
@@ -61,7 +61,7 @@ def test_a_step_of_ours_in_a_loop_of_the_users_own(applying):
         assert LOOP in each.seen
 
 
-def test_a_model_of_ours_in_a_loop_of_the_users_own():
+def test_a_model_in_a_user_defined_loop():
     import tensorflow as tf
 
     seen = []

@@ -271,7 +271,7 @@ def model():
 
 @pytest.mark.unit
 @pytest.mark.parametrize(("call", "told"), PURE.values(), ids=PURE)
-def test_bad_input_is_told(call, told, model, tmp_path, monkeypatch):
+def test_bad_input_raises_the_error_of_the_table(call, told, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def state():
@@ -289,7 +289,7 @@ def test_bad_input_is_told(call, told, model, tmp_path, monkeypatch):
 
 @pytest.mark.unit
 @pytest.mark.parametrize("name", ["a dry run by a word", "a schedule that switches by a word"])
-def test_a_switch_that_is_no_bool_is_one_error_wherever_it_is(name, model):
+def test_a_flag_that_is_not_a_bool_is_the_same_error_everywhere(name, model):
     call, told = PURE[name]
     with pytest.raises(ArgumentTypeError, match=told):
         call(model)
@@ -637,7 +637,7 @@ def test_an_error_comes_before_any_change(call, told, used):
 
 
 @pytest.mark.backend("tensorflow")
-def test_a_graph_without_gradients_is_told(used):
+def test_a_graph_without_gradients_is_an_error(used):
     import tensorflow as tf
 
     optimizer, variables = used
@@ -668,7 +668,7 @@ ON_STATELESS = "not supported" if BACKEND == "tensorflow" else "needs a built op
         ("__setattr__", ["loss_scale", 8.0], LossScaleError, "cannot be set before `build`"),
     ],
 )
-def test_an_optimizer_that_is_not_built_stays_so(call, arguments, error, told):
+def test_a_failed_call_leaves_an_unbuilt_optimizer_unbuilt(call, arguments, error, told):
     optimizer = mp.LossScaleOptimizer("adam")
     before = vars(optimizer).copy()
     with pytest.raises(error, match=told):
@@ -708,7 +708,7 @@ def test_a_failed_build_leaves_no_variables_behind(inner, monkeypatch):
     [[2.0, 4.0], (2.0, 4.0), np.array([2.0, 4.0]), [2, 4], np.float16([2, 4])],
     ids=lambda g: f"{type(g).__name__} {g}",
 )
-def test_gradients_that_keras_takes_are_taken(gradient):
+def test_gradients_that_keras_accepts_are_accepted(gradient):
     weight, number = variables_of([1.0, 2.0], 3.0)
     optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=2.0)
     optimizer.apply([gradient, 2.0], [weight, number])

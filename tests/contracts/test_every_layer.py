@@ -158,7 +158,7 @@ UNSURE = {"WithDtype"} if BACKEND == "torch" else set()
 
 
 @pytest.mark.parametrize("name", few(OURS, MECHANISMS - MEASURED, where=BACKEND == "jax"))
-def test_a_float16_step_is_one_of_float32_and_of_stock_keras(name):
+def test_a_float16_step_is_near_one_in_float32_and_one_of_stock_keras(name):
     """Outputs, gradients and weights after it, while training and not; dtypes as symbols say."""
     cls, case = OURS[name], CASES[name]
     narrow, wide = (case.make(cls, dtype) for dtype in ("mixed_float16", "float32"))
@@ -287,7 +287,7 @@ def masked(case, layer):
 
 @pytest.mark.keras("3.14")  # before, Keras loses a mask where a layer casts its input
 @pytest.mark.parametrize("name", few(MASKED, MECHANISMS & {*MASKED}, where=BACKEND == "jax"))
-def test_masks_are_minded_as_in_stock_keras(name):
+def test_masks_are_used_as_in_stock_keras(name):
     case = CASES[name]
     stock = case.make(getattr(keras.layers, name), "float32")
     ours = case.make(OURS[name], "mixed_float16")
@@ -323,19 +323,19 @@ def compare_dtypes(cls, **arguments):
 
 @pytest.mark.full
 @every_mode({name: cls for name, cls in RIGHT.items() if name not in RANDOM})
-def test_a_float16_step_of_stock_keras_is_a_float32_step(cls, training):
+def test_a_float16_step_of_stock_keras_is_near_one_in_float32(cls, training):
     compare_dtypes(cls, **mode(cls, training))
 
 
 @pytest.mark.full
 @every({name: cls for name, cls in RIGHT.items() if name in RANDOM})
-def test_so_is_that_of_a_random_layer_which_does_not_train(cls):
+def test_outside_training_a_float16_step_of_a_random_layer_is_near_one_in_float32(cls):
     compare_dtypes(cls, **mode(cls, training=False))
 
 
 @pytest.mark.full
 @every({name: STOCK[name] for name in WRONG})
 @pytest.mark.keras("3.15")
-def test_where_stock_keras_is_wrong_it_still_is(cls):
+def test_known_errors_of_stock_keras_are_still_there(cls):
     with pytest.raises(Exception, match=r"tensor \d|overflow|not supported"):
         compare_dtypes(cls, **mode(cls, training=True))

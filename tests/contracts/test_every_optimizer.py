@@ -58,7 +58,7 @@ def every_optimizer(*quick):
 alone_or_not = pytest.mark.parametrize("company", by_name(COMPANY, ["with company"]))
 
 
-def test_the_search_finds_what_keras_3_12_already_had():
+def test_the_search_finds_the_optimizers_of_keras_3_12():
     known = "Adadelta Adafactor Adagrad Adam AdamW Adamax Ftrl Lamb Lion Muon Nadam RMSprop SGD"
     assert EVERY.keys() >= set(known.split())
 
@@ -100,7 +100,7 @@ def test_in_the_other_ways_a_skipped_step_changes_nothing_either(cls, company, s
 
 @every_optimizer(*(["SGD"] if BACKEND == "jax" else ["SGD", "Muon"]))
 @alone_or_not
-def test_config_and_state_go_into_a_new_one_that_goes_on_bit_for_bit(cls, company):
+def test_a_new_one_from_config_and_state_continues_bit_for_bit(cls, company):
     step = EXACT_WAYS[-1]
     twins = Twins(lambda _: cls(0.1, **company), step)
     twins.good(0)

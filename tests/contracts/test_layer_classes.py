@@ -13,11 +13,11 @@ pytestmark = pytest.mark.unit
 WITHOUT_A_TWIN = {"DenseHead", "WithDtype"}
 
 
-def test_no_layer_is_forgotten():
+def test_every_layer_has_a_case():
     assert not [name for name in [*STOCK, *OURS] if name not in CASES]
 
 
-def test_each_of_ours_is_a_subclass_of_the_stock_layer_of_its_name():
+def test_each_kerasmp_layer_is_a_subclass_of_the_stock_layer_of_its_name():
     for name in set(mp.layers.__all__) - WITHOUT_A_TWIN:
         stock, ours = (getattr(package, name) for package in (keras.layers, mp.layers))
         assert issubclass(ours, stock), name
@@ -34,7 +34,7 @@ def missing(own, stock):
     return [name for name, p in wanted.items() if name not in taken and p.kind not in several]
 
 
-def test_a_method_of_ours_takes_what_that_of_the_stock_layer_takes():
+def test_each_method_has_the_arguments_of_the_stock_layers():
     for name in set(mp.layers.__all__) - WITHOUT_A_TWIN:
         stock, ours = (getattr(package, name) for package in (keras.layers, mp.layers))
         for method in {

@@ -56,7 +56,7 @@ class Holds(Equal, keras.Model):
         self.part = part
 
 
-def test_optimizers_train_are_replaced_put_back_and_saved(tmp_path):
+def test_optimizers_are_trained_replaced_restored_and_saved(tmp_path):
     layers = [keras.Input((3,)), keras.layers.Dense(3), keras.layers.Dense(2)]
     model = keras.Sequential(layers)
     model.compile(Descent(0.1), "mse")
@@ -70,7 +70,7 @@ def test_optimizers_train_are_replaced_put_back_and_saved(tmp_path):
     assert model.optimizer is second  # not the first, which is no less equal
 
 
-def test_models_and_layers_convert_and_come_back():
+def test_models_and_layers_are_converted_and_restored():
     net = Net()
     net(X)
     holds = Holds(net)

@@ -136,7 +136,7 @@ def turned():
 
 @full_on("jax")
 @pytest.mark.parametrize("make", [converted, full(turned)])
-def test_a_model_sets_none_either(make):
+def test_a_model_sets_no_attribute_that_stock_keras_does_not(make):
     """In a step Keras itself notes something, and the optimizer and metrics are not looked at."""
     found = stepped(make())
     assert found["call"] == set()
@@ -157,7 +157,7 @@ class Sub(mp.Model):
         return self.dense(x)
 
 
-def test_what_is_built_is_taken_up_before_the_first_call():
+def test_layers_added_late_or_made_in_build_are_adopted_before_the_first_call():
     late = mp.Sequential([keras.Input((3,))])
     late.add(layers.Dense(2, activity_regularizer="l2", dtype="mixed_float16"))
     sub = Sub()
@@ -207,7 +207,7 @@ SHARED = {
 
 @full_on("jax")
 @pytest.mark.parametrize("name", SHARED)
-def test_threads_that_share_it_get_what_one_alone_gets(name):
+def test_threads_that_share_a_model_get_what_one_thread_gets(name):
     layer = SHARED[name]()
     x = ops.convert_to_tensor(X)
     wanted = numpy_of(layer(x))

@@ -27,7 +27,7 @@ def compiled(optimizer):
     return model
 
 
-def test_a_compiled_optimizer_is_wrapped_with_its_state_and_taken_out_again():
+def test_a_compiled_optimizer_is_wrapped_with_its_state_and_unwrapped_again():
     model = compiled("adam")
     model.fit(X, np.ones((8, 3)), verbose=0, epochs=2)
     adam = model.optimizer
@@ -49,7 +49,7 @@ def test_a_compiled_optimizer_is_wrapped_with_its_state_and_taken_out_again():
     assert int(adam.iterations) == steps + 1
 
 
-def test_what_was_put_on_the_model_alone_comes_back_as_it_was():
+def test_attributes_set_on_the_model_come_back_unchanged():
     def step(*_):
         raise AssertionError
 
@@ -64,7 +64,7 @@ def test_what_was_put_on_the_model_alone_comes_back_as_it_was():
     assert kept == (step, step, dict)
 
 
-def test_stock_keras_wrapper_is_replaced_with_its_scale_and_comes_back():
+def test_the_stock_wrapper_is_replaced_with_its_scale_and_comes_back():
     model = compiled(
         keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(), initial_scale=512.0)
     )
@@ -76,7 +76,7 @@ def test_stock_keras_wrapper_is_replaced_with_its_scale_and_comes_back():
     assert model.optimizer is stock
 
 
-def test_ours_stays_and_so_does_what_the_user_compiles_afterwards():
+def test_a_wrapped_optimizer_stays_and_so_does_one_compiled_afterwards():
     model = compiled(mp.LossScaleOptimizer("sgd", loss_scale=8.0))
     optimizer = model.optimizer
     report = mp.convert(model)
@@ -90,14 +90,14 @@ def test_ours_stays_and_so_does_what_the_user_compiles_afterwards():
     assert type(model) is keras.Sequential
 
 
-def test_bfloat16_needs_no_scale():
+def test_bfloat16_needs_no_loss_scale():
     model = compiled("adam")
     adam = model.optimizer
     assert mp.convert(model, "mixed_bfloat16").notes == ()
     assert model.optimizer is adam
 
 
-def test_optimizers_of_the_users_own_are_named():
+def test_optimizers_of_a_user_defined_compile_are_named():
     class Adversarial(keras.Model):
         def __init__(self):
             super().__init__()
@@ -172,7 +172,7 @@ def interrupting():
     return model, {layer: layer.dtype_policy for layer in flatten_layers(model)}
 
 
-def test_a_second_interrupt_finds_nothing_half_done_either():
+def test_a_second_interrupt_leaves_nothing_half_done():
     model, kept = interrupting()
     for number in range(100):
         model.layers[1].interrupts = [*[False] * number, True, True]
@@ -186,7 +186,7 @@ def test_a_second_interrupt_finds_nothing_half_done_either():
     assert number
 
 
-def test_an_interrupted_restore_is_done_all_the_same():
+def test_an_interrupted_restore_is_completed():
     model, kept = interrupting()
     report = mp.convert(model)
     model.layers[1].interrupts = [True]

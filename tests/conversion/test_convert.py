@@ -19,7 +19,7 @@ X = np.random.default_rng(0).normal(size=(8, 6, 4)).astype("float32")
 
 
 @pytest.mark.parametrize("build", few([functional, subclassed], [functional], where=JAX))
-def test_weights_are_kept_and_restored_is_as_before(build):
+def test_weights_are_kept_and_restore_brings_the_model_back(build):
     model = build()
     before, weights = model.predict(X, verbose=0), model.get_weights()
     policies = [layer.dtype_policy for layer in flatten_layers(model)]
@@ -36,7 +36,7 @@ def test_weights_are_kept_and_restored_is_as_before(build):
     assert [layer.dtype_policy for layer in flatten_layers(model)] == policies
 
 
-def test_conversions_are_undone_once_and_the_last_one_first():
+def test_conversions_are_undone_once_and_in_reverse_order():
     model = sequential()
     model.compile("adam", "mse")
     adam = model.optimizer
@@ -64,7 +64,7 @@ def test_conversions_are_undone_once_and_the_last_one_first():
     assert {layer.compute_dtype for layer in flatten_layers(model)} == {"float32"}
 
 
-def test_a_later_report_that_was_dropped_stands_in_the_way_all_the_same():
+def test_a_dropped_report_of_a_later_conversion_still_blocks_an_earlier_one():
     model = sequential()
     first = mp.convert(model)
     mp.convert(model, "mixed_bfloat16")
@@ -87,7 +87,7 @@ def test_test_and_train_steps_follow_too():
     assert model.train_function is None
 
 
-def test_nested_models_forget_their_steps_too():
+def test_nested_models_drop_their_compiled_steps():
     model = functional()
     inner = next(layer for layer in model.layers if isinstance(layer, keras.Sequential))
     before = inner.predict(X, verbose=0)
@@ -98,7 +98,7 @@ def test_nested_models_forget_their_steps_too():
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_statistics_of_normalization_are_exact_after_any_way(given):
+def test_statistics_of_normalization_stay_exact(given):
     mean, variance = [1000.3, 1e-9], [1e6, 1e-8]
     x = np.array([[1001.0, 2e-4], [2000.0, -1e-4]], "float32")
     layer = layers.Normalization(mean=mean, variance=variance) if given else layers.Normalization()
@@ -116,7 +116,7 @@ def test_statistics_of_normalization_are_exact_after_any_way(given):
 
 
 @full_on("jax")
-def test_our_models_wrap_their_optimizer_by_themselves_and_follow_the_output():
+def test_kerasmp_models_wrap_their_optimizer_and_follow_the_output_dtype():
     model = mp.Sequential(sequential().layers)
     model(X)
     model.compile("sgd", "mse")
@@ -179,7 +179,7 @@ def test_clones_keep_the_policies_of_layers_and_not_of_their_parts():
     ]
 
 
-def test_what_is_known_of_a_layer_goes_with_it():
+def test_records_of_a_dropped_model_are_freed():
     before = len(order._ACTIVE)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     mp.convert(model)

@@ -131,7 +131,7 @@ def totals(model, shape):
 
 
 @pytest.mark.parametrize(("make", "shape", "count", "half"), CASES)
-def test_products_are_those_counted_by_hand(make, shape, count, half):
+def test_products_equal_the_expected_counts(make, shape, count, half):
     keras.config.set_dtype_policy(half if half == "float32" else "mixed_float16")
     layer = make()
     keras.config.set_dtype_policy("float32")
@@ -144,7 +144,7 @@ def test_products_are_those_counted_by_hand(make, shape, count, half):
 
 
 @pytest.mark.parametrize(("make", "count"), ATTENTION.values(), ids=ATTENTION)
-def test_attention_is_counted_whole(make, count):
+def test_all_products_of_attention_are_counted(make, count):
     inputs = keras.Input((T, 4))
     model = keras.Model(inputs, make("mixed_bfloat16")(inputs, inputs))
     found = totals(model, (T, 4))
@@ -193,7 +193,7 @@ def net():
     )
 
 
-def test_a_report_says_all_of_it():
+def test_a_report_shows_products_bytes_and_casts():
     model, x = net(), np.ones((B, 4), "float32")
     report = mp.convert(model, sample=x)
     first, second = B * 4 * 8, B * 8 * 3
@@ -228,7 +228,7 @@ class Own(layers.Layer):
         return ops.sum(ops.expand_dims(x, -1) * self.kernel, -2)
 
 
-def test_what_cannot_be_seen_is_said_to_be_unknown():
+def test_what_cannot_be_traced_is_unknown():
     model = keras.Sequential([keras.Input((4,)), Own(name="own"), layers.Dense(2)])
     report = mp.convert(model, sample=np.ones((B, 4)), dry_run=True)
     assert report.multiply_adds is None
@@ -290,7 +290,7 @@ def test_a_sample_that_does_not_fit_leaves_the_model_as_it_was(sample):
     assert keras.Layer.__call__ is call
 
 
-def test_several_inputs_are_taken_as_the_model_takes_them():
+def test_several_inputs_are_given_as_the_model_expects_them():
     one, other = keras.Input((4,), name="one"), keras.Input((3,), name="other")
     outputs = layers.Dense(2)(layers.Concatenate()([one, other]))
     data = [np.ones((B, 4), "float32"), np.ones((B, 3), "float32")]

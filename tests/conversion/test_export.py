@@ -39,7 +39,7 @@ def converted(policy):
 
 @POLICIES
 @pytest.mark.backend("tensorflow")
-def test_a_saved_model_gives_the_predictions_of_the_converted_one(policy, tmp_path):
+def test_a_saved_model_predicts_like_the_converted_one(policy, tmp_path):
     import tensorflow as tf
 
     model, _, predictions = converted(policy)
@@ -54,7 +54,7 @@ def test_a_saved_model_gives_the_predictions_of_the_converted_one(policy, tmp_pa
 @pytest.mark.backend("torch")
 # torch's own code, on which `torch.export` is built
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
-def test_an_exported_program_gives_the_predictions_of_the_converted_one(policy, tmp_path):
+def test_an_exported_program_predicts_like_the_converted_one(policy, tmp_path):
     import torch
 
     model, _, predictions = converted(policy)
@@ -70,7 +70,7 @@ def test_an_exported_program_gives_the_predictions_of_the_converted_one(policy, 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.backend("tensorflow")
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")  # no other is installed
-def test_tflite_has_no_half_precision_convolution_but_takes_what_is_converted_back(policy):
+def test_tflite_has_no_half_precision_convolution_but_takes_a_restored_model(policy):
     import tensorflow as tf
 
     model, exact, _ = converted(policy)

@@ -43,7 +43,7 @@ def dtypes(model):
         full("recurrent", "bfloat16", "mixed_"),
     ],
 )
-def test_without_rules_all_variables_take_half_the_bytes(kind, half, given):
+def test_without_rules_all_variables_are_in_half_precision(kind, half, given):
     model = compiled(kind)
     exact, optimizer = predict(model), model.optimizer
     before = 4 * sum(int(np.prod(v.shape)) for v in model.weights)
@@ -87,7 +87,9 @@ FILES = [(kind, safe) for kind in converted.KINDS for safe in (False, True)]
 
 
 @pytest.mark.parametrize(("kind", "safe_layers"), few(FILES, [("nested", True)]))
-def test_a_file_is_the_same_model_in_another_process(kind, safe_layers, tmp_path, another_process):
+def test_a_file_gives_the_same_model_in_another_process(
+    kind, safe_layers, tmp_path, another_process
+):
     model = compiled(kind)
     mp.convert(model, "bfloat16", variables="bfloat16", safe_layers=safe_layers)
     model.save(tmp_path / "model.keras")
@@ -119,7 +121,7 @@ def test_a_policy_over_float32_variables_widens_them_again(policy):
         model.fit(X, Y)
 
 
-def test_while_some_variables_are_half_it_refuses_to_train():
+def test_a_model_with_half_precision_variables_refuses_to_train():
     model = compiled()
     mp.convert(model, "float16", variables="float16", rules=None)
     report = mp.convert(model, "float16", variables="float16")  # the head is float32 again
@@ -130,7 +132,7 @@ def test_while_some_variables_are_half_it_refuses_to_train():
         model.fit(X, Y)
 
 
-def test_models_inside_refuse_too_and_come_back_from_files(tmp_path):
+def test_nested_models_refuse_to_train_also_after_loading(tmp_path):
     inner = converted.nested()
     mp.convert(inner)
     inputs = keras.Input((6, 4))
@@ -145,7 +147,7 @@ def test_models_inside_refuse_too_and_come_back_from_files(tmp_path):
     np.testing.assert_array_equal(predict(loaded), predict(model))
 
 
-def test_layers_that_ask_for_float32_variables_are_narrowed_here_and_in_files(tmp_path):
+def test_layers_that_ask_for_float32_variables_get_half_precision_ones(tmp_path):
     model = keras.Sequential([keras.Input((6, 4)), Asking(), layers.Flatten(), layers.Dense(3)])
     mp.convert(model, "float16", variables="float16", rules=None)
     assert set(dtypes(model)) == {"float16"}
@@ -164,7 +166,7 @@ class Asking(layers.Layer):
         return x * self.scale
 
 
-def test_an_lstm_that_was_narrowed_is_stock_again_in_float32(tmp_path):
+def test_an_lstm_converted_back_to_float32_is_saved_for_stock_keras(tmp_path):
     # JAX compiles the loop of an LSTM: what it reads from the file is known without a call.
     model = keras.Sequential([keras.Input((6, 4)), layers.LSTM(2), layers.Dense(3)])
     mp.convert(model, "float16", variables="float16")
@@ -177,7 +179,7 @@ def test_an_lstm_that_was_narrowed_is_stock_again_in_float32(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-def test_an_optimizer_that_it_was_compiled_with_since_stays():
+def test_an_optimizer_compiled_after_the_conversion_stays():
     model = compiled()
     report = mp.convert(model, "float16", variables="float16")
     model.compile("sgd", "mse")
@@ -187,7 +189,7 @@ def test_an_optimizer_that_it_was_compiled_with_since_stays():
     model.fit(X, Y, verbose=0)
 
 
-def test_what_nobody_asked_for_is_refused_and_nothing_changes():
+def test_invalid_arguments_are_refused_and_nothing_changes():
     model = compiled()
     before, weights = str(mp.LayerPolicies.of(model)), model.get_weights()
     model.layers[-1].kernel.assign(model.layers[-1].kernel + 1e6)
@@ -219,7 +221,7 @@ def test_a_dry_run_changes_no_variable():
     model.fit(X, Y, verbose=0)
 
 
-def test_rules_of_the_users_hold_for_variables_too():
+def test_user_rules_hold_for_variables_too():
     model = compiled()
     mp.convert(model, "float16", variables="float16", rules={model.layers[-1].path: "float32"})
     assert {v.dtype for v in model.layers[-1].weights} == {"float32"}

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.unit
 
 # Keras asks for TensorFlow where it makes a Bidirectional: test_safe_layers.py has that kind.
 @pytest.mark.parametrize("kind", ["attention", "nested", "subclassed"])
-def test_the_text_of_the_policies_makes_another_build_the_same(kind):
+def test_policies_as_text_apply_to_another_build_of_the_model(kind):
     model = converted.KINDS[kind]()
     report = mp.convert(model)
     text = f"# kept with the project\n\n{report.layer_policies}\n"
@@ -63,7 +63,7 @@ def test_policies_of_other_layers_are_refused(lines, message):
     assert {layer.compute_dtype for layer in flatten_layers(model)} == {"float32"}
 
 
-def test_policies_of_the_same_layers_are_followed():
+def test_policies_of_the_same_layers_are_applied():
     model = two()
     mp.convert(model, policies(*BUILT))
     assert [layer.compute_dtype for layer in model.layers] == ["float16", "float32"]
@@ -77,7 +77,7 @@ def test_policies_of_the_same_layers_are_followed():
         ("net (Sequential): mixed_flaot16", "does not know the policy in line 1.*mixed_flaot16"),
     ],
 )
-def test_text_that_says_no_policies_is_refused(text, message):
+def test_text_without_policies_is_refused(text, message):
     with pytest.raises(mp.errors.PolicyError, match=message):
         mp.LayerPolicies.parse(text)
     with pytest.raises(mp.errors.ArgumentTypeError, match="of type NoneType"):

@@ -139,7 +139,7 @@ def saved_and_loaded(model, folder, policy="float32"):
 
 @full_on("jax")
 @pytest.mark.parametrize("case", few(CASES, [*QUICK, "keras-alone-subclassed-strict"]))
-def test_a_converted_model(case, tmp_path):
+def test_a_converted_model_comes_back_from_a_file(case, tmp_path):
     model = made(case)
     mp.convert(model, "mixed_bfloat16")
     assert_same(saved_and_loaded(model, tmp_path), model)
@@ -161,7 +161,7 @@ def test_a_converted_model(case, tmp_path):
         *(full(policy, case) for policy in ("mixed_float16", "float32") for case in QUICK),
     ],
 )
-def test_a_model_that_was_made_under_a_policy(policy, case, tmp_path):
+def test_a_model_made_under_a_policy_comes_back_from_a_file(policy, case, tmp_path):
     with mp.policy_scope(policy):
         model = made(case)
     assert_same(saved_and_loaded(model, tmp_path, "mixed_bfloat16"), model)
@@ -195,7 +195,7 @@ def test_an_input_that_keras_gives_a_sequential_rounds_as_before(policies, tmp_p
     assert_same(loaded, model)
 
 
-def test_what_files_did_not_say_before_is_not_needed():
+def test_entries_that_older_files_lack_are_optional():
     model = made("keras-with_supers-subclassed-kwargs")
     mp.convert(model, "float16", variables="float16")
     written = keras.saving.serialize_keras_object(model)
@@ -207,7 +207,7 @@ def test_what_files_did_not_say_before_is_not_needed():
 
 
 @pytest.mark.filterwarnings("ignore:Stock Keras models will not follow output")
-def test_a_file_that_says_nothing_leaves_what_a_users_from_config_has_made():
+def test_a_file_without_policies_leaves_the_result_of_from_config_alone():
     """Only the parent's own from_config knows that older files were of models without `output`."""
     written = keras.saving.serialize_keras_object(CLASSES["ours-with_supers-subclassed-strict"]())
     del written["config"]["kerasmp"]
@@ -243,7 +243,7 @@ class OfRounding(mp.Model):
         return {}
 
 
-def test_a_policy_of_the_users_own_comes_from_the_constructor(tmp_path, monkeypatch):
+def test_a_user_defined_policy_comes_from_the_constructor(tmp_path, monkeypatch):
     with mp.policy_scope("mixed_bfloat16"):
         model = OfRounding()
     model(X)
@@ -255,7 +255,7 @@ def test_a_policy_of_the_users_own_comes_from_the_constructor(tmp_path, monkeypa
         keras.models.load_model(tmp_path / "model.keras")
 
 
-def test_a_policy_of_the_users_own_gives_way_to_a_conversion_and_comes_back():
+def test_a_conversion_replaces_a_user_defined_policy_and_restores_it():
     own = Rounding()
     alone, kept = layers.Dense(3, dtype=own), mp.layers.WithDtype(layers.Dense(3), own)
     model = keras.Sequential([keras.Input((4,)), alone, kept, layers.Dense(2)])
@@ -276,7 +276,7 @@ def test_a_policy_of_the_users_own_gives_way_to_a_conversion_and_comes_back():
     assert [row.after for row in mp.convert(model, before).rows] == [x.policy for x in before]
 
 
-def test_a_global_policy_of_the_users_own_is_followed_as_in_stock_keras(tmp_path):
+def test_a_user_defined_global_policy_is_followed_as_in_stock_keras(tmp_path):
     plain = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.Dense(2)])
     keras.config.set_dtype_policy(Rounding())
     model = mp.Sequential([keras.Input((4,)), layers.Dense(3), layers.Dense(2)])
@@ -330,7 +330,7 @@ def test_a_model_inside_that_was_converted_before(tmp_path):
     assert_same(saved_and_loaded(model, tmp_path), model)  # its holder is stock, and has its config
 
 
-def test_a_part_that_a_stock_model_will_make_as_it_was_is_said(tmp_path):
+def test_a_part_that_a_stock_model_rebuilds_in_its_old_dtype_is_reported(tmp_path):
     outer = Holding(3)
     outer(X)
     mp.convert(outer.inner)
@@ -358,7 +358,7 @@ class Holding(keras.Model):
         return {"units": self.units}
 
 
-def test_other_layers_than_those_of_the_file_are_said(tmp_path):
+def test_layers_that_differ_from_those_of_the_file_are_reported(tmp_path):
     with mp.policy_scope("mixed_float16"):
         model = Changing()
     model(X[:, 0])
@@ -442,7 +442,7 @@ class Task(keras.Model):
 
 @pytest.mark.filterwarnings("ignore:`compile..` was not called as part of model loading")
 @pytest.mark.filterwarnings("ignore:The saved state of .* is not loaded")
-def test_a_task_that_compiles_itself_says_that_its_optimizer_is_another(tmp_path):
+def test_a_task_that_compiles_itself_warns_that_its_optimizer_differs(tmp_path):
     model = Task(Backbone())
     mp.convert(model.backbone, "mixed_bfloat16")
     mp.convert(model)
@@ -490,7 +490,7 @@ class Compiling(mp.Sequential):
 
 @pytest.mark.filterwarnings("ignore:`compile..` was not called as part of model loading")
 @pytest.mark.filterwarnings("ignore:The saved state of .* is not loaded")
-def test_what_the_state_restores_makes_no_other_optimizer(tmp_path, monkeypatch):
+def test_restoring_the_state_keeps_the_same_optimizer(tmp_path, monkeypatch):
     model = Compiling()
     model.optimizer.apply([keras.ops.ones(v.shape) for v in model.trainable_variables])
     model.optimizer.learning_rate = 0.25

@@ -23,7 +23,7 @@ class Gan(keras.Model):
 
 
 @pytest.mark.parametrize("built", [True, False])
-def test_what_is_built_is_converted_and_the_rest_named(built):
+def test_built_parts_are_converted_and_the_rest_is_named(built):
     model = Gan()
     model.built = built  # as Keras's own guide has it
     before = [layer.dtype_policy for layer in flatten_layers(model)]
@@ -42,7 +42,7 @@ def test_what_is_built_is_converted_and_the_rest_named(built):
     assert type(model) is Gan
 
 
-def test_nothing_in_a_part_that_is_not_built_becomes_ours():
+def test_layers_of_an_unbuilt_part_are_not_replaced():
     model = Gan()
     report = mp.convert(model, safe_layers=True)
     assert type(model.late.layers[0]) is layers.Dense
@@ -53,7 +53,7 @@ def test_nothing_in_a_part_that_is_not_built_becomes_ours():
     assert type(model.generator.layers[0]) is mp.layers.Dense
 
 
-def test_without_any_part_that_is_built_it_is_an_error():
+def test_a_model_without_any_built_part_is_an_error():
     class Later(keras.Model):
         def __init__(self):
             super().__init__()

@@ -50,7 +50,7 @@ def test_the_report_names_the_exceptions_and_their_reasons():
     assert soft[-5:] == ["(hazards", "3,", "14,", "18,", "19)"]
 
 
-def test_rules_of_the_policy_and_of_the_call_are_put_together():
+def test_rules_of_the_policy_and_of_the_call_are_combined():
     model = functional()
     policy = mp.Policy("mixed_float16", rules={layers.LayerNormalization: "float32"})
     report = mp.convert(model, policy)
@@ -104,7 +104,7 @@ def test_a_layer_that_cannot_be_called_stays_in_float32_with_the_reason(rules):
     assert model.layers[0].output.dtype == "float32"
 
 
-def test_a_rule_that_wants_it_in_half_precision_is_refused_and_nothing_changes():
+def test_a_half_precision_rule_for_a_layer_that_cannot_be_called_is_refused():
     model = keras.Sequential(
         [keras.Input((4,)), layers.Dense(2), Picky(name="picky"), layers.ReLU()]
     )
@@ -114,7 +114,7 @@ def test_a_rule_that_wants_it_in_half_precision_is_refused_and_nothing_changes()
     assert model.layers[0].output.dtype == "float32"
 
 
-def test_stock_models_follow_the_output_too():
+def test_stock_models_follow_the_output_dtype_too():
     model = sequential()
     report = mp.convert(model, "compute=float16,output=float32", rules=None)
     assert model.layers[-1].compute_dtype == "float16"
@@ -168,7 +168,7 @@ def test_a_tensor_that_a_layer_made_when_it_was_built_is_named():
     assert not mp.convert(model).notes
 
 
-def test_rules_that_the_model_was_made_under_act_no_more():
+def test_rules_that_the_model_was_made_under_no_longer_apply():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", mp.errors.PolicyWarning)
         with mp.policy_scope(mp.Policy("mixed_float16", rules="safe")):
@@ -182,7 +182,7 @@ def test_rules_that_the_model_was_made_under_act_no_more():
     assert [layer.compute_dtype for layer in model.layers] == ["float16", "float32"]
 
 
-def test_layer_policies_leave_nothing_to_rules_and_the_output_as_it_is():
+def test_layer_policies_override_rules_and_leave_the_output_dtype_alone():
     model = sequential()
     text = mp.convert(model, "compute=float16,output=float32", rules=None).layer_policies
     for arguments in ({"rules": {"nosuch": "float32"}}, {"safe_layers": True}):

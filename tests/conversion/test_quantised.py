@@ -60,7 +60,7 @@ def test_a_converted_model_is_quantised_as_one_in_float32_is(mode, policy):
     assert 0 < error(model.predict(X, verbose=0), exact) < 4 * STEP[mode]
 
 
-def test_safe_layers_are_quantised_but_for_the_head():
+def test_safe_layers_are_quantised_except_for_the_head():
     model, exact = build(), build().predict(X, verbose=0)
     mp.convert(model, "mixed_bfloat16", safe_layers=True)
     with pytest.warns(UserWarning, match="Layer DenseHead does not have a `quantize`"):
@@ -71,14 +71,14 @@ def test_safe_layers_are_quantised_but_for_the_head():
 
 
 @pytest.mark.full
-def test_keras_itself_does_not_quantise_float16_layers_to_int8():
+def test_stock_keras_does_not_quantise_float16_layers_to_int8():
     model = build()
     mp.convert(model)
     with pytest.raises(ValueError, match="doesn't work well with compute_dtype='float16'"):
         model.quantize("int8")
 
 
-def test_restoring_after_it_was_quantised_is_refused_and_changes_nothing():
+def test_restoring_a_model_quantised_since_is_refused_and_changes_nothing():
     model = build()
     report = mp.convert(model, "mixed_bfloat16")
     model.layers[1].quantize("int8")
@@ -109,7 +109,7 @@ def test_a_quantised_policy_is_refused_and_changes_nothing(policy, rules, dry_ru
         np.testing.assert_array_equal(one, wanted)
 
 
-def test_a_rule_takes_no_quantised_weights_for_others():
+def test_a_rule_does_not_confuse_quantised_weights_with_others():
     model, _ = quantised("int8")
     with pytest.raises(mp.errors.PolicyError, match=r"cannot be brought back.*keeps \"int8\""):
         mp.convert(model, rules={layers.Dense: "mixed_bfloat16"})
@@ -143,7 +143,7 @@ def test_only_the_quantised_layer_is_kept():
 
 
 @pytest.mark.parametrize("first", ["convert", full("lora")])
-def test_lora_trains_in_float16_and_comes_back(first):
+def test_lora_trains_in_float16_and_is_restored(first):
     model, exact = build(), build().predict(X, verbose=0)
     if first == "convert":
         report = mp.convert(model)

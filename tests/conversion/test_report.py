@@ -63,7 +63,7 @@ def test_figures_are_sums_and_shares():
     assert " ".join(rows["net"][4:]) == "0 - 8 B 2 B because of net"
 
 
-def test_one_layer_that_is_not_known_makes_the_products_unknown_and_not_the_bytes():
+def test_one_unknown_layer_makes_the_products_unknown_and_not_the_bytes():
     found = report(cost({"float16": 5}, 4, 1), cost({}, 4, 1, known=False), None)
     assert found.multiply_adds is None
     assert found.half_share is None
@@ -83,7 +83,7 @@ def test_without_a_sample_there_are_no_figures():
     assert text.endswith("\n\n- a first note\n- a second one")
 
 
-def test_where_nothing_is_multiplied_there_is_no_share():
+def test_a_model_without_products_has_no_share():
     found = report(cost({}, 4, 0))
     assert found.multiply_adds == {}
     assert found.half_share is None

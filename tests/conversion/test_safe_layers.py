@@ -30,7 +30,7 @@ def compiled(kind):
 
 
 @kinds("attention")
-def test_all_are_turned_reported_trained_and_turned_back(kind):
+def test_all_are_replaced_reported_trained_and_restored(kind):
     model = compiled(kind)
     exact, weights = model.predict(X, verbose=0), model.get_weights()
     before, names = state(model), {id(x): type(x).__name__ for x in flatten_layers(model)}
@@ -54,7 +54,7 @@ def test_all_are_turned_reported_trained_and_turned_back(kind):
     assert not mp.convert(model, POLICY, safe_layers=True).rows[0].replaced
 
 
-def test_more_of_the_model_is_in_half_precision_then():
+def test_with_safe_layers_more_of_the_model_is_in_half_precision():
     counts = []
     for safe_layers in (False, True):
         model = converted.attention()
@@ -68,7 +68,7 @@ def test_more_of_the_model_is_in_half_precision_then():
 
 @full_on("jax", "oldest")
 @kinds("nested")
-def test_a_file_has_them_in_another_process(kind, tmp_path, another_process):
+def test_a_file_brings_them_back_in_another_process(kind, tmp_path, another_process):
     model = compiled(kind)
     mp.convert(model, POLICY, safe_layers=True)
     model.fit(X, Y, verbose=0)
@@ -79,7 +79,7 @@ def test_a_file_has_them_in_another_process(kind, tmp_path, another_process):
 
 
 @kinds("nested")
-def test_text_turns_those_layers_of_another_build(kind):
+def test_policies_as_text_replace_the_same_layers_of_another_build(kind):
     model, other = compiled(kind), converted.KINDS[kind]()
     text = str(mp.convert(model, POLICY, safe_layers=True).layer_policies)
     report = mp.convert(other, mp.LayerPolicies.parse(text))
@@ -90,7 +90,7 @@ def test_text_turns_those_layers_of_another_build(kind):
     assert not any("kerasmp" in type(x).__module__ for x in flatten_layers(other))
 
 
-def test_a_rule_that_fails_leaves_them_stock():
+def test_a_rule_that_fails_leaves_the_layers_stock():
     model = compiled("nested")
     before = state(model)
     with pytest.raises(mp.errors.PolicyError, match="not match any layer path"):
@@ -98,7 +98,7 @@ def test_a_rule_that_fails_leaves_them_stock():
     assert_state(model, before)
 
 
-def test_weights_files_of_the_stock_model_load_but_for_a_turned_head(tmp_path):
+def test_weights_files_of_the_stock_model_load_except_with_a_replaced_head(tmp_path):
     path = tmp_path / "stock.weights.h5"
     model, other = compiled("nested"), converted.nested()
     model.save_weights(path)

@@ -19,7 +19,7 @@ EXCEPTIONS = {
 
 # Keras makes all parts of a user's model when it is built: the hardest to give policies again.
 @pytest.mark.parametrize("kind", few(converted.KINDS, ["subclassed"]))
-def test_another_process_loads_the_same(kind, tmp_path, another_process):
+def test_another_process_loads_the_same_model(kind, tmp_path, another_process):
     model = converted.KINDS[kind]()
     model.compile("adam", "mse")
     mp.convert(model)

@@ -46,7 +46,7 @@ def test_stock_keras_loads_it_and_computes_the_same(kind, policy, tmp_path, stoc
 
 
 @pytest.mark.parametrize("kind", ["attention", "subclassed"])
-def test_parts_that_keras_would_load_otherwise_are_named(kind, tmp_path):
+def test_parts_that_keras_would_load_differently_are_named(kind, tmp_path):
     model = converted.KINDS[kind]()
     mp.convert(model)
     # A class of the user's own says nothing of its parts, whose policy is then the global one.
@@ -59,7 +59,7 @@ def test_parts_that_keras_would_load_otherwise_are_named(kind, tmp_path):
         mp.save_for_stock_keras(model, tmp_path / "model.keras")
 
 
-def test_layers_of_ours_and_outputs_are_named(tmp_path):
+def test_kerasmp_layers_and_output_dtypes_are_named(tmp_path):
     path = tmp_path / "model.keras"
     model = keras.Sequential([keras.Input((4,)), mp.layers.DenseHead(2, name="head")])
     with pytest.raises(mp.errors.PolicyError, match='head", a DenseHead'):
@@ -74,7 +74,7 @@ def test_layers_of_ours_and_outputs_are_named(tmp_path):
 
 
 @pytest.mark.backend("tensorflow")  # lookups need it
-def test_vocabularies_go_along_and_optimizers_do_not(tmp_path):
+def test_vocabularies_are_saved_and_optimizers_are_not(tmp_path):
     lookup = layers.IntegerLookup(dtype="int64")
     lookup.adapt(np.array([7, 9, 9]))
     inputs = keras.Input((1,), dtype="int64")
@@ -93,7 +93,7 @@ def test_vocabularies_go_along_and_optimizers_do_not(tmp_path):
     model.fit(x, np.ones((3, 2)), verbose=0)
 
 
-def test_activations_and_initializers_of_ours_are_named(tmp_path):
+def test_kerasmp_activations_and_initializers_are_named(tmp_path):
     gelu = layers.Dense(2, activation=mp.ops.gelu, name="second")
     lstm = keras.Sequential([keras.Input((6, 4)), layers.LSTM(2, name="lstm"), layers.Dense(2)])
     mp.convert(lstm, "float16", variables="float16", rules=None)
@@ -124,7 +124,7 @@ def test_a_class_that_needs_kerasmp_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["model.h5", None, 3, b"model.keras"], ids=str)
-def test_what_is_no_path_of_a_keras_file_is_refused(path):
+def test_a_path_that_does_not_end_in_keras_is_refused(path):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
     with pytest.raises(mp.errors.ArgumentError, match=r"Expected: a path that ends in \".keras\""):
         mp.save_for_stock_keras(model, path)

@@ -120,7 +120,7 @@ class Net(keras.Model):
 
 @TENSORFLOW
 @pytest.mark.parametrize("way", ["built by a call", "not built", "inside of a graph"])
-def test_in_a_subclassed_model_only_the_layer_that_mixes_stays_behind(way):
+def test_in_a_subclassed_model_only_the_layer_that_mixes_dtypes_stays_in_float32(way):
     net = Net()
     model, sample = net, None
     if way == "inside of a graph":
@@ -180,7 +180,7 @@ def positive(x):
 
 @pytest.mark.parametrize("name", few(LINEAR_ALGEBRA, ["svd", "cholesky"]))
 @pytest.mark.parametrize("half", ["float16", full("bfloat16")])
-def test_linear_algebra_stays_in_float32_and_what_is_around_it_converts(name, half):
+def test_linear_algebra_stays_in_float32_and_the_rest_converts(name, half):
     class Net(keras.Model):
         def __init__(self):
             super().__init__()
@@ -203,7 +203,7 @@ def test_linear_algebra_stays_in_float32_and_what_is_around_it_converts(name, ha
     assert found.place.endswith("algebra")
 
 
-def test_trying_changes_no_variable_and_no_loss():
+def test_the_trial_changes_no_variable_and_no_loss():
     class Counts(layers.Layer):
         def build(self, _):
             self.seeds = keras.random.SeedGenerator(3)
@@ -288,7 +288,7 @@ class Refuses(layers.Layer):
         return inputs
 
 
-def test_a_dry_run_builds_no_part_that_training_alone_has():
+def test_a_dry_run_builds_no_part_that_only_training_uses():
     class Noisy(layers.Layer):
         def __init__(self):
             super().__init__()
@@ -311,7 +311,7 @@ def test_a_dry_run_builds_no_part_that_training_alone_has():
     assert note.endswith('late" in it is not built')
 
 
-def test_trying_leaves_no_trace_in_what_a_layer_keeps():
+def test_the_trial_leaves_no_tensor_in_a_layer():
     class Keeps(layers.Layer):
         def __init__(self):
             super().__init__()
@@ -342,7 +342,7 @@ def test_trying_leaves_no_trace_in_what_a_layer_keeps():
     assert not hasattr(keeps, "new")
 
 
-def test_a_none_that_a_layer_keeps_in_training_is_no_error_and_leaves_no_trace():
+def test_a_layer_that_keeps_none_in_training_is_no_error():
     class Forgets(layers.Layer):
         def build(self, _):
             self.scores = ops.ones((2,))

@@ -101,7 +101,7 @@ def test_predictions_are_those_of_a_model_built_so(kind, dtype):
 
 
 @DTYPES
-def test_recurrent_layers_can_be_built_in_half_precision(dtype):
+def test_recurrent_layers_can_be_built_with_half_precision_variables(dtype):
     layer = layers.GRU(4, recurrent_initializer=keras.initializers.Orthogonal(2.0, seed=3))
     layer.build((None, 5, 3))
     before = layer.cell.recurrent_initializer
@@ -117,7 +117,7 @@ def test_recurrent_layers_can_be_built_in_half_precision(dtype):
 
 
 @DTYPES
-def test_a_large_file_has_half_the_bytes_and_each_number_exactly(dtype, tmp_path):
+def test_a_file_has_half_the_bytes_and_every_number_exactly(dtype, tmp_path):
     model = keras.Sequential([keras.Input((512,)), layers.Dense(512)])
     model.save(tmp_path / "whole.keras")
     narrowed(model, dtype)
@@ -129,7 +129,7 @@ def test_a_large_file_has_half_the_bytes_and_each_number_exactly(dtype, tmp_path
         np.testing.assert_array_equal(one, other, strict=True)
 
 
-def test_weights_files_go_round_and_come_from_wider_ones(tmp_path):
+def test_weights_files_load_again_and_wider_ones_load_too(tmp_path):
     wide, model, other = (keras.Sequential([keras.Input((3,)), dense()]) for _ in range(3))
     wide.save_weights(tmp_path / "wide.weights.h5")
     narrowed(model)
@@ -155,7 +155,7 @@ def test_an_exported_model_holds_the_narrow_variables(tmp_path):
     np.testing.assert_array_equal(outputs, model.predict(IMAGES, verbose=0))
 
 
-def test_facts_of_each_layer():
+def test_bytes_and_errors_of_each_layer():
     layer = dense(units=3)
     kernel = np.array([[1.0, 1e-9, -1e-9], [0.0, 1 + 2.0**-11, 2.0], [4.0, 8.0, np.inf]])
     layer.kernel.assign(kernel)
@@ -174,7 +174,7 @@ def test_facts_of_each_layer():
     assert layer.kernel.numpy()[2, 2] == np.inf
 
 
-def test_numbers_that_do_not_fit_are_named_and_nothing_changes():
+def test_values_beyond_the_range_are_named_and_nothing_changes():
     fits, norm = dense(), layers.BatchNormalization(name="norm")
     norm.build((None, 3))
     norm.moving_variance.assign([1.0, 1e6, 2e6])
@@ -192,7 +192,7 @@ def test_numbers_that_do_not_fit_are_named_and_nothing_changes():
     np.testing.assert_allclose(np.float32(norm.moving_variance), [1, 1e6, 2e6], rtol=2.0**-8)
 
 
-def test_the_largest_that_rounds_to_a_number_fits():
+def test_the_largest_value_that_rounds_to_a_finite_number_fits():
     layer = dense()
     layer.bias.assign([65519.0, -65519.0])
     narrow_variables(wanted(layer))
@@ -242,7 +242,7 @@ def test_taking_back_after_an_error_midway_leaves_all_as_it_was(monkeypatch):
     assert {v.dtype for v in (*first.variables, *second.variables)} == {"float32"}
 
 
-def test_a_shared_variable_counts_once_and_must_be_wanted_alike():
+def test_a_shared_variable_counts_once_and_needs_one_dtype():
     one, two = dense("one"), layers.Dense(2, name="two")
     two.kernel_of_one = one.kernel
     two.build((None, 3))
@@ -253,7 +253,7 @@ def test_a_shared_variable_counts_once_and_must_be_wanted_alike():
     assert {v.dtype for v in (*one.variables, *two.variables)} == {"float16"}
 
 
-def test_nothing_keeps_the_values_of_before_once_the_undo_is_gone():
+def test_old_values_are_freed_with_the_undo():
     build, x = MODELS["vision"]
     model = lived_in(build)
     model.predict(x, verbose=0)

@@ -132,7 +132,7 @@ def test_data_sets_that_hold_something_else(tmp_path):
 
 
 @needs_packages
-def test_a_data_set_with_lost_files_is_an_error_of_ours(tmp_path):
+def test_a_data_set_with_missing_files_is_a_kerasmp_error(tmp_path):
     import tensorflow_datasets as tfds
 
     features = {
@@ -191,7 +191,7 @@ def test_the_newest_version_counts_unless_one_is_named(tmp_path):
 
 @pytest.mark.unit
 @pytest.mark.parametrize("name", ["fasion", "fashion:9.9.9", "cifar", "", "b"])
-def test_what_is_not_there_is_an_error_with_what_is(tmp_path, name):
+def test_a_missing_data_set_is_an_error_that_lists_those_present(tmp_path, name):
     fake(tmp_path, "fashion/1.0.0", "b/config/1.0.0")
     with pytest.raises(DatasetError) as caught:
         find(tmp_path, name)
@@ -203,5 +203,5 @@ def test_what_is_not_there_is_an_error_with_what_is(tmp_path, name):
 
 
 @pytest.mark.unit
-def test_a_folder_that_is_not_there_holds_nothing(tmp_path):
+def test_a_missing_folder_holds_no_data_set(tmp_path):
     assert prepared(tmp_path / "nowhere") == []

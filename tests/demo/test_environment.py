@@ -11,7 +11,7 @@ from kerasmp.demo.environment import environment, version
 from kerasmp.policy import recommend_policy
 
 
-def test_facts():
+def test_versions_and_hardware():
     found = environment()
     assert found.versions["python"] == platform.python_version()
     assert found.versions["numpy"] == np.__version__

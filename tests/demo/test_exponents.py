@@ -52,7 +52,7 @@ def test_values_beyond_the_bins_are_counted_in_the_outermost():
 
 
 @pytest.mark.unit
-def test_nothing_has_no_fate():
+def test_no_values_have_no_fate():
     fate = ExponentHistogram("weights", "end", -3, (0, 0), 4).fate()
     assert (fate.lost, fate.subnormal, fate.kept, fate.overflow) == (0, 0, 0, 0)
 

@@ -99,7 +99,7 @@ def test_exponents_of_both_kinds_before_and_after(everything):
     assert result.histograms[0].counts != result.histograms[2].counts
 
 
-def test_facts_about_data_and_place(everything):
+def test_facts_about_data_and_environment(everything):
     result, _ = everything
     assert (result.dataset, result.image_shape, result.classes) == ("stripes 1.0.0", (8, 8, 1), 4)
     assert (result.train_images, result.test_images) == (48, 20)
@@ -146,7 +146,7 @@ def test_batches_are_full_and_reshuffled_and_each_time_the_same(images):
 
 
 @pytest.mark.unit
-def test_kerasmp_warnings_are_kept_and_others_handed_on():
+def test_warnings_of_kerasmp_are_kept_and_others_passed_on():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.warn("mind the scale", LossScaleWarning, stacklevel=1)

@@ -31,13 +31,13 @@ class CarefulSmallNumber(layers.Layer):
         return keras.ops.cast(wide / (wide + 1e-9), inputs.dtype)
 
 
-def test_an_epsilon_that_vanishes_is_a_warning():
+def test_an_epsilon_that_underflows_is_a_warning():
     each = only(made(Divides), "vanishing-epsilon")
     assert each.severity == "warning"
     assert "1e-08" in each.reason
 
 
-def test_larger_epsilons_stock_layers_and_float32_are_in_peace():
+def test_larger_epsilons_stock_layers_and_float32_give_no_finding():
     assert not found(made(lambda: Divides(1e-6)), "vanishing-epsilon")
     assert not found(made(lambda: Divides(0.0)), "vanishing-epsilon")
     assert not found(made(lambda: Divides(dtype="float32")), "vanishing-epsilon")
@@ -51,7 +51,7 @@ def test_a_small_number_in_the_source_is_possibly_a_fault():
     assert "`call`" in each.reason
 
 
-def test_code_that_names_float32_and_layers_in_float32_are_in_peace():
+def test_code_that_names_float32_and_layers_in_float32_give_no_finding():
     assert not found(made(CarefulSmallNumber), "possibly-vanishing")
     assert not found(made(lambda: SmallNumber(dtype="float32")), "possibly-vanishing")
     assert not found(made(Divides), "possibly-vanishing")  # a constructor computes nothing
@@ -94,7 +94,7 @@ def test_computing_with_an_infinite_constant_is_an_error():
 
 
 @pytest.mark.backend("tensorflow", "jax")
-def test_choosing_one_is_a_warning():
+def test_selecting_an_infinite_constant_is_a_warning():
     assert only(made(MaskedChoice), "infinite-constant", X).severity == "warning"
 
 
@@ -111,11 +111,11 @@ def test_constants_in_arrays_are_seen():
     "layer",
     [Clips, Modest, lambda: MaskedSum(dtype="float32"), lambda: layers.Reshape((8, 1))],
 )
-def test_harmless_constants_are_in_peace(layer):
+def test_harmless_constants_give_no_finding(layer):
     assert not found(made(layer, layers.Flatten), "infinite-constant", X)
 
 
-def test_pooling_is_in_peace():
+def test_pooling_gives_no_finding():
     model = made(lambda: layers.MaxPooling1D(2, padding="same"), layers.Flatten, shape=(8, 8))
     assert not mp.lint(model, np.ones((8, 8, 8), "float32")).warnings
 

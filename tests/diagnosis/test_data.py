@@ -29,7 +29,7 @@ def test_values_that_float16_cannot_hold_are_an_error():
     assert not found(made(dense()), "input-range")
 
 
-def test_whole_numbers_count_and_ids_do_not():
+def test_integers_are_checked_and_ids_are_not():
     x = np.full((8, 8), 70000)
     model = made(dense())
     assert not np.isfinite(keras.ops.convert_to_numpy(model(x))).all()
@@ -38,14 +38,14 @@ def test_whole_numbers_count_and_ids_do_not():
     assert not found(ids, "input-range", x)
 
 
-def test_a_float32_layer_that_hands_on_gives_no_peace():
+def test_a_float32_layer_that_passes_values_on_still_gives_a_finding():
     model = made(lambda: layers.Flatten(dtype="float32"), dense())
     assert not np.isfinite(keras.ops.convert_to_numpy(model(LARGE))).all()
     assert only(model, "input-range", LARGE).severity == "error"
 
 
 @pytest.mark.unit
-def test_a_float32_layer_in_front_gives_peace():
+def test_a_float32_layer_in_front_gives_no_finding():
     scaling = lambda: layers.Rescaling(1e-5, dtype="float32")  # noqa: E731 - as the others
     assert not found(made(scaling, dense()), "input-range", LARGE)
     assert found(made(lambda: layers.Rescaling(1e-5), dense()), "input-range", LARGE)

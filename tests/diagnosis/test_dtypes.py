@@ -31,7 +31,7 @@ class FloatWeight(OwnWeight):
     weight_dtype = "float32"
 
 
-def test_a_half_precision_master_is_an_error():
+def test_a_half_precision_master_weight_is_an_error():
     each = only(made(OwnWeight), "half-master")
     assert each.severity == "error"
     assert "(mine)" in each.reason
@@ -40,7 +40,7 @@ def test_a_half_precision_master_is_an_error():
         assert f"in {half} (kernel, bias)" in reason
 
 
-def test_float32_masters_and_frozen_weights_are_in_peace():
+def test_float32_master_weights_and_frozen_weights_give_no_finding():
     assert not found(made(FloatWeight), "half-master")
     frozen = made(OwnWeight)
     frozen.layers[0].trainable = False
@@ -68,7 +68,7 @@ def test_ids_that_come_as_floats_are_an_error():
 
 
 @pytest.mark.unit
-def test_whole_numbers_few_ids_and_float32_are_in_peace():
+def test_integers_few_ids_and_float32_give_no_finding():
     assert not found(embedding(5000, dtype="int32"), "float-ids")
     assert not found(embedding(2049), "float-ids")
     assert not found(embedding(257, "mixed_bfloat16"), "float-ids")
@@ -111,7 +111,7 @@ def test_a_mask_value_that_half_precision_does_not_hold_is_an_error():
 
 
 @pytest.mark.backend("tensorflow")
-def test_mask_values_that_are_held_or_looked_for_in_float32_are_in_peace():
+def test_representable_mask_values_and_float32_give_no_finding():
     for value in (0.0, -0.5, 1000.5, -99999, float("nan")):
         assert not found(masking(value), "mask-value")
     assert not found(masking(0.1, policy="float32"), "mask-value")
@@ -122,7 +122,7 @@ def test_mask_values_that_are_held_or_looked_for_in_float32_are_in_peace():
 
 
 @pytest.mark.backend("jax", "torch")
-def test_where_keras_rounds_the_mask_value_too_nothing_is_said():
+def test_a_mask_value_that_keras_rounds_too_gives_no_finding():
     x = np.ones((8, 4, 8), "float32")
     x[:, 2:] = -99999.0
     assert not mp.lint(masking(-99999.0), x)
@@ -149,7 +149,7 @@ def test_a_rate_at_which_too_many_are_dropped_is_a_warning(part):
 
 
 @pytest.mark.backend("tensorflow")
-def test_usual_rates_and_layers_of_ours_are_in_peace():
+def test_usual_rates_and_kerasmp_layers_give_no_finding():
     attention = mp.layers.MultiHeadAttention(2, 4, dropout=0.001, dtype="mixed_float16")
     inputs = keras.Input((4, 8))
     inside = keras.Model(inputs, layers.Flatten()(attention(inputs, inputs)))
@@ -193,7 +193,7 @@ def test_a_model_that_the_global_policy_did_not_reach_is_a_warning():
     assert not found(model, "ignores-policy")
 
 
-def test_a_converted_model_whose_rules_leave_nothing_in_half_is_in_peace():
+def test_a_converted_model_kept_in_float32_by_rules_gives_no_finding():
     model = made(dense(activation="softmax"), bare=True, policy="float32")
     model.dtype_policy = "mixed_float16"
     assert not found(model, "ignores-policy")
@@ -203,7 +203,7 @@ def test_a_converted_model_whose_rules_leave_nothing_in_half_is_in_peace():
         assert not mp.lint(model)
 
 
-def test_a_layer_that_leaves_its_policy_is_a_warning():
+def test_a_layer_that_does_not_follow_its_policy_is_a_warning():
     each = only(made(lambda: Widens(name="wide")), "ignores-policy")
     assert each.place.endswith("wide")
     assert "float32" in each.reason
@@ -245,7 +245,7 @@ IN_BOTH = [
 @pytest.mark.parametrize(
     "part", [pytest.param(part, marks=pytest.mark.backend(*on)) for part, on in IN_BOTH]
 )
-def test_what_bfloat16_does_not_help_is_a_warning_in_it_too(part, half):
+def test_hazards_that_bfloat16_shares_are_warnings_in_it_too(part, half):
     with mp.policy_scope(f"mixed_{half}"):
         layer = part()
     each = only(Masks(layer), "unsafe-layer")
@@ -255,7 +255,7 @@ def test_what_bfloat16_does_not_help_is_a_warning_in_it_too(part, half):
 
 
 @pytest.mark.backend("tensorflow")
-def test_what_has_no_kernel_in_bfloat16_alone_is_a_warning_in_it_alone():
+def test_an_operation_without_a_bfloat16_kernel_is_a_warning_in_bfloat16_only():
     for half in ("float16", "bfloat16"):
         model = made(lambda: layers.RandomRotation(0.1), shape=(8, 8, 3), policy=f"mixed_{half}")
         assert [each.reason[:11] for each in found(model, "unsafe-layer")] == (
@@ -273,7 +273,7 @@ def test_an_activation_inside_of_a_layer_is_a_hint():
 
 
 @pytest.mark.parametrize(("largest", "becomes"), [(2049.0, 2048.0), (7e4, np.inf)])
-def test_what_stock_keras_makes_of_numbers_is_what_lint_tells(largest, becomes):
+def test_stock_keras_computes_what_lint_reports(largest, becomes):
     model = made(layers.Identity, lambda: layers.Embedding(4000, 4), shape=(1,))
     given = np.full((1, 1), largest, "float32")
     rounded = model.layers[0](given)

@@ -29,7 +29,7 @@ def test_the_report_is_sorted_counts_and_reads():
 
 
 @pytest.mark.unit
-def test_each_finding_comes_once():
+def test_each_finding_is_reported_once():
     inputs = keras.Input((8,))
     shared = layers.UnitNormalization(dtype="mixed_float16")
     model = keras.Model(inputs, layers.Dense(8)(shared(shared(inputs))))
@@ -53,7 +53,7 @@ def test_a_model_that_is_not_built_is_built_by_the_batch():
     assert own.built
 
 
-def test_looking_changes_nothing():
+def test_lint_changes_nothing():
     model = made(dense(), layers.BatchNormalization)
     model.compile(mp.LossScaleOptimizer("sgd"), "mse")
     before = [keras.ops.convert_to_numpy(v) for v in model.variables]
@@ -73,7 +73,7 @@ class Keeping(layers.Layer):
         return self.last
 
 
-def test_no_tensor_of_its_own_calls_stays_in_a_layer():
+def test_no_tensor_of_a_call_by_lint_stays_in_a_layer():
     model = made(lambda: Keeping(name="keeping"), dense())
     layer = model.get_layer("keeping")
     last = np.ones(8, "float32")
@@ -125,7 +125,7 @@ class HalfMaster(layers.Layer):
 
 
 @pytest.mark.parametrize("module", [keras, mp])
-def test_of_a_model_without_a_call_the_parts_are_looked_at(module):
+def test_the_parts_of_a_model_without_call_are_checked(module):
     class Gan(module.Model):
         def __init__(self):
             super().__init__()

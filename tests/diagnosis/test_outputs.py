@@ -23,7 +23,7 @@ def test_a_float16_head_of_probabilities_is_an_error(activation):
 
 
 @pytest.mark.unit
-def test_a_softmax_of_its_own_is_an_error_too():
+def test_a_float16_softmax_layer_at_the_end_is_an_error():
     assert only(made(dense(), layers.Softmax, bare=True), "float16-head").severity == "error"
 
 
@@ -36,7 +36,7 @@ def test_another_float16_head_is_a_warning():
 
 @pytest.mark.parametrize("module", [keras, mp], ids=["stock", "ours"])
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", None])
-def test_each_way_of_the_remedy_helps(module, activation):
+def test_each_proposed_remedy_removes_the_finding(module, activation):
     head = lambda **settings: module.layers.Dense(8, activation=activation, **settings)  # noqa: E731 - as the others
     model = made(dense(), head, bare=True)
     remedy = only(model, "float16-head").remedy
@@ -55,14 +55,14 @@ def test_the_remedy_says_which_heads_convert_does_not_reach():
 
 
 @pytest.mark.unit
-def test_heads_in_float32_or_bfloat16_are_in_peace():
+def test_heads_in_float32_or_bfloat16_give_no_finding():
     heads = [dense(dtype="float32"), lambda: mp.layers.DenseHead(8, activation="softmax")]
     for head in heads:
         assert not found(made(dense(), head, bare=True), "float16-head")
     assert not found(made(dense(), bare=True, policy="mixed_bfloat16"), "float16-head")
 
 
-def test_a_model_of_ours_that_casts_its_outputs_is_in_peace_unless_they_are_probabilities():
+def test_a_kerasmp_model_that_casts_its_outputs_gives_no_finding_except_for_probabilities():
     def model(activation):
         with pytest.warns(mp.errors.PolicyWarning):
             scope = mp.policy_scope("compute=float16,output=float32")
@@ -101,16 +101,16 @@ def test_a_cross_entropy_on_float16_probabilities_is_an_error(loss):
 @pytest.mark.parametrize(
     "loss", ["mse", keras.losses.CategoricalCrossentropy(from_logits=True), None]
 )
-def test_other_losses_are_in_peace(loss):
+def test_other_losses_give_no_finding(loss):
     assert not found(compiled(made(dense(), bare=True), loss), "float16-probabilities")
 
 
-def test_float32_probabilities_are_in_peace():
+def test_float32_probabilities_give_no_finding():
     model = compiled(made(dense(activation="softmax", dtype="float32"), bare=True), "bce")
     assert not found(model, "float16-probabilities")
 
 
-def test_each_loss_belongs_to_its_output():
+def test_each_loss_is_checked_against_its_output():
     inputs = keras.Input((8,))
     half = layers.Dense(8, dtype="mixed_float16")(inputs)
     full = layers.Dense(8, activation="softmax", dtype="float32")(inputs)

@@ -23,7 +23,7 @@ def test_sizes_that_miss_multiples_are_hints():
     assert "batch size 7" in only(made(dense()), "sizes", X[:7]).reason
 
 
-def test_sizes_in_peace():
+def test_usual_sizes_give_no_finding():
     def convolution(channels, filters=8, **settings):
         part = lambda: layers.Conv2D(filters, 1, **settings)  # noqa: E731 - as the others
         return made(part, shape=(2, 2, channels), bare=True)
@@ -37,7 +37,7 @@ def test_sizes_in_peace():
     assert not found(convolution(32, 32, groups=32), "sizes")
 
 
-def test_transposed_kernels_and_heads_of_attention_are_read_rightly():
+def test_transposed_kernels_and_attention_heads_are_read_correctly():
     part = lambda: layers.Conv2DTranspose(12, 1)  # noqa: E731 - as the others
     model = made(part, layers.ReLU, shape=(2, 2, 16))
     assert only(model, "sizes").reason.startswith("output size 12:")
@@ -47,7 +47,7 @@ def test_transposed_kernels_and_heads_of_attention_are_read_rightly():
         assert "head size 6" in only(keras.Model(inputs, layer(inputs, inputs)), "sizes").reason
 
 
-def test_recurrent_layers_and_einsums_are_looked_at():
+def test_recurrent_layers_and_einsums_are_checked():
     model = made(lambda: layers.LSTM(12, name="lstm"), shape=(4, 16))
     assert only(model, "sizes").reason.startswith("units 12:")
     part = lambda: layers.EinsumDense("abc,cd->abd", (4, 12), name="e")  # noqa: E731 - as the others

@@ -36,7 +36,7 @@ def assert_clean(model, name):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_converted_one_is_clean(name):
+def test_a_converted_architecture_gives_no_finding(name):
     model = built(name)
     mp.convert(model)
     compute = {layer.compute_dtype for layer in model.layers}
@@ -47,7 +47,7 @@ def test_a_converted_one_is_clean(name):
 
 @pytest.mark.full
 @pytest.mark.backend("tensorflow")
-def test_one_that_is_built_under_a_policy_and_given_a_head_is_clean():
+def test_an_architecture_built_under_a_policy_with_a_head_gives_no_finding():
     with mp.policy_scope("mixed_float16"):
         body = keras.applications.MobileNetV2(
             include_top=False, pooling="avg", weights=None, input_shape=(32, 32, 3)
@@ -59,7 +59,7 @@ def test_one_that_is_built_under_a_policy_and_given_a_head_is_clean():
 
 @pytest.mark.full
 @pytest.mark.backend("tensorflow")
-def test_one_that_is_built_under_the_policy_alone_is_not():
+def test_an_architecture_built_under_the_policy_alone_has_a_float16_head():
     with mp.policy_scope("mixed_float16"):
         model = built("MobileNetV2")
     assert [each.rule for each in mp.lint(model).errors] == ["float16-head"]

@@ -20,7 +20,7 @@ def test_float16_without_scaling_is_an_error():
     assert only(model, "unscaled").severity == "error"
 
 
-def test_scaled_bfloat16_frozen_not_compiled_and_ours_are_in_peace():
+def test_scaled_bfloat16_frozen_uncompiled_and_kerasmp_models_give_no_finding():
     plain = keras.optimizers.SGD
     assert not found(compiled(made(dense()), "mse"), "unscaled")
     assert not found(made(dense()), "unscaled")
@@ -61,7 +61,7 @@ def adversaries(*optimizers):
     return model
 
 
-def test_optimizers_that_a_model_keeps_are_named_where_nothing_wraps_them():
+def test_unwrapped_optimizers_that_a_model_holds_are_named():
     scaled = mp.LossScaleOptimizer("sgd")
     each = only(adversaries(keras.optimizers.SGD(), scaled), "unscaled")
     assert each.severity == "error"
@@ -70,7 +70,7 @@ def test_optimizers_that_a_model_keeps_are_named_where_nothing_wraps_them():
     assert not found(adversaries(scaled.inner_optimizer, scaled), "unscaled")
 
 
-def test_those_of_a_model_of_ours_are_named_too():
+def test_unwrapped_optimizers_of_a_kerasmp_model_are_named_too():
     model = made(dense(), module=mp)
     model.compile("sgd", "mse")
     model.other = keras.optimizers.SGD()

@@ -61,7 +61,7 @@ def test_a_bad_row_on_any_device_is_skipped_on_all(how):
 
 
 @pytest.mark.full
-def test_a_bad_row_on_any_device_is_skipped_on_all_in_a_loop_of_ones_own():
+def test_a_bad_row_on_any_device_is_skipped_on_all_in_a_user_defined_loop():
     cases = overflows(FIRST, MIDDLE, LAST)
     four = train(cases, function="loop")
     assert_skipped(*four)
@@ -72,13 +72,13 @@ def test_a_bad_row_on_any_device_is_skipped_on_all_in_a_loop_of_ones_own():
 BAD_DATA = [None, (DATA, FIRST), (DATA, LAST)]
 
 
-def test_a_kerasmp_model_skips_bad_data_with_all_its_traces():
+def test_a_kerasmp_model_keeps_nothing_of_bad_data():
     # Known to be the loss: the scale stays.
     assert_skipped(*train(BAD_DATA, how="data", guarded=True), scale=bad_batch.SCALE)
 
 
 @pytest.mark.full
-def test_a_kerasmp_model_with_a_step_of_its_own_loses_nothing_to_bad_data():
+def test_a_kerasmp_model_with_its_own_train_step_keeps_nothing_of_bad_data():
     own_step = train(BAD_DATA[1:], how="data", guarded=True, own_step=True)
     assert own_step[0]["weights"] == own_step[1]["weights"]
     assert all(np.isfinite(run["weights"]).all() for run in own_step)
@@ -104,5 +104,5 @@ def test_a_bad_row_in_either_of_two_processes_is_skipped_in_both():
 
 
 @pytest.mark.full
-def test_a_kerasmp_model_over_two_processes_skips_bad_data_with_all_its_traces():
+def test_a_kerasmp_model_over_two_processes_keeps_nothing_of_bad_data():
     assert_skipped(*in_two_processes(BAD_DATA, guarded=True), scale=bad_batch.SCALE)

@@ -32,7 +32,7 @@ def test_one_bad_replica_any_of_four_is_skipped_on_all():
     assert_skipped_everywhere(fit, 4)
 
 
-def test_so_is_it_where_gradients_are_unscaled_by_hand_and_in_a_train_step_of_the_users():
+def test_one_bad_replica_is_skipped_on_all_with_manual_unscaling_and_custom_train_steps():
     loop, unscaling, own_step = train(
         2,
         ours("loop"),
@@ -45,7 +45,7 @@ def test_so_is_it_where_gradients_are_unscaled_by_hand_and_in_a_train_step_of_th
     assert_skipped_everywhere(own_step, 2, bad_batch.SCALE)
 
 
-def test_a_step_that_scales_no_loss_is_told_from_one_that_does():
+def test_train_steps_that_scale_no_loss_are_detected():
     (wanted, _), *others = processes.call("helpers.mirrored:own_steps", replicas=2)
     assert [times for _, times in others] == [1, 0]
     for weights, _ in others:
@@ -54,7 +54,7 @@ def test_a_step_that_scales_no_loss_is_told_from_one_that_does():
 
 # Collectives of eager code clash with those of a graph before it: a process for each.
 @pytest.mark.parametrize("replicas", [2, 4])
-def test_the_same_in_an_eager_fit(replicas):
+def test_one_bad_replica_is_skipped_on_all_in_an_eager_fit(replicas):
     where = [0, replicas - 1]  # eager steps are slow
     (runs,) = train(replicas, ours("eager fit"), where=where)
     assert_skipped_everywhere(runs, replicas, where=where)

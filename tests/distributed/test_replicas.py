@@ -72,12 +72,12 @@ def test_one_bad_replica_any_of_both_is_skipped_on_both(quick):
     assert_skipped_everywhere(quick["loop"], 2)
 
 
-def test_so_is_it_in_fit_of_our_model_which_knows_that_the_loss_is_to_blame(quick):
+def test_one_bad_replica_is_skipped_on_both_in_fit_of_a_kerasmp_model(quick):
     assert_skipped_everywhere(quick["data"], 2, SCALE)  # the scale stays
 
 
 @pytest.mark.full
-def test_every_companion_of_an_optimizer_goes_by_the_whole_batch():
+def test_every_setting_of_the_inner_optimizer_acts_on_the_whole_batch():
     names = ["averages", "weight decay", "constraint", "nested", "nested twice"]
     for ours, plain in run(*(["companion", {"name": name}] for name in names)):
         assert_like_a_plain_optimizer(ours, plain)
@@ -85,7 +85,7 @@ def test_every_companion_of_an_optimizer_goes_by_the_whole_batch():
 
 @pytest.mark.full
 @pytest.mark.keras("3.15.1")
-def test_so_do_several_optimizers_in_one():
+def test_several_optimizers_in_one_act_on_the_whole_batch():
     ((ours, plain),) = run(["companion", {"name": "several"}])
     assert_like_a_plain_optimizer(ours, plain)
 
@@ -110,7 +110,7 @@ def test_the_usual_schedule_moves_as_on_one_device(quick):
     assert_moves_as_on_one_device(*quick["schedule"])
 
 
-def test_an_optimizer_that_its_first_step_builds(quick):
+def test_an_optimizer_may_be_built_by_its_first_step(quick):
     assert quick["unbuilt"] == [[[-0.5]] * 2, [1, 1]]
 
 
@@ -135,7 +135,7 @@ def test_gradients_that_overflow_only_in_their_sum_are_skipped(quick):
     assert quick["cancelling"] == {"weight": [0.0, -1.0], "skipped": 0}
 
 
-def test_clipping_by_the_norm_goes_by_the_gradient_of_the_whole_batch(quick):
+def test_clipping_by_norm_uses_the_gradient_of_the_whole_batch(quick):
     np.testing.assert_allclose(quick["clipped"]["weight"], one_device(CLIPPING[0]), rtol=1e-6)
 
 
@@ -155,7 +155,7 @@ def results():
 
 
 @pytest.mark.full
-def test_so_does_every_other_clipping(results):
+def test_every_other_clipping_uses_the_gradient_of_the_whole_batch(results):
     ours, stock = results["clipped"][:3], results["clipped"][3:]
     expected = [one_device(setting) for setting in CLIPPING]
     np.testing.assert_allclose(ours, expected, rtol=1e-6)
@@ -164,7 +164,7 @@ def test_so_does_every_other_clipping(results):
 
 
 @pytest.mark.full
-def test_gradients_cross_the_network_once_and_one_number_with_them(results):
+def test_gradients_and_one_number_are_all_reduced_once(results):
     ours, stock = results["sent"]
     gradients = [[3, 2], [2], []]
     # Each replica calls once; the number says whether its loss was finite.
@@ -184,7 +184,7 @@ def test_sparse_gradients_stay_sparse_and_are_skipped_together(quick):
 
 
 @pytest.mark.full
-def test_state_goes_on_after_files_and_checkpoints(results):
+def test_training_continues_from_files_and_checkpoints(results):
     saving = results["saving"]
     assert saving["counted"] == [4, 1]
     assert saving["saved"] == [saving["alone"]] * 2

@@ -187,7 +187,7 @@ def test_dropout_drops_while_training_and_only_then(pair):
 @pytest.mark.parametrize(
     "policy", ["mixed_float16", full("mixed_bfloat16"), "float16", full("float32")]
 )
-def test_dtypes_are_the_same_in_symbols_and_in_numbers(kind, policy):
+def test_symbolic_and_eager_outputs_have_the_same_dtypes(kind, policy):
     layer = made(kind, dtype=policy)
     query, value, _ = drawn(1)
     symbols = [keras.Input((None, 16)), keras.Input((None, 16))]

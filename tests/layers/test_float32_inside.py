@@ -105,7 +105,7 @@ SHAPES = {"AveragePooling2D": (4, 4, 3), "Dot": (5, 5)}
 
 @full_on("jax")
 @pytest.mark.parametrize("name", MADE)
-def test_it_is_the_stock_layer_else(name, tmp_path):
+def test_config_shapes_and_values_otherwise_equal_the_stock_layer(name, tmp_path):
     layer = MADE[name](dtype="mixed_bfloat16", name="ours")
     stock = getattr(keras.layers, name).from_config({**layer.get_config(), "dtype": "float32"})
     assert isinstance(layer, getattr(keras.layers, name))
@@ -133,7 +133,7 @@ def test_it_is_the_stock_layer_else(name, tmp_path):
 
 
 @full_on("jax")
-def test_dot_without_normalize_is_that_of_keras_and_leaves_names_alone():
+def test_dot_without_normalize_is_that_of_keras_and_uses_up_no_names():
     x = ops.convert_to_tensor(draw(0, (2, 4)).astype("float16"))
     for normalized in (False, True):
         layer = layers.Dot(1, normalize=normalized, dtype="mixed_float16")

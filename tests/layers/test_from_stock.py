@@ -143,7 +143,7 @@ def symbols_of(model):
 
 
 @every
-def test_it_is_our_layer_in_float32_and_in_float16_in_files_and_back(name, tmp_path):
+def test_each_stock_layer_becomes_its_counterpart_is_saved_and_restored(name, tmp_path):
     cls, example = EVERY[name]
     model = build(cls, example)
     weights, stock, before = kept(model), outputs(model, example), state(model)
@@ -196,7 +196,7 @@ def is_ours(cls):
 
 
 @every
-def test_a_model_that_computes_in_float16_already_is_turned_too(name):
+def test_layers_of_a_model_already_in_float16_are_replaced_too(name):
     cls, example = EVERY[name]
     with mp.policy_scope("mixed_float16"):
         model = build(cls, example, "mixed_float16")

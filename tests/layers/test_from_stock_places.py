@@ -47,7 +47,7 @@ def deep():
 
 
 @full_on("jax")
-def test_every_depth_is_reached_and_shared_layers_are_turned_once():
+def test_layers_are_replaced_at_every_depth_and_shared_ones_once():
     model = deep()
     x = np.random.default_rng(0).normal(size=(2, 6, 4)).astype("float32")
     stock = numpy(model(x))
@@ -118,7 +118,7 @@ def test_what_keeps_its_dtype_keeps_its_class():
 
 
 @full_on("jax")
-def test_what_is_quantised_is_left_alone():
+def test_quantised_layers_are_left_alone():
     model = keras.Sequential(
         [keras.Input((8,)), layers.Dense(8, activation="gelu"), layers.Softmax(), layers.Dense(2)]
     )
@@ -130,7 +130,7 @@ def test_what_is_quantised_is_left_alone():
 
 
 @full_on("jax")
-def test_lora_goes_on():
+def test_lora_continues():
     x = np.random.default_rng(0).normal(size=(4, 8)).astype("float32")
     model = keras.Sequential([keras.Input((8,)), layers.Dense(8), layers.ReLU(), layers.Dense(2)])
     for layer in (model.layers[0], model.layers[2]):
@@ -172,7 +172,7 @@ def test_a_variable_that_another_layer_holds_is_cast_as_before():
 
 
 @full_on("jax")
-def test_stock_activations_inside_become_ours_also_in_files(tmp_path):
+def test_stock_activations_inside_are_replaced_also_in_files(tmp_path):
     names = [name for name in mp.ops.__all__ if hasattr(keras.activations, name)]
     functions = [getattr(keras.activations, name) for name in names]
     # `keras.ops.gelu` is another function: its default is the approximation.
@@ -199,7 +199,7 @@ def test_stock_activations_inside_become_ours_also_in_files(tmp_path):
     assert [dense.activation for dense in made] == functions
 
 
-def test_activations_that_are_others_or_unknown_are_left_alone():
+def test_other_activations_are_left_alone():
     def mine(x):
         return x
 
@@ -212,7 +212,7 @@ def test_activations_that_are_others_or_unknown_are_left_alone():
     assert [layer.activation for layer in model.layers[:-1]] == before
 
 
-def test_recurrent_activations_stay_since_keras_knows_its_own_cudnn_by_them():
+def test_recurrent_activations_stay_so_that_keras_can_use_cudnn():
     model = keras.Sequential([keras.Input((5, 6)), layers.LSTM(3), layers.ReLU()])
     turned(model)
     cell = model.layers[0].cell
@@ -261,7 +261,7 @@ def test_the_dense_that_makes_the_outputs_becomes_a_head(tmp_path):
 
 
 @full_on("jax")
-def test_symbols_of_a_head_in_a_float16_model_say_float32_and_go_back():
+def test_symbolic_outputs_of_a_head_are_float32_and_are_restored():
     with mp.policy_scope("mixed_float16"):
         model = classifier()
     assert model.outputs[0].dtype == "float16"
@@ -319,7 +319,7 @@ def test_attention_of_large_inputs_is_finite():
 
 @pytest.mark.full
 @pytest.mark.backend("tensorflow")
-def test_attention_that_is_not_turned_is_nan_there():
+def test_attention_of_large_inputs_is_nan_in_stock_keras():
     model = attending()
     mp.convert(model, rules=None)
     x = np.random.default_rng(0).normal(size=(2, 6, 64)).astype("float32") * 2000

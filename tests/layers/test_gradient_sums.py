@@ -127,7 +127,7 @@ def gradients_of_biases(layer, shape, weights, mode):
 @in_each_way
 @BOTH
 @pytest.mark.parametrize("name", few(OTHERS, ["GRU-unrolled", "MultiHeadAttention"]))
-def test_so_it_is_where_a_layer_has_products_inside(name, dtype, mode):
+def test_bias_gradients_of_layers_with_inner_products_are_float32_sums(name, dtype, mode):
     arguments, shape = OTHERS[name]
     cls = name.partition("-")[0]
     stock = getattr(keras.layers, cls)(**arguments, dtype="float32")
@@ -206,7 +206,7 @@ def test_lora_is_summed_and_saved_in_float32():
 
 
 @pytest.mark.full
-def test_a_table_is_quantized_as_a_stock_one():
+def test_an_embedding_is_quantized_like_a_stock_one():
     found = []
     for package in (layers, keras.layers):
         keras.utils.set_random_seed(0)
@@ -218,7 +218,7 @@ def test_a_table_is_quantized_as_a_stock_one():
     np.testing.assert_allclose(*found, rtol=2.0**-7)
 
 
-def test_a_quantized_table_is_one_within_time_distributed_too():
+def test_an_embedding_within_time_distributed_is_quantized_too():
     layer = embedding()
     layer.set_weights([np.arange(12.0).reshape(4, 3)])
     layer.quantize("int8")
@@ -232,7 +232,7 @@ class Derived(layers.Embedding):
     pass
 
 
-def test_a_class_derived_from_ours_is_not():
+def test_a_subclass_of_the_embedding_is_not_quantized():
     layer = Derived(4, 3)
     layer.build()
     with pytest.raises(NotImplementedError, match="quantize"):

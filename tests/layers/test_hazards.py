@@ -81,11 +81,11 @@ def recorded():
     return {case: {*tensors} for case, tensors in far.items() if max(tensors.values()) > FAR}
 
 
-def test_names_are_told_apart():
+def test_names_are_unique():
     assert len(BY_NAME) == len(HAZARDS)
 
 
-def test_every_layer_of_ours_is_measured():
+def test_every_kerasmp_layer_is_measured():
     measured = {hazard.ours or hazard.layer for hazard in HAZARDS if not hazard.rules}
     assert measured | set(WITHOUT) == set(layers.__all__)
 
@@ -98,7 +98,7 @@ def assert_near_the_best(measured, arrays):
 
 
 @pytest.mark.parametrize(("name", "half"), few(MEASURED, QUICK))
-def test_ours_is_near_the_best(name, half):
+def test_the_error_is_within_four_times_the_best(name, half):
     """Forward and gradients, by what is quickest; JAX rounds otherwise where it optimises less."""
     measured = Measured(BY_NAME[name], "jit" if JAX else "quick", half)
     assert_near_the_best(measured, measured.arrays)
@@ -107,7 +107,9 @@ def test_ours_is_near_the_best(name, half):
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "half"), MEASURED)
 @pytest.mark.parametrize("way", gradients.WAYS)
-def test_so_it_is_in_every_way_and_on_ordinary_inputs_of_several_magnitudes(name, half, way):
+def test_the_error_is_within_four_times_the_best_in_every_way_and_on_ordinary_inputs(
+    name, half, way
+):
     measured = Measured(BY_NAME[name], way, half)
     for arrays in (measured.arrays, *measured.hazard.ordinary_inputs(half)):
         assert_near_the_best(measured, arrays)
@@ -118,7 +120,7 @@ def test_so_it_is_in_every_way_and_on_ordinary_inputs_of_several_magnitudes(name
 @pytest.mark.parametrize(
     ("name", "half", "way"), [pytest.param(*case, id="-".join(case)) for case in recorded()]
 )
-def test_stock_keras_is_as_far_off_as_the_page_says(name, half, way):
+def test_the_error_of_stock_keras_is_that_of_the_page(name, half, way):
     forward, backward = Measured(BY_NAME[name], way, half).rows(contestants=["stock"])
     far = {row.tensor for row in [*forward, *backward] if not row.good("stock")}
     # One of them: where small errors grow large, how far off each is hangs on the machine.

@@ -55,7 +55,7 @@ def _wide_jax():
 @pytest.mark.usefixtures("_wide_jax")
 @pytest.mark.parametrize(("policy", "variables", "compute", "output"), POLICIES)
 @pytest.mark.parametrize("activation", [full(None), "softmax", full("sigmoid")])
-def test_dtypes_are_the_same_in_symbols_and_in_numbers(
+def test_symbolic_and_eager_outputs_have_the_same_dtypes(
     policy, variables, compute, output, activation
 ):
     head = DenseHead(3, activation, dtype=policy)
@@ -102,7 +102,7 @@ def test_the_activation_is_computed_in_float32(policy):
 
 @pytest.mark.full
 @pytest.mark.parametrize("policy", MIXED)
-def test_stock_keras_rounds_both(policy):
+def test_stock_keras_rounds_bias_and_activation(policy):
     settings = {"bias_initializer": keras.initializers.Constant(FINE), "dtype": policy}
     outputs = ops.cast(keras.layers.Dense(1, **settings)(np.zeros((1, 2))), "float32")
     assert numpy_of(outputs).item() == 1.0
@@ -113,7 +113,7 @@ def test_stock_keras_rounds_both(policy):
 
 @full_on("jax")
 @POLICY
-def test_a_whole_float32_model_is_what_it_is_measured_against(policy):
+def test_it_is_compared_with_a_float32_model(policy):
     inputs = np.random.default_rng(0).normal(size=(8, 16)).astype("float32")
     head = DenseHead(5, "softmax", dtype=policy)
     outputs = numpy_of(head(inputs))
@@ -128,7 +128,7 @@ def test_a_whole_float32_model_is_what_it_is_measured_against(policy):
 
 
 @full_on("jax")
-def test_it_takes_what_dense_takes():
+def test_it_takes_the_arguments_of_dense():
     arguments = {
         "activation": "relu",
         "use_bias": True,
@@ -169,7 +169,7 @@ def test_inputs_of_rank_3_without_bias(policy):
     assert head(keras.Input((3, 4))).shape == (None, 3, 2)
 
 
-def test_masks_pass():
+def test_masks_are_passed_on():
     embed = keras.layers.Embedding(5, 4, mask_zero=True, dtype="mixed_float16")
     outputs = DenseHead(2, dtype="mixed_float16")(embed(np.array([[1, 2, 0]])))
     assert numpy_of(outputs._keras_mask).tolist() == [[True, True, False]]
@@ -229,7 +229,7 @@ def test_lora_trains_the_added_matrices_alone():
     assert np.abs(outputs - before).max() > 0
 
 
-def test_a_built_one_cannot_be_quantised():
+def test_a_built_head_cannot_be_quantised():
     with pytest.raises(NotImplementedError):
         keras.Sequential([keras.Input((4,)), DenseHead(3)]).layers[0].quantize("int8")
 

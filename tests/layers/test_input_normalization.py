@@ -64,7 +64,7 @@ def test_outputs_are_within_four_times_the_best(kind, made, mode):
 
 
 @full_on("jax")
-def test_functional_and_sequential_models_hand_on_raw_inputs(tmp_path):
+def test_functional_and_sequential_models_pass_raw_inputs_on(tmp_path):
     keras.config.set_dtype_policy("mixed_float16")
     x, expected = raw(1e6, 3e4)
     inputs = keras.Input((3,))
@@ -105,7 +105,7 @@ def test_a_subclassed_model_must_not_cast_its_inputs():
         full("float32", True),
     ],
 )
-def test_it_is_the_stock_layer_else(policy, invert):
+def test_config_shapes_and_values_otherwise_equal_the_stock_layer(policy, invert):
     x, _ = raw(3.0, 2.0)
     layer, stock = (
         cls(mean=3.0, variance=4.0, axis=None, invert=invert, dtype=dtype, name="n")
@@ -123,7 +123,7 @@ def test_it_is_the_stock_layer_else(policy, invert):
     np.testing.assert_array_equal(numpy_of(outputs), numpy_of(expected))
 
 
-def test_whole_numbers_above_what_float16_tells_apart():
+def test_integers_that_float16_would_round():
     layer = Normalization(mean=0.0, variance=2049.0**2, axis=None, dtype="mixed_float16")
     assert numpy_of(layer(np.array([[2049, -2049]]))).tolist() == [[1.0, -1.0]]
 

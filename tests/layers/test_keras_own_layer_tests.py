@@ -74,7 +74,7 @@ if not importlib.util.find_spec("tensorflow"):
     delattr(globals()["dense_test_DenseTest"], "test_dense_sparse")  # imports it on any backend
 
 
-def test_they_are_found():
+def test_tests_of_keras_are_found():
     files = {file.stem for file in FILES}
     assert files > {"conv_test", "dense_test", "gru_test", "multi_head_attention_test"}
     assert len(files) >= 30

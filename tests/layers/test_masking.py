@@ -28,7 +28,7 @@ def assert_masked(outputs, half):
 
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
 @pytest.mark.parametrize("value", [0.1, -5000.3, -99999.0, -9999, np.float32(0.1)])
-def test_its_steps_are_masked_however_inputs_come(value, half):
+def test_steps_are_masked_whatever_the_dtype_of_the_inputs(value, half):
     layer = mp.layers.Masking(value, dtype=f"mixed_{half}")
     for dtype in ("float32", half):
         x = steps(value, dtype)
@@ -36,7 +36,7 @@ def test_its_steps_are_masked_however_inputs_come(value, half):
         assert numpy(layer.compute_mask(x)).tolist() == MASK
 
 
-def test_a_number_that_only_rounds_to_the_value_is_not_masked():
+def test_a_value_that_only_rounds_to_the_mask_value_is_not_masked():
     layer = mp.layers.Masking(0.1, dtype="mixed_float16")
     near = np.full((1, 1, 2), np.float16(0.1), "float32")
     assert numpy(layer(near)._keras_mask).tolist() == [[True]]
@@ -53,7 +53,7 @@ class RoundsItsInputs(mp.Model):
 
 
 @pytest.mark.parametrize("value", [-5000.3, -99999.0])
-def test_models_hand_the_mask_on(value):
+def test_models_pass_the_mask_on(value):
     x = steps(value)
     with mp.policy_scope("mixed_float16"):
         model = mp.Sequential(
@@ -68,7 +68,7 @@ def test_models_hand_the_mask_on(value):
 
 
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
-def test_a_converted_model_masks_by_our_layer_or_by_the_rule(half):
+def test_a_converted_model_masks_by_the_kerasmp_layer_or_by_the_rule(half):
     model = keras.Sequential([keras.Input((4, 2)), keras.layers.Masking(0.1), keras.layers.ReLU()])
     layer = model.layers[0]
     for how, dtype in (({"safe_layers": True, "rules": None}, half), ({}, "float32")):
@@ -100,7 +100,7 @@ def rounds():
     ("built", "before"),
     [("float32", [rounds]), full("mixed_float16", [rounds]), ("mixed_float16", [])],
 )
-def test_a_mask_that_a_graph_keeps_is_that_of_the_turned_layer(built, before, tmp_path):
+def test_a_mask_kept_by_a_graph_is_that_of_the_replaced_layer(built, before, tmp_path):
     x = numpy(steps(VALUE)).astype("float32")
     if not before:
         x[:, 1] = 100.125  # which nothing rounds before it is compared
@@ -120,7 +120,7 @@ def test_a_mask_that_a_graph_keeps_is_that_of_the_turned_layer(built, before, tm
 @pytest.mark.filterwarnings("ignore:Stock Keras models will not follow")
 @pytest.mark.keras("3.14")  # before, Keras loses a mask where a layer casts its input
 @pytest.mark.backend("tensorflow")
-def test_it_is_that_of_the_rule_too(tmp_path):
+def test_a_mask_kept_by_a_graph_is_that_of_a_layer_under_the_rule(tmp_path):
     x = steps(VALUE)
     wanted = numpy(recurrent("float32")(x))
     model = recurrent("mixed_float16")
@@ -161,7 +161,7 @@ def test_a_model_that_holds_a_graph_rounds_no_value(value, how):
 
 @full_on("jax")
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_layer_before_it_that_hands_on_rounds_no_value(nested):
+def test_a_layer_before_it_that_passes_values_on_does_not_round_them(nested):
     part = keras.Sequential([keras.Input((4, 2)), keras.layers.Masking(-99999.0)])
     inputs = keras.Input((2, 4))
     x = keras.layers.Permute((2, 1), name="permute")(inputs)
@@ -172,7 +172,7 @@ def test_a_layer_before_it_that_hands_on_rounds_no_value(nested):
     assert model.get_layer("permute").compute_dtype == "float32"
 
 
-def test_whole_numbers_stay_what_they_are():
+def test_integers_are_not_rounded():
     x = np.array([[[3, 3], [1, 3]]], "int32")
     outputs = mp.layers.Masking(3, dtype="mixed_float16")(x)
     assert keras.backend.standardize_dtype(outputs.dtype) == "int32"

@@ -355,7 +355,7 @@ def test_scores_and_flash_attention_exclude_each_other_as_in_stock(pair):
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=["multi", "group"])
-def test_it_takes_what_stock_takes_and_saves_and_loads(pair, tmp_path):
+def test_it_takes_the_arguments_of_the_stock_layer_and_is_saved_and_loaded(pair, tmp_path):
     arguments = {
         "dropout": 0.25,
         "use_bias": False,
@@ -399,7 +399,7 @@ def test_a_model_of_padded_sentences_trains():
     assert np.isfinite(numpy_of(model(x))).all()
 
 
-def test_masks_of_keras_pass_through():
+def test_keras_masks_are_passed_on():
     embed = keras.layers.Embedding(5, FEATURES, mask_zero=True, dtype="mixed_float16")
     x = embed(np.array([[1, 2, 0]]))
     outputs = made(MultiHeadAttention, use_bias=False)(x, x)

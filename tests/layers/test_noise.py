@@ -38,7 +38,7 @@ def test_dropout_drops_the_share_that_its_rate_says(rate, half):
 @full_on("jax")  # which drops in float32 whatever the dtype
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("axes", [1, 2, 3])
-def test_spatial_dropout_drops_as_many_maps(axes, half):
+def test_spatial_dropout_drops_the_share_of_maps_that_its_rate_says(axes, half):
     cls = getattr(layers, f"SpatialDropout{axes}D")
     layer = cls(0.001, seed=1, dtype=f"mixed_{half}")
     y = drawn(layer, half, (ROWS, 2, *[1] * (axes - 1), COLUMNS // 2))

@@ -74,7 +74,7 @@ def test_a_variance_that_overflows_under_a_finite_mean_leaves_no_trace():
 @full_on("jax")
 @pytest.mark.parametrize("arguments", [{}, RENORM, {"axis": 1}], ids=str)
 @pytest.mark.parametrize("policy", [*POLICIES, "float16"])
-def test_finite_batches_are_those_of_stock_bit_for_bit(arguments, policy):
+def test_finite_batches_give_the_results_of_the_stock_layer_bit_for_bit(arguments, policy):
     ours, stock = (cls(dtype=policy, **arguments) for cls in (BatchNormalization, Stock))
     for seed in range(3):
         x = batch(seed, (4, 5, 3))
@@ -93,14 +93,14 @@ MANY = settings(max_examples=20, deadline=None, suppress_health_check=[HealthChe
 @pytest.mark.full
 @MANY
 @given(MIXTURES)
-def test_any_mixture_equals_its_good_batches_alone(kinds):
+def test_any_mixture_of_batches_equals_its_good_ones_alone(kinds):
     check_mixture(kinds)
 
 
 @full_on("jax")
 @settings(MANY, max_examples=5)
 @given(MIXTURES)
-def test_so_does_one_of_a_few(kinds):
+def test_a_few_mixtures_of_batches_equal_their_good_ones_alone(kinds):
     check_mixture(kinds)
 
 
@@ -143,7 +143,7 @@ def test_a_mask_of_another_rank_is_refused_as_in_stock():
 
 @full_on("jax")
 @pytest.mark.parametrize(("trainable", "training"), [(True, False), (False, True), (True, None)])
-def test_inference_and_frozen_layers_are_stock(trainable, training):
+def test_inference_and_frozen_layers_equal_the_stock_ones(trainable, training):
     ours, stock = (cls(trainable=trainable) for cls in (BatchNormalization, Stock))
     for layer in (ours, stock):
         layer.build((None, 3))
@@ -203,7 +203,7 @@ def test_training_goes_on_as_if_the_bad_batch_had_not_been(mode, arguments):
 
 
 @pytest.mark.full
-def test_with_stock_keras_it_trains_and_predicts_nan():
+def test_with_the_stock_layer_a_bad_batch_makes_predictions_nan():
     keras.config.set_dtype_policy("mixed_float16")
     good, bad = good_and_bad()
     model, _ = trained(Stock, bad, {})

@@ -99,7 +99,7 @@ NO_DROPOUT, RECURRENT, OF_INPUTS = {}, {"recurrent_dropout": 0.5}, {"dropout": 0
         full("GRU", RECURRENT),
     ],
 )
-def test_also_in_an_unrolled_loop(name, kwargs):
+def test_each_weight_is_cast_once_in_an_unrolled_loop(name, kwargs):
     x = sequences(steps=4)
     ours, _ = pair(name, x.shape, unroll=True, **kwargs)
     assert casts(ours, x) == ONCE
@@ -120,7 +120,7 @@ def test_stock_keras_casts_them_in_each_step(name):
 
 
 @pytest.mark.backend("tensorflow", "jax")
-def test_also_in_cells_that_are_stacked_and_in_both_directions():
+def test_each_weight_of_stacked_cells_and_of_both_directions_is_cast_once():
     x = sequences(steps=8)
     keras.config.set_dtype_policy("mixed_float16")
     stacked = layers.RNN([layers.LSTMCell(3), layers.GRUCell(2)])
@@ -188,7 +188,7 @@ OPTIONS = [
     + [full("GRU", kwargs) for kwargs in (OPTIONS[0], OPTIONS[3])],
     ids=str,
 )
-def test_outputs_are_those_of_stock_keras(name, kwargs):
+def test_outputs_equal_those_of_stock_keras(name, kwargs):
     x = sequences()
     ours, stock = pair(name, x.shape, **kwargs)
     got = ours(x)
@@ -200,7 +200,7 @@ def test_outputs_are_those_of_stock_keras(name, kwargs):
 
 @full_on("jax")
 @pytest.mark.parametrize("name", NAMES)
-def test_a_float32_layer_is_the_stock_one_bit_for_bit(name):
+def test_a_float32_layer_equals_the_stock_one_bit_for_bit(name):
     x = sequences()
     ours, stock = pair(name, x.shape, "float32", "float32")
     np.testing.assert_array_equal(flat(ours(x))[0], flat(stock(x))[0])
@@ -291,7 +291,7 @@ def test_lengths_may_differ_from_call_to_call(name):
 
 
 @full_on("jax")
-def test_bfloat16_too():
+def test_bfloat16():
     x = sequences()
     ours, stock = pair("LSTM", x.shape, "mixed_bfloat16", "mixed_bfloat16")
     assert keras.backend.standardize_dtype(ours(x).dtype) == "bfloat16"
@@ -338,7 +338,7 @@ def test_an_unbuilt_cell_has_no_kernel():
 
 
 @full_on("jax")
-def test_cells_run_outside_a_layer_and_stock_cells_inside_ours():
+def test_cells_run_outside_a_layer_and_stock_cells_inside_a_kerasmp_layer():
     x = sequences()
     for name in NAMES:
         ours = getattr(layers, f"{name}Cell")(UNITS, dtype="mixed_float16")
@@ -371,7 +371,7 @@ class Holding(keras.layers.Layer):
 
 @full_on("jax")
 @pytest.mark.parametrize("name", NAMES)
-def test_a_cell_may_hold_a_layer_that_has_a_loop_of_its_own(name):
+def test_a_cell_may_hold_a_layer_with_its_own_loop(name):
     x = sequences()
     keras.config.set_dtype_policy("mixed_float16")
     ours, stock = (
@@ -413,7 +413,7 @@ def test_weights_and_configs_are_those_of_stock_keras(tmp_path):
 
 
 @full_on("jax")
-def test_a_model_trains_as_its_stock_twin():
+def test_a_model_trains_like_the_stock_one():
     models = [
         keras.Sequential(
             [

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.mark.parametrize("policy", ["int8_from_mixed_bfloat16", "float8_from_mixed_float16"])
-def test_a_head_of_a_quantised_policy(policy):
+def test_a_head_with_a_quantised_policy_is_refused(policy):
     """Dense's quantised code would give the compute dtype while the symbol says float32."""
     with pytest.raises(PolicyError, match=f'quantized policies. Received: the policy "{policy}"'):
         DenseHead(3, dtype=policy)
@@ -42,11 +42,11 @@ def test_a_built_layer_with_other_variables_is_refused_and_unchanged(dtype, give
     assert {v.dtype for v in wrapped.variables} == set(held.split(" and "))
 
 
-def test_what_is_no_layer_is_refused_by_keras():
+def test_an_argument_that_is_not_a_layer_is_refused_by_keras():
     with pytest.raises(ValueError, match="isn't a supported layer type"):
         WithDtype(ops.relu)
 
 
-def test_no_power_iterations():
+def test_zero_power_iterations_are_refused():
     with pytest.raises(ValueError, match="power_iterations"):
         SpectralNormalization(layers.Dense(1), power_iterations=0)

@@ -49,7 +49,7 @@ def test_a_training_step_does_not_round_the_kernel(kind, policy):
         assert keras.backend.standardize_dtype(outputs.dtype) == ours.compute_dtype
 
 
-def test_inside_a_mixed_model_too():
+def test_a_training_step_in_a_mixed_model_does_not_round_the_kernel():
     """The autocast scope of the model is around the layer's."""
     keras.config.set_dtype_policy("mixed_float16")
     reference, x = built(Stock, "Dense", "float32")
@@ -61,7 +61,7 @@ def test_inside_a_mixed_model_too():
 
 
 @pytest.mark.parametrize("power_iterations", [full(1), 3])
-def test_inference_and_float32_are_stock(power_iterations):
+def test_inference_and_float32_equal_the_stock_layer(power_iterations):
     for dtype, training in (("mixed_float16", False), ("float32", True)):
         (ours, x), (stock, _) = (
             built(cls, "Dense", dtype, power_iterations=power_iterations)
@@ -73,7 +73,7 @@ def test_inference_and_float32_are_stock(power_iterations):
             )
 
 
-def test_a_kernel_of_zeros_stays():
+def test_a_kernel_of_zeros_stays_zero():
     layer, x = built(SpectralNormalization, "Dense")
     layer.layer.kernel.assign(np.zeros((5, 4)))
     np.testing.assert_array_equal(

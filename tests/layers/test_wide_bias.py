@@ -68,7 +68,7 @@ QUICK = ["Dense", "EinsumDense", "Conv2D", "SeparableConv1D"]
 
 
 @pytest.mark.parametrize("name", few(ARGUMENTS, QUICK))
-def test_it_is_the_stock_layer_but_for_rounding(name):
+def test_it_equals_the_stock_layer_up_to_rounding(name):
     x = np.random.default_rng(2).normal(size=small(name)).astype("float16")
     arguments = {"activation": "gelu", "kernel_regularizer": "l2"}
     if name.startswith(("Depthwise", "Separable")):
@@ -109,7 +109,7 @@ if BACKEND != "tensorflow":  # whose kernels for the CPU know none of these
 
 
 @pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=str)
-def test_a_float32_layer_is_the_stock_one_bit_for_bit(name, settings):
+def test_a_float32_layer_equals_the_stock_one_bit_for_bit(name, settings):
     x = np.random.default_rng(2).normal(size=small(name)).astype("float32")
     ours, stock = small_pair(name, "float32", "float32", activation="tanh", **settings)
     np.testing.assert_array_equal(numpy_of(ours(x)), numpy_of(stock(x)))
@@ -134,7 +134,7 @@ def test_other_policies(name, policy):
     np.testing.assert_allclose(numpy_of(ours(x)), numpy_of(reference(x)), rtol=4e-2, atol=4e-2)
 
 
-def test_no_bias():
+def test_layers_without_bias():
     for name in ("Dense", "Conv1D"):
         ours, stock = small_pair(name, use_bias=False)
         x = np.ones(small(name), "float16")
@@ -142,7 +142,7 @@ def test_no_bias():
 
 
 @pytest.mark.parametrize("name", ["Dense", full("EinsumDense"), "Conv2D"])
-def test_lora(name):
+def test_lora_is_trained_and_saved(name):
     ours, _ = small_pair(name)
     x = np.random.default_rng(2).normal(size=small(name)).astype("float16")
     before = numpy_of(ours(x))
@@ -165,7 +165,7 @@ def quantized(layer, mode):
         *[full(n, "float8") for n in ("Dense", "EinsumDense")],
     ],
 )
-def test_it_is_quantized_as_the_stock_layer_is(name, mode):
+def test_it_is_quantized_like_the_stock_layer(name, mode):
     x = np.random.default_rng(2).normal(size=small(name)).astype("float32")
     pair = small_pair(name, "float32", "float32", activation="tanh")
     ours, stock = (quantized(layer, mode) for layer in pair)
@@ -223,7 +223,7 @@ def test_a_quantized_layer_keeps_the_compute_dtype(name, policy):
     assert ours.activation is keras.activations.relu
 
 
-def test_an_activation_that_fails_stays_in_place():
+def test_an_activation_that_fails_is_not_lost():
     def fails(_):
         message = "no"
         raise RuntimeError(message)

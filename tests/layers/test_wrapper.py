@@ -117,7 +117,7 @@ def test_parts_that_are_made_when_the_layer_is_built_follow_too():
     assert layer.dense.compute_dtype == dtype_of(outputs) == "float16"
 
 
-def test_dtype_alone_does_not_reach_what_the_wrapper_reaches():
+def test_dtype_alone_does_not_reach_all_parts():
     """A model that exists already keeps its parts' dtypes, whatever its own policy says."""
     model = nested()
     model.dtype_policy = "mixed_float16"
@@ -190,7 +190,7 @@ def test_training_reaches_dropout(given):
 
 @pytest.mark.keras("3.14")  # before it, every stock layer that casts its input loses the mask
 @pytest.mark.parametrize(("around", "given"), PAIRS)
-def test_masks_go_in_and_come_out(around, given):
+def test_masks_are_used_and_passed_on(around, given):
     keras.config.set_dtype_policy(around)
     ids = np.array([[1, 2, 0, 0, 0], [1, 2, 3, 4, 0]])
     embed = layers.Embedding(6, 4, mask_zero=True)
@@ -210,7 +210,7 @@ def test_masks_go_in_and_come_out(around, given):
     np.testing.assert_allclose(wide(model(ids)), wide(outputs), rtol=1e-2, atol=1e-3)
 
 
-def test_a_mask_that_the_layer_makes_comes_out():
+def test_a_mask_that_the_layer_makes_is_passed_on():
     ids = np.array([[1, 2, 0, 0, 0], [1, 2, 3, 4, 0]])
     embed = layers.Embedding(6, 4, mask_zero=True)
     outputs = WithDtype(embed, "mixed_float16", output_dtype="float32")(ids)
@@ -227,7 +227,7 @@ def test_a_layer_that_drops_masks_still_does():
     assert getattr(outputs, "_keras_mask", None) is None
 
 
-def test_a_mask_is_passed_by_hand_together_with_training():
+def test_mask_and_training_may_be_passed_together():
     lstm = layers.LSTM(3)
     wrapped = WithDtype(lstm, "mixed_float16")
     mask = ops.convert_to_tensor(np.array([[True, True, False, False, False]] * 2))

@@ -39,7 +39,7 @@ def run(schedule, steps, bad=(), need=np.inf):
 
 
 @each_schedule
-def test_after_a_stretch_of_bad_data_the_scale_is_back_above_one_at_once(cls):
+def test_after_many_bad_batches_the_scale_returns_above_one_at_once(cls):
     scales, _ = run(cls(), 120, bad=range(20, 60))
     assert scales[59] == FLOOR
     assert min(scales[74:]) >= 1.0
@@ -48,13 +48,13 @@ def test_after_a_stretch_of_bad_data_the_scale_is_back_above_one_at_once(cls):
 
 @each_schedule
 @pytest.mark.parametrize("between", [range(65, 66), range(65, 105)], ids=len)
-def test_bad_data_on_the_way_back_does_not_leave_it_there(cls, between):
+def test_bad_data_during_the_recovery_does_not_keep_the_scale_below_one(cls, between):
     scales, _ = run(cls(), 400, bad=[*range(20, 60), *between])
     assert scales[-1] >= 1.0
 
 
 @each_schedule
-def test_what_needs_a_scale_far_below_one_gets_it_and_hardly_pays(cls):
+def test_a_model_that_needs_a_scale_far_below_one_gets_it_with_few_skips(cls):
     scales, overflows = run(cls(), 400, need=NEED)
     assert overflows <= 22 + 2
     assert set(scales[-300:]) <= {NEED, NEED / 2}
@@ -62,14 +62,14 @@ def test_what_needs_a_scale_far_below_one_gets_it_and_hardly_pays(cls):
 
 @each_schedule
 @pytest.mark.parametrize("every", [5, 25])
-def test_bad_batches_now_and_then_do_not_wear_it_down(cls, every):
+def test_occasional_bad_batches_do_not_lower_the_scale_for_good(cls, every):
     scales, _ = run(cls(2.0), 16 * every, bad=range(every - 1, 16 * every, every))
     assert min(scales) >= 0.5
     assert max(scales[-every:]) >= 1.0
 
 
 @each_schedule
-def test_nor_where_a_scale_below_one_is_needed(cls):
+def test_occasional_bad_batches_do_not_lower_a_scale_below_one_for_good(cls):
     steps = 400
     bad = range(49, steps, 50)
     scales, overflows = run(cls(1.0), steps, bad, NEED)
@@ -79,7 +79,7 @@ def test_nor_where_a_scale_below_one_is_needed(cls):
 
 
 @each_schedule
-def test_nor_do_bad_batches_at_random(cls):
+def test_random_bad_batches_do_not_lower_the_scale_for_good(cls):
     bad = set(np.flatnonzero(np.random.default_rng(0).random(600) < 0.05))
     scales, _ = run(cls(2.0), 600, bad)
     assert min(scales) >= 2.0**-5
@@ -87,12 +87,12 @@ def test_nor_do_bad_batches_at_random(cls):
 
 
 @pytest.mark.parametrize("cls", [DynamicLossScale, UnderflowLossScale])
-def test_another_growth_than_its_backoff_does_not_overshoot_again_and_again(cls):
+def test_a_growth_that_differs_from_the_backoff_does_not_overshoot_repeatedly(cls):
     _, overflows = run(cls(1.0, growth_factor=4.0), 200, need=NEED)
     assert overflows <= 7 + 6
 
 
-def test_a_configuration_of_before_keeps_the_floor_that_it_names():
+def test_an_older_configuration_keeps_its_floor():
     config = {**DynamicLossScale().get_config(), "min_scale": 1.0}
     scales, _ = run(DynamicLossScale.from_config(config), 40, bad=range(40))
     assert scales[-1] == 1.0
@@ -126,7 +126,7 @@ def test_gradients_flushed_at_the_floor_do_not_leave_the_scale_of_maxima_there(f
     assert min(scales[85:]) >= 1.0
 
 
-def test_nor_where_larger_ones_were_seen_before():
+def test_small_gradients_after_large_ones_do_not_leave_the_scale_of_maxima_low():
     scales, _ = flushed(
         LogMaxLossScale(1.0), 500, [], lambda step: 2.0**20 if step < 50 else 2.0**-22
     )
@@ -145,7 +145,7 @@ NOW_AND_THEN = [*range(20, 60), 61, 65, *range(100, 600, 100)]
 
 
 @pytest.mark.parametrize("cls", [DynamicLossScale, UnderflowLossScale])
-def test_bad_batches_now_and_then_do_not_hold_it_at_the_floor(cls):
+def test_occasional_bad_batches_do_not_hold_the_scale_at_the_floor(cls):
     scales, _ = run(cls(), 600, NOW_AND_THEN)
     assert scales[65] == FLOOR
     assert min(scales[500:]) >= 0.5
@@ -160,7 +160,7 @@ each_tolerant = pytest.mark.parametrize("settings", TOLERANT.values(), ids=TOLER
 
 
 @each_tolerant
-def test_tolerated_overflows_do_not_hold_it_below_one(settings):
+def test_tolerated_overflows_do_not_hold_the_scale_below_one(settings):
     schedule = DynamicLossScale(NEED, **settings)
     scales, _ = run(schedule, 500, bad=range(18, 500, 60))
     assert scales[-1] >= 1.0
@@ -168,7 +168,7 @@ def test_tolerated_overflows_do_not_hold_it_below_one(settings):
 
 @each_tolerant
 @pytest.mark.parametrize("need", [0.5, NEED])
-def test_nor_does_it_try_what_overflows_again_and_again(settings, need):
+def test_a_scale_that_overflows_is_not_tried_again_and_again(settings, need):
     _, overflows = run(DynamicLossScale(need, **settings), 300, need=need)
     assert overflows <= 2
 

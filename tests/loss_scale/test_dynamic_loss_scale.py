@@ -169,7 +169,7 @@ def _scales(schedule, steps):
     return scales
 
 
-def test_after_a_slump_the_scale_is_back_in_steps_and_not_in_epochs():
+def test_after_a_slump_the_scale_recovers_in_steps_and_not_in_epochs():
     """Fault 5: without a recovery, each doubling takes a whole growth interval."""
     steps = [False] * 10 + [True] * 200
     assert _scales(DynamicLossScale(recovery_interval=None), steps)[-1] == 2.0**5
@@ -179,7 +179,7 @@ def test_after_a_slump_the_scale_is_back_in_steps_and_not_in_epochs():
 
 
 @pytest.mark.parametrize("fits", [2.0**16, 2.0**10, 1.0])
-def test_a_first_search_for_the_scale_costs_one_overflow_more_than_without_recovery(fits):
+def test_the_first_search_costs_one_overflow_more_than_without_recovery(fits):
     """It looks like a slump, and the first growth after it overflows as the last one did."""
 
     def overflows(interval):

@@ -16,7 +16,7 @@ TINY, LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float
 
 @settings(max_examples=25, deadline=None)
 @given(scale=st.floats(TINY, LARGEST, width=32), steps=st.lists(st.booleans(), max_size=8))
-def test_fixed_never_moves_and_counts_good_steps_in_a_row(scale, steps):
+def test_a_fixed_scale_never_moves_and_counts_good_steps_in_a_row(scale, steps):
     schedule = FixedLossScale(scale)
     state, in_a_row = schedule.init(), 0
     for finite in steps:
@@ -29,7 +29,7 @@ def test_fixed_never_moves_and_counts_good_steps_in_a_row(scale, steps):
 @pytest.mark.parametrize(
     "value", [0, -1, np.inf, np.nan, 1e39, 1e-46, 10**400, "2", True, None, [1.0]], ids=str
 )
-def test_fixed_refuses_the_value_and_says_received_expected_and_fix(value):
+def test_a_fixed_scale_refuses_the_value_and_says_received_expected_and_fix(value):
     with pytest.raises(LossScaleError) as caught:
         FixedLossScale(value)
     assert f"Received: {value!r}. Expected: a number from" in str(caught.value)
@@ -37,13 +37,13 @@ def test_fixed_refuses_the_value_and_says_received_expected_and_fix(value):
 
 
 @pytest.mark.parametrize(("scale", "floor"), [(1024.0, 1.0), (1.0, 1.0), (0.25, 0.25)])
-def test_fixed_may_be_set_by_hand_down_to_one_or_its_own_value(scale, floor):
+def test_a_fixed_scale_may_be_set_down_to_one_or_to_its_own_value(scale, floor):
     schedule = FixedLossScale(scale)
     assert schedule.min_scale == floor
     assert schedule.check(scale) == scale
 
 
-def test_no_loss_scale_allows_nothing_but_one():
+def test_no_loss_scale_allows_only_one():
     schedule = NoLossScale()
     assert schedule.check(1) == 1.0
     with pytest.raises(LossScaleError, match="outside the bounds"):

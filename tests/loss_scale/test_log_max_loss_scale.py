@@ -48,7 +48,7 @@ def test_a_step_of_zeros_changes_nothing_but_the_counter():
     assert after == {**before, "step_counter": 3}
 
 
-def test_overflows_from_the_first_step_on_sink_to_the_floor_and_gradients_lift_it_again():
+def test_overflows_from_the_start_lower_the_scale_to_the_floor_until_gradients_raise_it():
     assert _run(LogMaxLossScale(), [None] * 40)["scale"] == 2.0**-14
     assert _run(LogMaxLossScale(), [None] * 3 + [2.0**-8] * 20)["scale"] >= 2.0**20
 
@@ -57,14 +57,14 @@ def test_overflows_from_the_first_step_on_sink_to_the_floor_and_gradients_lift_i
     ("name", "value"),
     [("deviations", 0), ("mean_decay", 1.0), ("variance_decay", 0), ("initial_scale", 2.0**-15)],
 )
-def test_refuses_what_cannot_work(name, value):
+def test_refuses_invalid_settings(name, value):
     with pytest.raises(LossScaleError, match=r"Received: .*Expected: "):
         LogMaxLossScale(**{name: value})
 
 
 @pytest.mark.parametrize("key", ["mean", "mean_weight", "slow_mean", "square", "slow_weight"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_moment_that_was_loaded_broken_does_not_hold_the_scale_down(key, bad):
+def test_a_loaded_moment_that_is_not_finite_does_not_hold_the_scale_down(key, bad):
     schedule = LogMaxLossScale()
     state = schedule.update({**schedule.init(), key: bad}, True, gradient_max=4.0)
     assert float(ops.convert_to_numpy(state["scale"])) == 2.0**14

@@ -19,14 +19,14 @@ class Bare(LossScale):
         return state
 
 
-def test_one_that_is_no_dataclass_says_so_when_it_is_saved():
+def test_a_schedule_that_is_not_a_dataclass_is_refused_when_it_is_saved():
     assert Bare().init() == {"scale": 8.0, "step_counter": 0}
     with pytest.raises(LossScaleError, match=r"Bare, which is not a dataclass.*get_config"):
         Bare().get_config()
 
 
 @pytest.mark.parametrize("parent", [DynamicLossScale, FixedLossScale, NoLossScale])
-def test_a_rule_that_replaces_one_of_ours_never_only_counts(parent):
+def test_an_overridden_update_is_called_in_every_step(parent):
     """What the inherited rule said of itself may not hold for another one."""
 
     @dataclasses.dataclass(frozen=True)

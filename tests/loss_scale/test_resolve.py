@@ -24,7 +24,7 @@ OWN = DynamicLossScale(initial_scale=8.0)
     ],
     ids=repr,
 )
-def test_stands_for(spec, schedule):
+def test_each_value_gives_its_schedule(spec, schedule):
     assert resolve(spec) == schedule
 
 
@@ -36,7 +36,7 @@ def test_refuses_values_by_value(spec):
     assert caught.value.expected
 
 
-def test_offers_the_name_that_was_meant():
+def test_proposes_the_nearest_name():
     with pytest.raises(LossScaleError, match=r'Did you mean "dynamic"\?'):
         resolve("dynamik")
 

@@ -65,7 +65,7 @@ def test_starts_inside_its_own_bounds(cls):
 
 
 @every_schedule
-def test_state_is_python_numbers_whose_type_tells_the_dtype(cls):
+def test_state_is_python_numbers_whose_type_gives_the_dtype(cls):
     assert {type(value) for value in cls().init().values()} <= {int, float}
 
 
@@ -112,7 +112,7 @@ LOADED = {float: st.floats(width=32, allow_subnormal=False), int: st.integers(-5
 @every_schedule
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
-def test_whatever_was_loaded_and_is_measured_the_scale_is_inside_the_bounds(cls, data):
+def test_the_scale_is_inside_the_bounds_whatever_was_loaded_or_measured(cls, data):
     schedule = cls()
     state = {key: data.draw(LOADED[type(value)]) for key, value in schedule.init().items()}
     for finite in data.draw(st.lists(st.booleans(), min_size=1, max_size=8)):
@@ -153,7 +153,7 @@ def test_a_step_in_which_the_scale_grows_does_not_only_count():
 @every_schedule
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_no_measure_breaks_the_state_for_good(cls, data):
+def test_no_statistic_breaks_the_state_for_good(cls, data):
     """After a few good steps with ordinary measures the state holds ordinary numbers again."""
     short = {"window": 2} if "window" in inspect.signature(cls).parameters else {}
     schedule = cls(**short)
@@ -197,13 +197,13 @@ def test_config_is_the_constructors_arguments(cls):
 
 @every_schedule
 @pytest.mark.parametrize("value", [0, -1.0, np.inf, np.nan, "8", True, None])
-def test_check_refuses_what_is_no_scale(cls, value):
+def test_check_refuses_invalid_scales(cls, value):
     with pytest.raises(ValueError, match=r"Received: .*Expected: "):
         cls().check(value)
 
 
 @every_schedule
-def test_check_names_the_bounds_that_it_holds(cls):
+def test_check_names_the_bounds_that_it_enforces(cls):
     schedule = cls()
     assert schedule.check(schedule.max_scale) == schedule.max_scale
     assert schedule.check(schedule.min_scale) == schedule.min_scale

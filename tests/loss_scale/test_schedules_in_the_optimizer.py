@@ -103,7 +103,7 @@ class CountingTwice(DynamicLossScale):
 
 
 @each_of(WAYS)
-def test_a_rule_that_replaces_one_of_ours_is_followed_in_every_step(step):
+def test_an_overridden_update_is_used_in_every_step(step):
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=CountingTwice())
     variables = variables_of([1.0])
     for _ in range(3):
@@ -124,14 +124,14 @@ class Telling(LossScale):
 
 
 @pytest.mark.parametrize("own", [CountingTwice(), Telling()], ids=lambda own: type(own).__name__)
-def test_a_schedule_of_the_users_own_is_named_in_custom_objects(own):
+def test_a_user_defined_schedule_is_loaded_through_custom_objects(own):
     config = LossScaleOptimizer("sgd", loss_scale=own).get_config()
     again = LossScaleOptimizer.from_config(config, {type(own).__name__: type(own)})
     assert type(again.schedule) is type(own)
     assert again.schedule.get_config() == own.get_config()
 
 
-def test_ours_need_no_naming():
+def test_built_in_schedules_load_without_custom_objects():
     ours = (getattr(kerasmp.loss_scale, name) for name in kerasmp.loss_scale.__all__)
     schedules = {each for each in ours if isinstance(each, type) and issubclass(each, LossScale)}
     assert schedules == {LossScale, *map(type, SCHEDULES)}

@@ -33,22 +33,22 @@ def test_it_grows_while_the_share_falls_and_no_longer():
     assert _scales(schedule, [0.5, 0.4, 0.0009, 0.0]) == [16, 32, 32, 32]
 
 
-def test_a_share_that_has_changed_by_itself_is_tried_anew():
+def test_growth_is_tried_again_after_the_share_has_changed():
     schedule = UnderflowLossScale(8.0, window=1)
     assert _scales(schedule, [0.3, 0.29, 0.29, 0.5]) == [16, 16, 16, 32]
 
 
-def test_where_all_is_zero_it_searches_on():
+def test_with_all_gradients_zero_the_search_continues():
     assert _scales(UnderflowLossScale(1.0, window=1, max_scale=64.0), [1.0] * 8)[-1] == 64.0
 
 
-def test_after_an_overflow_it_waits():
+def test_growth_waits_after_an_overflow():
     schedule = UnderflowLossScale(8.0, window=1, growth_interval=3)
     assert _scales(schedule, [0.5, None, 0.5, 0.5, 0.5]) == [16, 8, 8, 8, 16]
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
-def test_a_broken_sum_is_forgotten_with_its_window(broken):
+def test_a_sum_that_is_not_finite_is_dropped_with_its_window(broken):
     schedule = UnderflowLossScale(8.0, window=2)
     state = {**schedule.init(), "underflow_sum": broken, "underflow_before": broken}
     scales = []
@@ -71,6 +71,6 @@ def test_a_broken_sum_is_forgotten_with_its_window(broken):
         ("min_scale", 2.0**16),
     ],
 )
-def test_what_cannot_work_is_refused(name, value):
+def test_invalid_settings_are_refused(name, value):
     with pytest.raises(LossScaleError, match=name):
         UnderflowLossScale(**{name: value})

@@ -97,7 +97,7 @@ def both(build, way, module=mp):
 
 
 @pytest.mark.parametrize(("build", "way"), CASES)
-def test_as_if_the_bad_batches_had_not_been(build, way):
+def test_bad_batches_leave_no_trace(build, way):
     (clean_model, clean_logs), (model, logs) = both(build, way)
     assert model.optimizer.skipped_steps == 2
     assert model.optimizer.applied_steps == clean_model.optimizer.applied_steps == 3
@@ -120,7 +120,7 @@ def states(module):
 
 
 @pytest.mark.backend("tensorflow")  # elsewhere Keras forgets the states after each step of `fit`
-def test_states_of_rnn_layers_are_as_before():
+def test_bad_batches_leave_the_states_of_rnn_layers_unchanged():
     clean, found = states(mp)
     assert np.abs(clean).min() > 0
     np.testing.assert_array_equal(found, clean)
@@ -128,12 +128,12 @@ def test_states_of_rnn_layers_are_as_before():
 
 @pytest.mark.full
 @pytest.mark.backend("tensorflow")
-def test_stock_models_change_the_states_of_rnn_layers():
+def test_in_stock_models_bad_batches_change_the_states_of_rnn_layers():
     assert not np.array_equal(*states(keras))
 
 
 @pytest.mark.parametrize("return_dict", [True, False])
-def test_train_on_batch_has_no_loss_of_a_skipped_batch(return_dict):
+def test_train_on_batch_returns_no_loss_of_a_skipped_batch(return_dict):
     model = one_to_one(mp)
     model.compile(mp.LossScaleOptimizer("sgd", loss_scale=64.0), "mse", metrics=["mae"])
     bad = np.full((BATCH, 3, 4), np.inf, "float32")

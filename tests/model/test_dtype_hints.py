@@ -75,7 +75,7 @@ def test_a_hint_names_the_layer_and_the_remedy(module):
 
 
 @pytest.mark.backend("tensorflow")
-def test_fit_and_a_graph_carry_it_too():
+def test_errors_of_fit_and_of_a_graph_have_the_hint():
     import tensorflow as tf
 
     model = network(mp, "mixed_float16")
@@ -105,7 +105,7 @@ MEET = "operands of different float dtypes meet in Mixing"
 @pytest.mark.backend("tensorflow")
 @pytest.mark.parametrize("name", ["add", "concat", "stack", "matmul", "where"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_what_tensorflow_says_is_understood(name, graph):
+def test_messages_of_tensorflow_are_recognised(name, graph):
     import tensorflow as tf
 
     functions = {
@@ -123,7 +123,7 @@ def test_what_tensorflow_says_is_understood(name, graph):
 
 
 @pytest.mark.backend("jax")
-def test_what_jax_says_is_understood():
+def test_messages_of_jax_are_recognised():
     import jax
 
     with pytest.raises(TypeError) as error:
@@ -173,7 +173,7 @@ every_functional = pytest.mark.parametrize("build", FUNCTIONAL.values(), ids=FUN
 
 
 @pytest.mark.backend("tensorflow", "torch")
-def test_fit_of_a_functional_model_carries_it():
+def test_errors_of_fit_of_a_functional_model_have_the_hint():
     model = connected("mixed_float16")
     model.compile(mp.LossScaleOptimizer("sgd", loss_scale=64.0), "mse")
     with pytest.raises(Exception, match="Exception encountered when calling") as error:
@@ -212,7 +212,7 @@ SOURCE = """def step(one, other):
 
 
 @pytest.mark.backend("tensorflow", "torch")
-def test_modules_with_names_like_a_frameworks_are_the_users():
+def test_modules_named_like_a_framework_count_as_user_code():
     space = {"__name__": "keras_of_theirs"}
     exec(compile(SOURCE, "theirs.py", "exec"), space)
     with pytest.raises(Exception, match=r"float|Float|Half") as error:

@@ -53,7 +53,7 @@ def test_extra_losses_are_float32_and_fit_runs(build, dtype):
 @pytest.mark.full
 @pytest.mark.backend("tensorflow")
 @every_build
-def test_stock_keras_raises_a_type_error(build):
+def test_extra_losses_of_two_dtypes_are_a_type_error_in_stock_keras(build):
     model = build(keras, "mixed_float16")
     model.compile("sgd", "mse")
     with pytest.raises((TypeError, ValueError), match="float16"):
@@ -68,7 +68,7 @@ def _loss_of(module, dtype):
     return model.evaluate(np.ones((16, 4), "float32"), None, verbose=0)
 
 
-def test_a_sum_beyond_float16_is_finite_and_right():
+def test_a_sum_beyond_float16_is_finite_and_correct():
     # 32 outputs of 400: 5,120,000 in all, 320,000 a row. Keras 3.12 does not divide by the rows.
     wanted = _loss_of(keras, "float32")
     assert wanted > 0.3
@@ -76,7 +76,7 @@ def test_a_sum_beyond_float16_is_finite_and_right():
 
 
 @pytest.mark.full
-def test_in_stock_keras_it_is_not_finite():
+def test_a_sum_beyond_float16_is_not_finite_in_stock_keras():
     assert not np.isfinite(_loss_of(keras, "mixed_float16"))
 
 
@@ -85,7 +85,7 @@ def own_penalty(outputs):
 
 
 @pytest.mark.parametrize("given", [keras.regularizers.L2(0.01), own_penalty])
-def test_layers_say_and_save_the_regularizer_that_they_were_given(given):
+def test_layers_return_and_save_the_regularizer_that_they_were_given(given):
     dense = keras.layers.Dense(2, dtype="mixed_float16", activity_regularizer=given)
     config = dense.get_config()
     model = mp.Sequential([keras.Input((4,)), dense])
@@ -95,7 +95,7 @@ def test_layers_say_and_save_the_regularizer_that_they_were_given(given):
     assert dense.get_config() == config
 
 
-def test_a_factor_that_is_changed_later_counts():
+def test_a_factor_that_is_changed_later_is_used():
     model = with_regularizer(mp, "mixed_float16")
     model(X)
     before = numpy_of(model.losses[0])
@@ -142,7 +142,7 @@ def test_losses_and_metrics_of_several_outputs_see_float32(containers):
 
 @full_on("jax")
 @pytest.mark.parametrize("module", [pytest.param(mp, id="ours"), full(keras, id="stock")])
-def test_a_compute_loss_and_compute_metrics_of_the_users_own_see_float32(module):
+def test_user_defined_compute_loss_and_compute_metrics_see_float32(module):
     seen = set()
 
     class Own(module.Sequential):

@@ -34,7 +34,7 @@ def trained(kind, optimizer):
         full("subclassed"),
     ],
 )
-def test_a_bad_batch_leaves_no_trace_afterwards(kind):
+def test_a_bad_batch_leaves_no_trace_in_an_adopted_model(kind):
     stock = trained(kind, mp.LossScaleOptimizer("adam", loss_scale=64.0))
     weights, its_class, optimizer = values(stock.variables), type(stock), stock.optimizer
     model = mp.Model.from_keras(stock)
@@ -55,7 +55,7 @@ def test_a_bad_batch_leaves_no_trace_afterwards(kind):
 
 @full_on("jax")
 @pytest.mark.parametrize("kind", [full("sequential"), "functional"])
-def test_a_plain_optimizer_is_wrapped_keeps_its_state_and_loads_as_ours(kind, tmp_path):
+def test_a_plain_optimizer_is_wrapped_with_its_state_and_the_model_loads_as_kerasmp(kind, tmp_path):
     model = trained(kind, keras.optimizers.Adam(0.01))
     adam, state = model.optimizer, values(model.optimizer.variables)
     mp.Model.from_keras(model)
@@ -98,7 +98,7 @@ class UsersOther(Users):
 
 
 @full_on("jax")
-def test_models_of_users_classes_load_as_ours_and_as_theirs(tmp_path):
+def test_models_of_user_classes_load_as_kerasmp_models_of_those_classes(tmp_path):
     for cls in (Users, UsersOther):
         model = cls(2)
         model.build((None, 4))
@@ -140,7 +140,7 @@ def test_auto_scale_loss_false_leaves_the_optimizer_alone():
     assert model.optimizer is adam
 
 
-def test_a_train_step_of_theirs_is_guarded():
+def test_a_user_defined_train_step_is_guarded():
     class Own(OwnStep, keras.Sequential):
         pass
 
@@ -161,7 +161,7 @@ def test_a_from_config_on_a_single_model_is_left_alone():
     assert model.from_config is trained
 
 
-def test_it_need_not_be_built_or_compiled_and_twice_is_once():
+def test_unbuilt_and_uncompiled_models_are_adopted_and_a_second_call_does_nothing():
     model = mp.Model.from_keras(keras.Sequential([keras.layers.Dense(2, dtype="mixed_float16")]))
     assert mp.Model.from_keras(model) is model
     assert type(model) is mp.Sequential

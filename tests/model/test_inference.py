@@ -43,7 +43,7 @@ def refuses(model):
 
 
 @pytest.mark.parametrize("kind", few(KINDS, ["subclassed"]))
-def test_it_refuses_and_still_predicts_and_evaluates(kind):
+def test_training_is_refused_and_predict_and_evaluate_work(kind):
     model = compiled(kind)
     predicted, evaluated = model.predict(X, verbose=0), model.evaluate(X, Y, verbose=0)
     only_for_inference(model)
@@ -53,14 +53,14 @@ def test_it_refuses_and_still_predicts_and_evaluates(kind):
     model.test_on_batch(X[:8], Y[:8])
 
 
-def test_compiled_again_it_still_refuses():
+def test_training_is_refused_after_another_compile():
     model = compiled()
     only_for_inference(model)
     model.compile("sgd", "mse")
     refuses(model)
 
 
-def test_a_step_of_the_users_own_is_refused():
+def test_a_user_defined_train_step_is_refused():
     class Own(OwnStep, mp.Sequential):
         pass
 
@@ -79,7 +79,7 @@ def test_a_step_of_the_users_own_is_refused():
         full("sequential", mp),
     ],
 )
-def test_a_loaded_one_refuses_and_evaluates(kind, module, tmp_path):
+def test_a_loaded_model_refuses_training_and_evaluates(kind, module, tmp_path):
     model = mp.Model.from_keras(compiled(kind, module))
     only_for_inference(model)
     model.save(tmp_path / "model.keras")
@@ -92,7 +92,7 @@ def test_a_loaded_one_refuses_and_evaluates(kind, module, tmp_path):
 
 
 @full_on("jax")
-def test_a_users_class_that_was_turned_loads_and_refuses_in_another_process(
+def test_an_adopted_user_class_loads_and_refuses_training_in_another_process(
     tmp_path, another_process
 ):
     model = Net()
@@ -108,5 +108,5 @@ def test_a_users_class_that_was_turned_loads_and_refuses_in_another_process(
     assert said["predicted"] == predicted.tolist()
 
 
-def test_others_say_nothing_of_it_in_their_config():
+def test_models_that_train_have_no_such_entry_in_their_config():
     assert "kerasmp" not in compiled().get_config()

@@ -53,7 +53,7 @@ def test_outputs_have_the_dtype_that_the_policy_names(kind):
 
 
 @pytest.mark.full
-def test_stock_models_do_not_follow():
+def test_stock_models_do_not_follow_the_output_dtype():
     assert "float16" in dtypes(build("functional", keras)(X))
 
 
@@ -73,11 +73,11 @@ def test_a_model_made_without_such_a_policy_is_not_given_one_on_loading(tmp_path
 
 
 @pytest.mark.unit
-def test_symbolic_outputs_say_the_same_as_real_ones():
+def test_symbolic_and_eager_outputs_have_the_same_dtype():
     model = build("sequential", mp)
     symbolic = model(keras.Input((3,)))
     assert dtypes(symbolic) == {"float32"}
 
 
-def test_predictions_have_it_too():
+def test_predictions_have_the_dtype_that_the_policy_names():
     assert dtypes(build("functional", mp).predict(X, verbose=0)) == {"float32"}

@@ -32,13 +32,13 @@ def adversaries(module, dtype):
 
 
 @pytest.mark.full
-def test_stock_keras_says_nothing():
+def test_stock_keras_gives_no_warning():
     model = adversaries(keras, "mixed_float16")
     model.compile(keras.optimizers.Adam(), keras.optimizers.Adam())
     model.fit(X, X[:, :1], verbose=0)
 
 
-def test_ours_names_them():
+def test_unwrapped_optimizers_are_named():
     model = adversaries(mp, "mixed_float16")
     model.compile(keras.optimizers.Adam(), keras.optimizers.Adam())
     with pytest.warns(mp.errors.LossScaleWarning, match=r"\(d_opt, g_opt\).*Wrap each"):
@@ -46,7 +46,7 @@ def test_ours_names_them():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
-def test_there_is_nothing_to_say_where_they_scale_or_need_not(dtype):
+def test_scaling_optimizers_and_float32_give_no_warning(dtype):
     model = adversaries(mp, dtype)
     scaled = [keras.optimizers.Adam() for _ in range(2)]
     if dtype == "mixed_float16":
@@ -56,7 +56,7 @@ def test_there_is_nothing_to_say_where_they_scale_or_need_not(dtype):
 
 
 @pytest.mark.parametrize("wrap", [lambda o: o, mp.LossScaleOptimizer], ids=["by us", "by the user"])
-def test_there_is_nothing_to_say_of_one_that_is_kept_and_compiled(wrap):
+def test_an_attribute_that_is_the_compiled_optimizer_gives_no_warning(wrap):
     model = mp.Sequential([keras.Input((4,)), keras.layers.Dense(1, dtype="mixed_float16")])
     model.base = keras.optimizers.Adam()
     model.compile(wrap(model.base), "mse")

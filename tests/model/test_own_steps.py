@@ -70,7 +70,7 @@ CASES = [(from_a_mixin, {}), *(full(written_in_the_class, way) for way in WAYS)]
 
 
 @pytest.mark.parametrize(("build", "way"), CASES, ids=_name)
-def test_as_if_it_had_not_been(build, way):
+def test_a_skipped_step_leaves_no_trace(build, way):
     _, clean_logs, clean = train(build, GOOD_X, GOOD_Y, **way)
     model, logs, values = train(build, BAD_X, BAD_Y, **way)
     assert (model.optimizer.applied_steps, model.optimizer.skipped_steps) == (4, 2)
@@ -80,7 +80,7 @@ def test_as_if_it_had_not_been(build, way):
         np.testing.assert_array_equal(value, wanted)
 
 
-def test_what_a_step_adds_to_keras_own_logs_stays():
+def test_entries_that_a_step_adds_to_the_logs_stay():
     _, logs, _ = train(around_keras_own, GOOD_X, GOOD_Y)
     assert set(logs) == {"loss", "mae", "extra"}
     np.testing.assert_allclose(logs["extra"][0], logs["loss"][0] + 1, rtol=1e-6)
@@ -88,7 +88,7 @@ def test_what_a_step_adds_to_keras_own_logs_stays():
     assert (with_bad["loss"], with_bad["mae"]) == (logs["loss"], logs["mae"])
 
 
-def test_a_number_of_the_batch_is_not_taken_for_the_metric_of_its_name():
+def test_a_batch_value_is_not_mistaken_for_the_metric_of_its_name():
     class Raw(OwnStep, mp.Sequential):
         """Returns the loss of the batch; the metric "loss" is never asked."""
 
@@ -160,7 +160,7 @@ class OfTheBatch(BareStep, mp.Sequential):
     [(WithTracker, None), (OfTheBatch, None), (mp.Sequential, "mae"), (mp.Sequential, Least)],
     ids=_name,
 )
-def test_no_step_is_no_perfect_loss(kind, metric):
+def test_without_an_applied_step_the_logged_loss_is_not_zero(kind, metric):
     model = kind([keras.Input((4,)), keras.layers.Dense(2, dtype="mixed_float16")])
     # The loss is finite, its gradients are not.
     optimizer = mp.LossScaleOptimizer("sgd", loss_scale=2.0**40)
@@ -185,7 +185,7 @@ def test_no_step_is_no_perfect_loss(kind, metric):
 
 
 @pytest.mark.backend("tensorflow", "torch")
-def test_evaluation_by_a_step_of_the_users_own_says_what_it_has_seen():
+def test_a_user_defined_test_step_returns_its_own_results():
     class Evaluates(mp.Sequential):
         """Asks one metric of its own, and never that of the loss."""
 
@@ -211,7 +211,7 @@ def test_evaluation_by_a_step_of_the_users_own_says_what_it_has_seen():
 
 
 @pytest.mark.backend("tensorflow", "torch")
-def test_of_several_optimizers_any_one_that_skips_counts():
+def test_a_skip_by_any_of_several_optimizers_is_a_skipped_step():
     base = OwnStep
 
     class Two(mp.Sequential):

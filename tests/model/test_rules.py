@@ -44,7 +44,7 @@ def test_the_head_is_float32_and_the_body_is_not(build):
 
 
 @pytest.mark.full
-def test_stock_models_do_not_follow():
+def test_stock_models_do_not_follow_rules():
     model = made_under(SAFE, functional, keras)
     model(X)
     assert {layer.compute_dtype for layer in model.layers[-2:]} == {"float16"}
@@ -78,7 +78,7 @@ def test_parts_that_are_made_when_the_model_is_built_follow_at_once():
     assert model.attend.output_dense.compute_dtype == "float16"
 
 
-def test_they_follow_when_fit_builds_the_model():
+def test_layers_of_a_model_built_by_fit_follow_rules():
     model = made_under(SAFE, lambda _: Own())
     model.compile("sgd", "mse")
     model.fit(X, np.ones((2, 6, 4)), epochs=2, verbose=0)
@@ -87,7 +87,7 @@ def test_they_follow_when_fit_builds_the_model():
 
 
 @pytest.mark.unit
-def test_layers_with_a_dtype_of_their_own_keep_it():
+def test_layers_with_their_own_dtype_keep_it():
     def build(module):
         return module.Sequential(
             [keras.Input((4,)), layers.Dense(2), layers.Softmax(dtype="bfloat16"), layers.ReLU()]
@@ -124,7 +124,7 @@ def test_what_is_saved_computes_the_same_when_loaded(tmp_path):
     assert [layer.compute_dtype for layer in loaded.layers[-2:]] == ["float16", "float32"]
 
 
-def test_what_cannot_be_traced_is_built_by_its_call_and_follows_after():
+def test_a_model_that_cannot_be_traced_follows_rules_after_its_first_call():
     class Eager(mp.Model):
         def __init__(self):
             super().__init__()

@@ -60,7 +60,7 @@ def _settings(optimizer_class):
 
 
 @pytest.mark.parametrize(("kind", "way"), CASES, ids=str)
-def test_a_skipped_step_is_as_if_it_had_not_been(kind, way):
+def test_a_skipped_step_leaves_no_trace(kind, way):
     clean_logs, clean = train(KINDS[kind](mp), X, Y, **way)
     model = KINDS[kind](mp)
     logs, weights = train(model, X_WITH_BAD, Y_WITH_BAD, **way)
@@ -75,7 +75,7 @@ def test_a_skipped_step_is_as_if_it_had_not_been(kind, way):
 
 
 @pytest.mark.full
-def test_in_stock_keras_the_bad_batch_stays():
+def test_in_stock_keras_a_bad_batch_leaves_traces():
     model = KINDS["sequential"](keras)
     logs, weights = train(model, X_WITH_BAD, Y_WITH_BAD, keras.optimizers.LossScaleOptimizer)
     assert np.isnan(logs["loss"]).all()
@@ -85,7 +85,7 @@ def test_in_stock_keras_the_bad_batch_stays():
 
 
 @pytest.mark.full
-def test_our_optimizer_in_a_stock_model_saves_the_weights_and_no_more():
+def test_the_kerasmp_optimizer_in_a_stock_model_protects_only_the_weights():
     model = KINDS["sequential"](keras)
     logs, weights = train(model, X_WITH_BAD, Y_WITH_BAD)
     assert np.isnan(logs["loss"]).all()
@@ -133,7 +133,7 @@ def test_frozen_layers_below_are_left_alone_and_the_head_learns():
     assert model.optimizer.nonfinite_counts.shape == (len(head),)
 
 
-def test_kinds_of_models_do_not_change_the_classes_of_the_others():
+def test_making_models_does_not_change_the_classes_of_others():
     classes = [mp.Model, mp.Sequential, keras.Model]
     bases = [each.__bases__ for each in classes]
     for kind in [*KINDS, *reversed(KINDS)]:

@@ -63,14 +63,14 @@ every_model = pytest.mark.parametrize("build", MODELS, ids=lambda build: build._
 
 @pytest.mark.full
 @every_model
-def test_stock_keras_says_nothing_and_scales_nothing(build):
+def test_stock_keras_neither_scales_nor_warns(build):
     model = build(keras)
     model.compile("adam", "mse")  # a warning would fail the test
     assert not isinstance(model.optimizer, Stock)
 
 
 @every_model
-def test_ours_scales(build):
+def test_a_kerasmp_model_scales(build):
     model = build(mp)
     model.compile("adam", "mse")
     assert isinstance(model.optimizer, mp.LossScaleOptimizer)
@@ -79,7 +79,7 @@ def test_ours_scales(build):
 # One that only a look into its parts finds.
 @pytest.mark.filterwarnings("ignore:Before the first step")  # other findings
 @pytest.mark.parametrize("build", few(MODELS, [a_map_that_names_a_part]))
-def test_the_monitor_warns_of_it_in_a_stock_model(build):
+def test_the_monitor_warns_of_unscaled_float16_in_a_stock_model(build):
     model = build(keras)
     model.compile("sgd", "mse")
     x = np.zeros((8, *model.inputs[0].shape[1:]), "float32")
@@ -100,10 +100,10 @@ def moved(module):
     return model.get_weights()[0]
 
 
-def test_an_update_that_float16_cannot_hold_is_made():
+def test_an_update_that_float16_would_lose_is_applied():
     assert moved(mp).all()
 
 
 @pytest.mark.full
-def test_stock_keras_loses_it():
+def test_stock_keras_loses_an_update_that_float16_cannot_hold():
     assert not moved(keras).any()

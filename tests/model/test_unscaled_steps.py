@@ -52,7 +52,7 @@ def times(said):
     return sum(each.category is mp.errors.LossScaleWarning for each in said)
 
 
-def test_is_trained_without_scaling_and_said_once():
+def test_a_step_that_scales_no_loss_trains_without_scaling_and_warns_once():
     wanted = fitted(network(BareStep, mp.Sequential), None)
     model = network(BareStep, mp.Sequential)
     schedule = mp.DynamicLossScale(growth_interval=2)
@@ -71,7 +71,7 @@ def test_is_trained_without_scaling_and_said_once():
     assert int(optimizer.step_counter) == 0
 
 
-def test_of_a_converted_model_too():
+def test_an_unscaled_step_of_a_converted_model_trains_without_scaling():
     wanted = fitted(network(BareStep, mp.Sequential), None)
     model = network(BareStep, keras.Sequential, dtype="float32")
     model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=BACKEND == "jax")
@@ -83,7 +83,7 @@ def test_of_a_converted_model_too():
 
 
 @pytest.mark.parametrize("place", ["the model", "the model, as the step of before", "its class"])
-def test_of_a_step_that_is_put_there_later_too(place):
+def test_an_unscaled_step_set_later_trains_without_scaling(place):
     wanted = fitted(network(BareStep, mp.Sequential), None)
     model = network(mp.Sequential)
     for name in ("train_step", "loss_and_gradients", "to_differentiate"):
@@ -202,7 +202,7 @@ def test_a_scale_in_a_function_that_was_traced_before_is_not_overlooked(first, t
     ],
 )
 @pytest.mark.filterwarnings("ignore:The inner optimizer's loss_scale_factor")
-def test_what_was_traced_with_the_scale_of_keras_is_an_error_until_it_is_made_anew(optimizer):
+def test_a_step_traced_with_the_scale_of_keras_is_an_error_until_it_is_traced_again(optimizer):
     import tensorflow as tf
 
     class Scales(BareStep):
@@ -230,7 +230,7 @@ def test_what_was_traced_with_the_scale_of_keras_is_an_error_until_it_is_made_an
 
 
 @pytest.mark.parametrize("way", ["dry run", "restored", full("failed")])
-def test_a_conversion_that_was_taken_back_has_noted_nothing_of_the_scale_of_keras(way):
+def test_a_restored_conversion_leaves_no_record_of_the_scale_of_keras(way):
     model = network(BareStep, keras.Sequential, dtype="float32")
     scaling = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam())
     scaling.build(model.trainable_variables)
@@ -249,7 +249,7 @@ def test_a_conversion_that_was_taken_back_has_noted_nothing_of_the_scale_of_kera
         model.fit(X[:16], Y[:16], **SOME)
 
 
-def test_a_model_keeps_no_optimizer_of_before_and_none_keeps_the_model():
+def test_model_and_former_optimizers_do_not_keep_each_other_alive():
     def converted():
         model = network(BareStep, keras.Sequential, dtype="float32")
         inner = keras.optimizers.SGD(learning_rate=lambda: 0.1 * len(model.layers))
@@ -295,7 +295,7 @@ def test_gradients_of_earlier_steps_are_unscaled_where_the_step_itself_scales_no
     assert_same(fitted(model, 1024.0, X[:32], Y[:32], **how), wanted)
 
 
-def test_keras_own_step_scales_for_itself_alone():
+def test_the_train_step_of_keras_scales_only_its_own_loss():
     class Turns(BareStep):
         """Is trained by Keras's step first, and then by one that scales nothing."""
 
@@ -361,7 +361,7 @@ def test_the_scale_may_be_read_for_the_logs_after_the_gradients_were_applied():
 
 @pytest.mark.backend("tensorflow", "torch")
 @pytest.mark.parametrize("scaled_by", ["both", "neither", "one"])
-def test_of_two_optimizers_each_scales_for_itself(scaled_by):
+def test_two_optimizers_each_scale_their_own_loss(scaled_by):
     class Two(BareStep):
         """Trains its first layer and its head by an optimizer each."""
 

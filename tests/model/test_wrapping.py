@@ -25,7 +25,7 @@ def network(*dtypes, module=mp):
     ],
     ids=str,
 )
-def test_the_layers_decide(dtypes, wrapped):
+def test_compile_wraps_by_the_dtypes_of_the_layers(dtypes, wrapped):
     for optimizer in ("adam", keras.optimizers.Adam()):
         model = network(*dtypes)
         model.compile(optimizer, "mse")
@@ -33,7 +33,7 @@ def test_the_layers_decide(dtypes, wrapped):
 
 
 @pytest.mark.parametrize("module", [keras, mp], ids=["stock model", "our model"])
-def test_ours_is_never_wrapped_a_second_time(module):
+def test_a_loss_scale_optimizer_is_not_wrapped_again(module):
     with mp.policy_scope("mixed_float16"):
         model = network(None, module=module)
     optimizer = mp.LossScaleOptimizer("sgd", loss_scale=8.0)
@@ -52,7 +52,7 @@ def test_auto_scale_loss_false_leaves_the_optimizer_alone_and_survives_saving(tm
     assert not isinstance(loaded.optimizer, Stock)
 
 
-def test_a_stock_loss_scale_optimizer_works_and_earns_a_warning():
+def test_a_stock_loss_scale_optimizer_works_with_a_warning():
     model = network("mixed_float16")
     with pytest.warns(mp.errors.LossScaleWarning, match=r"kerasmp\.LossScaleOptimizer"):
         model.compile(Stock(keras.optimizers.SGD(0.1)), "mse")
@@ -81,7 +81,7 @@ def test_layers_that_come_after_compile_are_seen_when_training_begins():
     assert model.optimizer.applied_steps + model.optimizer.skipped_steps == 2
 
 
-def test_a_layer_that_turns_to_float16_after_a_first_fit_is_scaled_in_the_second():
+def test_a_layer_set_to_float16_after_a_fit_is_scaled_in_the_next_one():
     model = network("float32")
     model.compile("adam", "mse")
     model.fit(X, Y, batch_size=32, verbose=0)
@@ -91,7 +91,7 @@ def test_a_layer_that_turns_to_float16_after_a_first_fit_is_scaled_in_the_second
 
 
 @pytest.mark.backend("tensorflow")
-def test_layers_that_come_in_the_first_step_earn_one_warning():
+def test_layers_made_in_the_first_step_give_one_warning():
     model = Late()
     model.compile("adam", "mse")
     with pytest.warns(mp.errors.LossScaleWarning, match="Build the model before") as caught:
@@ -102,7 +102,7 @@ def test_layers_that_come_in_the_first_step_earn_one_warning():
 
 @full_on("jax")
 @pytest.mark.parametrize("kind", [full("sequential"), "functional"])
-def test_a_saved_model_comes_back_as_ours_with_its_optimizer(kind, tmp_path):
+def test_a_saved_model_loads_as_a_kerasmp_model_with_its_optimizer(kind, tmp_path):
     model = KINDS[kind](mp)
     model.compile(mp.LossScaleOptimizer("adam", loss_scale=128.0), "mse")
     model.fit(X, Y, verbose=0)
@@ -131,7 +131,7 @@ def test_a_registered_subclass_made_from_inputs_and_outputs_loads_as_itself(tmp_
     np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (loaded(X), model(X))))
 
 
-def test_a_compile_of_the_users_own_is_left_to_the_user(tmp_path):
+def test_a_user_defined_compile_is_left_alone(tmp_path):
     @keras.saving.register_keras_serializable(package="tests", name="OwnCompile")
     class OwnCompile(mp.Sequential):
         def compile(self, rate):
@@ -144,7 +144,7 @@ def test_a_compile_of_the_users_own_is_left_to_the_user(tmp_path):
         keras.models.load_model(tmp_path / "model.keras")
 
 
-def test_a_state_for_which_there_are_no_variables_is_said():
+def test_a_state_without_matching_variables_gives_a_warning():
     def build(name):
         dense = keras.layers.Dense(2, name=name)
         model = mp.Sequential([keras.Input((4,)), dense], name="net")
@@ -160,7 +160,7 @@ def test_a_state_for_which_there_are_no_variables_is_said():
     np.testing.assert_array_equal(other.get_weights()[0], before[0])
 
 
-def test_what_a_user_adds_to_the_metrics_stays():
+def test_metrics_that_a_user_adds_stay():
     class Adds(mp.Sequential):
         def get_metrics_result(self):
             return {**super().get_metrics_result(), "extra": 1.0}

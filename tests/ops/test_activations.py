@@ -130,7 +130,7 @@ def test_values_and_gradients_are_within_four_times_the_best(name, mode):
     near_best(mode, *CASES[name])
 
 
-def test_no_activation_is_left_out():
+def test_every_activation_is_tested():
     public = {name for name in kerasmp.ops.__all__ if hasattr(keras.activations, name)}
     elsewhere = {"glu", "softmax", "log_softmax"}  # below, and in test_reductions.py
     assert public - elsewhere == set(ACTIVATIONS) | {"swish", "hard_swish"}
@@ -149,7 +149,7 @@ def test_glu_is_one_half_times_the_sigmoid_of_the_other(mode):
 @full_on("jax")
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"tanh gelu", "mish"}))
 @pytest.mark.parametrize("dtype", [full("float16"), full("bfloat16"), "float32"])
-def test_values_and_dtypes_are_those_of_keras_else(name, dtype):
+def test_values_equal_those_of_keras_computed_in_float32(name, dtype):
     x = ops.cast(np.linspace(-4, 4, 33, dtype="float32"), dtype)
     ours = CASES[name][0](x)
     stock = getattr(keras.activations, name)(ops.cast(x, "float32"))
@@ -169,7 +169,7 @@ def test_arguments_reach_keras():
         np.testing.assert_array_equal(numpy_of(ours), numpy_of(stock))
 
 
-def test_layers_with_one_are_saved_and_loaded(tmp_path):
+def test_layers_with_an_activation_are_saved_and_loaded(tmp_path):
     names = [*ACTIVATIONS, "swish", "hard_swish", "softmax", "log_softmax"]
     dense = [
         keras.layers.Dense(3, activation=getattr(kerasmp.ops, name), dtype="mixed_float16")

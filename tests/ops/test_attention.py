@@ -193,7 +193,7 @@ def test_groups_of_query_heads_share_keys(mode, key_heads):
 
 
 @full_on("jax")
-def test_soft_cap_is_that_of_keras_formula():
+def test_soft_cap_follows_the_formula_of_keras():
     inputs, upstream = drawn(5.0)
     outputs, _ = step(
         MODES[0], lambda *x: dot_product_attention(*x, attn_logits_soft_cap=2.0), inputs, upstream
@@ -206,7 +206,7 @@ def test_soft_cap_is_that_of_keras_formula():
 
 @full_on("jax")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_it_gives_back_the_dtype_of_the_inputs_and_in_float32_stock_numbers(dtype):
+def test_outputs_have_the_dtype_of_the_inputs_and_in_float32_the_values_of_keras(dtype):
     inputs, _ = drawn(1.0)
     tensors = [ops.cast(x, dtype) for x in inputs]
     outputs = dot_product_attention(*tensors)
@@ -218,7 +218,7 @@ def test_it_gives_back_the_dtype_of_the_inputs_and_in_float32_stock_numbers(dtyp
             np.testing.assert_allclose(numpy_of(got), numpy_of(want), rtol=2e-5, atol=2e-6)
 
 
-def test_inputs_of_several_dtypes_give_the_widest():
+def test_inputs_of_several_dtypes_give_the_widest_dtype():
     inputs, _ = drawn(1.0)
     wide, narrow = ops.cast(inputs[0], "float32"), ops.cast(inputs[1], "float16")
     outputs = dot_product_attention(wide, narrow, narrow)
@@ -305,7 +305,7 @@ def test_flash_attention_is_used_where_the_device_has_it(flash, causal):
 
 
 @full_on("jax")
-def test_flash_attention_is_not_used_where_it_would_lose_something(flash):
+def test_flash_attention_is_not_used_where_it_would_lose_precision(flash):
     inputs, _ = drawn(1.0)
     mask = np.ones((1, 1, QUERIES, KEYS), bool)
     for settings_ in ({"mask": mask}, {"bias": 1.0 * mask}, {"flash_attention": False}):
@@ -325,7 +325,7 @@ def test_flash_attention_that_is_asked_for_still_zeroes_rows_without_keys(flash)
 
 
 @pytest.mark.backend("tensorflow")
-def test_flash_attention_where_there_is_none_is_keras_error():
+def test_flash_attention_on_a_device_without_it_is_the_error_of_keras():
     inputs, _ = drawn(1.0)
     with pytest.raises(ValueError, match="Flash attention is not supported"):
         dot_product_attention(*inputs, flash_attention=True)

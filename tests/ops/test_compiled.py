@@ -25,7 +25,7 @@ QUICK = {"dot_product_attention", "gelu", "mean_squared_error", "norm", "softmax
 
 
 @pytest.mark.parametrize("name", few(NAMES, QUICK))
-def test_what_is_compiled_gives_the_same(name):
+def test_compiled_functions_give_the_eager_results(name):
     import torch
 
     torch._dynamo.reset()
@@ -35,7 +35,7 @@ def test_what_is_compiled_gives_the_same(name):
     assert torch.equal(compiled(*given), function(*given))
 
 
-def test_any_function_in_float32_is_taken_whole():
+def test_float32_functions_compile_without_a_graph_break():
     import torch
 
     torch._dynamo.reset()

@@ -20,7 +20,7 @@ QUICK = {"average_pool", "dot_product_attention", "gelu", "mean_squared_error", 
 @full_on("jax")
 @pytest.mark.parametrize("built_in", ["float16", full("float32")])
 @pytest.mark.parametrize("name", few(NAMES, QUICK))
-def test_each_is_one_node_also_when_saved_that_decides_by_what_it_is_given(name, built_in):
+def test_each_function_is_one_node_whose_copy_from_config_follows_the_input_dtype(name, built_in):
     function = getattr(kerasmp.ops, name)
     symbols = [
         keras.KerasTensor(x.shape, x.dtype) if ops.is_tensor(x) else x
@@ -63,7 +63,7 @@ def squares(x):
 
 
 @pytest.mark.parametrize("outside", [True, False], ids=["outside", "inside"])
-def test_a_function_that_is_registered_is_saved_wide(outside, tmp_path):
+def test_a_registered_function_is_saved_and_still_computes_in_float32(outside, tmp_path):
     def length(x):
         return squares(x)
 
@@ -77,7 +77,7 @@ def test_a_function_that_is_registered_is_saved_wide(outside, tmp_path):
         assert keras.backend.standardize_dtype(each(LARGE).dtype) == "float16"
 
 
-def test_a_function_that_is_not_is_found_among_custom_objects(tmp_path):
+def test_an_unregistered_function_is_found_in_custom_objects(tmp_path):
     model = in_a_model(kerasmp.ops.in_float32(squares))
     loaded = saved_and_loaded(model, tmp_path, custom_objects={"squares": squares})
     assert numpy_of(loaded(LARGE)).tolist() == [600]

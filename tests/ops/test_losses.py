@@ -68,7 +68,7 @@ def test_probabilities_of_0_and_1_give_finite_losses(mode):
 @pytest.mark.full
 @pytest.mark.backend("tensorflow", "jax")
 @pytest.mark.parametrize("mode", MODES)
-def test_those_of_stock_keras_are_not(mode):
+def test_probabilities_of_0_and_1_give_losses_that_are_not_finite_in_stock_keras(mode):
     stock, _ = step(
         mode, lambda x: ops.binary_crossentropy(ops.cast(TRUE, x.dtype), x), [SURE], TRUE
     )
@@ -175,7 +175,7 @@ def test_other_losses_are_those_of_float64(name):
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_losses_of_stock_keras_are_not(name):
+def test_other_losses_of_stock_keras_differ_from_float64(name):
     y, p, reference = other(name)
     tensors = [ops.cast(x.astype("float32"), "float16") for x in (y, p)]
     stock = numpy_of(getattr(keras.losses, name)(*tensors))

@@ -24,7 +24,7 @@ def of_keras(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_arguments_have_the_names_and_places_that_they_have_in_keras(name):
+def test_arguments_have_the_names_and_positions_of_those_of_keras(name):
     def named(function):
         parameters = inspect.signature(function).parameters.values()
         return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
@@ -58,7 +58,7 @@ def test_the_order_of_a_norm_is_at_least_1():
         kerasmp.ops.normalize(ops.ones((2,)), order=0)
 
 
-def test_plain_lists_and_arrays_are_taken():
+def test_plain_lists_and_arrays_are_accepted():
     assert float(kerasmp.ops.sum([1.0, 2.0])) == 3.0
     assert float(kerasmp.ops.mean(np.full(4096, 100.0, "float16"))) == 100.0
 

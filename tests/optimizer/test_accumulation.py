@@ -53,13 +53,13 @@ def test_a_bad_micro_batch_is_not_counted_and_the_shift_of_the_windows_can_be_se
     assert (twins.wrapped.applied_steps, twins.wrapped.skipped_steps) == (7, 1)
 
 
-def test_without_accumulation_there_is_no_such_count():
+def test_without_accumulation_no_micro_batch_is_counted():
     twins = Twins(lambda _: keras.optimizers.SGD(0.1), EXACT_WAYS[0])
     twins.good(0)
     assert twins.wrapped.accumulated_steps is None
 
 
-def test_an_open_window_is_known_after_loading():
+def test_an_open_window_survives_loading():
     step = EXACT_WAYS[0]
     twins = Twins(accumulating, step)
     for seed in range(WINDOW + 2):

@@ -160,5 +160,5 @@ def test_a_few_sequences_of_compiled_steps_end_where_the_model_does(step, steps,
 @pytest.mark.parametrize("step", COMPILED)
 @MANY
 @given(**SEQUENCES)
-def test_so_do_many(step, steps, **settings_):
+def test_many_sequences_of_compiled_steps_end_where_the_model_does(step, steps, **settings_):
     check_momentum(step, [(gradient, None) for gradient, _ in steps], **settings_)

@@ -95,7 +95,9 @@ def test_before_the_first_applied_step_an_evaluation_by_averages_sees_the_weight
 @pytest.mark.parametrize("swap_on_epoch", few([False, True], [True]))
 @every_setting("every second step")
 @full_on("jax")
-def test_swapping_in_a_run_with_a_skipped_batch_equals_swapping_without_it(settings, swap_on_epoch):
+def test_swapping_averages_after_a_skipped_batch_equals_swapping_without_it(
+    settings, swap_on_epoch
+):
     def run(optimizer, module, x, y):
         keras.utils.set_random_seed(0)
         model = module.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
@@ -122,7 +124,7 @@ def test_swapping_in_a_run_with_a_skipped_batch_equals_swapping_without_it(setti
     assert logs == expected_logs
 
 
-def test_one_fit_after_the_other_goes_on_with_the_averages_of_the_first():
+def test_a_second_fit_continues_the_averages_of_the_first():
     """On JAX a plain optimizer fails here: weight and average share a buffer, donated twice."""
     model, once = compiled(Ours(averaging({}), loss_scale=1.0)), compiled(averaging({}))
     fit(model, X)
@@ -151,7 +153,7 @@ def test_averages_of_an_inner_optimizer_that_has_not_stepped_start_as_the_weight
     assert numpy(inner._model_variables_moving_average)[0].tolist() == [1.0, 2.0]
 
 
-def test_a_variable_that_keeps_no_average_is_passed_over():
+def test_a_variable_without_an_average_is_left_out():
     variables = variables_of([1.0], [2.0])
     variables[0].overwrite_with_gradient = True
     optimizer = Ours(averaging({}))
@@ -181,7 +183,7 @@ def test_a_graph_that_makes_the_optimizers_state_starts_the_averages_too():
 
 
 @pytest.mark.backend("tensorflow")
-def test_averages_of_tensorflows_own_variables_start_as_they_are():
+def test_averages_of_tensorflow_variables_start_as_the_variables():
     import tensorflow as tf
 
     variables = [tf.Variable([1.0, 2.0])]

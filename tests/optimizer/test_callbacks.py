@@ -113,7 +113,7 @@ def test_early_stopping_brings_the_best_weights_back():
 
 
 @pytest.mark.full
-def test_in_stock_keras_it_stops_the_run():
+def test_early_stopping_stops_the_run_in_stock_keras():
     """Fault 8."""
     model = network(keras)
     model.compile(keras.optimizers.LossScaleOptimizer(adam()), "mse")
@@ -122,7 +122,7 @@ def test_in_stock_keras_it_stops_the_run():
 
 
 @pytest.mark.full
-def test_model_checkpoint_saves_what_a_plain_run_saves_and_a_new_model_goes_on(tmp_path):
+def test_model_checkpoint_saves_what_a_plain_run_saves_and_a_new_model_continues(tmp_path):
     paths = iter([tmp_path / "plain.keras", tmp_path / "ours.keras"])
     _, _, model = both(
         lambda: keras.callbacks.ModelCheckpoint(next(paths), "loss", save_best_only=True)

@@ -34,7 +34,7 @@ def checkpoint(optimizer):
 
 
 @pytest.mark.parametrize("built_first", [True, False])
-def test_one_of_stock_keras_restores_into_ours(built_first, tmp_path):
+def test_a_checkpoint_of_the_stock_wrapper_restores(built_first, tmp_path):
     """By position: what stock Keras has comes first in ours, in its order."""
     stock = Stock(keras.optimizers.Adam(0.1), initial_scale=SCALE)
     stepped(stock, 1.0, np.inf, 1.0, 1.0)
@@ -53,7 +53,7 @@ def test_one_of_stock_keras_restores_into_ours(built_first, tmp_path):
 
 
 @pytest.mark.parametrize("built_first", [True, False])
-def test_one_of_a_plain_optimizer_restores_into_the_inner_one(built_first, tmp_path):
+def test_a_checkpoint_of_a_plain_optimizer_restores_into_the_inner_one(built_first, tmp_path):
     plain, _ = stepped(keras.optimizers.Adam(0.1), 1.0, 2.0)
     path = checkpoint(plain).save(tmp_path / "plain")
     optimizer = ours()
@@ -65,7 +65,7 @@ def test_one_of_a_plain_optimizer_restores_into_the_inner_one(built_first, tmp_p
     assert_same_bits(numpy(optimizer.inner_optimizer.variables), numpy(plain.variables))
 
 
-def test_the_inner_ones_restores_into_a_plain_optimizer(tmp_path):
+def test_a_checkpoint_of_the_inner_optimizer_restores_into_a_plain_one(tmp_path):
     optimizer, _ = stepped(ours(), 1.0, 2.0)
     path = checkpoint(optimizer.inner_optimizer).save(tmp_path / "inner")
     plain, _ = stepped(keras.optimizers.Adam(0.1))
@@ -73,7 +73,7 @@ def test_the_inner_ones_restores_into_a_plain_optimizer(tmp_path):
     assert_same_bits(numpy(plain.variables), numpy(optimizer.inner_optimizer.variables))
 
 
-def test_it_can_be_restored_twice(tmp_path):
+def test_a_checkpoint_can_be_restored_twice(tmp_path):
     optimizer, variables = stepped(ours(), 1.0, np.inf, np.inf)
     saved = optimizer.get_weights()
     whole = checkpoint(optimizer)

@@ -91,7 +91,7 @@ def trained(make, step, **options):
 
 @every_way
 @pytest.mark.parametrize("name", few(COMPANIONS, QUICK))
-def test_a_companion_works_as_without_the_wrapper(name, step):
+def test_a_setting_of_the_inner_optimizer_works_as_without_the_wrapper(name, step):
     with_it, without = COMPANIONS[name]
     twins = trained(with_it, step)
     twins.check()
@@ -133,7 +133,7 @@ def test_a_constraint_acts_on_applied_steps_only(step):
 @every_way
 @pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")
 @pytest.mark.parametrize("accumulation", few([None, 2], [2]))
-def test_variables_without_a_gradient_stay_and_the_others_move(step, accumulation):
+def test_variables_without_a_gradient_stay_and_the_others_are_updated(step, accumulation):
     twins = trained(adam(gradient_accumulation_steps=accumulation), step, missing=(0, 2))
     twins.check()
     moved = [
@@ -176,7 +176,7 @@ def test_gradients_are_clipped_as_by_keras(settings, scale):
     np.testing.assert_allclose(ended[1], ended[0], rtol=1e-6)
 
 
-def test_gradients_that_were_unscaled_by_hand_are_clipped_by_their_own_norm():
+def test_manually_unscaled_gradients_are_clipped_by_their_own_norm():
     variables = variables_of([0.0, 0.0])
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0, global_clipnorm=1.0), loss_scale=8.0)
     optimizer.build(variables)
@@ -184,7 +184,7 @@ def test_gradients_that_were_unscaled_by_hand_are_clipped_by_their_own_norm():
     np.testing.assert_allclose(numpy(variables)[0], [-0.6, -0.8], rtol=1e-6)
 
 
-def test_a_class_of_the_users_own_is_left_to_clip():
+def test_a_user_defined_optimizer_does_its_own_clipping():
     seen = []
 
     class Own(keras.optimizers.SGD):
@@ -211,7 +211,7 @@ NORMS = {
 @pytest.mark.parametrize("number", [full(3), 9])  # TensorFlow looks at few one by one
 @pytest.mark.parametrize("scale", [1.0, full(SCALE)])
 @pytest.mark.parametrize("fused", [True, full(False)])
-def test_where_the_norm_to_clip_by_is_infinite_the_step_is_skipped(step, fused, scale, number):
+def test_a_step_whose_clipping_norm_is_infinite_is_skipped(step, fused, scale, number):
     """Of finite gradients, whose squares are not; Keras makes NaN of them, or zeros."""
     variables = variables_of(*[[0.0]] * number)
     optimizer = LossScaleOptimizer(
@@ -235,7 +235,7 @@ def test_where_the_norm_to_clip_by_is_infinite_the_step_is_skipped(step, fused, 
 
 @every_way
 @pytest.mark.full
-def test_a_norm_of_one_gradient_does_not_go_by_the_others(step):
+def test_a_norm_per_gradient_does_not_depend_on_the_others(step):
     variables = variables_of([0.0], [0.0])
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0, clipnorm=1.0), loss_scale=1.0)
     step(optimizer, tensors(HUGE, HUGE), variables)

@@ -17,7 +17,7 @@ MODULES = {"stock model": keras, "kerasmp model": mp}
 
 @pytest.mark.parametrize("module", by_name(MODULES, ["kerasmp model"]))
 @pytest.mark.parametrize("schedule", few(SCHEDULES, SCHEDULES[:1]), ids=repr)
-def test_fit_gives_up_every_buffer_of_before(module, schedule):
+def test_fit_donates_every_buffer(module, schedule):
     model = network(module, [keras.layers.BatchNormalization()])
     inner = keras.optimizers.Adam(0.01, use_ema=True, gradient_accumulation_steps=2)
     model.compile(mp.LossScaleOptimizer(inner, loss_scale=schedule), "mse")

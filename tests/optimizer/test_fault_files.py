@@ -59,7 +59,7 @@ OURS = {
 class TestLoadedUnderAnotherPolicy:
     @pytest.mark.full
     @pytest.mark.filterwarnings(LOST)
-    def test_in_stock_keras_wrapper_and_state_are_lost_and_float16_stays(self, tmp_path):
+    def test_stock_keras_loses_wrapper_and_state_and_keeps_float16(self, tmp_path):
         """Fault 12."""
         model = saved_under_float16(tmp_path / "model.keras", keras, "adam")
         assert type(model.optimizer) is Stock
@@ -70,7 +70,7 @@ class TestLoadedUnderAnotherPolicy:
         assert loaded.layers[0].compute_dtype == "float16"
 
     @pytest.mark.parametrize(("module", "optimizer"), by_name(OURS, ["our model"]))
-    def test_ours_goes_on_bit_for_bit(self, module, optimizer, tmp_path):
+    def test_kerasmp_continues_bit_for_bit(self, module, optimizer, tmp_path):
         model = saved_under_float16(tmp_path / "model.keras", module, optimizer())
         loaded = keras.models.load_model(tmp_path / "model.keras")
         assert loaded.optimizer.schedule == model.optimizer.schedule
@@ -98,7 +98,7 @@ class TestAutoScaleLoss:
         assert type(loaded) is Stock
         assert steps(loaded) == 0
 
-    def test_ours_leaves_it_as_it_was(self, tmp_path):
+    def test_kerasmp_loads_it_unchanged(self, tmp_path):
         optimizer, loaded = self.loaded(mp, tmp_path / "model.keras")
         assert is_plain(loaded)
         assert steps(loaded) == 4

@@ -50,14 +50,14 @@ BAD = {"loss": BAD_LOSS, "gradients": BAD_GRADIENTS}
 
 
 @pytest.mark.parametrize("bad", by_name(BAD, []))
-def test_stock_keras_has_not_moved(bad):
+def test_stock_keras_does_not_learn(bad):
     before, after, lowest, _ = trained(keras, Stock, bad)
     assert lowest == 2.0**-45
     assert after == before
 
 
 @pytest.mark.parametrize("bad", by_name(BAD, ["gradients"]))
-def test_ours_has_learned(bad):
+def test_a_kerasmp_model_learns(bad):
     before, after, lowest, model = trained(mp, mp.LossScaleOptimizer, bad)
     causes = {cause: n for cause, n in model.optimizer.skip_causes.items() if n}
     if bad is BAD_LOSS:
@@ -70,7 +70,7 @@ def test_ours_has_learned(bad):
 
 
 @pytest.mark.parametrize("bad", by_name(BAD, []))
-def test_ours_in_a_stock_model_has_learned_too(bad):
+def test_the_kerasmp_optimizer_in_a_stock_model_learns(bad):
     before, after, lowest, model = trained(keras, mp.LossScaleOptimizer, bad)
     assert lowest == (2.0**15 if bad is BAD_LOSS and not ON_JAX else FLOOR)
     assert model.optimizer.skipped_steps == 60

@@ -88,7 +88,7 @@ def test_steps_equal_keras_to_rounding(make, step):
 
 @pytest.mark.full
 @pytest.mark.parametrize("make", HAS_FUSED_UPDATES.values(), ids=HAS_FUSED_UPDATES)
-def test_so_do_thousands(make):
+def test_thousands_of_steps_equal_keras_to_rounding(make):
     check_steps(make, graph if BACKEND == "tensorflow" else eager, 2000)
 
 
@@ -96,7 +96,7 @@ def test_so_do_thousands(make):
     "make", [HAS_FUSED_UPDATES["Adam"], HAS_FUSED_UPDATES["momentum"]], ids=["Adam", "momentum"]
 )
 @pytest.mark.parametrize("size", [-12, 6])
-def test_so_do_small_and_large_ones(make, size):
+def test_small_and_large_gradients_give_steps_that_equal_keras_to_rounding(make, size):
     check_steps(make, eager, 10, (size, size))
 
 
@@ -170,7 +170,7 @@ KERAS_OWN = {
 
 
 @pytest.mark.parametrize("make", by_name(KERAS_OWN, ["a subclass", "a method of one object"]))
-def test_what_does_more_than_the_kernel_is_left_to_keras(make):
+def test_optimizers_that_do_more_than_the_kernel_are_left_to_keras(make):
     sequence = gradients(3, 4, (-2, 0))
     wrapped = LossScaleOptimizer(make(), loss_scale=SCALE)
     got, expected = (trained(each, eager, sequence)[-1] for each in (wrapped, make()))
@@ -178,7 +178,7 @@ def test_what_does_more_than_the_kernel_is_left_to_keras(make):
 
 
 @full_on("torch")
-def test_so_are_variables_that_are_no_plain_float32_ones():
+def test_variables_other_than_plain_float32_ones_are_left_to_keras():
     for settings in ({"constraint": keras.constraints.NonNeg()}, {"dtype": "float16"}):
         results = []
         for wrapped in (LossScaleOptimizer(o.SGD(0.25), loss_scale=4.0), o.SGD(0.25)):
@@ -241,7 +241,7 @@ def test_large_variables_are_updated_in_pieces(make):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_some_of_the_variables_are_updated_alone():
+def test_a_part_of_the_variables_can_be_updated():
     results = []
     for optimizer in (
         LossScaleOptimizer(HAS_FUSED_UPDATES["Adam"](), loss_scale=4.0),
@@ -284,7 +284,7 @@ def test_gradients_of_another_dtype_are_clipped_and_applied_as_by_keras(dtype):
 
 
 @pytest.mark.backend("torch")
-def test_what_lies_in_memory_in_another_order_is_not_mixed_up():
+def test_tensors_with_another_memory_layout_are_updated_correctly():
     rng = np.random.default_rng(0)
     value, gradient = rng.normal(size=(2, 3, 5)).astype("float32")
     results = []
@@ -301,7 +301,7 @@ def test_what_lies_in_memory_in_another_order_is_not_mixed_up():
 
 
 @pytest.mark.parametrize("rate", [2.0**-27, 1e-14])
-def test_a_small_rate_keeps_its_digits(rate):
+def test_a_small_learning_rate_keeps_its_precision(rate):
     moments = []
     for wrap, scale in ((lambda inner: inner, 1.0), (LossScaleOptimizer, SCALE)):
         inner = o.SGD(rate * SCALE, momentum=0.9)
@@ -324,7 +324,7 @@ def test_torchs_pure_step_is_the_eager_one(make):
     assert_same_bits([keras.ops.convert_to_numpy(w) for w in weights], numpy(variables))
 
 
-def test_so_are_scales_that_a_rate_cannot_be_divided_by():
+def test_scales_that_a_learning_rate_cannot_be_divided_by_are_left_to_keras():
     schedule = DynamicLossScale(max_scale=2.0**80)
     assert LossScaleOptimizer("sgd", loss_scale=schedule).fused_update is None
     assert LossScaleOptimizer("sgd", loss_scale=2.0**80).fused_update is None
@@ -335,7 +335,7 @@ def test_so_are_scales_that_a_rate_cannot_be_divided_by():
     assert wrapped.loss_scale == 2.0
 
 
-def test_it_can_be_turned_off_which_files_keep():
+def test_fusing_can_be_turned_off_and_files_keep_that():
     wrapped = LossScaleOptimizer(HAS_FUSED_UPDATES["Adam"](), loss_scale=SCALE, fused=False)
     assert wrapped.fused_update is None
     config = keras.saving.serialize_keras_object(wrapped)

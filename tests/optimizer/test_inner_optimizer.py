@@ -18,7 +18,7 @@ class Own(keras.optimizers.SGD):
         return {**super().get_config(), "flavour": self.flavour}
 
 
-def test_a_class_of_the_users_own_is_named_in_custom_objects():
+def test_a_user_defined_class_is_loaded_through_custom_objects():
     config = keras.optimizers.serialize(LossScaleOptimizer(Own(0.25, flavour="sour")))
     again = keras.optimizers.deserialize(config, custom_objects={"Own": Own})
     assert type(again) is LossScaleOptimizer
@@ -28,20 +28,20 @@ def test_a_class_of_the_users_own_is_named_in_custom_objects():
         assert type(keras.optimizers.deserialize(config).inner_optimizer) is Own
 
 
-def test_without_it_the_error_names_the_class():
+def test_without_custom_objects_the_error_names_the_class():
     config = LossScaleOptimizer(Own(0.25)).get_config()
     with pytest.raises(TypeError, match="Own"):
         LossScaleOptimizer.from_config(config)
 
 
-def test_its_attributes_are_reached_through_it_and_not_through_the_wrapper():
+def test_attributes_of_the_inner_optimizer_are_not_on_the_wrapper():
     optimizer = LossScaleOptimizer(Own(0.25, momentum=0.5, flavour="sour"))
     assert (optimizer.inner_optimizer.flavour, optimizer.inner_optimizer.momentum) == ("sour", 0.5)
     for name in ("flavour", "momentum"):
         assert not hasattr(optimizer, name)
 
 
-def test_wrapped_a_second_time_it_keeps_its_state_and_the_scale_starts_anew():
+def test_an_optimizer_wrapped_again_keeps_its_state_and_starts_a_new_scale():
     """Each wrapper has a scale and counters of its own, both move the same moments."""
     variables, others = variables_of([1.0, 2.0]), variables_of([1.0, 2.0])
     inner, plain = keras.optimizers.Adam(0.1), keras.optimizers.Adam(0.1)
@@ -70,7 +70,7 @@ class Signs(keras.optimizers.SGD):
         return super().stateless_apply(optimizer_variables, signs, trainable_variables)
 
 
-def test_a_step_goes_through_the_same_method_of_it_as_without_the_wrapper():
+def test_a_step_calls_the_same_method_as_without_the_wrapper():
     optimizer, variables = LossScaleOptimizer(Signs(0.5), loss_scale=2.0), variables_of([1.0])
     optimizer.apply_gradients(zip(tensors([6.0]), variables, strict=True))
     assert numpy(variables)[0].tolist() == [0.5]

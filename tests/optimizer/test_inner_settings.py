@@ -31,7 +31,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(("name", "value"), SETTINGS.items(), ids=SETTINGS)
-def test_a_setting_that_no_step_would_see_is_refused(name, value):
+def test_a_setting_that_no_step_would_read_is_refused(name, value):
     optimizer = LossScaleOptimizer("sgd")
     told = rf"`{name}`.*Expected: optimizer\.inner_optimizer\.{name} = "
     with pytest.raises(LossScaleError, match=told):
@@ -40,13 +40,13 @@ def test_a_setting_that_no_step_would_see_is_refused(name, value):
 
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "value"), SETTINGS.items(), ids=SETTINGS)
-def test_in_stock_keras_it_is_lost(name, value):
+def test_a_setting_on_the_wrapper_is_lost_in_stock_keras(name, value):
     stock = Stock(keras.optimizers.SGD())
     setattr(stock, name, value)  # is never heard of again
     assert getattr(stock.inner_optimizer, name) != value
 
 
-def test_the_scale_of_a_plain_optimizer_is_sent_to_the_wrapper():
+def test_loss_scale_factor_on_the_wrapper_is_refused_with_a_hint():
     """On the inner optimizer it would make updates silently tiny."""
     optimizer = LossScaleOptimizer("sgd")
     with pytest.raises(LossScaleError, match=r"Expected: LossScaleOptimizer\(.*loss_scale=8\.0"):
@@ -90,16 +90,16 @@ def decayed(cls):
     return [value.tolist() for value in numpy(variables)]
 
 
-def test_variables_are_left_out_of_the_decay_through_the_wrapper():
+def test_exclude_from_weight_decay_works_through_the_wrapper():
     assert decayed(LossScaleOptimizer) == [[1.0], [0.5]]
 
 
 @pytest.mark.full
-def test_in_stock_keras_they_are_not():
+def test_exclude_from_weight_decay_has_no_effect_through_the_stock_wrapper():
     assert decayed(Stock) == [[0.5], [0.5]]
 
 
-def test_a_schedule_is_exchanged_before_build_only():
+def test_a_schedule_can_be_replaced_only_before_build():
     variables = variables_of([0.0])
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=8.0)
     optimizer.schedule = FixedLossScale(4.0)

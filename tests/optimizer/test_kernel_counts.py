@@ -45,5 +45,5 @@ def test_a_fused_step_of_adam_takes_fewer_operations_than_one_without_scaling():
 
 
 @pytest.mark.full
-def test_in_stock_keras_it_reads_the_scale_and_checks_in_two():
+def test_stock_keras_adds_more_than_four_operations_for_each_gradient():
     assert added_by(keras.optimizers.LossScaleOptimizer) > 4 * VARIABLES

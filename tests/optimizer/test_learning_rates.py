@@ -30,7 +30,7 @@ def rate(optimizer):
     return float(ops.convert_to_numpy(ops.convert_to_tensor(optimizer.learning_rate)))
 
 
-def test_every_schedule_of_keras_is_here():
+def test_every_schedule_of_keras_is_tested():
     """A new one fails here until it is made above."""
     found = {
         name
@@ -86,7 +86,7 @@ def test_a_learning_rate_that_is_set_between_steps_is_used_from_then_on(step):
     twins.check()
 
 
-def test_a_rate_under_a_schedule_cannot_be_set_here_either():
+def test_a_learning_rate_with_a_schedule_cannot_be_set():
     with pytest.raises(TypeError, match="not settable"):
         LossScaleOptimizer(keras.optimizers.SGD(MADE["PolynomialDecay"]())).learning_rate = 0.5
 
@@ -177,7 +177,7 @@ class TestWhatChangesBetweenEagerSteps:
         ]
 
     @pytest.mark.parametrize("as_variable", [False, True])
-    def test_a_function_is_asked_once_a_step_and_stays_where_it_was(self, as_variable):
+    def test_a_function_is_called_once_a_step_and_is_kept(self, as_variable):
         rates = [0.25, 0.5, 1.0]
 
         def rate():

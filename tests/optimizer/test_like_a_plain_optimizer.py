@@ -66,7 +66,7 @@ class TestLikeAPlainOptimizer:
         assert float(optimizer.inner_optimizer.learning_rate.value) == 0.5
         assert optimizer.iterations is optimizer.inner_optimizer.iterations
 
-    def test_it_is_what_compile_takes_for_a_wrapper(self):
+    def test_compile_recognises_it_as_a_wrapper(self):
         assert issubclass(LossScaleOptimizer, Stock)
 
 
@@ -76,7 +76,7 @@ class TestTensorFlowsOwnVariables:
 
     @each_of(WAYS, WAYS[:2])
     @pytest.mark.parametrize("settings", few(SETTINGS, SETTINGS[-1:]), ids=str)
-    def test_are_updated_as_by_a_plain_optimizer(self, step, settings):
+    def test_are_updated_like_by_a_plain_optimizer(self, step, settings):
         import tensorflow as tf
 
         results = []

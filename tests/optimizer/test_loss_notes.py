@@ -12,7 +12,7 @@ from kerasmp.optimizer.step import all_finite
 pytestmark = pytest.mark.unit
 
 
-def test_notes_of_replicas_are_kept_apart_and_copies_are_empty():
+def test_notes_of_replicas_are_separate_and_copies_are_empty():
     pending = Pending()
     notes = pending.losses
     notes.add(0, None, 1.0)
@@ -30,7 +30,7 @@ def test_a_copy_has_no_compiled_steps():
     assert copy.deepcopy(pending).compiled.get("key", lambda: "other") == "other"
 
 
-def test_a_note_of_another_trace_is_none():
+def test_a_note_of_another_trace_is_ignored():
     notes = LossNotes()
     notes.add(0, "one", 1.0)
     assert notes.pop(0, "other") == []
@@ -40,7 +40,7 @@ def test_a_note_of_another_trace_is_none():
 
 
 @pytest.mark.parametrize(("one", "finite"), [(1.0, True), (np.nan, False)])
-def test_losses_without_a_step_are_held_as_one(one, finite):
+def test_many_losses_without_a_step_are_merged(one, finite):
     notes = LossNotes()
     for loss in (one, *[1.0] * 99):
         notes.add(0, None, ops.convert_to_tensor(loss, dtype="float32"))

@@ -21,7 +21,7 @@ def gradients(changes):
 
 
 @each_of(WAYS, [way for way in (eager, graph) if way in WAYS])
-def test_what_is_bad_is_found_among_many_and_huge_values_are_not(step):
+def test_a_bad_value_is_found_among_many_gradients_and_huge_values_are_not(step):
     """All with one optimizer, so that a step is traced once."""
     variables, counts = weights(), np.zeros(NUMBER)
     optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(0.5), loss_scale=1.0)

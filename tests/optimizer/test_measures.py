@@ -30,7 +30,7 @@ def test_the_share_flushed_to_zero_is_estimated_within_a_factor_of_two(spread, c
     assert estimate(stored) >= 0.5 * flushed - 2e-4
 
 
-def test_true_zeros_far_from_the_limit_are_no_underflow():
+def test_zeros_far_from_the_limit_are_not_counted_as_underflow():
     """Half of a ReLU's gradients are zero, and none of them was flushed."""
     values = np.random.default_rng(0).normal(size=10_000).astype("float32")
     assert estimate(np.where(values > 0, values, 0)) == 0.0
@@ -47,7 +47,7 @@ def test_several_arrays_count_as_one():
     assert estimate(*values) == pytest.approx(estimate(values))
 
 
-def test_no_more_than_the_zeros_there_are():
+def test_the_estimate_is_at_most_the_share_of_zeros():
     grid = np.float32(2.0**-24)
     assert estimate(np.array([grid] * 90 + [0.0] * 10, "float32")) == pytest.approx(0.1)
 

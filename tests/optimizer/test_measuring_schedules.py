@@ -29,7 +29,7 @@ class Recording(LossScale):
 
 
 @each_of(WAYS)
-def test_a_schedule_gets_what_it_asks_for_and_nothing_of_a_bad_step(step):
+def test_a_schedule_gets_the_statistics_it_asks_for_except_in_bad_steps(step):
     variables = variables_of([1.0, 2.0], [0.0])
     optimizer = LossScaleOptimizer("sgd", loss_scale=Recording())
     step(optimizer, tensors([2.0**-24, -8.0], [0.0]), variables)
@@ -43,7 +43,7 @@ def test_a_schedule_gets_what_it_asks_for_and_nothing_of_a_bad_step(step):
 
 
 @pytest.mark.backend("tensorflow")
-def test_sparse_gradients_are_measured_by_what_they_hold():
+def test_sparse_gradients_are_measured_by_their_values():
     import tensorflow as tf
 
     variable = keras.Variable(np.ones((1000, 2), "float32"))
@@ -53,7 +53,7 @@ def test_sparse_gradients_are_measured_by_what_they_hold():
     assert float(optimizer.seen_max.numpy()) == 4.0
 
 
-def test_gradients_that_were_unscaled_by_hand_are_measured_alike():
+def test_manually_unscaled_gradients_give_the_same_statistics():
     variables = variables_of([1.0, 2.0])
     optimizer = LossScaleOptimizer("sgd", loss_scale=Recording())
     optimizer.build(variables)

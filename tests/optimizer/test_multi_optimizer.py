@@ -35,7 +35,7 @@ def several(rate=0.05, **settings):
 
 @each_of(EXACT_WAYS)
 @pytest.mark.parametrize("settings", few(SETTINGS, SETTINGS[-1:]), ids=str)
-def test_equals_the_one_without_a_wrapper_and_skips_for_all_at_once(settings, step):
+def test_equals_the_unwrapped_one_and_skips_for_all_at_once(settings, step):
     twins = Twins(lambda _: several(**settings), step)
     twins.bad(np.inf)
     for seed in range(5):
@@ -93,13 +93,13 @@ def test_learning_rate_callbacks_reach_every_optimizer_inside(callback):
 
 @pytest.mark.full
 @pytest.mark.parametrize("callback", CALLBACKS.values(), ids=CALLBACKS)
-def test_in_stock_keras_they_fail(callback):
+def test_learning_rate_callbacks_fail_in_stock_keras(callback):
     with pytest.raises((ValueError, AttributeError), match=r"(?i)learning.rate"):
         fitted(Stock(several()), [callback()])
 
 
 @pytest.mark.full
-def test_averages_are_swapped_in_those_that_have_some():
+def test_averages_are_swapped_where_an_optimizer_has_them():
     def swapped(optimizer):
         callbacks = [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)]
         return fitted(optimizer, callbacks)[0]

@@ -41,7 +41,7 @@ class Outer(keras.optimizers.Optimizer):
         self.worker.apply(grads, trainable_variables)
 
 
-def test_all_are_found_each_once():
+def test_all_are_found_exactly_once():
     inmost, listed = keras.optimizers.SGD(), keras.optimizers.Adam()
     outer = Outer(Outer(inmost))
     outer.more = [listed, {"again": inmost}]
@@ -51,7 +51,7 @@ def test_all_are_found_each_once():
     assert len(optimizer_chain(outer)) == 4
 
 
-def test_its_own_scale_is_refused_before_anything_is_made():
+def test_its_own_loss_scale_is_refused_before_any_change():
     optimizer = LossScaleOptimizer(Outer(keras.optimizers.SGD(1.0, loss_scale_factor=4.0)))
     with pytest.raises(LossScaleError, match=r"loss_scale_factor = 4\.0"):
         optimizer.apply(tensors([1.0]), variables_of([1.0]))
@@ -66,7 +66,7 @@ def delegating(worker):
     return outer
 
 
-def test_one_that_a_replaced_method_uses_is_known_too():
+def test_one_that_only_an_overridden_method_uses_is_found():
     scaling = LossScaleOptimizer(delegating(keras.optimizers.SGD(1.0, loss_scale_factor=4.0)))
     with pytest.raises(LossScaleError, match=r"loss_scale_factor = 4\.0"):
         scaling.apply(tensors([1.0]), variables_of([1.0]))
@@ -76,7 +76,7 @@ def test_one_that_a_replaced_method_uses_is_known_too():
 
 
 @every_way
-def test_its_averages_start_as_the_weights(step):
+def test_averages_of_a_nested_optimizer_start_as_the_weights(step):
     variables = variables_of([1.0, 2.0])
     worker = keras.optimizers.SGD(1.0, use_ema=True)
     step(LossScaleOptimizer(Outer(worker), loss_scale=SCALE), tensors([np.inf, 0.0]), variables)
@@ -84,7 +84,7 @@ def test_its_averages_start_as_the_weights(step):
 
 
 @every_way
-def test_it_may_accumulate_for_float16_variables(step):
+def test_a_nested_optimizer_may_accumulate_for_float16_variables(step):
     variables = [keras.Variable(ops.cast(ops.zeros(1), "float16"), dtype="float16")]
     worker = keras.optimizers.SGD(1.0, gradient_accumulation_steps=2)
     optimizer = LossScaleOptimizer(Outer(worker), loss_scale=SCALE)
@@ -94,7 +94,7 @@ def test_it_may_accumulate_for_float16_variables(step):
     assert optimizer.accumulated_steps == 0
 
 
-def test_what_is_set_on_it_between_eager_steps_is_seen():
+def test_settings_changed_between_eager_steps_are_used():
     variables = variables_of([0.0])
     worker = keras.optimizers.SGD(1.0)
     optimizer = LossScaleOptimizer(Outer(worker), loss_scale=SCALE)

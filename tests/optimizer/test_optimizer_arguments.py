@@ -64,7 +64,7 @@ def test_what_the_schedule_refuses_is_refused_under_keras_names(argument, value,
         LossScaleOptimizer("sgd", **{argument: value})
 
 
-def test_a_fixed_scale_that_shall_grow_is_refused():
+def test_a_fixed_scale_with_a_growth_interval_is_refused():
     with pytest.raises(LossScaleError, match="A fixed scale does not grow"):
         LossScaleOptimizer("sgd", dynamic=False, dynamic_growth_steps=5)
 
@@ -95,7 +95,7 @@ def test_all_but_the_optimizer_are_keywords():
         ("gradient_accumulation_steps", None, 2),
     ],
 )
-def test_the_inner_optimizers_settings_are_sent_to_it_by_an_error(argument, default, other):
+def test_settings_of_the_inner_optimizer_are_refused_with_a_hint(argument, default, other):
     """Fault 18: a setting on the wrapper must not be lost in silence."""
     LossScaleOptimizer("sgd", **{argument: default})  # older files hold the default
     with pytest.raises(LossScaleError, match=f"`{argument}` on the `inner_optimizer`") as caught:
@@ -103,7 +103,7 @@ def test_the_inner_optimizers_settings_are_sent_to_it_by_an_error(argument, defa
     assert caught.value.received == f"{argument}={other!r}"
 
 
-def test_the_scale_of_a_plain_optimizer_has_another_name_here():
+def test_loss_scale_factor_is_refused_with_the_right_name():
     LossScaleOptimizer("sgd", loss_scale_factor=None)  # older files hold the default
     with pytest.raises(LossScaleError, match=r"For a fixed scale pass loss_scale=8\.0"):
         LossScaleOptimizer("sgd", loss_scale_factor=8.0)
@@ -115,19 +115,19 @@ def test_unknown_arguments_are_all_named():
 
 
 @pytest.mark.parametrize("name", [3, True, "a/b", b"sgd"], ids=str)
-def test_what_is_no_name_is_a_value_error(name):
+def test_an_invalid_name_is_a_value_error(name):
     with pytest.raises(LossScaleError, match="`name` cannot be an optimizer's name"):
         LossScaleOptimizer("sgd", name=name)
 
 
 @pytest.mark.parametrize("inner", [3, None, [], keras.optimizers.SGD, object], ids=str)
-def test_no_optimizer_is_a_type_error(inner):
+def test_an_argument_that_is_not_an_optimizer_is_a_type_error(inner):
     with pytest.raises(ArgumentTypeError, match="is not an optimizer") as caught:
         LossScaleOptimizer(inner)
     assert caught.value.received.startswith(repr(inner))
 
 
-def test_a_name_is_no_optimizer_once_there_is_one():
+def test_a_name_is_refused_where_an_instance_is_needed():
     optimizer = LossScaleOptimizer("sgd")
     with pytest.raises(ArgumentTypeError, match=r"Received: 'adam'.*keras.optimizers.get.'adam'"):
         optimizer.inner_optimizer = "adam"
@@ -158,7 +158,7 @@ def test_a_scale_of_the_inner_optimizer_is_dropped_with_a_warning():
     assert inner.loss_scale_factor is None
 
 
-def test_compile_says_so_too_where_it_wraps():
+def test_compile_warns_of_a_dropped_scale_where_it_wraps():
     """Fault 10: stock Keras puts a dynamic scale in its place without a word."""
     with mp.policy_scope("mixed_float16"):
         model = mp.Sequential([keras.Input((4,)), keras.layers.Dense(1)])

@@ -100,7 +100,7 @@ def test_an_optimizer_that_is_not_built_can_be_copied(copied):
     assert numpy(variables)[0].tolist() == [0.75]
 
 
-def test_what_a_foreign_state_does_not_know_starts_anew():
+def test_entries_that_a_foreign_state_lacks_start_anew():
     variables = variables_of([1.0])
     store = {}
     stock = Stock(keras.optimizers.SGD())
@@ -126,7 +126,7 @@ def test_a_file_from_another_schedule_loads_what_both_have():
     assert int(ops.convert_to_tensor(dynamic.hysteresis_left)) == 3
 
 
-def test_a_file_from_before_there_was_a_recovery_loads():
+def test_a_file_without_a_recovery_state_loads():
     """Its config does not name the setting, its state has no place for it."""
     before = LossScaleOptimizer("sgd", loss_scale=DynamicLossScale(64.0, recovery_interval=None))
     variables = variables_of([1.0])
@@ -144,7 +144,7 @@ def test_a_file_from_before_there_was_a_recovery_loads():
 
 
 @pytest.mark.backend("tensorflow")
-def test_a_checkpoint_from_before_there_was_a_recovery_restores(tmp_path):
+def test_a_checkpoint_without_a_recovery_state_restores(tmp_path):
     import tensorflow as tf
 
     before = LossScaleOptimizer("adam", loss_scale=DynamicLossScale(64.0, recovery_interval=None))

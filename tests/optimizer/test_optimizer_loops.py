@@ -155,14 +155,14 @@ def test_an_eager_loop_with_backward_sees_the_scale_move():
 
 
 @pytest.mark.backend("torch")
-def test_the_step_leaves_no_graph_behind_it():
+def test_a_step_leaves_no_autograd_graph():
     _, optimizer, _, _ = _first()
     assert not any(v.value.requires_grad for v in optimizer.variables)
 
 
 @pytest.mark.backend("jax")
 @pytest.mark.parametrize("built", [True, False])
-def test_a_scale_that_jit_would_bake_in_is_an_error(built):
+def test_a_scale_that_jit_would_make_constant_is_an_error(built):
     """Fault 15."""
     import jax
 
@@ -184,7 +184,7 @@ def test_a_scale_that_jit_would_bake_in_is_an_error(built):
 
 @pytest.mark.full
 @pytest.mark.backend("jax")
-def test_stock_keras_goes_on_with_the_scale_of_the_first_step():
+def test_stock_keras_keeps_using_the_scale_of_the_first_step():
     import jax
 
     stock = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
@@ -197,7 +197,7 @@ def test_stock_keras_goes_on_with_the_scale_of_the_first_step():
 
 @pytest.mark.backend("jax")
 @pytest.mark.parametrize("name", ["loss_scale", "skipped_steps", "nonfinite_counts"])
-def test_a_number_that_jit_would_bake_in_is_an_error(name):
+def test_a_value_that_jit_would_make_constant_is_an_error(name):
     import jax
 
     optimizer = LossScaleOptimizer("sgd", loss_scale=8.0)

@@ -86,7 +86,7 @@ def test_one_bad_element_among_thousands_skips(step, dtype, gradients, scale):
 
 @each_of(WAYS)
 @pytest.mark.filterwarnings(NO_GRADIENT)
-def test_counts_point_past_variables_without_a_gradient(step):
+def test_counts_skip_variables_without_a_gradient(step):
     variables = variables_of([1.0], [2.0], [3.0], [4.0])
     optimizer = LossScaleOptimizer("sgd", loss_scale=1.0)
     step(optimizer, tensors([1.0], None, [np.nan], None), variables)
@@ -104,7 +104,7 @@ def test_counts_find_the_variables_of_a_call_with_some_of_them_in_another_order(
     assert optimizer.nonfinite_counts.tolist() == [0, 0, 1]
 
 
-def test_a_call_with_all_variables_in_another_order_finds_what_is_kept_of_each():
+def test_a_call_with_all_variables_in_another_order_finds_each_state():
     variables = variables_of([1.0], [2.0], [3.0])
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0, momentum=0.5), loss_scale=1)
     optimizer.build(variables)
@@ -170,7 +170,7 @@ def test_scale_loss_before_and_after_build(built):
 
 
 @each_of(WAYS)
-def test_variables_that_take_their_gradient_as_value_get_it_as_it_is(step):
+def test_variables_overwritten_with_their_gradient_get_it_unchanged(step):
     variables = variables_of([1.0, 2.0], [3.0])
     variables[1].overwrite_with_gradient = True
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=4.0)
@@ -187,7 +187,7 @@ BELOW_ONE = [FixedLossScale(2.0**-10), DynamicLossScale(2.0**-10, min_scale=2.0*
 @pytest.mark.parametrize(
     "schedule", few(BELOW_ONE, BELOW_ONE[:1]), ids=lambda schedule: type(schedule).__name__
 )
-def test_gradients_that_only_unscaling_makes_overflow_are_skipped(step, schedule):
+def test_gradients_that_overflow_when_they_are_unscaled_are_skipped(step, schedule):
     variables = variables_of([1.0])
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=schedule)
     step(optimizer, tensors([1e37]), variables)
@@ -291,7 +291,7 @@ class TestStatelessApply:
         assert_same_bits(numpy(optimizer.variables), before)
 
     @pytest.mark.backend("jax", "torch")
-    def test_takes_what_can_be_read_but_once(self):
+    def test_takes_iterators(self):
         results = []
         for once in (iter, list):
             optimizer, state, values = self._parts()

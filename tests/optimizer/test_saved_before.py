@@ -39,7 +39,7 @@ def assert_as_saved(model, name):
 @full_on("jax")
 @pytest.mark.keras("3.15")  # which wrote them: an older one does not know its arguments
 @pytest.mark.parametrize("name", ["adam", full("company"), full("converted")])
-def test_a_model_file(name):
+def test_a_model_file_loads(name):
     model = keras.models.load_model(FOLDER / f"{name}.keras")
     assert isinstance(model, mp.Model)
     assert type(model.layers[-1]).__module__.startswith("kerasmp")
@@ -47,7 +47,7 @@ def test_a_model_file(name):
 
 
 @pytest.mark.full
-def test_a_file_of_weights():
+def test_a_weights_file_loads():
     model = made.MODELS["adam"]()
     model.optimizer.build(model.trainable_variables)
     model.load_weights(FOLDER / "adam.weights.h5")
@@ -56,7 +56,7 @@ def test_a_file_of_weights():
 
 @pytest.mark.full
 @pytest.mark.backend("tensorflow")
-def test_a_checkpoint():
+def test_a_checkpoint_restores():
     import tensorflow as tf
 
     model = made.MODELS["adam"]()

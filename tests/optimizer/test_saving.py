@@ -38,7 +38,7 @@ def saved():
     return optimizer, store
 
 
-def test_weights_files_hold_the_optimizer_by_name():
+def test_weights_files_store_the_state_by_name():
     optimizer, store = saved()
     assert {"dynamic_scale", "step_counter", "skipped_steps", "hysteresis_left"} <= store.keys()
     other = optimizer_for(variables_of([1.0, 2.0]))
@@ -48,7 +48,7 @@ def test_weights_files_hold_the_optimizer_by_name():
     assert_same_bits(numpy(other.own_variables), numpy(optimizer.own_variables))
 
 
-def test_a_counter_that_a_file_does_not_know_starts_anew():
+def test_a_counter_that_a_file_lacks_starts_anew():
     optimizer, store = saved()
     store = {name: value for name, value in store.items() if name not in {"loss", "unknown"}}
     other = optimizer_for(variables_of([1.0, 2.0]))

@@ -73,7 +73,7 @@ def compiled(schedule):
 
 
 @pytest.mark.parametrize("name", few(SCHEDULES, QUICK))
-def test_training_goes_on_bit_for_bit(name, tmp_path):
+def test_training_continues_bit_for_bit(name, tmp_path):
     schedule, moving = SCHEDULES[name]
     model = train(compiled(schedule), 0, STOP)
     start = schedule.init()

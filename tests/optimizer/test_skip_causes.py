@@ -167,7 +167,7 @@ def fitted(module, batches, *, loss_scale=SCHEDULE, loss="mae", y=None, batch_si
     ids=["loss", "gradients"],
 )
 @pytest.mark.parametrize("options", few(OPTIONS, OPTIONS[:1]), ids=str)
-def test_fit_of_our_model_tells_loss_from_gradients(bad, expected, scale, options):
+def test_fit_of_a_kerasmp_model_distinguishes_loss_and_gradients(bad, expected, scale, options):
     import kerasmp
 
     optimizer = fitted(kerasmp, [GOOD, bad, GOOD, bad], **options)
@@ -180,7 +180,7 @@ def _nan_without_a_gradient(y, prediction):
 
 
 @pytest.mark.parametrize("options", few(OPTIONS, OPTIONS[:1]), ids=str)
-def test_an_applied_step_whose_loss_was_nan_does_not_colour_the_next_ones(options):
+def test_the_nan_loss_of_an_applied_step_does_not_affect_later_steps(options):
     import kerasmp
 
     y = np.array([[1.0], [INF], [1.0], [1.0]], "float32")
@@ -190,7 +190,7 @@ def test_an_applied_step_whose_loss_was_nan_does_not_colour_the_next_ones(option
     assert (optimizer.skip_causes, optimizer.loss_scale) == (causes(gradients=1, floor=1), 4.0)
 
 
-def test_a_loss_that_only_its_sum_over_the_batch_overflows_is_finite():
+def test_a_loss_whose_sum_over_the_batch_overflows_is_finite():
     import kerasmp
 
     def large(_, prediction):
@@ -200,14 +200,14 @@ def test_a_loss_that_only_its_sum_over_the_batch_overflows_is_finite():
     assert optimizer.skip_causes == causes(gradients=1)
 
 
-def test_fit_of_a_stock_model_knows_the_loss_except_on_jax():
+def test_fit_of_a_stock_model_sees_the_loss_except_on_jax():
     optimizer = fitted(keras, [GOOD, BAD_INPUT])
     known = (causes(unknown=1), 4.0) if ON_JAX else (causes(loss=1), 8.0)
     assert (optimizer.skip_causes, optimizer.loss_scale) == known
 
 
 @pytest.mark.backend("jax")
-def test_what_our_model_on_jax_makes_up_for_is_what_a_known_loss_would_have_done():
+def test_on_jax_a_kerasmp_model_corrects_the_scale_as_if_the_loss_were_known():
     schedule = DynamicLossScale(initial_scale=8.0, min_scale=4.0, growth_interval=3, hysteresis=2)
     values = [1.0, 1.0, NAN, 1.0, INF, NAN, INF, INF]
     gradients = [1.0, 1.0, NAN, 1.0, INF, NAN, 1.0, NAN]

@@ -56,7 +56,7 @@ def test_where_gradients_are_accumulated_keras_counts_single_steps(advance, last
     assert moves == [0, 8, 0, 0, last]
 
 
-def test_moments_go_by_applied_steps():
+def test_moments_count_applied_steps():
     gradients = [GOOD, 0.5 * GOOD, 0.25 * GOOD]
     with_skips = [gradients[0], BAD, BAD, *gradients[1:]]
     step = EXACT_WAYS[0]
@@ -66,7 +66,7 @@ def test_moments_go_by_applied_steps():
     assert [move for move in skipping if move] == plain
 
 
-def test_it_survives_saving_and_one_schedule_may_serve_two():
+def test_the_setting_survives_saving_and_two_optimizers_may_share_a_schedule():
     first, second = _optimizer(advance=True), _optimizer(advance=True)
     restored = LossScaleOptimizer.from_config(first.get_config())
     assert restored.skips_advance_schedules

@@ -61,7 +61,7 @@ QUICK = [("momentum", {}), ("Adam", COMPANY[4]), ("Adam", COMPANY[5])]
 
 @each_of(EXACT_WAYS)
 @pytest.mark.parametrize(("name", "company"), few(CASES, QUICK), ids=[f"{n} {c}" for n, c in CASES])
-def test_equals_the_plain_optimizer_and_skips_what_is_bad(name, company, step):
+def test_equals_the_plain_optimizer_and_skips_bad_steps(name, company, step):
     make = OPTIMIZERS[name]
     ours, theirs = start(), start()
     # The variable beside the sparse one would be fused, which rounds otherwise: see test_fused.py.
@@ -81,7 +81,7 @@ def test_equals_the_plain_optimizer_and_skips_what_is_bad(name, company, step):
     assert np.any(mine[0] != 1.0)
 
 
-def test_finite_rows_that_overflow_only_once_they_are_added_up_scaled_are_no_overflow():
+def test_duplicate_rows_whose_scaled_sum_overflows_are_no_overflow():
     """Unscaled, each of them is far from the limit, and so is their sum: no step is lost."""
     import tensorflow as tf
 

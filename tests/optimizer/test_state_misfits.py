@@ -120,7 +120,7 @@ def test_stock_keras_keeps_what_it_set_before_the_value_that_does_not_fit():
     assert int(keras.ops.convert_to_numpy(optimizer.step_counter.value)) == 7
 
 
-def test_a_scale_from_a_list_is_brought_inside_the_bounds():
+def test_a_scale_from_a_list_is_clipped_to_the_bounds():
     optimizer = stepped(ours(loss_scale=DynamicLossScale(2.0**9, min_scale=2.0)))
     weights = optimizer.get_weights()
     outside = {np.inf: 2.0**24, 2.0**30: 2.0**24, 1e-30: 2.0, 0.0: 2.0, -4.0: 2.0, np.nan: 2.0**9}
@@ -130,7 +130,7 @@ def test_a_scale_from_a_list_is_brought_inside_the_bounds():
         assert optimizer.loss_scale == inside
 
 
-def test_a_scale_from_a_file_is_brought_inside_the_bounds():
+def test_a_scale_from_a_file_is_clipped_to_the_bounds():
     optimizer = stepped(ours())
     for scale, inside in {np.inf: 2.0**24, 1e-30: FLOOR, 0.0: FLOOR, np.nan: 2.0**15}.items():
         optimizer.load_own_variables({**saved(optimizer), "dynamic_scale": np.float32(scale)})
@@ -142,7 +142,7 @@ RUINED = [(0.0, FLOOR), (np.inf, 2.0**24), (np.nan, 2.0**15)]
 
 
 @pytest.mark.parametrize(("scale", "inside"), few(RUINED, RUINED[:1]))
-def test_a_scale_that_stock_keras_has_ruined_is_brought_inside(scale, inside, tmp_path):
+def test_an_infinite_scale_of_stock_keras_is_clipped_to_the_bounds(scale, inside, tmp_path):
     """Faults 3 and 4, saved: stock Keras goes to 0 and to infinity, and never comes back."""
     model = _model(Stock(keras.optimizers.Adam()))
     model.optimizer.dynamic_scale.assign(scale)

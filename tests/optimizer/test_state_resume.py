@@ -116,14 +116,14 @@ def stopped():
 
 
 @pytest.mark.parametrize("way", few(WAYS, QUICK), ids=lambda way: way.__name__)
-def test_training_goes_on_bit_for_bit(way, stopped, uninterrupted, tmp_path):
+def test_training_continues_bit_for_bit(way, stopped, uninterrupted, tmp_path):
     resumed = way(stopped, tmp_path)
     assert resumed is not stopped
     assert_same_bits(everything(train(resumed, STOP, END)), uninterrupted)
 
 
 @full_on("jax", "torch")
-def test_training_goes_on_bit_for_bit_in_another_process(
+def test_training_continues_bit_for_bit_in_another_process(
     stopped, uninterrupted, tmp_path, another_process
 ):
     path = tmp_path / "model.keras"
@@ -134,7 +134,7 @@ def test_training_goes_on_bit_for_bit_in_another_process(
 
 @pytest.mark.full
 @pytest.mark.backend("tensorflow")
-def test_training_by_xla_goes_on_bit_for_bit(tmp_path):
+def test_training_with_xla_continues_bit_for_bit(tmp_path):
     resumed = keras_file(train(compiled(jit_compile=True), 0, STOP), tmp_path)
     whole = train(compiled(jit_compile=True), 0, END)
     assert_same_bits(everything(train(resumed, STOP, END)), everything(whole))
@@ -163,7 +163,7 @@ def _fit(model, *callbacks):
     )
 
 
-def test_a_fit_that_crashed_goes_on_from_its_backup_bit_for_bit(tmp_path):
+def test_a_crashed_fit_continues_from_its_backup_bit_for_bit(tmp_path):
     whole = compiled()
     losses = _fit(whole).history["loss"]
     with pytest.raises(KeyboardInterrupt):
@@ -176,7 +176,7 @@ def test_a_fit_that_crashed_goes_on_from_its_backup_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_a_copied_optimizer_keeps_its_settings_and_says_that_it_lost_its_state(copied, stopped):
+def test_a_copied_optimizer_keeps_its_settings_and_warns_that_its_state_is_lost(copied, stopped):
     """As a plain one: it does not know its variables before `build`."""
     with pytest.warns(UserWarning, match="optimizer is not built|Skipping variable") as caught:
         twin = copied(stopped.optimizer)
@@ -189,7 +189,7 @@ def test_a_copied_optimizer_keeps_its_settings_and_says_that_it_lost_its_state(c
 
 
 @pytest.mark.backend("jax")
-def test_an_optimizer_with_compiled_steps_and_a_mark_is_copied():
+def test_an_optimizer_with_compiled_steps_and_an_unscaled_mark_is_copied():
     """What it keeps beside its variables belongs to this process and must not be in the way."""
     model = compiled()
     grads = [keras.ops.ones(v.shape) for v in model.trainable_variables]

@@ -15,11 +15,11 @@ def asked(steps, *keys):
     return made
 
 
-def test_a_step_is_made_once():
+def test_a_step_is_compiled_once():
     assert asked(StepCache(), 1, 2, 1, 2) == [1, 2]
 
 
-def test_settings_that_change_for_ever_do_not_fill_the_memory():
+def test_ever_changing_settings_do_not_fill_the_memory():
     steps = StepCache()
     asked(steps, *range(16))
     assert asked(steps, 0, 16) == [16]  # the one that was used least lately is gone

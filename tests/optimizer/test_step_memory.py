@@ -29,7 +29,7 @@ def started(optimizer):
 @pytest.mark.parametrize(
     ("make", "ratio"), [*OPTIMIZERS.values(), *CLIPPED.values()], ids=[*OPTIMIZERS, *CLIPPED]
 )
-def test_xla_reads_the_gradients_once_more_and_holds_nothing_of_their_size(make, ratio):
+def test_xla_reads_the_gradients_once_more_and_copies_none(make, ratio):
     import jax
 
     def compiled(optimizer, scale=None):

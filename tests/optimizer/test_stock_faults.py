@@ -46,11 +46,11 @@ def test_a_growing_scale_reaches_infinity_and_stays_there():
 
 
 class TestAFixedScale:
-    def test_stock_has_none(self):
+    def test_stock_keras_has_none(self):
         with pytest.raises(ValueError, match="no longer supports"):
             Stock(keras.optimizers.SGD(0.01), dynamic=False, initial_scale=256.0)
 
-    def test_what_stock_proposes_instead_lets_an_overflow_destroy_the_weights(self):
+    def test_the_alternative_of_stock_keras_lets_an_overflow_destroy_the_weights(self):
         model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
         model.compile(keras.optimizers.SGD(0.01, loss_scale_factor=256.0), "mse")
         x = X.copy()
@@ -58,7 +58,7 @@ class TestAFixedScale:
         model.fit(x, Y, batch_size=8, verbose=0)
         assert not np.isfinite(model.get_weights()[0]).all()
 
-    def test_under_mixed_float16_stock_swaps_even_that_for_a_dynamic_scale(self):
+    def test_under_mixed_float16_stock_keras_replaces_it_by_a_dynamic_scale(self):
         """Fault 10. Silently: a warning would fail the test."""
         with mp.policy_scope("mixed_float16"):
             model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
@@ -97,7 +97,7 @@ BAD_ARGUMENTS = [
 
 class TestBadArguments:
     @pytest.mark.parametrize("arguments", BAD_ARGUMENTS, ids=str)
-    def test_stock_accepts(self, arguments):
+    def test_stock_keras_accepts(self, arguments):
         optimizer = Stock(keras.optimizers.SGD(), **arguments)
         ((name, value),) = arguments.items()
         np.testing.assert_equal(getattr(optimizer, name), value)
@@ -128,13 +128,13 @@ class TestNoGradientsAtAll:
         return optimizer, variables
 
     @pytest.mark.backend("tensorflow", "torch")
-    def test_stock_counts_them_as_a_good_step(self):
+    def test_stock_keras_counts_them_as_a_good_step(self):
         optimizer, _ = self.built(Stock(keras.optimizers.SGD(0.5)))
         optimizer.apply([], [])
         assert int(ops.convert_to_numpy(optimizer.step_counter.value)) == 1
 
     @pytest.mark.backend("jax")
-    def test_stock_leaks_a_tracer(self):
+    def test_stock_keras_leaks_a_tracer(self):
         optimizer, _ = self.built(Stock(keras.optimizers.SGD(0.5)))
         with pytest.raises(Exception, match="tracer"):
             optimizer.apply([], [])

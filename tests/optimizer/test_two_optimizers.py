@@ -112,7 +112,7 @@ def plain_pair(rate):
 
 
 @pytest.mark.parametrize("bad", few([0, 1], [1]))
-def test_one_skips_and_the_other_moves_as_a_plain_one(bad):
+def test_one_skips_and_the_other_is_updated_like_a_plain_one(bad):
     wrapped = [
         mp.LossScaleOptimizer(keras.optimizers.Adam(0.1), loss_scale=s, fused=False) for s in SCALES
     ]

@@ -24,7 +24,7 @@ def made(scale=64.0, inner=None):
 
 @each_of(WAYS, WAYS[:2])
 @pytest.mark.parametrize("scale", few([64.0, 0.25, "dynamic"], [0.25]))
-def test_applying_what_was_unscaled_is_the_same_update(step, scale):
+def test_applying_unscaled_gradients_is_the_same_update(step, scale):
     plain, expected = made(scale)
     optimizer, variables = made(scale)
     for gradients in (SCALED, [[1.0, np.inf], [1.0]], SCALED):
@@ -59,7 +59,7 @@ def test_gradients_come_in_float32_with_none_left_in_place():
 
 
 @pytest.mark.parametrize("built", [True, False])
-def test_what_is_a_new_value_is_left_as_it_is(built):
+def test_a_gradient_that_is_a_new_value_is_not_unscaled(built):
     variables = variables_of([1.0], [2.0], [3.0])
     variables[1].overwrite_with_gradient = True
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=64.0)
@@ -82,20 +82,20 @@ def test_the_wrong_number_of_variables_marks_nothing():
     assert numpy(variables)[1].tolist() == [2.875]
 
 
-def test_clipping_in_between_is_clipping_of_what_is_unscaled():
+def test_clipping_in_between_clips_unscaled_gradients():
     optimizer, variables = made(inner=keras.optimizers.SGD(1.0))
     grads = [ops.clip(g, -0.25, 0.25) for g in optimizer.get_unscaled_gradients(tensors(*SCALED))]
     optimizer.apply(grads, variables)
     assert [v.tolist() for v in numpy(variables)] == [[0.75, 2.25], [2.875]]
 
 
-def test_a_scaled_loss_is_that_of_scale_loss_also_as_a_function():
+def test_get_scaled_loss_equals_scale_loss_also_for_a_function():
     optimizer, _ = made()
     assert float(optimizer.get_scaled_loss(2.0)) == 128.0
     assert float(optimizer.get_scaled_loss(lambda: 2.0)()) == 128.0
 
 
-def test_twice_is_an_error_and_the_first_ones_can_still_be_applied():
+def test_unscaling_twice_is_an_error_and_the_first_gradients_can_still_be_applied():
     optimizer, variables = made(inner=keras.optimizers.SGD(1.0))
     grads = optimizer.get_unscaled_gradients(tensors(*SCALED))
     with pytest.raises(LossScaleError, match=r"unscaled twice.*forget_unscaled\(\)"):
@@ -107,7 +107,7 @@ def test_twice_is_an_error_and_the_first_ones_can_still_be_applied():
 
 
 @pytest.mark.parametrize("as_none", [False, True])
-def test_applying_them_in_parts_is_an_error_and_never_a_tiny_update(as_none):
+def test_applying_them_in_parts_is_an_error(as_none):
     optimizer, variables = made(inner=keras.optimizers.SGD(1.0))
     one, other = optimizer.get_unscaled_gradients(tensors(*SCALED))
     part = ([one, None], variables) if as_none else ([one], variables[:1])
@@ -146,7 +146,7 @@ def test_where_nothing_was_unscaled_nothing_is_remembered(nothing):
     ],
     ids=["none", "too few", "a part"],
 )
-def test_what_is_refused_builds_nothing_and_takes_neither_mark_nor_note(wrong, built):
+def test_a_refused_call_builds_nothing_and_keeps_mark_and_notes(wrong, built):
     variables = variables_of([1.0, 2.0], [3.0])
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=64.0)
     if built:
@@ -199,7 +199,7 @@ def _unscaled_in_a_scope(optimizer):
 
 @pytest.mark.backend("jax")
 @pytest.mark.parametrize("built", [True, False])
-def test_a_scale_that_jit_would_bake_in_is_an_error_that_marks_nothing(built):
+def test_a_scale_that_jit_would_make_constant_is_an_error_that_marks_nothing(built):
     optimizer, variables = made(inner=keras.optimizers.SGD(1.0))
     if not built:
         optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), loss_scale=64.0)

@@ -17,7 +17,7 @@ def test_the_page_is_made_from_the_data():
     assert page.read_text(encoding="utf-8") == numerics_page.page(DATA)
 
 
-def test_nothing_of_ours_is_above_what_is_allowed():
+def test_no_error_is_above_the_allowed_multiple():
     assert not [row for row in ROWS if numerics_page.ratio(row) > ALLOWED]
     assert {entry["allowed"] for entry in DATA.values()} == {ALLOWED}
 
@@ -33,7 +33,7 @@ def test_every_backend_is_there_and_every_hazard_of_the_list_in_each_half_precis
             assert found == listed
 
 
-def test_the_page_says_at_its_top_how_far_ours_is_off_in_each_half_precision():
+def test_the_page_begins_with_the_largest_error_in_each_half_precision():
     top = numerics_page.page(DATA).partition("## ")[0]
     for half in HALVES:
         rows = [row for entry in numerics_page.measured_in(DATA, half) for row in entry["rows"]]
@@ -45,7 +45,7 @@ IN_FLOAT16 = [each.name for each in HAZARDS if each.number and "float16" in each
 
 
 @pytest.mark.parametrize("name", IN_FLOAT16)
-def test_each_hazard_is_one_in_stock_keras(name):
+def test_stock_keras_is_wrong_on_each_hazard(name):
     rows = [row for row in ROWS if (row["name"], row["inputs"]) == (name, numerics_page.HAZARD)]
     assert any(numerics_page.ratio(row, "stock") > ALLOWED for row in rows)
 

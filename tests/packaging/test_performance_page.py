@@ -14,7 +14,7 @@ def test_the_page_is_made_from_the_data():
     assert page.read_text(encoding="utf-8") == performance_page.page(DATA)
 
 
-def test_every_ratio_is_of_30_rounds_and_stands_beside_the_same_thing_again():
+def test_every_ratio_has_30_rounds_and_a_control():
     timed = [row for row in ROWS if row["compared"]]
     assert timed
     assert all(row["rounds"] >= 30 for row in timed)
@@ -32,7 +32,7 @@ def test_a_target_is_met_where_the_interval_reaches_it_and_the_control_is_1():
     assert judged((1.04, 1.09, 1.2), again=(0.97, 0.98, 0.99)) == (1.05, "undecided")
 
 
-def test_each_row_says_by_which_version_of_the_framework_it_was_run():
+def test_each_row_names_the_version_of_the_framework():
     for run, entry in DATA.items():
         framework = run.partition(",")[0]
         assert all(any(framework in each for each in row["versions"]) for row in entry["rows"])

@@ -32,7 +32,7 @@ def files():
     ]
 
 
-def test_no_file_mentions_a_place_outside():
+def test_no_file_mentions_a_path_outside():
     found = [
         f"{file.relative_to(ROOT)}: {match[0]}"
         for file in files()

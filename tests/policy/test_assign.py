@@ -88,7 +88,7 @@ def test_a_class_rule_covers_what_is_inside_up_to_the_next_rule():
 
 
 @pytest.mark.unit
-def test_parts_without_a_path_of_their_own_can_be_named():
+def test_parts_without_their_own_path_can_be_named():
     inputs = keras.Input((4, 8))
     outputs = layers.MultiHeadAttention(1, 8, name="mha")(inputs, inputs)
     model = keras.Model(inputs, layers.ReLU()(outputs))
@@ -98,7 +98,7 @@ def test_parts_without_a_path_of_their_own_can_be_named():
     ]
 
 
-def test_layers_that_do_not_compute_in_floats_or_have_their_own_way_are_kept():
+def test_layers_that_do_not_compute_in_floats_or_set_their_own_dtype_are_kept():
     fixed = mp.layers.WithDtype(keras.Sequential([layers.Dense(2, name="inner")]), "float32")
     model = keras.Sequential([keras.Input((4,)), fixed, layers.ReLU(), layers.ReLU()])
     model.layers[1].dtype_policy = "int32"

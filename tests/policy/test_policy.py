@@ -40,7 +40,7 @@ PAIRS = [(dtype, dtype) for dtype in DTYPES] + [("float32", "float16"), ("float3
         (" float32 ", "float32", "float32"),
     ],
 )
-def test_a_keras_name_means_what_it_means_to_keras(text, variable, compute):
+def test_a_keras_name_means_what_it_means_in_keras(text, variable, compute):
     policy = Policy(text)
     theirs = keras.dtype_policies.get(text.strip())
     assert (policy.variable_dtype, policy.compute_dtype) == (variable, compute)
@@ -178,7 +178,7 @@ class OfAnyName(keras.DTypePolicy):
         ),
     ],
 )
-def test_a_keras_policy_that_its_name_does_not_tell_is_refused(make):
+def test_a_keras_policy_that_its_name_does_not_describe_is_refused(make):
     with pytest.raises(
         PolicyError, match=r"name of this Keras policy does not describe it.*dtype argument"
     ):
@@ -252,7 +252,7 @@ def test_other_types_are_refused(wrong):
 
 
 @pytest.mark.unit
-def test_nothing_is_beyond_keras_in_a_keras_policy():
+def test_a_keras_policy_has_nothing_that_keras_cannot_express():
     assert Policy("mixed_float16").beyond_keras == ()
     policy = Policy("compute=float16,output=float32", rules={keras.layers.Softmax: "float32"})
     assert policy.beyond_keras == ("output=float32", "the rule for the class Softmax")

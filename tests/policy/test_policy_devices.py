@@ -281,7 +281,7 @@ def test_jax_that_falls_back_to_the_cpu(as_jax):
     assert devices.detect("jax").name == "Fast CPU"
 
 
-def test_jax_told_to_use_a_tpu_does_not_ask_nvidia(smi, as_jax):
+def test_jax_configured_for_a_tpu_does_not_ask_nvidia(smi, as_jax):
     two_gpus(smi)
     as_jax(FakeJax("tpu", [jax_device("tpu", "TPU v5")]), ["xla_cuda12", "tpu"])
     assert devices.detect("jax").kind == "tpu"
@@ -375,7 +375,7 @@ def test_torch_on_a_cpu(as_torch):
 
 
 @pytest.mark.usefixtures("cpuinfo")
-def test_torch_told_by_keras_to_use_the_cpu(as_torch, monkeypatch):
+def test_torch_configured_for_the_cpu_by_keras(as_torch, monkeypatch):
     as_torch(cuda=[("T4", (7, 5))])
     monkeypatch.setenv("KERAS_TORCH_DEVICE", "cpu:0")
     assert devices.detect("torch").name == "Fast CPU"

@@ -45,7 +45,7 @@ def test_path_rules_become_global_without_a_warning():
     [(WITH_OUTPUT, "output=float32"), (WITH_CLASS, "the rule for the class Softmax")],
 )
 @pytest.mark.parametrize("use", [set_global_policy, policy_scope])
-def test_what_stock_models_will_not_follow_is_said_at_the_callers_line(policy, what, use):
+def test_a_warning_of_what_stock_models_ignore_names_the_callers_line(policy, what, use):
     with pytest.warns(PolicyWarning, match=f"Stock Keras models will not follow {what}") as caught:
         use(policy)
     assert [warning.filename for warning in caught] == [__file__]
@@ -60,7 +60,7 @@ def test_what_keras_cannot_express_is_read_back(policy):
 
 
 @pytest.mark.unit
-def test_a_warning_made_an_error_changes_nothing():
+def test_a_warning_turned_into_an_error_changes_nothing():
     before = keras.config.dtype_policy()
     with pytest.raises(PolicyWarning):  # pytest turns warnings into errors here
         set_global_policy(WITH_OUTPUT)
@@ -100,7 +100,7 @@ def test_a_layer_that_writes_into_the_global_map_is_seen():
     assert Policy("mixed_float16", rules={"head": "float32"}) == WITH_PATH
 
 
-def test_a_policy_put_back_through_keras_is_ours_again():
+def test_a_policy_restored_through_keras_is_a_kerasmp_policy_again():
     set_global_policy(WITH_PATH)
     saved = keras.config.dtype_policy()
     keras.config.set_dtype_policy("float32")
@@ -123,7 +123,7 @@ def test_a_keras_policy_that_no_policy_can_be_is_an_error_that_says_so():
 
 
 @pytest.mark.unit
-def test_the_global_policy_belongs_to_the_thread_as_keras_does_it():
+def test_the_global_policy_is_per_thread_as_in_keras():
     set_global_policy("mixed_float16")
     seen = []
     thread = threading.Thread(target=lambda: seen.append(global_policy()))
@@ -187,7 +187,7 @@ def test_a_saved_model_keeps_its_dtypes(tmp_path):
 
 
 @pytest.mark.unit
-def test_one_scope_is_entered_again_and_inside_of_itself():
+def test_a_scope_can_be_entered_again_and_within_itself():
     before = keras.config.dtype_policy()
     scope = policy_scope("mixed_float16")
     for _ in range(2):

@@ -296,7 +296,7 @@ def test_a_rule_of_one_backend_claims_there_alone(name):
 
 
 @pytest.mark.backend("tensorflow")
-def test_what_bfloat16_alone_has_not_is_claimed_under_it_alone():
+def test_an_operation_missing_in_bfloat16_is_claimed_under_bfloat16_only():
     for make in (lambda: layers.Masking(1000.5), lambda: layers.Dropout(0.02)):
         model = relu_after(make(), (4, 2))
         layer = third_from_the_end(model)
@@ -324,7 +324,7 @@ def heads(model):
 
 
 @pytest.mark.unit
-def test_the_head_is_what_makes_an_output():
+def test_the_head_is_the_layer_that_makes_an_output():
     inputs = keras.Input((4,))
     body = layers.Dense(8, name="body")(inputs)
     first = layers.Dense(4, name="first")(body)
@@ -335,7 +335,7 @@ def test_the_head_is_what_makes_an_output():
 
 
 @pytest.mark.unit
-def test_a_softmax_of_its_own_is_the_head_and_the_layer_before_is_not():
+def test_a_softmax_layer_is_the_head_and_the_layer_before_is_not():
     model = keras.Sequential(
         [keras.Input((4,)), layers.Dense(4, name="logits"), layers.Softmax(name="probabilities")]
     )
@@ -343,7 +343,7 @@ def test_a_softmax_of_its_own_is_the_head_and_the_layer_before_is_not():
 
 
 @pytest.mark.unit
-def test_the_head_is_found_through_operations_and_inside_of_models():
+def test_the_head_is_found_through_operations_and_inside_models():
     inputs = keras.Input((4,))
     inner = keras.Sequential(
         [keras.Input((4,)), layers.Dense(4, name="a"), layers.Dense(4, name="b")]
@@ -353,13 +353,13 @@ def test_the_head_is_found_through_operations_and_inside_of_models():
 
 
 @pytest.mark.unit
-def test_a_head_with_parts_takes_them_along():
+def test_a_head_includes_its_parts():
     inputs = keras.Input((3, 4))
     model = keras.Model(inputs, layers.TimeDistributed(layers.Dense(2, name="inner"))(inputs))
     assert {row.after for row in rows(model)[1:]} == {"float32"}
 
 
-def test_a_pooling_that_no_graph_tells_of_may_be_masked():
+def test_pooling_outside_a_graph_may_be_masked():
     class Pools(layers.Layer):
         def __init__(self):
             super().__init__()
@@ -373,7 +373,7 @@ def test_a_pooling_that_no_graph_tells_of_may_be_masked():
     assert (row.after, "masked-pooling" in row.reason) == ("float32", True)
 
 
-def test_what_a_users_layer_holds_is_not_taken_along():
+def test_layers_inside_a_user_defined_layer_are_not_included():
     class Block(layers.Layer):
         def __init__(self):
             super().__init__()
@@ -411,7 +411,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_head_of_ours_is_one_too(name):
+def test_a_dense_head_counts_as_a_head(name):
     layer = HEADS[name]()
     inputs = keras.Input((4, 8))
     model = keras.Model(inputs, layer(layers.Dense(4)(inputs)))
@@ -427,7 +427,7 @@ def test_a_head_that_gives_float32_stays_in_float16():
 
 
 @pytest.mark.parametrize("mode", ["log", "psd"])
-def test_attention_of_ours_looks_after_its_parts_but_not_after_spectra(mode):
+def test_parts_of_kerasmp_attention_stay_in_half_precision_except_after_psd_spectra(mode):
     attention = mp.layers.MultiHeadAttention(1, 2, name="attention")
     inputs = keras.Input((64, 1))
     x = spectrogram(mode=mode)(inputs)
@@ -437,7 +437,7 @@ def test_attention_of_ours_looks_after_its_parts_but_not_after_spectra(mode):
     assert set(inside) == {"float32" if mode == "psd" else "mixed_float16"}
 
 
-def test_loud_spectra_stay_finite_where_layers_are_turned_into_ours():
+def test_loud_spectra_stay_finite_with_safe_layers():
     inputs = keras.Input((64, 1))
     x = layers.Conv1D(2, 1)(spectrogram(mode="psd")(inputs))
     model = keras.Model(inputs, layers.Dense(1)(layers.LayerNormalization()(x)))

@@ -78,7 +78,7 @@ MARKS = {
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS[name]) for name in HAZARDS])
-def test_the_rule_mends_the_hazard(name):
+def test_the_rule_removes_the_hazard(name):
     build, x, reference = HAZARDS[name]
     expected = reference(x)
     best = error(expected.astype("float16"), expected)

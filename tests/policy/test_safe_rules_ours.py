@@ -36,7 +36,7 @@ HEADS = ("Dense", "LSTM", "Softmax", "SpectralNormalization", "AveragePooling1D"
 
 
 @pytest.mark.parametrize("name", few(PAIRS, HEADS))
-def test_a_head_is_float32_whoever_makes_it(name):
+def test_a_head_is_float32_whichever_package_its_layer_is_from(name):
     ours, stock = (answer(cls) for cls in PAIRS[name])
     assert ours[0] == stock[0] == "float32"
     assert '"safe"' in ours[1]
@@ -61,7 +61,7 @@ def applies(stock):
 
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("name", few([n for n, (_, s) in PAIRS.items() if applies(s)], ["Dense"]))
-def test_what_a_layer_applies_counts_whoever_makes_it(name, given):
+def test_the_activation_of_a_layer_counts_whichever_package_the_layer_is_from(name, given):
     arguments, float32 = GIVEN[given]
     relu = [keras.layers.ReLU(), keras.layers.ReLU()]
     ours, stock = (answer(cls, **arguments, then=relu) for cls in PAIRS[name])
@@ -71,7 +71,7 @@ def test_what_a_layer_applies_counts_whoever_makes_it(name, given):
 
 @pytest.mark.parametrize("wrapper", [mp.layers.SpectralNormalization, keras.layers.TimeDistributed])
 @pytest.mark.parametrize("package", [mp.layers, keras.layers])
-def test_what_a_wrapper_holds_is_seen(wrapper, package):
+def test_layers_inside_a_wrapper_are_found(wrapper, package):
     inside = package.Dense(3, activation="softmax")
     inputs = keras.Input((5, 6))
     outputs = keras.layers.ReLU()(keras.layers.ReLU()(wrapper(inside)(inputs)))

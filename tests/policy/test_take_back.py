@@ -15,7 +15,7 @@ def raising(error, done):
     return function
 
 
-def test_what_fails_keeps_nothing_else_from_being_taken_back():
+def test_a_failing_undo_does_not_stop_the_others():
     done = []
     undo = [
         lambda: done.append("first"),
@@ -29,7 +29,7 @@ def test_what_fails_keeps_nothing_else_from_being_taken_back():
     assert not undo
 
 
-def test_after_an_interrupt_it_goes_on_where_it_was():
+def test_undoing_continues_after_an_interrupt():
     done = []
     interrupts = [KeyboardInterrupt()]
 

@@ -33,7 +33,7 @@ def _case(family, name):
 
 
 @pytest.mark.unit
-def test_every_family_that_keras_has_is_listed():
+def test_every_family_of_keras_is_listed():
     found = applications.architectures()
     assert SMALLEST.keys() == found.keys()
     assert all(SMALLEST[family] in names for family, names in found.items())
@@ -42,7 +42,7 @@ def test_every_family_that_keras_has_is_listed():
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", [_case(*item) for item in SMALLEST.items()])
-def test_an_architecture_converts_trains_and_comes_back(name):
+def test_an_architecture_is_converted_trained_and_restored(name):
     result = applications.check(name, eager=keras.backend.backend() != "jax")
     assert result.float16 > 3 * result.float32
     # Untrained networks amplify each rounding, so the bound is what rounding kernels and inputs

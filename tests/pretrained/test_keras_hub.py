@@ -82,7 +82,7 @@ LLAMA = pytest.param(llama, marks=pytest.mark.backend("tensorflow", "torch"))
 
 
 @pytest.mark.parametrize("build", [bert, gpt2, LLAMA, vit])
-def test_a_backbone_converts_trains_adapts_and_comes_back(build):
+def test_a_backbone_is_converted_trained_adapted_and_restored(build):
     backbone, x = made(build)
     exact = predictions(backbone, x)
     report = mp.convert(backbone)
@@ -103,7 +103,7 @@ def test_a_backbone_converts_trains_adapts_and_comes_back(build):
     assert {layer.compute_dtype for layer in model.layers} <= {"float32", "int32"}
 
 
-def test_t5_overflows_in_float16_as_stock_does_and_a_rule_mends_it():
+def test_t5_overflows_in_float16_as_in_stock_keras_and_a_rule_prevents_it():
     backbone, x = made(t5)
     attention = next(
         type(layer)
@@ -127,7 +127,7 @@ def test_t5_overflows_in_float16_as_stock_does_and_a_rule_mends_it():
 
 # Their `get_config` leaves out the policies of layers, and a task compiles itself.
 @pytest.mark.parametrize("build", [bert, gpt2])
-def test_files_bring_back_policies_and_half_precision_variables(build, tmp_path):
+def test_files_restore_policies_and_half_precision_variables(build, tmp_path):
     backbone, x = made(build)
     for policy, variables in (("mixed_float16", None), ("float16", "float16")):
         mp.convert(backbone, policy, variables=variables)
@@ -139,7 +139,7 @@ def test_files_bring_back_policies_and_half_precision_variables(build, tmp_path)
 @pytest.mark.filterwarnings("ignore:`compile..` was not called as part of model loading")
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed, but will be ignored")
 @pytest.mark.filterwarnings("ignore:The saved state of .* is not loaded")
-def test_a_task_brings_back_its_own_optimizer_alone(tmp_path):
+def test_a_task_restores_its_own_optimizer_only(tmp_path):
     backbone, x = made(bert)
     task = made(lambda models: models.BertTextClassifier(backbone, num_classes=2))
     mp.convert(task)

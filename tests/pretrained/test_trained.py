@@ -147,7 +147,7 @@ def top(probabilities):
 @pytest.mark.full
 @NETWORKS
 @POLICIES
-def test_predictions_agree_and_come_back(network, policy):
+def test_predictions_agree_and_are_restored(network, policy):
     model, x = network.build(), network.inputs()
     exact, weights = predictions(model, x), model.get_weights()
     report = mp.convert(model, policy)
@@ -203,7 +203,9 @@ FINE_TUNED = [
 
 @pytest.mark.full
 @pytest.mark.parametrize(("network", "task", "build", "rate", "steps"), FINE_TUNED)
-def test_fine_tuning_in_float16_goes_down_without_a_skipped_step(network, task, build, rate, steps):
+def test_fine_tuning_in_float16_lowers_the_loss_without_a_skipped_step(
+    network, task, build, rate, steps
+):
     model, (x, y) = build(), task()
     before = model.get_weights()
     mp.convert(model)

@@ -60,7 +60,7 @@ def test_the_page_loads_nothing_from_elsewhere(text):
     assert {link[1:] for link in page.loads} <= set(page.ids)
 
 
-def test_three_drawings_with_a_description_that_follow_the_pages_colours(text):
+def test_three_described_drawings_that_follow_the_colours_of_the_page(text):
     assert Page(text).images == [
         "Loss over the epochs, one line for each policy",
         "Loss scale over the steps, with skipped steps marked",
@@ -70,7 +70,7 @@ def test_three_drawings_with_a_description_that_follow_the_pages_colours(text):
     assert "#010203" not in text
 
 
-def test_the_page_says_what_was_done_where_and_what_came_of_it(result, text):
+def test_the_page_has_settings_environment_and_results(result, text):
     text = " ".join("".join(Page(text).text).split())
     for run in result.runs:
         assert f"{run.recipe.name}: {run.recipe.summary}" in text

@@ -31,7 +31,7 @@ def test_the_table_fits_80_columns_with_every_name_and_number(result):
     assert "not measured" in text
 
 
-def test_the_environment_is_told_in_full(result):
+def test_the_environment_is_shown_in_full(result):
     paper = console()
     paper.print(environment_table(result.environment))
     text = paper.file.getvalue()

@@ -17,7 +17,7 @@ def test_a_row_has_a_cell_for_each_column(result):
     assert rows[2] == ("mixed_float16", "87.5%", "0.5000", "2.50 ms", "3", "2^15", "1.0 MiB")
 
 
-def test_what_is_not_finite_is_said(broken):
+def test_numbers_that_are_not_finite_are_named(broken):
     first, second = (cells(run) for run in broken.runs)
     assert (first[2], first[3]) == ("nan", "-")
     assert second[2] == "inf"
