@@ -1,4 +1,4 @@
-"""What every test needs: its backend's tests only, a fresh global policy, a fixed seed.
+"""Run only the tests of the current backend, each with a fresh global policy and a fixed seed.
 
 With KERAS_BACKEND=numpy the unit tests run, without a framework; elsewhere all the others.
 """

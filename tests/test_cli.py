@@ -1,4 +1,4 @@
-"""The command, as a user types it: what it prints, writes and returns."""
+"""The command line as a user types it: what it prints, writes and returns."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""Where the command begins: a framework's log of its start is hidden as far as the user wishes."""
+"""The entry point of the command: how much of a framework's start-up log is shown."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Errors say what was received, what was expected and how to mend it."""
+"""Errors say what was received, what was expected and how to fix it."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""What the tests of the monitor share."""
+"""Fixtures of the tests of OverflowMonitor."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""OverflowMonitor: what it writes, how often it looks, and what it leaves alone."""
+"""OverflowMonitor: what it writes, how often it reads the scale, and what it leaves alone."""
 
 import csv
 import itertools

@@ -1,4 +1,4 @@
-"""OverflowMonitor: when it speaks, and what it says."""
+"""OverflowMonitor: when it warns, and what the warnings say."""
 
 import keras
 import numpy as np

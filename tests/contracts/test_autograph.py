@@ -1,4 +1,4 @@
-"""AutoGraph, which rewrites what a user's `tf.function` calls, leaves kerasmp as it is written."""
+"""AutoGraph, which rewrites what a user's `tf.function` calls, leaves the code of kerasmp alone."""
 
 import traceback
 

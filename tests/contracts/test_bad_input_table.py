@@ -1,4 +1,4 @@
-"""Input that cannot be used is an error of ours, and nothing has changed: no weight, slot or file.
+"""Invalid input raises an error of kerasmp and changes nothing: no weight, slot or file.
 
 One row for each call. Its error says what the row names, what was received and expected, and a fix.
 """

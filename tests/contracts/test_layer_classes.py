@@ -1,4 +1,4 @@
-"""Which layers there are, of Keras and of ours: each has a case, each of ours a stock base."""
+"""The layer classes: each has a case, and each of kerasmp subclasses the stock one of its name."""
 
 import inspect
 

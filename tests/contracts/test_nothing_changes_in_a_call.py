@@ -130,12 +130,12 @@ def attributes(names):
     return {name.partition(".")[2] for name in names}
 
 
-def turned():
+def adopted():
     return mp.Model.from_keras(model_of("mixed_float16"))
 
 
 @full_on("jax")
-@pytest.mark.parametrize("make", [converted, full(turned)])
+@pytest.mark.parametrize("make", [converted, full(adopted)])
 def test_a_model_sets_no_attribute_that_stock_keras_does_not(make):
     """In a step Keras itself notes something, and the optimizer and metrics are not looked at."""
     found = stepped(make())

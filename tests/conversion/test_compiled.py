@@ -1,4 +1,4 @@
-"""What a conversion does to a compiled model: its optimizer, its steps, and nothing if it fails."""
+"""Conversion of compiled models: optimizer and steps follow, and a failure changes nothing."""
 
 import keras
 import numpy as np
@@ -7,7 +7,7 @@ from helpers.converted import sequential
 from helpers.flattened import flatten_layers
 from helpers.interrupting import interrupted
 from helpers.marks import full, marks_on
-from helpers.turned_layers import assert_state, state
+from helpers.replaced_layers import assert_state, state
 
 import kerasmp as mp
 

@@ -1,4 +1,4 @@
-"""Converting models that are built: in place, weights kept, and back."""
+"""Conversion of built models: in place, with their weights, and back."""
 
 import gc
 

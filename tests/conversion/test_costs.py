@@ -1,4 +1,4 @@
-"""Multiply-adds, activations and casts of a model, as counted by hand."""
+"""Multiply-adds, activations and casts of a model equal the expected counts."""
 
 import keras
 import numpy as np

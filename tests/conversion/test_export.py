@@ -1,4 +1,4 @@
-"""A converted model, exported for serving: float32 goes in, and what `predict` gives comes out."""
+"""An exported converted model takes float32 and returns what `predict` returns."""
 
 import keras
 import numpy as np

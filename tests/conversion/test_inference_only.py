@@ -1,4 +1,4 @@
-"""Half-precision variables by one call: half the bytes, no training, in files too, and back."""
+"""Half-precision variables: half the bytes, no training, saved and loaded, and back."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""The policies of all layers as text: read, refused, and applied to another build."""
+"""The policies of all layers as text: parsed, refused, and applied to another build."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""Models without a call of their own are converted by their parts, and unbuilt ones by a sample."""
+"""Models without `call` are converted by their parts, and unbuilt ones with a sample."""
 
 import keras
 import numpy as np

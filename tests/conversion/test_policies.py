@@ -1,4 +1,4 @@
-"""Which policy each layer gets, what the report says of it, and what is refused."""
+"""Which policy each layer gets, what the report says, and what is refused."""
 
 import warnings
 

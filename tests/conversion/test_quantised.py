@@ -1,4 +1,4 @@
-"""Conversion beside Keras's quantisation and LoRA, in both orders."""
+"""Conversion together with Keras's quantisation and LoRA, in both orders."""
 
 import keras
 import numpy as np

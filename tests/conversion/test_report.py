@@ -1,4 +1,4 @@
-"""The figures and the text of a report, from rows that are made up."""
+"""Numbers and text of a report, from made-up rows."""
 
 from types import SimpleNamespace
 

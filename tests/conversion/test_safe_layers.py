@@ -1,4 +1,4 @@
-"""Stock layers become safe ones by one call: reported, in files, as text, and back."""
+"""`safe_layers=True` replaces stock layers: reported, saved, as text, and back."""
 
 import keras
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 from helpers import converted
 from helpers.flattened import flatten_layers
 from helpers.marks import few, full_on
-from helpers.turned_layers import assert_state, state, stock_left
+from helpers.replaced_layers import assert_state, state, stock_left
 
 import kerasmp as mp
 

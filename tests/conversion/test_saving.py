@@ -1,4 +1,4 @@
-"""A converted model's file brings back what each layer does, in another process."""
+"""A saved converted model computes the same in another process."""
 
 import pytest
 from helpers import converted

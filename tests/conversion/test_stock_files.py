@@ -1,4 +1,4 @@
-"""Files for places without kerasmp: they load with stock Keras alone, or are refused."""
+"""Files for stock Keras: they load without kerasmp, or saving is refused."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""What cannot run in half precision stays in float32, with the reason, and the rest converts."""
+"""Layers that cannot run in half precision stay in float32, with a reason; the others convert."""
 
 import re
 

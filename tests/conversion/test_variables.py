@@ -1,4 +1,4 @@
-"""Variables of layers in half the bytes: checked before, all or none, and as if built so."""
+"""Variables in half precision: checked first, all or none, as if the model had been built so."""
 
 import gc
 import sys

@@ -1,4 +1,4 @@
-"""Data sets come from this disk, through tensorflow-datasets, or an error says what is missing."""
+"""Data sets are read from the disk by tensorflow-datasets, or an error names what is missing."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""Versions and hardware are those of this process."""
+"""Versions and hardware are those of the running process."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""Exponents and their fate in float16, against NumPy's own float16."""
+"""Exponents and what float16 makes of them, compared with NumPy's float16."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""The network fits images of any size, and runs in the policy in force."""
+"""The network takes images of any size and follows the global policy."""
 
 import keras
 import numpy as np

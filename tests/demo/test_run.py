@@ -1,4 +1,4 @@
-"""Every recipe trains, on every backend, from the same start; the results are what happened."""
+"""Every recipe trains from the same start, and the results report what happened."""
 
 import dataclasses
 import math

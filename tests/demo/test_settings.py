@@ -1,4 +1,4 @@
-"""Settings are checked when they are made, and say what would have been right."""
+"""Settings are checked when they are made, and errors say what is valid."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What lint says of numbers that float16 cannot hold, in the source or in the graph."""
+"""Findings of lint about numbers that float16 cannot hold, in the source or in the graph."""
 
 import keras
 import numpy as np

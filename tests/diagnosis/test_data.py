@@ -1,4 +1,4 @@
-"""What lint says of a batch of data."""
+"""Findings of lint about a batch of data."""
 
 import keras
 import numpy as np

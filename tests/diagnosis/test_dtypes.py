@@ -1,4 +1,4 @@
-"""What lint says of layers and variables whose dtype is not what the policy means."""
+"""Findings of lint about layers and variables whose dtype is not what the policy intends."""
 
 import keras
 import numpy as np

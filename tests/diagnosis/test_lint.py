@@ -1,4 +1,4 @@
-"""The report of lint, and what it leaves as it was."""
+"""The report of lint, and that lint changes nothing."""
 
 import keras
 import numpy as np

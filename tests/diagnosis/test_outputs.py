@@ -1,4 +1,4 @@
-"""What lint says of outputs in float16, and of losses that take them for probabilities."""
+"""Findings of lint about float16 outputs, and about losses that take them as probabilities."""
 
 import keras
 import pytest

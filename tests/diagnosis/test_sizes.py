@@ -1,4 +1,4 @@
-"""What lint says of sizes that Tensor Cores do not like."""
+"""Findings of lint about sizes that Tensor Cores are slow with."""
 
 import keras
 import pytest

@@ -1,4 +1,4 @@
-"""Stock architectures, prepared as the docs say, earn no error and no warning."""
+"""Stock architectures, prepared as the docs say, give no error and no warning."""
 
 import keras
 import numpy as np

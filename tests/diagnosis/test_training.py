@@ -1,4 +1,4 @@
-"""What lint says of optimizers."""
+"""Findings of lint about optimizers."""
 
 import keras
 import pytest

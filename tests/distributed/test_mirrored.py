@@ -1,4 +1,4 @@
-"""MirroredStrategy: what one replica cannot use, none uses.
+"""MirroredStrategy: a bad gradient on one replica skips the step on all of them.
 
 Each case trains without the bad batch, and then with it, its bad row on each replica in turn.
 """
@@ -46,7 +46,7 @@ def test_one_bad_replica_is_skipped_on_all_with_manual_unscaling_and_custom_trai
 
 
 def test_train_steps_that_scale_no_loss_are_detected():
-    (wanted, _), *others = processes.call("helpers.mirrored:own_steps", replicas=2)
+    (wanted, _), *others = processes.call("helpers.mirrored:custom_train_steps", replicas=2)
     assert [times for _, times in others] == [1, 0]
     for weights, _ in others:
         np.testing.assert_allclose(weights, wanted, rtol=1e-3, atol=1e-4)

@@ -1,4 +1,4 @@
-"""MultiWorkerMirroredStrategy: two processes on loopback decide alike, and neither waits."""
+"""MultiWorkerMirroredStrategy: two processes on loopback decide the same, and neither hangs."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A strategy with one replica: as without any, in steps that are applied and in those skipped."""
+"""A strategy with one replica behaves as no strategy, in applied and in skipped steps."""
 
 import pytest
 from helpers import bad_batch

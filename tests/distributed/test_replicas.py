@@ -1,4 +1,4 @@
-"""Two replicas of MirroredStrategy do what one device does with the whole batch, or nothing.
+"""Two replicas of MirroredStrategy equal one device with the whole batch.
 
 What one of them cannot use, none uses.
 """

@@ -7,7 +7,7 @@ import functools
 
 import keras
 import numpy as np
-from helpers import own_steps
+from helpers import train_steps
 
 import kerasmp as mp
 
@@ -47,7 +47,7 @@ def network(module=keras, between=()):
 def guarded_network(own_step):
     """Return one of kerasmp, with BatchNormalization, whose train step may be the user's own."""
     between = [keras.layers.BatchNormalization(dtype="mixed_float16")]
-    return network(own_steps.MODULE if own_step else mp, between)
+    return network(train_steps.MODULE if own_step else mp, between)
 
 
 def flat(values):

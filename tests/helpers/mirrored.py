@@ -19,7 +19,7 @@ from helpers.bad_batch import (
     outcome,
     targets,
 )
-from helpers.own_steps import BareStep
+from helpers.train_steps import BareStep
 from keras import ops
 
 import kerasmp as mp
@@ -131,7 +131,7 @@ class _Scales(BareStep):
         return self.optimizer.scale_loss(loss)
 
 
-def own_steps(replicas):
+def custom_train_steps(replicas):
     """Train by a step that scales no loss, with and without a scale, and by one that scales it.
 
     Returns:

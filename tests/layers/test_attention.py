@@ -1,4 +1,4 @@
-"""Attention and AdditiveAttention: nothing is rounded to float16 but the outputs."""
+"""Attention and AdditiveAttention round nothing to float16 except their outputs."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""Layers that compute in float32 between float16 tensors: near the best, where stock is not."""
+"""Layers that compute in float32 between float16 tensors are near the best possible accuracy."""
 
 import keras
 import numpy as np

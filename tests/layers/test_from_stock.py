@@ -1,4 +1,4 @@
-"""Every stock layer that has a counterpart of ours is turned into it in place, and back."""
+"""Every stock layer with a counterpart in kerasmp is replaced by it in place, and back."""
 
 import keras
 import numpy as np
@@ -6,14 +6,14 @@ import pytest
 from helpers.flattened import flatten_layers
 from helpers.layer_cases import CASES, case
 from helpers.marks import few
-from helpers.turned_layers import (
+from helpers.replaced_layers import (
     COUNTERPARTS,
     assert_state,
     flags,
     numpy,
+    replace_layers,
     state,
     stock_left,
-    turned,
 )
 
 import kerasmp as mp
@@ -155,7 +155,7 @@ def test_each_stock_layer_becomes_its_counterpart_is_saved_and_restored(name, tm
     assert_state(model, before)
 
     # In float32, at once and not again.
-    report, names = turned(model)
+    report, names = replace_layers(model)
     assert names
     assert not stock_left(model)
     ours = [type(layer) for layer in flatten_layers(model)]
@@ -167,7 +167,7 @@ def test_each_stock_layer_becomes_its_counterpart_is_saved_and_restored(name, tm
     np.testing.assert_allclose(outputs(model, example), stock, rtol=1e-5, atol=1e-5)
     assert_made_alike(model, other)
     once = state(model)
-    again, names = turned(model)
+    again, names = replace_layers(model)
     assert not names
     again.restore()
     assert_state(model, once)

@@ -1,4 +1,4 @@
-"""Gradients that are sums over a batch are summed in float32, whichever half precision there is.
+"""Gradients that are sums over a batch are summed in float32, in both half precisions.
 
 In bfloat16 a sum of ones stops at 256, in float16 at 2048.
 """

@@ -1,4 +1,4 @@
-"""Every hazard of half precision: ours is as accurate as that can be, and stock Keras is not."""
+"""Every hazard of half precision: kerasmp is as accurate as possible, and stock Keras is not."""
 
 import keras
 import pytest

@@ -1,4 +1,4 @@
-"""DenseHead: a low-precision matmul, float32 from there to the loss."""
+"""DenseHead: a low-precision matmul, then float32 up to the loss."""
 
 import keras
 import numpy as np

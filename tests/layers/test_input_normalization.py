@@ -1,4 +1,4 @@
-"""Normalization: raw data of any range, float32 statistics, the compute dtype outside."""
+"""Normalization: raw data of any range, float32 statistics, outputs in the compute dtype."""
 
 import keras
 import numpy as np

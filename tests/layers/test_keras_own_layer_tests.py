@@ -1,4 +1,4 @@
-"""Keras's own tests of its layers, run on ours: a subclass can do what its parent can.
+"""Run Keras's tests of its layers on those of kerasmp: a subclass can do what its parent can.
 
 What they skip on a backend stays skipped. Those that import TensorFlow run where it is installed.
 """
@@ -12,7 +12,7 @@ from unittest import TestCase, mock
 
 import keras
 import pytest
-from helpers.turned_layers import COUNTERPARTS
+from helpers.replaced_layers import COUNTERPARTS
 
 pytestmark = [
     pytest.mark.full,

@@ -1,4 +1,4 @@
-"""Masking: a mask value that half precision does not hold masks its steps all the same."""
+"""Masking: a mask value that half precision rounds still masks its steps."""
 
 import keras
 import numpy as np

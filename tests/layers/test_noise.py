@@ -1,4 +1,4 @@
-"""Layers that draw random numbers: as many are dropped as the rate says, and noise is normal."""
+"""Layers that draw random numbers: the dropped share equals the rate, and noise is normal."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What layers of ours refuse, by which message, and what they keep in their configuration."""
+"""Arguments and states that layers refuse, and what the messages say."""
 
 import keras
 import pytest

@@ -1,4 +1,4 @@
-"""WithDtype: any layer, with all its parts, in a dtype of its own."""
+"""WithDtype runs any layer, with all its parts, in a given dtype."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""Scales below 1: where gradients need one it stays there, and bad data does not leave it there."""
+"""Scales below 1 last while gradients need them, and bad data does not hold the scale there."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The scales that do not move."""
+"""FixedLossScale and NoLossScale never move."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What `loss_scale=` may be."""
+"""The values that `loss_scale=` accepts."""
 
 import numpy as np
 import pytest

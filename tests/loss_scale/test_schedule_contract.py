@@ -1,4 +1,4 @@
-"""What every loss-scale schedule promises; a new subclass of LossScale inherits these tests."""
+"""Contract of every loss-scale schedule; a new subclass of LossScale is included."""
 
 import dataclasses
 import importlib

@@ -1,4 +1,4 @@
-"""What the optimizer keeps of a schedule, in every way of stepping, is what the schedule says."""
+"""The optimizer's state of a schedule is what the schedule computes, in every way of stepping."""
 
 import dataclasses
 import json

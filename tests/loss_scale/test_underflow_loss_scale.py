@@ -1,4 +1,4 @@
-"""UnderflowLossScale, on shares given by hand."""
+"""UnderflowLossScale, on given shares of underflow."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Errors of mixed dtypes say in which layer, and what to do."""
+"""Errors about mixed dtypes name the layer and a remedy."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""What losses and metrics are given is float32, and so are the extra losses: fault 23."""
+"""Losses and metrics get float32, and extra losses are float32: fault 23."""
 
 import keras
 import numpy as np

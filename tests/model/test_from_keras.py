@@ -1,11 +1,11 @@
-"""A stock model becomes one of ours in place: weights, state and what was compiled stay."""
+"""`Model.from_keras` adopts a stock model in place: weights, state and compilation stay."""
 
 import keras
 import numpy as np
 import pytest
 from helpers.marks import full, full_on
 from helpers.networks import KINDS, X, Y
-from helpers.own_steps import OwnStep
+from helpers.train_steps import OwnStep
 
 import kerasmp as mp
 

@@ -1,13 +1,13 @@
-"""A model for inference alone refuses to train, before the first step and after loading."""
+"""A model with half-precision variables refuses to train, also after loading."""
 
 import keras
 import numpy as np
 import pytest
-from helpers import turned
+from helpers import adopted_model
+from helpers.adopted_model import Net
 from helpers.marks import few, full, full_on
 from helpers.networks import KINDS, X, Y
-from helpers.own_steps import OwnStep
-from helpers.turned import Net
+from helpers.train_steps import OwnStep
 
 import kerasmp as mp
 from kerasmp.errors import PolicyError
@@ -96,7 +96,7 @@ def test_an_adopted_user_class_loads_and_refuses_training_in_another_process(
     tmp_path, another_process
 ):
     model = Net()
-    model(turned.X)
+    model(adopted_model.X)
     mp.convert(model, "compute=float16,output=float16", rules=None)
     only_for_inference(model)
     model.save(tmp_path / "model.keras")

@@ -1,4 +1,4 @@
-"""Models of ours follow the rules of the policy that they are made under; stock ones do not."""
+"""kerasmp models follow the rules of the policy that they are made under; stock models do not."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""`fit` with bad batches inserted equals `fit` without them, bit for bit."""
+"""`fit` with inserted bad batches equals `fit` without them, bit for bit."""
 
 import keras
 import numpy as np

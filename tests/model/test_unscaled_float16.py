@@ -1,4 +1,4 @@
-"""Fault 11: float16 that stock Keras trains without any loss scaling, silently; ours scales it."""
+"""Fault 11: stock Keras silently trains float16 without loss scaling; kerasmp scales."""
 
 import keras
 import numpy as np
@@ -44,7 +44,7 @@ def pure_float16(module):
     return network(module)
 
 
-def turned_afterwards(module):
+def set_to_float16_later(module):
     model = network(module)
     model.layers[0].dtype_policy = "mixed_float16"
     return model
@@ -56,7 +56,7 @@ MODELS = [
     a_map_that_names_a_part,
     a_map_for_all,
     pure_float16,
-    turned_afterwards,
+    set_to_float16_later,
 ]
 every_model = pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 

@@ -1,4 +1,4 @@
-"""A train step that scales no loss trains as without loss scaling; one that does is never mistaken.
+"""A train step that scales no loss trains without loss scaling; one that does is never mistaken.
 
 Each test compares with a model whose optimizer scales nothing, `loss_scale=None`.
 """
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers.marks import full
 from helpers.networks import X, Y
-from helpers.own_steps import BareStep
+from helpers.train_steps import BareStep
 
 import kerasmp as mp
 

@@ -1,4 +1,4 @@
-"""Activations of float16 tensors, forward and back, against NumPy in float64."""
+"""Activations of float16 tensors, forward and backward, against NumPy in float64."""
 
 import math
 

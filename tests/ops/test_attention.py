@@ -1,4 +1,4 @@
-"""kerasmp.ops.dot_product_attention: as accurate as float16 can be, whatever the scores are."""
+"""dot_product_attention is as accurate as float16 can be, whatever the scores are."""
 
 import keras
 import numpy as np

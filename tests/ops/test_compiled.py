@@ -1,4 +1,4 @@
-"""torch.compile takes the functions whole, as far as it takes Keras's own."""
+"""torch.compile traces the functions without a graph break, as far as it does Keras's."""
 
 import keras
 import pytest

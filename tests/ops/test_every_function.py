@@ -1,4 +1,4 @@
-"""What holds for each public function: Keras's names of arguments, and one node in a model."""
+"""Contracts of each public function: Keras's argument names, and one node in a model."""
 
 import keras
 import numpy as np

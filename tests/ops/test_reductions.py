@@ -1,4 +1,4 @@
-"""Reductions and softmax of float16 tensors, forward and back, against NumPy in float64."""
+"""Reductions and softmax of float16 tensors, forward and backward, against NumPy in float64."""
 
 from functools import cache
 

@@ -1,4 +1,4 @@
-"""Each public function has the arguments of Keras's own; what is refused says why."""
+"""Each public function has the arguments of Keras's, and errors say why input is refused."""
 
 import inspect
 

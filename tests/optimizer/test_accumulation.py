@@ -1,4 +1,4 @@
-"""What a bad micro-batch means where the inner optimizer accumulates gradients.
+"""A bad micro-batch where the inner optimizer accumulates gradients.
 
 It is not counted: the next good one takes its place, so that each update averages exactly as many
 good micro-batches as it should. Windows after it end later than planned, which `iterations`,

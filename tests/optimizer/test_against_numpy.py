@@ -1,4 +1,4 @@
-"""Random sequences of steps through the real optimizer, against a model of it in float64."""
+"""Random sequences of steps through the real optimizer, against a float64 model of it."""
 
 import dataclasses
 

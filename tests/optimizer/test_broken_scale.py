@@ -1,4 +1,4 @@
-"""A scale that no check has seen returns to its bounds, and neither weights nor training suffer.
+"""A scale that no check has seen returns to its bounds without harm to weights or training.
 
 A framework's checkpoint assigns to the variable directly, and one of stock Keras may hold 0: fault
 3.

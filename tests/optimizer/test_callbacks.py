@@ -1,4 +1,4 @@
-"""Keras's callbacks around a run with skipped batches: as around a plain run without those.
+"""Keras's callbacks in a run with skipped batches act as in a plain run without those batches.
 
 `kerasmp.Model` keeps skipped batches out of the metrics that callbacks look at, so both runs must
 agree in every log and every weight.

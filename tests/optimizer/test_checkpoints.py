@@ -1,4 +1,4 @@
-"""TensorFlow's checkpoints of other optimizers, and one that is restored more than once."""
+"""TensorFlow checkpoints of other optimizers, and one that is restored more than once."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""On JAX a step writes into the buffers that it was given: no second copy of weights or moments."""
+"""On JAX a step reuses the donated buffers: no second copy of weights or moments."""
 
 import keras
 import numpy as np

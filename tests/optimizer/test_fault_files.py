@@ -1,4 +1,4 @@
-"""Faults 12, 13 and 16: what a file, or a move from one optimizer to another, loses in stock Keras.
+"""Faults 12, 13 and 16: state that stock Keras loses in files, or between two optimizers.
 
 The policy that is global while a file is loaded, and `auto_scale_loss`, must not matter; and the
 state of a plain optimizer moves into a wrapped one and back through files, with one call each way.

@@ -1,4 +1,4 @@
-"""Fault 5: sixty bad batches, then good ones: stock Keras never learns again, ours does."""
+"""Fault 5: after sixty bad batches stock Keras never learns again, and kerasmp does."""
 
 import keras
 import numpy as np

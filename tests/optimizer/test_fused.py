@@ -1,4 +1,4 @@
-"""Updates in one kernel for each variable: what Keras's own give, to rounding, or Keras's own."""
+"""Fused updates, one kernel for each variable, equal those of Keras to rounding."""
 
 import functools
 

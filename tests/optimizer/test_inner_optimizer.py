@@ -1,4 +1,4 @@
-"""The optimizer inside: of the user's own class, wrapped twice, and reached for its attributes."""
+"""The inner optimizer: user-defined, wrapped again, and its attributes."""
 
 import keras
 import pytest

@@ -1,4 +1,4 @@
-"""Fault 18: the inner optimizer's settings on the wrapper are passed on or refused, never lost."""
+"""Fault 18: settings of the inner optimizer on the wrapper are passed on or refused, never lost."""
 
 import keras
 import pytest

@@ -1,4 +1,4 @@
-"""Keras's own tests of its LossScaleOptimizer, run on ours.
+"""Run Keras's tests of its LossScaleOptimizer on that of kerasmp.
 
 Left out, since we differ on purpose:
 

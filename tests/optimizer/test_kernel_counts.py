@@ -1,4 +1,4 @@
-"""How many operations a step that is fine runs on TensorFlow: times vary, these do not."""
+"""How many operations a good step runs on TensorFlow: times vary, these counts do not."""
 
 import keras
 import numpy as np

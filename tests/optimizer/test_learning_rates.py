@@ -1,4 +1,4 @@
-"""Learning rates that move: what moves them counts applied steps, as without the wrapper."""
+"""Learning-rate schedules and callables advance with applied steps, as without the wrapper."""
 
 import dataclasses
 import gc

@@ -1,4 +1,4 @@
-"""What a plain optimizer does with odd calls, and what it passes on, the wrapped one does too."""
+"""Unusual calls and passed-on attributes behave as with a plain optimizer."""
 
 import keras
 import pytest

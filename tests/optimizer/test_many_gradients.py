@@ -1,4 +1,4 @@
-"""With many gradients TensorFlow checks sums of squares first: what it decides must stay exact."""
+"""With many gradients TensorFlow first checks sums of squares: the decision must stay exact."""
 
 import keras
 import numpy as np

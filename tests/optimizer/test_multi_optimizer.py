@@ -1,4 +1,4 @@
-"""A `MultiOptimizer` inside the wrapper: one scale and one verdict for all of its optimizers.
+"""A wrapped `MultiOptimizer`: one scale and one decision for all of its optimizers.
 
 Fault 17: `LearningRateScheduler` and `ReduceLROnPlateau` find its optimizers as without a wrapper.
 """

@@ -1,4 +1,4 @@
-"""An optimizer that a user's own optimizer keeps inside is treated like one that is wrapped."""
+"""Optimizers inside a user-defined optimizer are treated like a wrapped one."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""What the constructor takes, under Keras 2's and 3's names too, and what it refuses."""
+"""Arguments of the constructor, under Keras 2's and 3's names too, and what it refuses."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""State from elsewhere: stock Keras's files, a plain optimizer's, copies, raw weights."""
+"""State from elsewhere: files of stock Keras, of a plain optimizer, copies, raw weights."""
 
 import copy
 import pickle

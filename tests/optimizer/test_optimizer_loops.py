@@ -1,4 +1,4 @@
-"""Loops that users write themselves, on each backend: the scale moves, nothing is traced twice."""
+"""User-defined loops, on each backend: the scale moves, and nothing is traced twice."""
 
 import functools
 

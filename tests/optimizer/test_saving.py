@@ -1,4 +1,4 @@
-"""The scaling state in a weights file goes by name, and the settings are in the config."""
+"""A weights file stores the scaling state by name, and the config holds the settings."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Each schedule goes on from a `.keras` file to the last bit as if it had not been stopped."""
+"""Each schedule continues from a `.keras` file bit for bit."""
 
 import dataclasses
 

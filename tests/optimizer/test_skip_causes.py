@@ -1,4 +1,4 @@
-"""Why a step was skipped, and what follows from it for the scale."""
+"""Why a step was skipped, and how that changes the scale."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""Whether skipped steps move learning-rate schedules; they never move anything else."""
+"""Whether skipped steps advance learning-rate schedules; they never advance anything else."""
 
 import keras
 import numpy as np

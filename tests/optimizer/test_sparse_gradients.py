@@ -1,4 +1,4 @@
-"""Sparse gradients on TensorFlow: as the plain optimizer takes them, to the last bit."""
+"""Sparse gradients on TensorFlow are applied as by the plain optimizer, bit for bit."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""Training that was stopped goes on as if it had not been, to the last bit, in every format."""
+"""Interrupted training continues bit for bit, in every format."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""What a step moves and holds beside its state, counted: no copy of the parameters is made."""
+"""Bytes that a step moves and holds beside its state: no copy of the parameters."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""What goes wrong in stock Keras: as long as it does, this package is needed.
+"""Faults of stock Keras: while these tests pass, this package is needed.
 
 That it does not go wrong here is said where the rest is said of the same thing.
 """

@@ -1,4 +1,4 @@
-"""Through `compile` and `fit`, in every way of running a step, and without tracing it twice."""
+"""Training by `compile` and `fit`, in every way of running a step, traced only once."""
 
 import keras
 import numpy as np

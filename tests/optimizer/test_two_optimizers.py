@@ -1,4 +1,4 @@
-"""Two wrapped optimizers in one step: one skips, the other moves bit for bit as a plain one."""
+"""Two wrapped optimizers in one step: one skips, the other equals a plain one bit for bit."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Variables that are not float32: a step equals that of the plain optimizer, to the last bit."""
+"""Variables that are not float32: a step equals that of the plain optimizer, bit for bit."""
 
 import keras
 import numpy as np

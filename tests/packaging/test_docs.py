@@ -1,4 +1,4 @@
-"""The Python blocks of README.md and docs/ run, each page in a process of its own.
+"""The Python blocks of README.md and docs/ run, each page in a separate process.
 
 A block after `<!-- not run: reason -->` is left out.
 """

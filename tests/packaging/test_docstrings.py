@@ -1,4 +1,4 @@
-"""Public names are documented with an example, and the examples hold."""
+"""Public names have docstrings with examples, and the examples hold."""
 
 import doctest
 import functools

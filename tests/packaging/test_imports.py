@@ -1,4 +1,4 @@
-"""`import kerasmp` costs little and brings in nothing that Keras did not."""
+"""`import kerasmp` costs little and imports nothing that Keras did not."""
 
 import json
 import os

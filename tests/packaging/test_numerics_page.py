@@ -1,4 +1,4 @@
-"""docs/numerics.md is what the script makes from its measurements, and they are good."""
+"""docs/numerics.md is generated from its measurements, and they are good."""
 
 import pytest
 from helpers import measurements, numerics_page

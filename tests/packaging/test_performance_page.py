@@ -1,4 +1,4 @@
-"""docs/performance.md is what the script makes from its measurements."""
+"""docs/performance.md is generated from its measurements."""
 
 import pytest
 from helpers import measurements, performance_page

@@ -1,4 +1,4 @@
-"""Tests use public names, so that the inside of the package can be rebuilt.
+"""Tests use public names, so that the internals can be rewritten.
 
 What is private may be used by one file of tests only, the one that is about it, and by one helper,
 which the others ask: a module that is no package, but for `kerasmp.errors`; what a package does not

@@ -1,4 +1,4 @@
-"""README.md promises exactly two commands, and CI runs those."""
+"""README.md has exactly two commands, and CI runs them."""
 
 import importlib.util
 import itertools

@@ -1,4 +1,4 @@
-"""Nothing in the project needs, or tells of, a file outside it."""
+"""Nothing in the project needs or mentions a file outside it."""
 
 import re
 import shutil

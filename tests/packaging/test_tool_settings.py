@@ -1,4 +1,4 @@
-"""Every rule of a tool that is switched off says why."""
+"""Every rule of a tool that is switched off has a reason."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""Whose rule wins where, and rules that disagree."""
+"""Which rule decides for a layer, and rules that disagree."""
 
 import keras
 import numpy as np

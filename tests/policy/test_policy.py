@@ -1,4 +1,4 @@
-"""Policy: what it accepts, says, refuses, and survives."""
+"""Policy: what it accepts and refuses, its text, and its copies."""
 
 import contextlib
 import copy

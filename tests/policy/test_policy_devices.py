@@ -1,4 +1,4 @@
-"""Detection and advice: what each framework and system would answer, without the hardware."""
+"""Detection and recommendation: the answers of each framework and system, without the hardware."""
 
 import dataclasses
 import sys

@@ -1,4 +1,4 @@
-"""The recommendation on the machine that is there."""
+"""The recommendation for the machine that runs the tests."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The global policy: set, read back, put back, and never out of step with Keras's."""
+"""The global policy: set, read back, restored, and always in step with Keras's."""
 
 import threading
 

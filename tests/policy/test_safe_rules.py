@@ -1,4 +1,4 @@
-"""The rule set "safe": what it claims, what it leaves alone, and what it is good for."""
+"""The rules "safe": which layers they claim, and which they leave alone."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""Changes are taken back from the last to the first, whatever happens meanwhile."""
+"""Changes are undone in reverse order, whatever happens meanwhile."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The smallest architecture of each family of `keras.applications`: to float16, a step, and back.
+"""The smallest model of each family of `keras.applications`: converted, trained, restored.
 
 `benchmarks/applications.py` does the same with all of them.
 """

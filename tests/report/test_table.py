@@ -1,4 +1,4 @@
-"""Tables and progress, as a terminal and as a log file see them."""
+"""Tables and progress, on a terminal and in a log file."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Numbers to words."""
+"""Numbers as text."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What the rule set "safe" is good for: inputs that break a stock layer, and the layer under it."""
+"""The rules "safe" are needed: inputs that break a stock layer, and the layer under the rule."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""What schedules may ask of a step's gradients, against counts that know the truth."""
+"""The statistics of gradients that schedules may request, against counts that know the truth."""
 
 import numpy as np
 import pytest

@@ -8,7 +8,7 @@ import kerasmp as mp
 X = np.arange(8, dtype="float32").reshape(2, 4)
 
 
-@keras.saving.register_keras_serializable("turned")
+@keras.saving.register_keras_serializable("adopted_model")
 class Net(keras.Model):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

@@ -1,4 +1,4 @@
-"""The rule set "safe" and layers of ours: who swaps keras.layers for kerasmp.layers loses nothing.
+"""The rules "safe" treat kerasmp.layers as they treat keras.layers.
 
 The classes are looked up, so that a new layer is held to it.
 """

@@ -26,7 +26,7 @@ def flags(layer):
     return [(v.name, v.dtype, v.trainable, autocasts(v)) for v in own_variables(layer)]
 
 
-def turned(model, policy="float32", **how):
+def replace_layers(model, policy="float32", **how):
     """Turn the layers of a model; return the report and the names of those that were stock."""
     report = mp.convert(model, policy, safe_layers=True, **how)
     return report, sorted(row.replaced for row in report.rows if row.replaced)

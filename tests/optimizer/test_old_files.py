@@ -1,4 +1,4 @@
-"""Files of the version before the step was rebuilt load with all their state; see saved_before/."""
+"""Files of an earlier version load with all their state; see old_files/."""
 
 import importlib.util
 from pathlib import Path
@@ -10,7 +10,7 @@ from helpers.marks import full, full_on
 
 import kerasmp as mp
 
-FOLDER = Path(__file__).parent / "saved_before"
+FOLDER = Path(__file__).parent / "old_files"
 _spec = importlib.util.spec_from_file_location("made_before", FOLDER / "make.py")
 made = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(made)

@@ -1,4 +1,4 @@
-"""A schedule that a user writes: what it must be, or a clear error."""
+"""User-defined loss-scale schedules: what they must be, and the errors otherwise."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Fault 11: a compile of the user's own, with optimizers that nothing wraps."""
+"""Fault 11: a user-defined `compile` whose optimizers are not wrapped."""
 
 import keras
 import numpy as np

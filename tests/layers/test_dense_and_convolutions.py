@@ -1,4 +1,4 @@
-"""Dense layers and convolutions of ours are those of Keras; test_hazards.py has their errors."""
+"""Dense layers and convolutions equal those of Keras; test_hazards.py has their errors."""
 
 import keras
 import numpy as np

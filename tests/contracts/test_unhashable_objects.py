@@ -1,4 +1,4 @@
-"""Classes of the user's own may say that all their objects are equal, and then have no hash.
+"""Classes of a user may compare all their objects as equal, and then have no hash.
 
 Stock Keras trains with such optimizers. Of such models and layers it calls and saves those that are
 not compiled.

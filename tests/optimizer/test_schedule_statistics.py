@@ -1,4 +1,4 @@
-"""What a schedule may ask of a step's gradients reaches it, in every way of stepping."""
+"""The statistics that a schedule requests reach it, in every way of stepping."""
 
 import keras
 import numpy as np

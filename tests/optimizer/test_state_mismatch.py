@@ -1,4 +1,4 @@
-"""A state that does not fit: said clearly, and nothing has changed. Scales outside come inside."""
+"""A state that does not fit gives a clear message and changes nothing; scales are clipped."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""What an inner optimizer brings along works as without the wrapper, to the last bit.
+"""Averages, decay, clipping and constraints of the inner optimizer work through the wrapper.
 
 Clipping, decay, averages, accumulation, constraints, learning rates: on the same finite gradients
 wrapped equals plain, in weights, slots, averages, accumulators and `iterations`, and what is

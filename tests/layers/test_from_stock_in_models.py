@@ -1,11 +1,11 @@
-"""Which layers of a model are turned into ours, what becomes of activations and heads, and why."""
+"""Which layers of a model are replaced, what becomes of activations and heads, and why."""
 
 import keras
 import numpy as np
 import pytest
 from helpers.flattened import flatten_layers
 from helpers.marks import full_on
-from helpers.turned_layers import assert_state, flags, numpy, state, stock_left, turned
+from helpers.replaced_layers import assert_state, flags, numpy, replace_layers, state, stock_left
 from helpers.undoing import take_back
 
 import kerasmp as mp
@@ -52,7 +52,7 @@ def test_layers_are_replaced_at_every_depth_and_shared_ones_once():
     x = np.random.default_rng(0).normal(size=(2, 6, 4)).astype("float32")
     stock = numpy(model(x))
     before = state(model)
-    report, names = turned(model)
+    report, names = replace_layers(model)
     assert names == sorted(["Dense"] * 5 + ["Softmax"] * 2 + ["RNN", "LSTMCell", "GRUCell"])
     assert not stock_left(model)
     np.testing.assert_allclose(numpy(model(x)), stock, rtol=1e-5, atol=1e-6)
@@ -104,7 +104,7 @@ def test_a_users_subclass_is_left_alone_and_so_is_what_its_base_makes():
         [keras.Input((6, 4)), Doubled(4, activation="gelu"), OwnLSTM(3), layers.ReLU()]
     )
     classes = [type(part) for part in flatten_layers(model)[1:]]
-    _, names = turned(model)
+    _, names = replace_layers(model)
     assert not names
     assert [type(part) for part in flatten_layers(model)[1:]] == classes
     assert model.layers[0].activation is keras.activations.gelu
@@ -113,7 +113,7 @@ def test_a_users_subclass_is_left_alone_and_so_is_what_its_base_makes():
 def test_what_keeps_its_dtype_keeps_its_class():
     inner = keras.Sequential([keras.Input((4,)), layers.Dense(4), layers.Softmax()])
     model = keras.Sequential([keras.Input((4,)), mp.layers.WithDtype(inner), layers.ReLU()])
-    _, names = turned(model)
+    _, names = replace_layers(model)
     assert not names
 
 
@@ -123,7 +123,7 @@ def test_quantised_layers_are_left_alone():
         [keras.Input((8,)), layers.Dense(8, activation="gelu"), layers.Softmax(), layers.Dense(2)]
     )
     model.layers[0].quantize("int8")
-    _, names = turned(model)
+    _, names = replace_layers(model)
     assert names == ["Dense", "Softmax"]
     assert type(model.layers[0]) is layers.Dense
     assert model.layers[0].activation is keras.activations.gelu
@@ -138,7 +138,7 @@ def test_lora_continues():
         layer.lora_kernel_b.assign(np.ones(layer.lora_kernel_b.shape))
     stock = numpy(model(x))
     before = state(model)
-    report, _ = turned(model)
+    report, _ = replace_layers(model)
     np.testing.assert_allclose(numpy(model(x)), stock, rtol=1e-6)
     assert not any(cast for *_, cast in flags(model.layers[2]))
     mp.convert(model).restore()
@@ -160,7 +160,7 @@ def test_a_variable_that_another_layer_holds_is_cast_as_before():
     x = dense(inputs)
     model = keras.Model(inputs, [dense(Tied(dense)(x)), x])
     x = np.ones((1, 4), "float32")
-    turned(model)
+    replace_layers(model)
     assert type(dense) is mp.layers.DenseHead
     assert [cast for *_, cast in flags(dense)] == [True, False]  # kernel and bias
     mp.convert(model).restore()
@@ -187,8 +187,8 @@ def test_stock_activations_inside_are_replaced_also_in_files(tmp_path):
     made = model.layers[1:-1]
     x = np.random.default_rng(0).normal(size=(8, 6)).astype("float32") * 3
     stock = numpy(model(x))
-    report, turned_ones = turned(model)
-    assert turned_ones == ["Dense"] * len(functions)
+    report, replaced = replace_layers(model)
+    assert replaced == ["Dense"] * len(functions)
     np.testing.assert_allclose(numpy(model(x)), stock, rtol=2e-6, atol=1e-6)
     for dense, name in zip(made, names + others, strict=True):
         assert dense.activation is getattr(mp.ops, name), name
@@ -208,13 +208,13 @@ def test_other_activations_are_left_alone():
         [keras.Input((4,)), *(layers.Dense(4, activation=f) for f in functions), layers.ReLU()]
     )
     before = [layer.activation for layer in model.layers[:-1]]
-    turned(model)
+    replace_layers(model)
     assert [layer.activation for layer in model.layers[:-1]] == before
 
 
 def test_recurrent_activations_stay_so_that_keras_can_use_cudnn():
     model = keras.Sequential([keras.Input((5, 6)), layers.LSTM(3), layers.ReLU()])
-    turned(model)
+    replace_layers(model)
     cell = model.layers[0].cell
     assert type(cell) is mp.layers.LSTMCell
     assert cell.activation is keras.activations.tanh
@@ -236,7 +236,7 @@ def test_the_dense_that_makes_the_outputs_becomes_a_head(tmp_path):
     x = np.random.default_rng(0).normal(size=(4, 6)).astype("float32")
     stock = numpy(model(x))
     before = state(model)
-    report, _ = turned(model)
+    report, _ = replace_layers(model)
     body, head = model.layers
     assert type(body) is mp.layers.Dense
     assert type(head) is mp.layers.DenseHead
@@ -265,7 +265,7 @@ def test_symbolic_outputs_of_a_head_are_float32_and_are_restored():
     with mp.policy_scope("mixed_float16"):
         model = classifier()
     assert model.outputs[0].dtype == "float16"
-    report, _ = turned(model, "mixed_float16", rules=None)
+    report, _ = replace_layers(model, "mixed_float16", rules=None)
     assert model.outputs[0].dtype == "float32"
     assert numpy(model(np.ones((1, 6)))).dtype == np.float32
     report.restore()
@@ -288,7 +288,7 @@ class Net(keras.Model):
 def test_a_model_that_makes_its_layers_itself_finds_its_weights_in_files(tmp_path):
     model = Net()
     x = np.random.default_rng(0).normal(size=(4, 6)).astype("float32")
-    turned(model)
+    replace_layers(model)
     assert {type(layer) for layer in model.layers[1:]} == {mp.layers.Dense}
     wanted = numpy(model(x))
     model.save(tmp_path / "model.keras")
@@ -310,7 +310,7 @@ def test_attention_of_large_inputs_is_finite():
     x = np.random.default_rng(0).normal(size=(2, 6, 64)).astype("float32") * 2000
     model = attending()
     before = numpy(model(x))
-    turned(model, "mixed_float16")
+    replace_layers(model, "mixed_float16")
     found = numpy(model(x))
     assert {layer.compute_dtype for layer in model.layers} >= {"float16"}
     assert np.isfinite(found).all()
@@ -344,7 +344,7 @@ def test_it_trains_and_the_optimizer_keeps_its_variables():
     # Three functions to compile else, for a few small steps.
     model.compile(optimizer, "mse", run_eagerly=keras.backend.backend() != "jax")
     model.fit(x, y, verbose=0)
-    report, _ = turned(model, "mixed_float16")
+    report, _ = replace_layers(model, "mixed_float16")
     losses = model.fit(x, y, epochs=4, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
     assert model.optimizer is optimizer

@@ -1,11 +1,11 @@
-"""A skipped step of the user's own, one that never calls Keras's, leaves no trace either."""
+"""User-defined train steps that never call Keras's: a skipped step leaves no trace."""
 
 import keras
 import numpy as np
 import pytest
 from helpers.marks import full
 from helpers.networks import X, Y, sequential
-from helpers.own_steps import BareStep, OwnStep
+from helpers.train_steps import BareStep, OwnStep
 
 import kerasmp as mp
 

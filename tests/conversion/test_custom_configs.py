@@ -1,4 +1,4 @@
-"""A file keeps policies and variables of all layers, whatever a class's own `get_config` leaves."""
+"""A file keeps the policies and variable dtypes of all layers, even those `get_config` omits."""
 
 import itertools
 import pickle

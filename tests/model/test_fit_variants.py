@@ -1,4 +1,4 @@
-"""The less common ways to train: a bad batch inserted changes nothing, to the last bit."""
+"""The less common ways to train: an inserted bad batch changes nothing, bit for bit."""
 
 import keras
 import numpy as np
