@@ -7,17 +7,17 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-# The CPU jobs must not reserve an accelerator that happens to be there.
+# Tests run on the CPU and must not reserve an accelerator of this machine.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
-# On CPUs that know float16, oneDNN adds up its products in float32, so that faults of stock Keras
-# are not there; it is also six times slower than TensorFlow's own. Without it all CPUs do the same.
+# On CPUs with float16 instructions oneDNN sums products in float32, which hides faults of stock
+# Keras; it is also six times slower than TensorFlow's kernels. Without it all CPUs do the same.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 # Tests compile more than they compute, and LLVM's optimisations take a third of their time. On JAX
-# equal bits are asked of compiled steps, but two compilations of one formula differ in which
-# products they add without rounding them first: at level 0 Adagrad's, Adafactor's and Ftrl's steps
-# do, at 1 and 2 Muon's, in the last bit. AVX alone has no such instruction.
+# some tests compare compiled steps bit for bit, but two compilations of one formula may fuse
+# different products and sums: in the last bit the steps of Adagrad, Adafactor and Ftrl differ at
+# level 0, those of Muon at levels 1 and 2. Plain AVX has no fused multiply-add.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0"
@@ -31,8 +31,8 @@ import shutil
 import sys
 import tempfile
 
-# JAX compiles each operation of an eager step anew, for every model: half of the tests' time. What
-# one test compiled serves the others, in the workers and in the processes that tests start.
+# For every model JAX compiles each operation of an eager step again, half of the tests' time. The
+# cache shares compiled code between tests, pytest workers and the processes that tests start.
 if os.environ["KERAS_BACKEND"] == "jax" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="kerasmp-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -44,14 +44,15 @@ import numpy as np
 import pytest
 from helpers import processes
 
-# Looking for garbage as often as Python does takes an eighth of the time.
+# Collecting garbage as often as Python's default takes an eighth of the time.
 gc.set_threshold(100_000, 50, 100)
 
-# To save a layer, say, Keras imports TensorFlow where it is; no unit test needs those seconds.
+# Keras imports TensorFlow where it is installed, for example to save a layer. Unit tests do not
+# need it, and it takes seconds.
 if keras.backend.backend() == "numpy":
     sys.modules["tensorflow"] = None
 
-# Without the packages of the `demo` extra there is no demo to test.
+# Without the packages of the `demo` extra the demo cannot run.
 _DEMO = ("jinja2", "matplotlib", "rich", "sklearn", "tensorflow_datasets", "typer")
 collect_ignore = (
     [] if all(map(importlib.util.find_spec, _DEMO)) else ["demo", "report", "test_cli.py"]
@@ -59,7 +60,7 @@ collect_ignore = (
 
 
 def pytest_ignore_collect(collection_path):
-    """Leave files without a unit test unread on NumPy: they ask for a framework at import."""
+    """On NumPy skip files without unit tests: importing them needs a framework."""
     if keras.backend.backend() == "numpy" and collection_path.name.startswith("test_"):
         return "mark.unit" not in collection_path.read_text(encoding="utf-8") or None
     return None
@@ -69,7 +70,7 @@ def _version(text):
     return tuple(int(number) for number in text.split(".")[:3])
 
 
-# Keras ships its own tests since this version only.
+# Keras ships its tests since this version.
 if _version(keras.__version__) < (3, 15, 1):
     collect_ignore += ["layers/test_keras_own_layer_tests.py", "optimizer/test_keras_own_tests.py"]
 
@@ -97,8 +98,8 @@ def pytest_collection_modifyitems(config, items):
 def _fresh_keras():
     policy = keras.config.dtype_policy()
     if keras.backend.backend() == "numpy":
-        # Numbers become inf and NaN without a word, as in every framework. Keras itself makes some:
-        # on NumPy it finds shapes by computing with memory that nobody has filled.
+        # Numbers become inf and NaN silently, as in every framework. Keras itself makes some: on
+        # NumPy it infers shapes by computing with uninitialised memory.
         with np.errstate(all="ignore"):
             yield
         keras.config.set_dtype_policy(policy)
@@ -111,7 +112,7 @@ def _fresh_keras():
 
 @pytest.fixture(scope="session")
 def another_process():
-    """A process that has made none of a test's models; other tests have asked it before."""
+    """A process that has made none of the models of a test; other tests may have used it before."""
     kept = processes.Kept()
     yield kept.call
     kept.close()

@@ -9,7 +9,7 @@ from kerasmp.errors import LossScaleWarning
 
 @pytest.fixture
 def told():
-    """Return the loss-scale warnings given so far; others stay errors."""
+    """Return a function that lists the loss-scale warnings so far; other warnings stay errors."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", LossScaleWarning)
         yield lambda: [str(w.message) for w in caught if w.category is LossScaleWarning]

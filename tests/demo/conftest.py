@@ -7,7 +7,7 @@ import pytest
 
 
 def pytest_collection_modifyitems(items):
-    """Leave other backends than TensorFlow, where the demo's packages may be, to the full set."""
+    """Run the tests on JAX and torch in the full set only; the demo's packages may be there too."""
     if keras.backend.backend() in {"jax", "torch"}:
         for item in items:
             if item.path.parent == Path(__file__).parent:
@@ -15,7 +15,7 @@ def pytest_collection_modifyitems(items):
 
 
 def striped(count, seed):
-    """Images of 0 to 16 whose brightest row is their label: a task that is quickly learnt."""
+    """Return images of 0 to 16 whose brightest row is the label: a task that is learnt quickly."""
     generator = np.random.default_rng(seed)
     labels = np.arange(count) % 4
     images = generator.integers(0, 6, (count, 8, 8, 1))
@@ -25,7 +25,7 @@ def striped(count, seed):
 
 @pytest.fixture(scope="session")
 def images():
-    """What the demo loads from the disk, without the packages that it needs for that."""
+    """A data set as the demo loads it, made without the packages that reading one needs."""
     return SimpleNamespace(
         name="stripes 1.0.0",
         train=striped(48, 0),

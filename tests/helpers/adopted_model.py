@@ -1,4 +1,4 @@
-"""A user's model that is turned and saved in one process, and loaded in another."""
+"""A user-defined model that one process adopts and saves, and another loads."""
 
 import keras
 import numpy as np
@@ -19,7 +19,7 @@ class Net(keras.Model):
 
 
 def train(path):
-    """Return what a loaded model is, what it predicts, and what it says of training."""
+    """Return the class and predictions of a loaded model, and the error that training raises."""
     model = keras.models.load_model(path)
     predicted = model.predict(X, verbose=0)
     model.compile("sgd", "mse")

@@ -1,4 +1,4 @@
-"""Every architecture of `keras.applications`: converted, trained for a step, converted back."""
+"""Convert architectures of `keras.applications`, train them for a step and convert them back."""
 
 import sys
 import time
@@ -14,18 +14,18 @@ import kerasmp as mp
 
 CLASSES = 10
 CALIBRATED_ON = 16
-# With 32 pixels and two pictures, the last BatchNormalization of many has two values a channel, and
-# the gradients of ResNet50 are 8e8 in float32 already. With these it has 16 values.
+# With 32 pixels and two pictures the last BatchNormalization of many models sees two values per
+# channel, and the gradients of ResNet50 reach 8e8 even in float32. With these sizes it sees 16.
 SIZE, BATCH = 64, 4
-LARGER = 128  # where that is too small, as for Inception
-SCALES = (2.0**15, 2.0**10, 2.0**7, 2.0**4, 1.0)  # tried in turn, until a step is not skipped
+LARGER = 128  # for architectures that need more, such as Inception
+SCALES = (2.0**15, 2.0**10, 2.0**7, 2.0**4, 1.0)  # tried in turn until a step is not skipped
 
 
 def architectures():
-    """Return the names of all architectures, by the family that they belong to.
+    """Return the names of all architectures, grouped by family.
 
-    A family is the module in which Keras defines them. All that `keras.applications` has besides
-    the architectures are modules, whose names are lower case.
+    A family is the module in which Keras defines them. Everything else in `keras.applications` is
+    a module with a lower-case name.
     """
     families = {}
     for name in sorted(dir(keras.applications)):
@@ -46,20 +46,20 @@ def build(name):
 
 
 def inputs(name, size):
-    """Return pictures as this architecture wants them."""
+    """Return pictures, preprocessed for this architecture."""
     module = sys.modules[getattr(keras.applications, name).__module__]
     return module.preprocess_input(crops(CALIBRATED_ON, size))
 
 
 class Result(NamedTuple):
-    """What came out for one architecture."""
+    """The result of `check` for one architecture."""
 
     name: str
     size: int
     parameters: int
-    float16: int  # layers
+    float16: int  # number of layers
     float32: int
-    error: float  # of the logits, in norm, relative
+    error: float  # relative error of the logits, in norm
     rounded: float  # the same in float32 with rounded weights and inputs: unavoidable
     scale: float
     skipped: bool
@@ -74,7 +74,7 @@ def check(name, *, eager=True):
 
     Args:
         name: The architecture.
-        eager: Whether the training step runs eagerly, which is the quickest for one step.
+        eager: Whether the training step runs eagerly, which is fastest for one step.
     """
     started = time.perf_counter()
     keras.utils.set_random_seed(0)
@@ -118,8 +118,8 @@ def check(name, *, eager=True):
 def _calibrate(model, x):
     """Give BatchNormalization the statistics of `x`.
 
-    An untrained one normalises nothing when it predicts: after a hundred layers the values would
-    be beyond any that a trained network has.
+    An untrained layer normalises nothing in inference: after a hundred layers the values would be
+    larger than in any trained network.
     """
     normalizations = [
         layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)
@@ -137,7 +137,7 @@ def _rounded(array):
 
 
 def _error(probabilities, exact):
-    """Return how far the logits are off, relative to their norm."""
+    """Return the error of the logits, relative to their norm."""
     wanted = _logits(exact)
     return float(np.linalg.norm(_logits(probabilities) - wanted) / np.linalg.norm(wanted))
 
@@ -147,13 +147,13 @@ def _predict(model, x):
 
 
 def _logits(probabilities):
-    """Return what went into the softmax, as far as its outcome depends on it."""
+    """Return the inputs of the softmax, up to a constant."""
     logits = np.log(np.maximum(probabilities, np.finfo("float32").tiny))
     return logits - logits.mean(axis=-1, keepdims=True)
 
 
 def _train(model, x, y, eager):
-    """Take a step; return its scale, and whether it was skipped even with the least scale."""
+    """Take a step; return its scale, and whether even the smallest scale overflowed."""
     for scale in SCALES:
         optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(1e-3), loss_scale=scale)
         model.compile(optimizer, "sparse_categorical_crossentropy", run_eagerly=eager)

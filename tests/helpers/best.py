@@ -1,9 +1,9 @@
-"""The best that layers which multiply matrices can do in half precision: to compare, not to use.
+"""The best possible results of layers that multiply matrices in half precision, to compare with.
 
-Products by weights are the backend's own in that. Everything else is float32, and so are the sums
-of the products within attention, whose factors are in half precision. Where a softmax is one weight
-alone, all that can be wrong of it is the backend's own softmax in float32: TensorFlow's multiplies
-by a reciprocal, so that without oneDNN a weight of 1 is 1 - 2^-24.
+Products by weights are those of the backend in half precision. Everything else is float32,
+including the sums of products within attention, whose factors are in half precision. If a softmax
+has a single weight, its only error is that of the backend's float32 softmax: TensorFlow multiplies
+by a reciprocal, so without oneDNN a weight of 1 becomes 1 - 2^-24.
 """
 
 import keras
@@ -11,7 +11,7 @@ from keras import ops
 
 
 def narrow(x, half):
-    """Round to half precision, and the gradient too."""
+    """Round a tensor and its gradient to half precision."""
     return ops.cast(ops.cast(x, half), "float32")
 
 
@@ -42,7 +42,7 @@ class GroupQueryAttention(keras.layers.GroupQueryAttention):
 
 
 class _Separable:
-    """What comes between the two products is half, the products themselves are float32."""
+    """A layer whose two products are float32, with a half-precision tensor between them."""
 
     def call(self, inputs):
         x = ops.cast(inputs, "float32")
@@ -61,7 +61,7 @@ class SeparableConv2D(_Separable, keras.layers.SeparableConv2D):
 
 
 class _Product:
-    """The bias, whose gradient is a sum, is float32."""
+    """A layer whose bias is float32, since its gradient is a sum."""
 
     def add_weight(self, *args, **kwargs):
         narrow = kwargs.get("name") != "bias"

@@ -1,4 +1,4 @@
-"""Models of several kinds, converted and trained, saved here and loaded in another process."""
+"""Several kinds of models to convert, train and save here and to load in another process."""
 
 import re
 
@@ -63,7 +63,7 @@ def nested():
 
 @keras.saving.register_keras_serializable("converted")
 class Block(layers.Layer):
-    """A user's layer with layers in a list."""
+    """A user-defined layer with layers in a list."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -81,7 +81,7 @@ class Block(layers.Layer):
 
 @keras.saving.register_keras_serializable("converted")
 class Net(keras.Model):
-    """A user's model with attention inside, which makes its softmax when it is built."""
+    """A user-defined model with attention, which makes its softmax layer in `build`."""
 
     def __init__(self, units=3, **kwargs):
         super().__init__(**kwargs)
@@ -108,12 +108,12 @@ KINDS = {"attention": attention, "recurrent": recurrent, "nested": nested, "subc
 
 
 def facts_of_policies(model):
-    """Return the policies as text; Keras numbers the parts of a user's model anew."""
+    """Return the policies as text, without the numbers that Keras gives parts of a subclass."""
     return re.sub(r"_\d+ \(", " (", str(mp.LayerPolicies.of(model)))
 
 
 def facts(model):
-    """Return what must be the same after loading."""
+    """Return everything that must be the same after loading."""
     values = [keras.ops.convert_to_numpy(v.value) for v in model.optimizer.variables]
     return {
         "class": type(model).__name__,
@@ -127,14 +127,14 @@ def facts(model):
 
 
 def save(model, path):
-    """Train one step and save; return the facts."""
+    """Train one step, save the model and return its facts."""
     model.fit(X, Y, verbose=0)
     model.save(path)
     return facts(model)
 
 
 def predictions(model):
-    """Return what a model for inference says, its dtypes, and the error that training raises."""
+    """Return policies, dtypes and outputs of a model, and the error that training raises."""
     try:
         model.train_on_batch(X, Y)
     except mp.errors.PolicyError as error:
@@ -144,7 +144,7 @@ def predictions(model):
     return {
         "policies": facts_of_policies(model),
         "classes": [type(layer).__module__.split(".")[0] for layer in flatten_layers(model)],
-        # SpectralNormalization makes this one in its kernel's dtype, and only training reads it.
+        # SpectralNormalization makes this one in the dtype of its kernel; only training reads it.
         "dtypes": [v.dtype for v in model.variables if v.name != "vector_u"],
         "outputs": keras.ops.convert_to_numpy(model(X)).astype("float64").tolist(),
         "error": re.sub(r"_\d+", "", said),
@@ -152,12 +152,12 @@ def predictions(model):
 
 
 def load_one(path):
-    """Return what `predictions` says of a model of a file, under another global policy."""
+    """Return the `predictions` of a saved model, loaded under another global policy."""
     keras.config.set_dtype_policy("mixed_float16")
     return predictions(keras.models.load_model(path))
 
 
 def load_facts(path, policy="float32"):
-    """Return the `facts` of a model of a file, loaded under a global policy."""
+    """Return the `facts` of a saved model, loaded under a global policy."""
     keras.config.set_dtype_policy(policy)
     return facts(keras.models.load_model(path))

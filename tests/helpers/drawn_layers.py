@@ -15,12 +15,12 @@ class Part(NamedTuple):
     """One layer, or one operation.
 
     Args:
-        kind: Which: a key of `MAKERS`, "again", "borrow" or "op".
-        option: What the kind takes; of "again" which layer before it is called once more, of
-            "borrow" which a user's layer holds.
+        kind: A key of `MAKERS`, "again", "borrow" or "op".
+        option: The option of the kind: for "again" which earlier layer is called once more, for
+            "borrow" which earlier layer a user-defined layer holds too.
         inner: The parts inside.
-        dtype: A policy of its own.
-        back: How many tensors before the last one its input is.
+        dtype: The policy of the part, if it differs from the global one.
+        back: The distance of its input from the last tensor.
     """
 
     kind: str
@@ -31,14 +31,14 @@ class Part(NamedTuple):
 
     @classmethod
     def read(cls, data):
-        """Return the part that went through JSON."""
+        """Return the part that JSON data describes."""
         kind, option, inner, dtype, back = data
         option = tuple(option) if isinstance(option, list) else option
         return cls(kind, option, tuple(map(cls.read, inner)), dtype, back)
 
 
 def make(part):
-    """Return the layer of a part; None where it has none of its own."""
+    """Return the layer of a part; None if the part makes none."""
     if part.kind in {"again", "op"}:
         return None
     arguments = {} if part.dtype is None else {"dtype": part.dtype}
@@ -46,7 +46,7 @@ def make(part):
 
 
 def make_all(parts):
-    """Return what `make` makes of each part; one that borrows holds a layer before it, too."""
+    """Return the layer of each part; one that borrows also holds an earlier layer."""
     made = []
     for part in parts:
         borrows = part.kind == "borrow"
@@ -55,12 +55,12 @@ def make_all(parts):
 
 
 def run(parts, made, tensors):
-    """Return the tensors, and behind them what each part makes of them.
+    """Return the given tensors followed by the output of each part.
 
     Args:
         parts: The parts.
-        made: What `make` made of each.
-        tensors: What there is to begin with.
+        made: The layer of each, from `make_all`.
+        tensors: The tensors to begin with.
     """
     tensors = list(tensors)
     for part, layer in zip(parts, made, strict=True):
@@ -75,7 +75,7 @@ def run(parts, made, tensors):
 
 
 def call(layer, x, tensors):
-    """Call a layer as its class wants it."""
+    """Call a layer with the inputs that its class expects."""
     if layer is None:
         return x
     if isinstance(layer, ATTENTION):
@@ -139,12 +139,12 @@ class Borrower(layers.Layer):
 
 @keras.saving.register_keras_serializable("drawn_models")
 class Block(_Chain, layers.Layer):
-    """A user's layer with layers in a list."""
+    """A user-defined layer with layers in a list."""
 
 
 @keras.saving.register_keras_serializable("drawn_models")
 class Inner(_Chain, keras.Model):
-    """A user's model, inside another."""
+    """A user-defined model inside another."""
 
 
 def _functional(part, **_):
@@ -160,8 +160,8 @@ def _normalization(part, **arguments):
     if part.option:
         given = {"mean": [0.3] * FEATURES, "variance": [0.7] * FEATURES}
         layer = layers.Normalization(**given, **arguments)
-        # Where Keras builds it while it traces a user's model on torch, its mean is memory that
-        # nobody has written.
+        # If Keras builds it while it traces a subclassed model on torch, the mean is uninitialised
+        # memory.
         layer.build((None, STEPS, FEATURES))
         return layer
     layer = layers.Normalization(**arguments)

@@ -1,6 +1,6 @@
-"""Models of many kinds, drawn: a recipe is plain data, and builds the same model each time.
+"""Build models from recipes, which are plain data and always give the same model.
 
-Everything between the inputs and the heads has the shape (2, 3, 4), so that any part can follow
+All tensors between the inputs and the heads have the shape (2, 3, 4), so that any part can follow
 any other.
 """
 
@@ -20,12 +20,12 @@ BATCH = 2
 
 
 class Head(NamedTuple):
-    """What makes one output: a part that may end the sequence, and a Dense or nothing.
+    """The layers that make one output: one that may end the sequence, then perhaps a Dense.
 
     Args:
-        kind: "last", "flat", "pool" or "whole", which leaves the sequence.
-        activation: Of the Dense; None leaves it away.
-        back: How many tensors before the last one it starts.
+        kind: "last", "flat", "pool" or "whole", which keeps the sequence.
+        activation: The activation of the Dense; None for no Dense.
+        back: The distance of its input from the last tensor.
     """
 
     kind: str
@@ -34,13 +34,13 @@ class Head(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """A model.
+    """The description of a model.
 
     Args:
         shape: "functional", "sequential", "deferred" (a Sequential without Input) or "subclassed".
-        inputs: "float" or "tokens" for each.
-        form: "one", "list" or "dict": how several inputs are given, and several outputs returned.
-        parts: What comes between.
+        inputs: "float" or "tokens" for each input.
+        form: "one", "list" or "dict": the structure of inputs and outputs.
+        parts: The layers and operations between inputs and heads.
         heads: One for each output.
     """
 
@@ -52,19 +52,19 @@ class Recipe(NamedTuple):
 
     @classmethod
     def read(cls, data):
-        """Return the recipe that went through JSON."""
+        """Return the recipe that JSON data describes."""
         shape, inputs, form, parts, heads = data
         parts = tuple(map(Part.read, parts))
         return cls(shape, tuple(inputs), form, parts, tuple(Head(*head) for head in heads))
 
 
 def build(recipe, policy="float32", *, ours=False):
-    """Return the model of a recipe, with weights that are always the same.
+    """Return the model of a recipe, always with the same weights.
 
     Args:
         recipe: The recipe.
-        policy: Keras's global policy to build under; None for that which there is.
-        ours: Whether it is a model of kerasmp's from the start.
+        policy: The global policy to build under; None for the current one.
+        ours: Whether to build a kerasmp model.
     """
     before = keras.config.dtype_policy()
     if policy is not None:
@@ -72,7 +72,7 @@ def build(recipe, policy="float32", *, ours=False):
     keras.utils.set_random_seed(0)
     try:
         model = _KINDS[recipe.shape](recipe, mp if ours else keras)
-        # Traced, since what JAX runs it compiles.
+        # Symbolic, since JAX would compile an eager call.
         model(keras.tree.map_structure(_symbol, data(recipe)))
     finally:
         keras.config.set_dtype_policy(before)
@@ -81,7 +81,7 @@ def build(recipe, policy="float32", *, ours=False):
 
 
 def fresh(recipe, policy="float32", *, ours=False):
-    """Return what `build` does, with names of layers as if nothing had been built before."""
+    """Build like `build`, with layer names as if no model had been built before."""
     current = keras.config.dtype_policy()
     keras.backend.clear_session(free_memory=False)
     keras.config.set_dtype_policy(current)
@@ -89,7 +89,7 @@ def fresh(recipe, policy="float32", *, ours=False):
 
 
 def data(recipe):
-    """Return a batch, its last step of zeros, for layers that mask."""
+    """Return a batch whose last step is zero, for layers that mask."""
     rng = np.random.default_rng(0)
     values = []
     for kind in recipe.inputs:
@@ -101,7 +101,7 @@ def data(recipe):
 
 
 def _quick():
-    """Return a context in which JAX does not compile the loop of each call of a recurrent layer."""
+    """Return a context in which JAX does not compile the loops of recurrent layers."""
     if keras.backend.backend() != "jax":
         return contextlib.nullcontext()
     import jax
@@ -110,7 +110,7 @@ def _quick():
 
 
 def targets(model, recipe):
-    """Return what the model could be trained towards."""
+    """Return targets for training: zeros in the structure of the outputs."""
     with _quick():
         found = keras.tree.flatten(model(data(recipe)))
     zeros = [np.zeros(out.shape, "float32") for out in found]
@@ -139,12 +139,12 @@ def _input(kind, name):
 
 
 def _entry(kind):
-    """Return what makes (2, 3, 4) of an input; None where it is that already."""
+    """Return the layer that gives an input the shape (2, 3, 4); None if it has that shape."""
     return layers.Embedding(5, FEATURES, mask_zero=True) if kind == "tokens" else None
 
 
 class _Insides:
-    """The layers of a whole recipe, and how they are called."""
+    """All layers of a recipe, called in order."""
 
     def __init__(self, recipe):
         self.recipe = recipe
@@ -224,12 +224,12 @@ class _Net:
 
 @keras.saving.register_keras_serializable("drawn_models")
 class Net(_Net, keras.Model):
-    """A user's model."""
+    """A user-defined stock model."""
 
 
 @keras.saving.register_keras_serializable("drawn_models")
 class OurNet(_Net, mp.Model):
-    """The same as a model of kerasmp's."""
+    """A user-defined kerasmp model."""
 
 
 _KINDS = {

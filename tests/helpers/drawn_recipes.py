@@ -9,14 +9,14 @@ JAX = keras.backend.backend() == "jax"
 POLICIES = ("mixed_float16", "mixed_bfloat16", "float32")
 SHAPES = ("functional", "sequential", "deferred", "subclassed")
 ACTIVATIONS = ("linear", "relu", "gelu", "tanh", "sigmoid", "softmax")
-# What its inner layers make anew from a policy of their own, or what has no policy at all.
+# Models, and other parts that have no policy of their own.
 _MODELS = {"inner", "functional", "sequential"}
 _NO_DTYPE = {"again", "borrow", "op"} | _MODELS
 _ATTENTION = {"mha", "gqa"}
 
 
 def _made(cls, *arguments):
-    # `st.builds` would draw what has a default, too, and knows no way to.
+    # `st.builds` would also try to draw the arguments with defaults.
     return st.tuples(*arguments).map(lambda values: cls(*values))
 
 
@@ -72,7 +72,7 @@ _HEADS = _made(
     st.sampled_from(["linear", "softmax", "sigmoid", None]),
 )
 
-# What is drawn too seldom. A user's model that holds a model with a graph, and a layer twice.
+# A case that is drawn too rarely: a subclassed model with a functional one, and a layer values_of twice.
 HOLDING = Recipe(
     "subclassed",
     ("float",),
@@ -80,7 +80,7 @@ HOLDING = Recipe(
     (Part("functional", inner=(Part("dense", "relu"),)), Part("mha"), Part("borrow", 0)),
     (Head("flat"),),
 )
-# What need not be drawn: those, and a graph that forks, masks, calls a layer twice and nests.
+# Fixed recipes: that one, and a graph that forks, masks, calls a layer twice and nests.
 FEW = {
     "holding": HOLDING,
     "graph": Recipe(
@@ -104,14 +104,14 @@ def recipes(draw, *, overrides=True, shapes=SHAPES):
     """Draw a recipe.
 
     Args:
-        draw: Hypothesis's.
-        overrides: Whether layers may have a policy of their own.
-        shapes: What kinds of model it may be.
+        draw: From Hypothesis.
+        overrides: Whether layers may have their own policy.
+        shapes: The allowed kinds of models.
     """
     shape = draw(st.sampled_from(shapes))
     one_way = shape in {"sequential", "deferred"}
     part = (_CHAIN if one_way else _GRAPH) | _HOLDING
-    if shape == "subclassed":  # whose file is the recipe
+    if shape == "subclassed":  # its file stores the recipe
         part |= _parts(["borrow"], (0, 1, 2))
     parts = draw(st.lists(part, min_size=1, max_size=5))
     if overrides:
@@ -140,16 +140,16 @@ def _overridden(draw, part):
 
 
 def _without_softmax(part):
-    # Keras's layer adds a mask of (2, 3) to inputs of (2, 3, 4), which is an error.
+    # Keras's Softmax would add a mask of (2, 3) to inputs of (2, 3, 4), which is an error.
     kind, option = ("activation", "softmax") if part.kind == "softmax" else part[:2]
     return part._replace(kind=kind, option=option, inner=tuple(map(_without_softmax, part.inner)))
 
 
 def built_alike(recipe):
-    """Return whether Keras makes the same graph of a recipe under any policy.
+    """Return whether Keras builds the same graph for a recipe under every policy.
 
-    It drops a mask that comes in half precision into a model with a float32 Input: the graph of
-    what was built in float32 knows of the mask, and the other does not.
+    It drops the mask of a half-precision tensor that enters a model with a float32 Input: a graph
+    built in float32 has the mask, and one built in half precision does not.
     """
     return not (_masks(recipe) and _any(recipe.parts, _MODELS))
 
@@ -163,7 +163,7 @@ def _any(parts, kinds):
 
 
 def feasible(recipe, policy):
-    """Return the policy, or bfloat16 for float16 where JAX has no attention on a CPU."""
+    """Return the policy, or bfloat16 for attention in float16, which JAX lacks on a CPU."""
     if JAX and policy == "mixed_float16" and _any(recipe.parts, _ATTENTION):
         return "mixed_bfloat16"
     return policy

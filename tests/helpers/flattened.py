@@ -1,6 +1,6 @@
-"""All layers inside a model, at any depth, and what its graph says."""
+"""All layers inside a model, at any depth."""
 
 
 def flatten_layers(model):
-    """Return the model itself and all layers inside; public `layers` shows one level only."""
+    """Return the model and all layers inside; the public `layers` has one level only."""
     return list(model._flatten_layers())

@@ -1,4 +1,4 @@
-"""How far a computation in half precision is from float64, and how near it could be."""
+"""Errors of computations in half precision against float64, and the smallest possible ones."""
 
 import math
 from functools import cache
@@ -13,23 +13,23 @@ __all__ = ["MODES", "assert_near_best", "draw", "error", "errors", "numpy_of", "
 
 HALVES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LARGEST = {name: float(ml_dtypes.finfo(dtype).max) for name, dtype in HALVES.items()}
-# In float16, of its normal numbers. Those of bfloat16 are as small as float32's, but where the
-# result is 0 by the formula, the roundings of float32, in which the best is computed, leave these.
+# For float16 the smallest normal number. Those of bfloat16 are as small as float32's; where a
+# formula gives 0, rounding in float32 leaves values below this.
 SMALLEST = {"float16": 2.0**-14, "bfloat16": 2.0**-20}
 
 
 def rounded(values, dtype="float16"):
-    """Return the float64 values nearest to `values` that a half precision holds."""
+    """Return float64 values, rounded to a half precision."""
     with np.errstate(over="ignore"):
         return np.asarray(values, "float64").astype(HALVES[dtype]).astype("float64")
 
 
 def draw(seed, shape, scale=1.0):
-    """Return normal numbers that float16 holds."""
+    """Return normally distributed numbers, rounded to float16."""
     return rounded(np.random.default_rng(seed).normal(size=shape) * scale)
 
 
-@cache  # one function drawn many inputs for is compiled once for each shape
+@cache  # a function with many drawn inputs is compiled once for each shape
 def _compiled(mode, function):
     return gradients.compile_(function, [], mode)
 
@@ -42,8 +42,8 @@ def step(mode, function, inputs, upstream, variables=(), *, dtype="float16"):
         function: Takes tensors and returns one.
         inputs: Arrays, cast to `dtype`.
         upstream: The gradient of the outputs, cast to their dtype.
-        variables: Keras variables that get gradients too, after those of the inputs.
-        dtype: Of the inputs.
+        variables: Keras variables whose gradients follow those of the inputs.
+        dtype: The dtype of the inputs.
     """
     run = gradients.compile_(function, variables, mode) if variables else _compiled(mode, function)
     (outputs,), found = run([np.asarray(x, dtype) for x in inputs], [upstream])
@@ -53,9 +53,9 @@ def step(mode, function, inputs, upstream, variables=(), *, dtype="float16"):
 def error(found, wanted, *, subnormal=False, dtype="float16"):
     """Return ||found - wanted|| / ||wanted||; None if there is nothing to compare.
 
-    Left out is what is wanted beyond the range of `dtype` and, unless `subnormal` counts, what is
-    below `SMALLEST` both as found and as wanted. A tensor that is wanted below it everywhere says
-    nothing: its true value may be 0, as for the bias of an attention's keys.
+    Wanted values beyond the range of `dtype` are left out, and unless `subnormal` is true, so are
+    values below `SMALLEST` in both arrays. A tensor whose wanted values are all below it cannot be
+    compared: its true value may be 0, as for the bias of the keys of attention.
     """
     assert found.shape == wanted.shape
     assert not np.any(np.isnan(wanted))
@@ -72,17 +72,17 @@ def error(found, wanted, *, subnormal=False, dtype="float16"):
 
 
 def errors(found, wanted):
-    """Return the error of `found`, and that of what is wanted, rounded to float16."""
+    """Return the error of `found`, and that of `wanted` rounded to float16."""
     return error(found, wanted), error(rounded(wanted), wanted)
 
 
 def assert_near_best(found, wanted, slack=0.0):
     """Fail unless the error of `found` is within four times the best that float16 allows.
 
-    `slack` is an absolute error that float32 has too.
+    `slack` is an absolute error that float32 has as well.
     """
     of_ours, best = errors(found, wanted)
-    if best is None:  # nothing but zeros and subnormal numbers, of which the zeros have to be zeros
+    if best is None:  # only zeros and subnormal numbers: the zeros must be exact
         assert of_ours is None, "not finite"
         assert not np.any(found[wanted == 0])
         return

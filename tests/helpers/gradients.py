@@ -1,7 +1,7 @@
-"""Outputs and gradients of a function of tensors, in each way in which a backend runs it.
+"""Outputs and gradients of a function of tensors, in each way that a backend can run it.
 
-The function may use layers. What they add to their losses can be read from them inside of it, and
-what they assign to their variables is seen there too, but on JAX is gone afterwards.
+The function may use layers. Inside it, losses that they add and values that they assign to their
+variables can be read; on JAX assigned values are dropped afterwards.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ WAYS = {"tensorflow": ["graph", "xla"], "jax": ["jit"], "torch": ["eager"], "num
 
 
 def numpy(tensor):
-    """Return a tensor as float64, or as it is if it holds no floats."""
+    """Return a tensor as a NumPy array, floats as float64."""
     array = np.array(ops.convert_to_numpy(tensor))
     return array.astype("float64") if array.dtype.kind not in "biu" else array
 
@@ -25,12 +25,12 @@ def is_float(value):
     return keras.backend.is_float_dtype(keras.backend.standardize_dtype(value.dtype))
 
 
-QUICK = {"xla_backend_optimization_level": 0}  # for JAX, where compiling takes most of the time
+QUICK = {"xla_backend_optimization_level": 0}  # for JAX, where compilation takes most of the time
 
 
 @contextlib.contextmanager
 def float64():
-    """Let JAX have float64 while this lasts; the others always have it."""
+    """Enable float64 on JAX within the context; the other backends always have it."""
     if keras.backend.backend() != "jax":
         yield
         return
@@ -44,20 +44,20 @@ def compile_(function, variables, way, optimizer=None):
     """Return a function that returns the outputs, then the gradients of inputs and variables.
 
     It takes arrays: the inputs, of which only floats are differentiated, and the gradients of the
-    outputs, which are cast to their dtypes and by default are ones.
+    outputs, by default ones, which are cast to the dtypes of the outputs.
 
     Args:
         function: Takes tensors, returns one or a list of them.
         variables: Keras variables that it reads.
-        way: One of WAYS, "eager", or "quick": what compiles fastest, for a function that runs once.
-        optimizer: If given, takes a step, and the new values of the variables are returned too.
+        way: One of WAYS, "eager", or "quick", which compiles fastest, for a single run.
+        optimizer: If given, takes a step; the new values of the variables are returned too.
     """
     run = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[keras.backend.backend()]
     step = run(_listed(function), variables, way, optimizer)
 
     def compiled(inputs, upstream=None):
         tensors = [ops.convert_to_tensor(x, dtype=x.dtype.name) for x in map(np.asarray, inputs)]
-        # In the widest float: each is cast to its output's dtype, which is not known before.
+        # In float32: each is cast to the dtype of its output, which is not known yet.
         wide = None if upstream is None else [np.asarray(u, "float32") for u in upstream]
         return tuple([numpy(y) for y in results] for results in step(tensors, wide))
 
@@ -77,7 +77,7 @@ def _ones_or(upstream, outputs):
 
 
 def _applied(optimizer, gradients, variables):
-    """Return what a step adds to the results; not for JAX, where nothing may be assigned."""
+    """Take an optimizer step and return the new values; not for JAX, where nothing is assigned."""
     if optimizer is None:
         return ()
     optimizer.apply(gradients[-len(variables) :], variables)

@@ -1,9 +1,9 @@
-"""How the layers of hazards are called."""
+"""Ways to call the layers of `helpers.hazards`."""
 
 import keras
 from keras import ops
 
-SCALE = 2.0**15  # what loss scaling starts with
+SCALE = 2.0**15  # the initial loss scale
 
 
 def plain(layer, *inputs):
@@ -78,7 +78,7 @@ def binary_cross_entropy(layer, x, targets):
 
 
 def steps(layer, x):
-    """Return the outputs of a SimpleRNN, which in Keras on JAX are float32 for float64."""
+    """Return the outputs of a SimpleRNN, which Keras on JAX computes in float32 for float64."""
     if not layer.built:
         layer.build(x.shape)
     kernel, recurrent, bias = map(ops.convert_to_tensor, layer.trainable_variables)

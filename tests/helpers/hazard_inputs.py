@@ -1,13 +1,13 @@
-"""Makers of inputs for the layers of hazards: they take a NumPy generator.
+"""Functions that make inputs for the layers of `helpers.hazards` from a NumPy generator.
 
-A hazard rounds what they return to the half precision that it is measured in.
+A hazard rounds these inputs to the half precision that it is measured in.
 """
 
 import numpy as np
 
 
 def normal(*shapes, std=1.0, mean=0.0):
-    """Return a maker of arrays of normal numbers."""
+    """Return a maker of arrays of normally distributed numbers."""
 
     def make(random):
         return [random.normal(size=s) * std + mean for s in shapes]
@@ -16,7 +16,7 @@ def normal(*shapes, std=1.0, mean=0.0):
 
 
 def spread(low, high, count=4000):
-    """Return a maker of one array of all values between two."""
+    """Return a maker of one array with values from `low` to `high`."""
 
     def make(_):
         return [np.linspace(low, high, count)[None]]
@@ -25,7 +25,7 @@ def spread(low, high, count=4000):
 
 
 def beside(make, *others):
-    """Return a maker that adds arrays which hold no floats."""
+    """Return a maker that adds arrays without floats."""
     return lambda random: [*make(random), *(other(random) for other in others)]
 
 
@@ -38,7 +38,7 @@ def targets(random):
 
 
 def half_masked(random):
-    """Return a mask whose first row lets nothing through."""
+    """Return a random mask whose first row is all False."""
     mask = random.random((4, 2000)) < 0.5
     mask[0] = False
     return mask
@@ -51,12 +51,12 @@ def no_row(_):
 
 
 def opposite(random):
-    """Return queries and values whose products are far below 0."""
+    """Return queries and values whose products are far below zero."""
     return [normal((2, 16, 64), mean=mean)(random)[0] for mean in (4, -4)]
 
 
 def with_a_row_of_zeros(shape):
-    """Return a maker of one array of normal numbers whose third row is 0."""
+    """Return a maker of one array of normally distributed numbers whose third row is zero."""
 
     def make(random):
         (x,) = normal(shape, std=60)(random)
@@ -67,10 +67,10 @@ def with_a_row_of_zeros(shape):
 
 
 def some(_):
-    """Return a mask that lets the first eight of sixteen through."""
+    """Return a mask that is True for the first eight of sixteen steps."""
     return np.arange(32).reshape(2, 16) % 16 < 8
 
 
 def often(random):
-    """Return ids, one of them 4096 times."""
+    """Return ids of which one occurs 4096 times."""
     return [random.permutation([0] * 4096 + [1] * 8 + [2]).reshape(5, 821).astype("int32")]

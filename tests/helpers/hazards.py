@@ -1,6 +1,6 @@
-"""Where half precision goes wrong in stock Keras: one list, for the tests and for the page.
+"""The hazards of half precision in stock Keras: one list for the tests and for the page.
 
-A new entry is measured against float64, tested on every backend, and shown in docs/numerics.md.
+Each entry is measured against float64, tested on every backend, and shown in docs/numerics.md.
 """
 
 import dataclasses
@@ -20,24 +20,24 @@ from kerasmp import layers as safe
 
 @dataclasses.dataclass(frozen=True)
 class Hazard:
-    """A layer, and inputs that stock Keras gets wrong in half precision.
+    """A layer with inputs for which stock Keras is wrong in half precision.
 
     Args:
-        number: The hazard it belongs to, as docs/numerics.md counts them; 0 where stock is right.
-        name: What a reader shall see.
-        layer: Name of the class, in keras.layers and in kerasmp.layers.
-        inputs: Makes arrays of floats, or others that have no gradient, from a NumPy generator.
-        arguments: For the constructors. Called, if it holds layers.
-        ours: Name of the class in kerasmp.layers, if it is another.
-        rules: Whether the stock class under rules="safe" is the answer.
+        number: The number of the hazard in docs/numerics.md; 0 where stock Keras is right.
+        name: The name that readers see.
+        layer: Name of the class in keras.layers and kerasmp.layers.
+        inputs: Makes arrays from a NumPy generator; those that are not floats have no gradient.
+        arguments: For the constructors, or a function that returns them, if they contain layers.
+        ours: Name of the class in kerasmp.layers, if it differs.
+        rules: Whether the remedy is the stock class under rules="safe".
         call: Runs the layer on the inputs.
         reference_call: Does so in float64, if there is a simpler way with the same result.
-        upstream: Standard deviation of the gradients that come from above.
-        subnormal: Whether the smallest numbers count, too, such as float16's subnormal ones.
-        wide: Whether the outputs have to be good float32 numbers.
-        products: Whether it multiplies matrices in half precision, or is nothing but the backend's
-            softmax of one weight; `helpers.best` then has its best.
-        ordinary: Standard deviations of further inputs, on which ours must be as good.
+        upstream: Standard deviation of the upstream gradients.
+        subnormal: Whether to count the smallest numbers too, such as float16's subnormal ones.
+        wide: Whether the outputs must be accurate float32 numbers.
+        products: Whether the layer multiplies matrices in half precision, or is only the backend's
+            softmax of a single weight; `helpers.best` then computes the best.
+        ordinary: Standard deviations of further inputs, on which kerasmp must be as accurate.
         halves: The half precisions that it is measured in.
     """
 
@@ -58,7 +58,7 @@ class Hazard:
     halves: tuple[str, ...] = tuple(HALVES)
 
     def make(self, contestant, half):
-        """Return the layer of "reference" (float64), or in half precision of the others."""
+        """Return the layer of a contestant: in float64 for "reference", else in half precision."""
         arguments = dict(self.arguments() if callable(self.arguments) else self.arguments)
         arguments["dtype"] = "float64" if contestant == "reference" else f"mixed_{half}"
         if contestant == "ours" and self.rules:
@@ -68,7 +68,7 @@ class Hazard:
         return getattr(package, name)(**arguments)
 
     def _converted(self, layer, half):
-        """Give a layer, within a model, the policy that the rules "safe" find for it."""
+        """Give a layer, within a model, the policy of the rules "safe"."""
         (x,) = self.inputs(np.random.default_rng(0))
         kind = "float32" if x.dtype.kind == "f" else x.dtype.name
         inputs = keras.Input(x.shape[1:], dtype=kind)
@@ -79,15 +79,15 @@ class Hazard:
 
     @property
     def answer(self):
-        """What a user writes."""
+        """The remedy, as a user writes it."""
         return f"`{self.ours or self.layer}`" if not self.rules else '`rules="safe"`'
 
     def hazardous_inputs(self, half):
-        """Return the inputs of the hazard, in float64, as numbers that a half precision holds."""
+        """Return the inputs of the hazard in float64, rounded to a half precision."""
         return _held(self.inputs(np.random.default_rng(0)), half)
 
     def ordinary_inputs(self, half):
-        """Yield such inputs of the same shapes without the hazard, of several magnitudes."""
+        """Yield inputs of the same shapes without the hazard, of several magnitudes."""
         for std in self.ordinary:
             random = np.random.default_rng(2)
             made = self.inputs(random)
@@ -105,9 +105,9 @@ def _held(arrays, half):
 def _attention(number, layer, half, std, call, *, mean=0):
     """Return a hazard of an attention layer with projections, in one half precision.
 
-    With a mean above 0 queries and keys are long and alike: their products are large, and differ by
-    little, so that small errors of the scores are small errors of the weights. What is such a
-    hazard in float16 leaves no right digit in bfloat16, whose roundings are eight times as large.
+    With a mean above 0 queries and keys are long and similar: their products are large and differ
+    little, so that small errors of the scores are small errors of the weights. Inputs with this
+    hazard in float16 leave no correct digit in bfloat16, whose rounding is eight times as coarse.
     """
     path = "fused" if call is calls.self_attention else "with scores"
     alike = f", mean {mean}" if mean else ""
@@ -133,7 +133,7 @@ def _attention(number, layer, half, std, call, *, mean=0):
         arguments,
         call=call,
         reference_call=calls.with_scores,
-        upstream=2.0**-4 if mean else 1.0,  # else the gradients of kernels are beyond float16
+        upstream=2.0**-4 if mean else 1.0,  # otherwise gradients of kernels are beyond float16
         products=True,
         ordinary=(0.25, 1.0, 4.0) if half == "float16" else (0.25, 1.0),
         halves=(half,),
@@ -141,7 +141,7 @@ def _attention(number, layer, half, std, call, *, mean=0):
 
 
 def _positions(number, layer, shape, **arguments):
-    """Return a hazard of a layer whose kernel and bias get sums over many positions."""
+    """Return a hazard of a layer whose gradients are sums over many positions."""
     of = " x ".join(str(size) for size in shape[1:-1])
     products = "Dense" in layer or layer.startswith("Separable")
     title = f"{layer}, {of} positions"
@@ -241,7 +241,7 @@ HAZARDS = [
         rules=True,
         call=calls.extra_losses,
         upstream=2.0**5,
-        ordinary=(1.0, 2.0**5),  # smaller ones have a subnormal loss
+        ordinary=(1.0, 2.0**5),  # smaller inputs have a subnormal loss
     ),
     Hazard(
         6,
@@ -392,7 +392,7 @@ HAZARDS = [
         "Softmax",
         inputs.beside(lambda _: [np.full((2, 16), -4e4)], inputs.some),
         call=calls.masked,
-        ordinary=(2.0**-5, 1.0),  # a larger one decides, and all gradients are subnormal
+        ordinary=(2.0**-5, 1.0),  # with larger inputs one dominates and all gradients are subnormal
     ),
     Hazard(
         8,
@@ -457,5 +457,5 @@ HAZARDS = [
     *map(_recurrent, ("LSTM", "GRU")),
 ]
 BY_NAME = {hazard.name: hazard for hazard in HAZARDS}
-# Of each half precision, what is measured in it.
+# The hazards measured in each half precision.
 MEASURED = [(hazard.name, half) for half in HALVES for hazard in HAZARDS if half in hazard.halves]

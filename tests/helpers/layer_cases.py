@@ -1,6 +1,6 @@
-"""How to make and call every layer that computes with floats: one small case for each class.
+"""One small case for each layer class that computes with floats: arguments and inputs.
 
-The same case serves keras.layers and, where it has a class of the same name, kerasmp.layers.
+A case is for keras.layers and, if it has a class of the same name, for kerasmp.layers.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import numpy as np
 
 import kerasmp.layers
 
-# Nothing to compare in float16, by class name, with the reason.
+# Classes without anything to compare in float16, with the reason.
 WITHOUT = {
     "Layer": "the base class",
     "Wrapper": "a base class",
@@ -35,7 +35,7 @@ WITHOUT = {
     "SimpleRNNCell": "within SimpleRNN",
     "StackedRNNCells": "within RNN",
 }
-# Layers that augment images: they prepare data, nothing is trained through them.
+# Layers that augment images: they prepare data, and no gradient goes through them.
 AUGMENTATION = "BaseImagePreprocessingLayer"
 
 
@@ -44,12 +44,12 @@ class Case:
     """Constructor arguments and inputs of a layer.
 
     Args:
-        shapes: Of the inputs.
-        arguments: For the constructor; called, if it makes layers.
-        together: Whether several inputs go in as one list.
-        ids: The largest id, where the inputs are ids.
-        free: Axes of the inputs whose size may stay open.
-        tolerance: Relative error that float16 may have, for layers of many operations.
+        shapes: The shapes of the inputs.
+        arguments: Returns the arguments of the constructor.
+        together: Whether several inputs are passed as one list.
+        ids: The largest id, if the inputs are ids.
+        free: Axes of the inputs whose size may be unknown.
+        tolerance: Relative error that float16 may have, larger for layers of many operations.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -69,7 +69,7 @@ class Case:
         return self.of_shapes(self.shapes, seed)
 
     def larger(self):
-        """Return inputs whose free axes are longer."""
+        """Return inputs with longer free axes."""
         shapes = [[n + 3 * (i in self.free) for i, n in enumerate(s)] for s in self.shapes]
         return self.of_shapes(shapes)
 
@@ -81,7 +81,7 @@ class Case:
 
 
 def case(*shapes, together=False, ids=0, free=(0,), tolerance=2.0**-8, make=None, **arguments):
-    """Return a case; `make` gives arguments that are layers, anew each time."""
+    """Return a case; `make` returns arguments that are layers, new ones for each call."""
     return Case(
         shapes,
         lambda: arguments | (make() if make else {}),
@@ -95,7 +95,7 @@ def case(*shapes, together=False, ids=0, free=(0,), tolerance=2.0**-8, make=None
 FLAT, STEPS, IMAGE, VOLUME = (4, 6), (2, 5, 6), (2, 8, 8, 3), (2, 4, 4, 4, 2)
 BY_RANK = {1: (2, 8, 3), 2: IMAGE, 3: VOLUME}
 
-# Orthogonal ones take seconds to compile on JAX.
+# The default initializer, Orthogonal, takes seconds to compile on JAX.
 RECURRENT = {"recurrent_initializer": "glorot_uniform", "tolerance": 2**-7}
 
 

@@ -1,4 +1,4 @@
-"""Models for lint, and what it finds in them."""
+"""Models for lint, and its findings in them."""
 
 import keras
 import numpy as np
@@ -10,7 +10,7 @@ X = np.ones((8, 8), "float32")
 
 
 def made(*parts, shape=(8,), policy="mixed_float16", module=keras, **arguments):
-    """Return a Sequential; a float32 layer comes last, unless `bare`."""
+    """Return a Sequential of these parts, followed by a float32 layer unless `bare`."""
     bare = arguments.pop("bare", False)
     with mp.policy_scope(policy):
         made_now = [part() for part in parts]

@@ -1,4 +1,4 @@
-"""What is left to the full set: tests, whole files, and all but a few of many values."""
+"""Marks for the full set: for tests, whole files, and all but a few of many parameters."""
 
 import keras
 import pytest
@@ -10,18 +10,18 @@ if _RUN == "tensorflow" and tuple(map(int, keras.__version__.split(".")[:2])) < 
 
 
 def full(*values, **more):
-    """Return the values of a case that only the full set has, as parameters."""
+    """Return values as a parameter that only the full set has."""
     return pytest.param(*values, marks=pytest.mark.full, **more)
 
 
 def few(values, quick, *, where=True):
-    """Return all of the values as parameters, of which the quick set has only some.
+    """Return all values as parameters, of which the quick set has only some.
 
     Args:
-        values: A tuple holds the values of several parameters, as in pytest.
-        quick: Those of the quick set. One that is not among `values` is an error: a case with a new
-            name would otherwise leave the quick set, and nobody would see it.
-        where: False if the quick set has all of them, on this backend say.
+        values: As in pytest, a tuple holds the values of several parameters.
+        quick: The values of the quick set. One that is not among `values` is an error: otherwise a
+            renamed case would silently leave the quick set.
+        where: False if the quick set has all of them, for example on this backend.
     """
     values = list(values)
     _assert_known(quick, values)
@@ -31,7 +31,7 @@ def few(values, quick, *, where=True):
 
 
 def by_name(values, quick):
-    """Return the values of a dict as parameters, of which the quick set has those of some names."""
+    """Return the values of a dict as parameters; the quick set has those with the given names."""
     _assert_known(quick, values)
     return [
         pytest.param(*_several(value), id=name, marks=() if name in quick else pytest.mark.full)
@@ -49,19 +49,19 @@ def _several(value):
 
 
 def marks_on(*runs):
-    """Return the marks of what is full in these runs alone: for a file, or a parameter.
+    """Return marks that leave a file or a parameter to the full set in these runs only.
 
     Args:
         runs: Backends, or "oldest", an older Keras on TensorFlow. Each of them has three minutes
-            for what can differ there; what is the same everywhere is quick on TensorFlow alone.
+            for what can differ there; what is the same everywhere is quick on TensorFlow only.
     """
     return [pytest.mark.full] if _RUN in runs else []
 
 
 def full_on(*runs):
-    """Return the same for one test. JAX, say, compiles for seconds what the others just run."""
+    """Return such a mark for one test, which for example takes JAX seconds to compile."""
     return pytest.mark.full if marks_on(*runs) else lambda test: test
 
 
-# A test of numbers: the first way in which a backend runs them is quick.
+# For tests of numbers: the first way in which a backend runs a function is quick.
 in_each_way = pytest.mark.parametrize("mode", few(WAYS, WAYS[:1]))

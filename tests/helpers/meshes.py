@@ -1,6 +1,6 @@
-"""Trainings on JAX over several devices, or over two processes, with a bad row in one shard.
+"""Training on JAX over several devices or two processes, with a bad row in one shard.
 
-The devices are set by the environment of the process: see `helpers.processes`.
+The environment of the process sets the devices: see `helpers.processes`.
 """
 
 import itertools
@@ -29,14 +29,14 @@ DISTRIBUTIONS = {"data": _data_parallel, "model": _model_parallel}
 
 
 def train(devices, how, cases, **more):
-    """Train on `devices` devices once for each of `cases`: a value and its row, or none of both."""
+    """Train on several devices once for each case: a bad value and its row, or None."""
     assert len(keras.distribution.list_devices()) == devices
     keras.distribution.set_distribution(DISTRIBUTIONS[how]())
     return [_fit(_batches(case), **more) for case in cases]
 
 
 def train_in_cluster(rank, ports, cases, **more):
-    """Do the same in one process of several, each of which reads its own rows of every batch."""
+    """Train in one of several processes, each of which reads its own rows of every batch."""
     addresses = ",".join(f"127.0.0.1:{ports[0]}" for _ in ports)
     keras.distribution.initialize(addresses, num_processes=len(ports), process_id=rank)
     assert len(keras.distribution.list_devices()) == len(ports)
@@ -47,7 +47,7 @@ def train_in_cluster(rank, ports, cases, **more):
 
 
 def loop(devices, cases):
-    """Train in a hand-written jitted loop, the rows of each batch spread over the devices."""
+    """Train in a jitted user-defined loop, with the rows of each batch spread over the devices."""
     assert len(jax.devices()) == devices
     return [_loop(_batches(case)) for case in cases]
 

@@ -1,6 +1,6 @@
 """MirroredStrategy on logical CPU devices, one of which gets the bad part of a batch.
 
-`train` runs in a process of its own: see `helpers.processes`.
+`train` runs in a separate process: see `helpers.processes`.
 """
 
 import warnings
@@ -26,18 +26,18 @@ import kerasmp as mp
 
 
 def strategy_on(replicas):
-    """Return a strategy on as many logical CPU devices; callable before any other use only."""
+    """Return a strategy on this many logical CPU devices; call it before any other use."""
     cpu = tf.config.list_physical_devices("CPU")[0]
     devices = [tf.config.LogicalDeviceConfiguration()] * replicas
     tf.config.set_logical_device_configuration(cpu, devices)
-    # Eager collectives hold a thread while they wait for each other: with as few as a small machine
-    # gets by default, steps take seconds.
+    # Eager collectives block a thread while they wait for each other: with the few default threads
+    # of a small machine steps take seconds.
     tf.config.threading.set_inter_op_parallelism_threads(4 * replicas)
     return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
 
 
 def per_replica(strategy, parts):
-    """Return one value that is `parts[i]` on replica `i`."""
+    """Return a per-replica value that is `parts[i]` on replica `i`."""
     return strategy.experimental_distribute_values_from_function(
         lambda context: parts[context.replica_id_in_sync_group]
     )
@@ -49,13 +49,13 @@ def copies(strategy, variables):
     return [flat(each) for each in zip(*held, strict=True)]
 
 
-def _loop(strategy, model, optimizer, *, by_hand=False):
+def _loop(strategy, model, optimizer, *, unscale=False):
     def replica_step(x):
         with tf.GradientTape() as tape:
             loss = ops.mean(ops.square(model(x, training=True) - 1))
             loss = optimizer.scale_loss(loss / strategy.num_replicas_in_sync)
         grads = tape.gradient(loss, model.trainable_variables)
-        if by_hand:
+        if unscale:
             grads = optimizer.get_unscaled_gradients(grads)
         optimizer.apply_gradients(zip(grads, model.trainable_variables, strict=True))
 
@@ -71,7 +71,7 @@ def _loop(strategy, model, optimizer, *, by_hand=False):
 
 
 def _unscaling(*arguments):
-    return _loop(*arguments, by_hand=True)
+    return _loop(*arguments, unscale=True)
 
 
 def _fit(_, model, optimizer, *, run_eagerly=False):
@@ -92,9 +92,9 @@ WAYS = {"loop": _loop, "unscaling": _unscaling, "fit": _fit, "eager fit": _eager
 
 
 def runs(strategy, cls, way, feeds, *, guarded=False, own_step=False, build=True):
-    """Train on each of `feeds`, each time from the same start, and return the outcomes.
+    """Train on each of `feeds` from the same start and return the outcomes.
 
-    The traces are made once: they take longer than all that runs in them.
+    Functions are traced once, since tracing takes longer than running them.
     """
     with strategy.scope():
         model = guarded_network(own_step) if guarded else network()
@@ -115,7 +115,7 @@ def runs(strategy, cls, way, feeds, *, guarded=False, own_step=False, build=True
 
 
 def train(replicas, cases, where):
-    """Train for each case without a bad batch, then with its bad row on each replica of `where`."""
+    """Train each case without a bad batch, then with its bad row on each replica of `where`."""
     strategy = strategy_on(replicas)
     rows = [None, *(replica * ROWS // replicas for replica in where)]
     results = []
@@ -132,10 +132,10 @@ class _Scales(BareStep):
 
 
 def custom_train_steps(replicas):
-    """Train by a step that scales no loss, with and without a scale, and by one that scales it.
+    """Train with a step that scales no loss, with and without a scale, and with one that does.
 
     Returns:
-        For each the weights, and how often kerasmp has warned.
+        For each the weights and the number of warnings from kerasmp.
     """
     strategy, outcomes = strategy_on(replicas), []
     data = np.linspace(-1, 1, 64, dtype="float32").reshape(16, 4)

@@ -1,4 +1,4 @@
-"""Small trainings with bad batches for OverflowMonitor to see."""
+"""Small training runs with bad batches for OverflowMonitor."""
 
 import keras
 import numpy as np
@@ -9,7 +9,7 @@ STOCK = keras.optimizers.LossScaleOptimizer
 
 
 def batches(pattern):
-    """Return one row for each letter: g is good, b not finite, h huge.
+    """Return one row for each letter: "g" is good, "b" is not finite, "h" is huge.
 
     With the loss "mae" a huge row has a finite loss, whose gradient overflows from a scale of 2 on.
     """

@@ -1,4 +1,4 @@
-"""A small float16 network with all that a bad step could poison, as each kind of model."""
+"""A small float16 network with everything that a bad step could damage, as each kind of model."""
 
 import keras
 import numpy as np
@@ -24,18 +24,18 @@ def _through(layers, x):
 
 
 def sequential(module):
-    """Return a Sequential of `module`, kerasmp or keras."""
+    """Return a `Sequential` of kerasmp or keras."""
     return module.Sequential([keras.Input((4,)), *_layers()])
 
 
 def functional(module):
-    """Return `Model(inputs, outputs)`."""
+    """Return a functional model."""
     inputs = keras.Input((4,))
     return module.Model(inputs, _through(_layers(), inputs))
 
 
 def subclassed(module):
-    """Return a model with a `call` of its own."""
+    """Return a subclass with `call`."""
 
     class Own(module.Model):
         def __init__(self):
@@ -49,7 +49,7 @@ def subclassed(module):
 
 
 def functional_subclass(module):
-    """Return a user's subclass that is made from inputs and outputs."""
+    """Return a user-defined subclass made from inputs and outputs."""
 
     class Named(module.Model):
         pass
@@ -67,7 +67,7 @@ KINDS = {
 
 
 def relu_after(layer, shape, count=1, before=()):
-    """Return a model in which `layer` is not the last one, and comes after the layers `before`."""
+    """Return a model with `layer` after the layers `before` and third from the end."""
     inputs = [keras.Input(shape) for _ in range(count)]
     outputs = layer(inputs if count > 1 else _through(before, inputs[0]))
     outputs = keras.layers.Concatenate(axis=0)(outputs) if isinstance(outputs, list) else outputs
@@ -75,11 +75,11 @@ def relu_after(layer, shape, count=1, before=()):
 
 
 def attends_itself(layer, shape=(4, 8)):
-    """Return the same for a layer of attention that takes one input as query and value."""
+    """Return a model with an attention layer third from the end, whose query is its value."""
     inputs = keras.Input(shape)
     return keras.Model(inputs, keras.layers.ReLU()(keras.layers.ReLU()(layer(inputs, inputs))))
 
 
 def third_from_the_end(model):
-    """Return the layer that `relu_after` and `attends_itself` were given."""
+    """Return the layer given to `relu_after` or `attends_itself`."""
     return model.layers[-3]

@@ -1,4 +1,4 @@
-"""What each function of `kerasmp.ops` can be called with."""
+"""Arguments for each function of `kerasmp.ops`."""
 
 import keras
 
@@ -9,7 +9,7 @@ _TWICE = {"cosine_similarity", "kl_divergence", "poisson", "squared_hinge"}
 
 
 def arguments_of(name, dtype="float16"):
-    """Return tensors that a function takes, and what else it must be given."""
+    """Return the positional arguments of a function."""
     random = keras.random.SeedGenerator(0)
 
     def drawn(*shape):

@@ -1,4 +1,4 @@
-"""Real pictures: crops of the two photographs that scikit-learn brings along."""
+"""Real pictures: crops of the two photographs in scikit-learn."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ def photo(name):
 def crops(count, size, channels=3):
     """Return `count` different squares of both photographs, in 0 to 255, float32.
 
-    Each shows a region of 100 to 400 pixels, shrunk to `size` pixels: no two of them look alike.
+    Each shows another region of 100 to 400 pixels, resized to `size` pixels.
     """
     rng = np.random.default_rng(0)
     found = []

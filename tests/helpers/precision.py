@@ -1,8 +1,8 @@
-"""How far layers in half precision are from float64, and how near they could come at all.
+"""Errors of layers in half precision against float64, and the smallest possible ones.
 
-An error is ||found - wanted|| / ||wanted||. The best is that of the float64 result rounded to the
-half precision; where a layer multiplies matrices in it, that of the same layer with the backend's
-own products in it and all else in float32.
+An error is ||found - wanted|| / ||wanted||. The best is the error of the float64 result rounded to
+the half precision; for a layer that multiplies matrices in half precision, it is that of the same
+layer with the backend's half-precision products and everything else in float32.
 """
 
 import dataclasses
@@ -15,15 +15,15 @@ import numpy as np
 from helpers import gradients
 from helpers.float16 import HALVES, error, rounded
 
-# A smaller best is luck: a zero, a power of two, a single number. Four times this is one rounding.
+# A smaller best is chance: a zero, a power of two, a single number. Four times it is one rounding.
 LEAST = {name: float(ml_dtypes.finfo(dtype).eps) / 8 for name, dtype in HALVES.items()}
-LEAST_WIDE = 2.0**-21  # for what has to be a float32 number, after a few operations
+LEAST_WIDE = 2.0**-21  # for float32 results of a few operations
 ALLOWED = 4  # times the best
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The errors of one tensor: infinite if a value is; None if the layer does not run here."""
+    """The errors of one tensor: infinite if a value is not finite; None if the layer cannot run."""
 
     tensor: str
     stock: float | None
@@ -36,7 +36,7 @@ class Row:
 
 
 class Measured:
-    """The layers of a hazard with the same weights, each compiled once for one way of running."""
+    """The layers of a hazard with equal weights, each compiled once for one way of running."""
 
     def __init__(self, hazard, way, half="float16"):
         self.hazard, self.way, self.half = hazard, way, half
@@ -47,31 +47,31 @@ class Measured:
             wide = self._compiled(layer, hazard.reference_call or hazard.call, "float64")
             self._weights = [_weight(v, half) for v in _floats(layer)]
             self._wide = functools.partial(self._anew, layer, wide)
-        # Without the layer's own name, which has a number.
+        # Without the name of the layer, which ends in a number.
         self._names = [v.path.partition("/")[2] for v in layer.trainable_variables]
 
     def _compiled(self, layer, call, dtype):
         """Build a layer and return the function of inputs and upstream gradients."""
         function = functools.partial(call, layer)
         dtypes = [dtype if x.dtype.kind == "f" else x.dtype.name for x in self.arrays]
-        # Called with symbols, since some layers of stock Keras do not run in float16 on JAX.
+        # Symbolic, since some layers of stock Keras do not run in float16 on JAX.
         symbols = [
             keras.Input(batch_shape=x.shape, dtype=d)
             for x, d in zip(self.arrays, dtypes, strict=True)
         ]
-        # What a call adds to a layer's losses has no symbol: it is one number.
+        # Losses that a call adds have no symbolic value: each is one number.
         self._shapes = [y.shape for y in keras.tree.flatten(function(*symbols))] or [()]
         way = "quick" if dtype == "float64" else self.way
         return gradients.compile_(function, layer.trainable_variables, way)
 
-    @functools.cache  # noqa: B019 - as long-lived as this object
+    @functools.cache  # noqa: B019 - the cache lives as long as this object
     def _runs(self, contestant):
         layer = self.hazard.make(contestant, self.half)
         run = self._compiled(layer, self.hazard.call, self.half)
         return functools.partial(self._anew, layer, run)
 
     def _anew(self, layer, run, *arguments):
-        """Run with the first weights, which a layer may have changed when it ran before."""
+        """Run with the initial weights, which an earlier run may have changed."""
         for variable, value in zip(_floats(layer), self._weights, strict=True):
             variable.assign(value)
         return run(*arguments)
@@ -91,8 +91,8 @@ class Measured:
         nothing = [None] * len(names)
         columns = (found.get(c, nothing) for c in ("stock", "ours", "best"))
         rows = [
-            # Where the best overflows too, there is no answer; where all that is wanted is too
-            # small, any answer is good that is finite.
+            # If the best overflows too, there is nothing to compare; if all wanted values are too
+            # small, every finite result is good.
             Row(name, stock, ours, max(best or 0.0, least))
             if best != math.inf and not (best is None and ours != math.inf)
             else None

@@ -1,4 +1,4 @@
-"""What a model's layers are and hold, before they are turned into ours and after."""
+"""The layers of a model and their state, before and after kerasmp layers replace them."""
 
 import keras
 import numpy as np
@@ -9,7 +9,7 @@ from kerasmp.backend.keras_graph import policy_of
 from kerasmp.backend.keras_internals import autocasts, own_variables
 
 layers = keras.layers
-# Our class of each stock one that has a counterpart.
+# The kerasmp class for each stock class with a counterpart.
 COUNTERPARTS = {
     getattr(layers, name): getattr(mp.layers, name)
     for name in mp.layers.__all__
@@ -22,18 +22,18 @@ def numpy(tensor):
 
 
 def flags(layer):
-    """Return what a layer's own variables are like, and whether they are cast where it computes."""
+    """Return name, dtype, trainability and autocast of the variables of a layer itself."""
     return [(v.name, v.dtype, v.trainable, autocasts(v)) for v in own_variables(layer)]
 
 
 def replace_layers(model, policy="float32", **how):
-    """Turn the layers of a model; return the report and the names of those that were stock."""
+    """Replace the layers of a model; return the report and the names of replaced classes."""
     report = mp.convert(model, policy, safe_layers=True, **how)
     return report, sorted(row.replaced for row in report.rows if row.replaced)
 
 
 def state(model):
-    """Return all that turning could change, for `assert_state`: attributes and variables' flags."""
+    """Return everything that a replacement could change, for `assert_state`."""
     return [
         (
             layer,
@@ -46,7 +46,7 @@ def state(model):
     ]
 
 
-# Compiled steps are forgotten either way; the others are there since the first call.
+# Compiled steps are dropped by conversion and restore; the others are made by the first call.
 STEPS_KEPT = {
     *("train_function", "test_function", "predict_function", "_jit_compile"),
     *("_called", "_dropout_mask", "_recurrent_dropout_mask"),
@@ -67,13 +67,13 @@ def assert_state(model, before):
 def _is_same(one, other):
     if one is other:
         return True
-    if keras.ops.is_tensor(one):  # Normalization's, which the policy's way back makes anew
+    if keras.ops.is_tensor(one):  # of Normalization, which makes it again when it is restored
         return one.dtype == other.dtype and np.array_equal(numpy(one), numpy(other))
     return type(one) is type(other) and isinstance(one, (tuple, list, dict)) and one == other
 
 
 def stock_left(model):
-    """Return the layers with a counterpart that are still stock, but for attention's parts."""
+    """Return the stock layers that have a counterpart, except for parts of attention."""
     parts = [
         part
         for layer in flatten_layers(model)

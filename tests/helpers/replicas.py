@@ -1,6 +1,6 @@
-"""What two replicas make of given gradients, and what one device makes of their sums.
+"""Steps on two replicas with given gradients, and steps on one device with their sums.
 
-`run` calls some of the functions below in a process of its own: see `helpers.processes`.
+`run` calls functions of this module in a separate process: see `helpers.processes`.
 """
 
 import tempfile
@@ -35,7 +35,7 @@ class Outer(keras.optimizers.Optimizer):
 
 
 class InList(Outer):
-    """The same, around a list of one."""
+    """A user-defined optimizer that holds a list with one optimizer."""
 
     def build(self, var_list):
         keras.optimizers.Optimizer.build(self, var_list)
@@ -68,13 +68,13 @@ SCHEDULES = {
 
 
 def run(cases, replicas=2):
-    """Return what `function(strategy, **arguments)` returns for each `[function, arguments]`."""
+    """Call `function(strategy, **arguments)` for each case `[function, arguments]`."""
     strategy = strategy_on(replicas)
     return [globals()[name](strategy, **arguments) for name, arguments in cases]
 
 
 def train(strategy, value, **case):
-    """Train without a bad batch, then with its bad row on each replica: see `helpers.mirrored`."""
+    """Train without a bad batch, then with a bad row on each replica: see `helpers.mirrored`."""
     count = strategy.num_replicas_in_sync
     feeds = [batches(row, value) for row in (None, *(i * ROWS // count for i in range(count)))]
     clean, *bad = runs(strategy, "ours", feeds=feeds, **case)
@@ -82,7 +82,7 @@ def train(strategy, value, **case):
 
 
 def apply_once(strategy, parts, cls="ours", **clipping):
-    """Return a weight after SGD(1) was given `parts[i]` as gradient on replica `i`."""
+    """Return a weight after a step of SGD(1) with the gradient `parts[i]` on replica `i`."""
     with strategy.scope():
         weight = keras.Variable([0.0] * len(parts[0]))
         optimizer = CLASSES[cls](keras.optimizers.SGD(1.0, **clipping), initial_scale=SCALE)
@@ -104,14 +104,14 @@ def _variables(*, constrained):
 
 
 def _gradients(steps, bad=()):
-    """Return gradients by step, replica and variable: their sums are exact; inf in `bad` steps."""
+    """Return gradients by step, replica and variable, whose sums are exact; inf in `bad` steps."""
     grads = np.random.default_rng(0).integers(-8, 9, (steps, 2, *np.shape(START))) / 4
     grads[list(bad), 1, 0, 0] = np.inf  # the second replica's first variable
     return grads.astype("float32")
 
 
 def _trained(strategy, optimizer_of, gradients, *, constrained=False):
-    """Return all that there is after each step; one device gets the replicas' sums."""
+    """Return all state after each step; a single device gets the sums over the replicas."""
     with strategy.scope():
         variables = _variables(constrained=constrained)
         optimizer = optimizer_of()
@@ -138,7 +138,7 @@ def _trained(strategy, optimizer_of, gradients, *, constrained=False):
 
 
 def companion(strategy, name):
-    """Return a wrapped optimizer's steps, the last one bad, and a plain one's on one device."""
+    """Return steps of a wrapped optimizer, the last one bad, and of a plain one on one device."""
     make, constrained = OPTIMIZERS[name], name == "constraint"
     gradients = _gradients(6, bad=[5])
     ours = _trained(
@@ -164,7 +164,7 @@ def schedule(strategy, name):
 
 
 def sparse(strategy):
-    """Return a table after steps with duplicate rows, the last one bad, and what came to SGD."""
+    """Return a table after steps with duplicate rows, the last one bad, and the types SGD got."""
     seen = []
 
     class Seeing(keras.optimizers.SGD):
@@ -192,7 +192,7 @@ def sparse(strategy):
 
 
 def sent(strategy, cls):
-    """Return the shapes in each call of `all_reduce` of a step, and its graph's collectives."""
+    """Return the shapes in each `all_reduce` of a step, and the collectives of its graph."""
     calls = []
     reduce = tf.distribute.ReplicaContext.all_reduce
 
@@ -218,14 +218,14 @@ def sent(strategy, cls):
 
 
 def refusals(strategy):
-    """Return what BackendError says where nothing can be agreed on, and the state around it."""
+    """Return the messages where replicas cannot agree, and the state before and after."""
     with strategy.scope():
         weight = keras.Variable([1.0])
         optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(1.0), initial_scale=SCALE)
         optimizer.build([weight])
         before = copies(strategy, [weight, *optimizer.variables])
         said = [_refusal(lambda: optimizer.apply([tf.constant([1.0])], [weight]))]
-        # Where Keras sums in our versions; in another it may be elsewhere.
+        # The method in which supported versions of Keras sum; another version may differ.
         with mock.patch.object(keras.optimizers.SGD, "_all_reduce_sum_gradients", None):
             other = mp.LossScaleOptimizer(keras.optimizers.SGD(1.0))
             said.append(_refusal(lambda: other.build([weight])))
@@ -242,13 +242,13 @@ def refusals(strategy):
 def _refusal(call):
     try:
         call()
-    except Exception as error:  # noqa: BLE001 - while tracing, TensorFlow makes another of it
+    except Exception as error:  # noqa: BLE001 - while tracing, TensorFlow changes its class
         return str(error)
     return None
 
 
 def unbuilt(strategy):
-    """Return the weight after an optimizer's first step built it, and one more that was bad."""
+    """Return the weight after a first step that builds the optimizer, and a bad second one."""
     with strategy.scope():
         weight = keras.Variable([1.0])
         optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(0.5), initial_scale=SCALE)
@@ -263,7 +263,7 @@ def unbuilt(strategy):
 
 
 def saving(strategy):
-    """Return the state after a training, where it was restored, and both after another training."""
+    """Return the state after training, restored copies of it, and all after more training."""
     x = np.concatenate(batches(ROWS - 1))
 
     def fitted(model):

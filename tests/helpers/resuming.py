@@ -1,4 +1,4 @@
-"""Training with skipped steps that is stopped halfway, and goes on, also in another process."""
+"""Training with skipped steps, stopped halfway and continued, also in another process."""
 
 import keras
 import numpy as np
@@ -8,12 +8,12 @@ import kerasmp as mp
 
 X = np.random.default_rng(0).normal(size=(96, 4)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(96, 1)).astype("float32")
-# Of twelve batches of eight the third and the fifth are skipped: their losses are finite, for tanh
-# is, and their gradients are not.
+# Of twelve batches of eight the third and the fifth are skipped: their losses are finite, since
+# tanh is, and their gradients are not.
 X[[20, 36], 0] = np.inf
 STOP, END = 6, 12
 
-# At the stop no part of its state is what it was at the start.
+# When training stops, every part of its state has changed.
 SCHEDULE = mp.DynamicLossScale(2.0**10, growth_factor=4.0, growth_interval=3, hysteresis=2)
 
 
@@ -30,7 +30,7 @@ def network():
 
 
 def compiled(**options):
-    """Return the network under an optimizer that averages, clips and decays; built."""
+    """Return the network with a built optimizer that averages, clips and decays."""
     model = network()
     rate = keras.optimizers.schedules.ExponentialDecay(0.01, 3, 0.9)
     inner = keras.optimizers.AdamW(rate, use_ema=True, clipnorm=1.0)
@@ -41,18 +41,18 @@ def compiled(**options):
 
 
 def train(model, first, last):
-    """Train on these batches; return the model."""
+    """Train on the batches from `first` to `last` and return the model."""
     for start in range(8 * first, 8 * last, 8):
         model.train_on_batch(X[start : start + 8], Y[start : start + 8])
     return model
 
 
 def everything(model):
-    """Return all that training depends on, as arrays."""
+    """Return all state that training depends on, as arrays."""
     return [ops.convert_to_numpy(v.value) for v in [*model.variables, *model.optimizer.variables]]
 
 
 def go_on(path):
-    """Go on from a `.keras` file; return all that there is at the end, as dtypes and lists."""
+    """Continue from a `.keras` file and return the final state as dtypes and lists."""
     end = everything(train(keras.models.load_model(path), STOP, END))
     return [(value.dtype.name, value.tolist()) for value in end]

@@ -1,4 +1,4 @@
-"""One optimizer step in every way that the running backend knows, on any optimizer class."""
+"""One optimizer step in every way that the backend supports, for any optimizer class."""
 
 import keras
 import numpy as np
@@ -13,13 +13,13 @@ BACKEND = keras.backend.backend()
 
 
 def built(optimizer, variables):
-    """Build the optimizer once: stock Keras starts anew at each call of `build`."""
+    """Build the optimizer once: stock Keras starts over at each call of `build`."""
     if not optimizer.built:
         optimizer.build(variables)
 
 
 def eager(optimizer, grads, variables):
-    """Call `apply` as a hand-written loop does."""
+    """Call `apply` as a user-defined loop does."""
     optimizer.apply(grads, variables)
 
 
@@ -65,23 +65,23 @@ def jitted(optimizer, grads, variables):
         variable.assign(value)
 
 
-# Stock Keras knows only the pure step on JAX.
+# On JAX stock Keras supports only the stateless step.
 stock_step = stateless if BACKEND == "jax" else eager
 WAYS = {"tensorflow": [eager, graph, xla], "jax": [eager, stateless], "torch": [eager]}[BACKEND]
 
-# The ways whose operations are the same for the wrapped and the plain optimizer, one by one. Left
-# out: where XLA compiles the plain update alone but ours within a branch, or not at all but ours,
-# it is free to round products and sums in one step instead of two (measured: Lion and Adafactor
-# under XLA on TensorFlow, every optimizer in an eager loop on JAX, both in the last bits).
+# The ways in which the wrapped and the plain optimizer run the same operations. Left out are those
+# in which XLA compiles only the wrapped update, or compiles it within a branch: it may then fuse
+# products and sums (measured: Lion and Adafactor under XLA on TensorFlow, every optimizer in an
+# eager loop on JAX, both in the last bits).
 EXACT_WAYS = {"tensorflow": [eager, graph], "jax": [jitted], "torch": [eager]}[BACKEND]
 
 
 def each_of(ways, quick=None):
-    """Parametrize `step` by these ways; the full set has those that are not in `quick`.
+    """Parametrize `step` by these ways; those not in `quick` are for the full set.
 
     Args:
         ways: Some of the functions above.
-        quick: By default the first of the ways, in which nothing is compiled twice.
+        quick: By default the first of the ways.
     """
     params = few(ways, ways[:1] if quick is None else quick)
     names = [way.__name__ for way in ways]
@@ -89,7 +89,7 @@ def each_of(ways, quick=None):
 
 
 def step_of(optimizer):
-    """Return the plainest step that the optimizer's class can do on this backend."""
+    """Return the simplest step that the class of the optimizer supports on this backend."""
     return eager if isinstance(optimizer, LossScaleOptimizer) else stock_step
 
 
@@ -109,7 +109,7 @@ def numpy(variables):
 
 
 def assert_same_bits(actual, expected):
-    """Compare arrays, or lists of them, without any tolerance; NaN equals NaN."""
+    """Assert that arrays are equal without any tolerance; NaN equals NaN."""
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(a, e, strict=True)

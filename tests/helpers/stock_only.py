@@ -1,4 +1,4 @@
-"""Loads a model where kerasmp has not been imported."""
+"""Load a model in a process that has not imported kerasmp."""
 
 import sys
 
@@ -18,7 +18,7 @@ def load(path, policy):
 
 
 def dtypes_of(model):
-    """Return the compute dtypes of the layers that compute: Keras saves no container's own."""
+    """Return the compute dtypes of all layers but containers, whose own Keras does not save."""
     containers = (keras.Model, keras.layers.InputLayer)
     flat = model._flatten_layers(include_self=False)
     return [layer.compute_dtype for layer in flat if not isinstance(layer, containers)]

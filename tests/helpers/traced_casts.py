@@ -1,15 +1,15 @@
-"""How often a traced program casts float32 tensors of some shapes to float16."""
+"""Count casts from float32 to float16 in a traced program, for some shapes."""
 
 import keras
 
 
 def count(function, inputs, shapes):
-    """Return the number of such casts in all, and of those among them that are inside a loop.
+    """Return the number of such casts, and the number of those inside a loop.
 
     Args:
-        function: Takes a tensor and returns tensors; TensorFlow and JAX alone.
+        function: Takes a tensor and returns tensors; on TensorFlow and JAX only.
         inputs: An array.
-        shapes: Tuples.
+        shapes: The shapes to count.
     """
     return {"tensorflow": _tensorflow, "jax": _jax}[keras.backend.backend()](
         function, inputs, {tuple(shape) for shape in shapes}
@@ -30,7 +30,7 @@ def _tensorflow(function, inputs, shapes):
         source, shape = op.inputs[0], op.outputs[0].shape
         while source.op.type in {"Identity", "StopGradient"}:
             source = source.op.inputs[0]
-        # Bodies of loops have no shapes: there, what is read or comes in from outside counts.
+        # Bodies of loops have no shapes: there, variables and inputs from outside are counted.
         return source.dtype == tf.float32 and (
             source.op.type in {"ReadVariableOp", "Placeholder"}
             if shape.rank is None

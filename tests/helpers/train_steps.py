@@ -1,4 +1,4 @@
-"""Train steps of a user's own that never call Keras's, as Keras's guides write them."""
+"""User-defined train steps that never call Keras's, written as in Keras's guides."""
 
 import types
 
@@ -79,12 +79,12 @@ class WithOwnStep(OwnStep, mp.Sequential):
     pass
 
 
-# In place of kerasmp, where a network is made of a module's classes.
+# To be used instead of kerasmp where a network is built from the classes of a module.
 MODULE = types.SimpleNamespace(Sequential=WithOwnStep)
 
 
 class _Bare:
-    """A step that knows nothing of loss scaling, as in Keras's guides, until it is told to."""
+    """A step without loss scaling, as in Keras's guides; `to_differentiate` may add it."""
 
     def to_differentiate(self, loss):
         return loss

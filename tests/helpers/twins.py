@@ -1,4 +1,4 @@
-"""A wrapped and a plain optimizer on equal variables, stepped side by side."""
+"""Step a wrapped and a plain optimizer on equal variables side by side."""
 
 import numpy as np
 from helpers.stepping import assert_same_bits, built, numpy, tensors, variables_of
@@ -8,7 +8,7 @@ from kerasmp.optimizer import LossScaleOptimizer
 
 # A matrix, a vector, a tensor and a scalar: some optimizers treat them differently.
 START = ([[1.0, -2.0, 0.5], [3.0, 4.0, -0.25]], [0.5, -0.5], [[[1.5], [-1.0]]], 0.75)
-SCALE = 2.0**12  # a power of two, by which floats scale exactly
+SCALE = 2.0**12  # a power of two, so that scaling is exact
 
 
 def gradients(seed, scale=1.0, values=START):
@@ -18,13 +18,13 @@ def gradients(seed, scale=1.0, values=START):
 
 
 class Twins:
-    """Steps both optimizers; the wrapped one also takes bad steps, which must change nothing.
+    """A wrapped and a plain optimizer; the wrapped one also gets bad steps, which change nothing.
 
     Args:
-        make: Returns a plain optimizer, given the variables that it will be for.
+        make: Returns a plain optimizer for the given variables.
         step: One of `helpers.stepping.EXACT_WAYS`.
         prepare: Called with the variables of each before anything else.
-        missing: Positions of variables that get no gradient.
+        missing: Indices of variables without a gradient.
     """
 
     def __init__(self, make, step, prepare=None, missing=()):
@@ -42,14 +42,14 @@ class Twins:
         return self.wrapped.inner_optimizer
 
     def good(self, seed):
-        """Give both the same finite gradients; ours times the scale."""
+        """Give both the same finite gradients; the wrapped one gets them scaled."""
         direct = [getattr(v, "overwrite_with_gradient", False) for v in self.ours]
         ours = [g if d else self.scale * g for g, d in zip(gradients(seed), direct, strict=True)]
         self.step(self.wrapped, self._some(ours), self.ours)
         self.step(self.plain, self._some(gradients(seed)), self.theirs)
 
     def bad(self, value=np.nan):
-        """Give ours a gradient with one bad value; nothing that the plain one has may change."""
+        """Give the wrapped one a bad value; nothing that the plain one has too may change."""
         built(self.wrapped, self.ours)
         grads = gradients(99, SCALE)
         position = next(i for i in range(len(grads)) if i not in self.missing)
@@ -61,16 +61,16 @@ class Twins:
         assert self.wrapped.last_step_skipped
 
     def state(self):
-        """Return our weights and all that the inner optimizer holds: slots, averages, counts."""
+        """Return the weights and the inner optimizer's variables: slots, averages, counters."""
         return numpy([*self.ours, *self.inner.variables])
 
     @staticmethod
     def iterations(optimizer):
-        """Return `iterations`, which is no variable where gradients are accumulated."""
+        """Return `iterations`, which is a tensor while gradients are accumulated."""
         return int(ops.convert_to_tensor(optimizer.iterations))
 
     def check(self):
-        """Compare everything without tolerance."""
+        """Assert that both have equal state, without tolerance."""
         assert_same_bits(self.state(), numpy([*self.theirs, *self.plain.variables]))
         assert self.iterations(self.wrapped) == self.iterations(self.plain)
 

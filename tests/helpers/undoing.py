@@ -1,14 +1,14 @@
-"""What one layer is assigned, and the way back from changes, for tests of single steps."""
+"""Assign a policy to one layer, and undo changes, for tests of single steps."""
 
 from kerasmp.policy import apply
 from kerasmp.policy.assign import Assignment
 
 
 def assigned(layer, policy):
-    """Return the row that lets a layer follow a policy."""
+    """Return the assignment of a policy to a layer."""
     return Assignment(layer, layer.name, layer.dtype_policy, policy, "the test")
 
 
 def take_back(undo):
-    """Take back the changes on a list."""
+    """Undo the changes on a list."""
     apply.take_back(undo)

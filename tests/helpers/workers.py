@@ -1,4 +1,4 @@
-"""Two processes of MultiWorkerMirroredStrategy, one of which gets the bad part of a batch.
+"""Training in two processes of MultiWorkerMirroredStrategy, one with the bad part of a batch.
 
 Each process calls `train`: see `helpers.processes.cluster`.
 """
@@ -16,7 +16,7 @@ CLEAN = "trained without a bad batch"
 
 
 def strategy_of(rank, ports):
-    """Join the cluster on loopback and return its strategy; before any other use only."""
+    """Join the cluster on loopback and return its strategy; call it before any other use."""
     workers = [f"127.0.0.1:{port}" for port in ports]
     task = {"type": "worker", "index": rank}
     os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": workers}, "task": task})
@@ -55,9 +55,9 @@ def _trainer(strategy, rank, cls):
 
 
 def train(rank, ports, cls, bad, patience=None):
-    """Train without a bad batch, then for each of `bad`: its value and row; row 0 is of worker 0.
+    """Train without a bad batch, then with each of `bad`, a value and its row; row 0 is worker 0's.
 
-    With `patience`, all that comes after the first training must take no more seconds than that.
+    With `patience`, everything after the first training must take at most this many seconds.
     """
     train_on = _trainer(strategy_of(rank, ports), rank, cls)
     results = [train_on(batches())]
