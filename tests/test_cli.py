@@ -68,7 +68,7 @@ def in_a_process(*arguments, **settings):
 
 @on_tensorflow
 def test_env_prints_this_machine_and_nothing_else():
-    # With oneDNN, of which TensorFlow's log tells before it heeds any setting.
+    # With oneDNN, which TensorFlow logs before it reads any setting.
     code, printed, complained = in_a_process("env", TF_ENABLE_ONEDNN_OPTS="1")
     assert (code, complained) == (0, "")
     assert keras.__version__ in printed

@@ -31,7 +31,7 @@ CLI = "import os\ndef main(): os.write(2, os.environ['TF_CPP_MIN_LOG_LEVEL'].enc
 
 
 def run(folder, package, level=None):
-    """Run the command with another package in the place of kerasmp."""
+    """Run the command with another package in place of kerasmp."""
     (folder / "kerasmp").mkdir()
     (folder / "kerasmp" / "__init__.py").write_text(package)
     (folder / "kerasmp" / "cli.py").write_text(CLI.format(f"\n{INFO}".encode()))

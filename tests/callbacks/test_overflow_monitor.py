@@ -269,7 +269,7 @@ def test_the_stock_optimizer_with_and_without_accumulation(accumulate):
         "total_skipped_steps": [1, 2, 3],
         "overflow_rate": [0.2, 0.2, 0.2],
     }
-    # It counts nothing itself, so each fit starts anew.
+    # It has no counters, so each fit starts from zero.
     assert fit(model, "gb", [OverflowMonitor()])["total_skipped_steps"] == [1]
 
 

@@ -358,7 +358,7 @@ def weights_with(value, place=3):
 
 
 def owning(name="Own", **parts):
-    """Return a schedule of a user's own, of these parts and usual ones; None leaves one out."""
+    """Return a user-defined schedule with these methods and default ones; None leaves one out."""
     usual = {
         "initial_scale": 8.0,
         "min_scale": 1.0,
@@ -378,7 +378,7 @@ def returning(**changes):
 
 
 NO_STATE = NO_SCHEDULE % "Own"
-# Of an optimizer `o` in which nothing is 0, and its variables `v`.
+# For an optimizer `o` in which no value is 0, and its variables `v`.
 STEPS = {
     "no gradients for variables": (
         lambda o, v: o.apply([], v),
@@ -542,7 +542,7 @@ STEPS = {
         lambda o, v: mp.Sequential([dense()]).compile("sgd", auto_scale_loss="no"),
         SWITCH % "auto_scale_loss",
     ),
-    # ---------------------------------------------------------------------- schedules of their own
+    # ----------------------------------------------------------------------- user-defined schedules
     "a schedule without a first scale": own(
         NO_STATE + ".*no attribute `initial_scale`", initial_scale=None
     ),
@@ -607,7 +607,7 @@ else:
 
 @pytest.fixture(scope="module")
 def used():
-    """Return an optimizer in which nothing is 0, and its variables."""
+    """Return an optimizer in which no value is 0, and its variables."""
     variables = variables_of([1.0, 2.0], [3.0])
     inner = keras.optimizers.Adam(0.1, use_ema=True, gradient_accumulation_steps=2)
     optimizer = mp.LossScaleOptimizer(inner, loss_scale=64.0)

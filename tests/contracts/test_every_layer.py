@@ -57,7 +57,7 @@ def every(classes):
 
 RIGHT = {n: c for n, c in STOCK.items() if n not in NO_KERNEL and n not in WRONG}
 BOTH = {n: c for n, c in OURS.items() if hasattr(keras.layers, n)}
-# One for each way in which ours are made, where each is compiled for seconds, as on JAX.
+# One for each mechanism of kerasmp layers, for backends such as JAX that compile each for seconds.
 MECHANISMS = {
     "Activation",
     "Attention",
@@ -117,7 +117,7 @@ def give_the_same_weights(layers):
 def one_step(case, layer, shapes, way="quick", **arguments):
     """Return the outputs, the gradients, and the weights after a step of SGD.
 
-    A float16 layer takes it with our optimizer, a float32 layer with NumPy.
+    A float16 layer takes it with the kerasmp optimizer, a float32 layer with NumPy.
     """
     inputs = case.inputs()
     if not case.ids:
@@ -150,7 +150,7 @@ def mode(cls, training):
     return {"training": training} if takes(cls, "training") else {}
 
 
-# ------------------------------------------------------------------------------------ ours alone
+# ----------------------------------------------------------------------------------- kerasmp only
 
 # On torch Keras does not autocast the variables of a layer within another while it makes symbols:
 # stock Wrapper then says float32 too.
@@ -298,7 +298,7 @@ def test_masks_are_used_as_in_stock_keras(name):
     for array in arrays:
         array[:, -2:] = 0
     found, wanted = (evaluate(masked(case, layer), arrays) for layer in (ours, stock))
-    # What a masked step gives is not minded by anybody, and ours is 0 where all is masked.
+    # Outputs of masked steps do not matter; kerasmp gives 0 where everything is masked.
     found, wanted = ([y[:, :-2] if y.ndim == 3 else y for y in each] for each in (found, wanted))
     assert_near(found, wanted, case.tolerance)
     symbols_ = [keras.layers.Masking()(x) for x in symbols(case)]

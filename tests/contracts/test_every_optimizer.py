@@ -92,7 +92,7 @@ def test_in_the_other_ways_a_skipped_step_changes_nothing_either(cls, company, s
     twins.good(0)
     twins.bad(-np.inf)
     assert (twins.wrapped.applied_steps, twins.wrapped.skipped_steps) == (1, 2)
-    # XLA may round otherwise (see EXACT_WAYS): a few units in the last place of values up to 5.
+    # XLA may round differently (see EXACT_WAYS): a few units in the last place of values up to 5.
     theirs = numpy([*twins.theirs, *twins.plain.variables])
     for ours, plain in zip(twins.state(), theirs, strict=True):
         np.testing.assert_allclose(ours, plain, rtol=2e-6, atol=2e-6)

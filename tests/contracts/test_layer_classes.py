@@ -26,7 +26,7 @@ def test_each_kerasmp_layer_is_a_subclass_of_the_stock_layer_of_its_name():
 
 
 def missing(own, stock):
-    """Return the parameters that a method of a stock layer takes and ours does not."""
+    """Return the parameters of a method of a stock layer that the kerasmp layer lacks."""
     taken, wanted = (inspect.signature(method).parameters for method in (own, stock))
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
         return []

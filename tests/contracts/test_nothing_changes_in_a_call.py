@@ -16,7 +16,7 @@ from keras import layers, ops
 
 import kerasmp as mp
 
-# One for each way in which ours are made that has set something, or might.
+# One for each mechanism of kerasmp layers that has set something, or might.
 MECHANISMS = ["Dense", "Conv2D", "LSTM", "SpectralNormalization"]
 if keras.backend.backend() == "jax":  # which compiles each of them
     MECHANISMS = MECHANISMS[:1]
@@ -28,10 +28,10 @@ _PACKAGES = {"keras", "kerasmp"}
 
 @contextlib.contextmanager
 def changes(*layers):
-    """Yield the set of what changes, as "Class.attribute", filled as long as this lasts.
+    """Yield a set that collects changes as "Class.attribute" within the context.
 
-    Looked at are the layers, all inside them, their classes and regularizers, and the functions
-    that Keras computes by, whenever a function of Keras or of ours begins or ends in this thread.
+    The layers, all layers inside them, their classes and regularizers, and the functions of Keras's
+    backend are compared whenever a function of Keras or kerasmp begins or ends in this thread.
     """
     watched = [(name, live, dict(live)) for name, live in _held(layers)]
     found = set()
@@ -172,7 +172,7 @@ def test_layers_added_late_or_made_in_build_are_adopted_before_the_first_call():
 
 
 def in_threads(work, calls):
-    """Return what each thread gets of its calls, which begin together and change place often."""
+    """Return the results of each thread; threads start together and switch often."""
     start = threading.Barrier(THREADS)
     results, errors = [], []
 

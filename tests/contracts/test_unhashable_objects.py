@@ -1,7 +1,7 @@
 """Classes of a user may compare all their objects as equal, and then have no hash.
 
-Stock Keras trains with such optimizers. Of such models and layers it calls and saves those that are
-not compiled.
+Stock Keras trains with such optimizers. It calls and saves such models and layers if they are not
+compiled.
 """
 
 import keras
@@ -67,7 +67,7 @@ def test_optimizers_are_trained_replaced_restored_and_saved(tmp_path):
     model.save(tmp_path / "model.keras")
     assert keras.models.load_model(tmp_path / "model.keras").optimizer.applied_steps == 1
     report.restore()
-    assert model.optimizer is second  # not the first, which is no less equal
+    assert model.optimizer is second  # not the first, which compares as equal
 
 
 def test_models_and_layers_are_converted_and_restored():
@@ -79,7 +79,7 @@ def test_models_and_layers_are_converted_and_restored():
     second = mp.convert(net, rules=None)
     assert keras.backend.standardize_dtype(net(X).dtype) == "float16"
     assert {each.rule for each in mp.lint(net, X)} == {"sizes"}
-    # Conversions are told apart by their layers, which all claim to be equal.
+    # Conversions are distinguished by their layers, which all compare as equal.
     with pytest.raises(mp.errors.PolicyError):
         first.restore()
     second.restore()

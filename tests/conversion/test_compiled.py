@@ -118,7 +118,7 @@ def test_optimizers_of_a_user_defined_compile_are_named():
     assert any("nothing scales the loss of first" in note for note in report.notes)
 
 
-# Every so many calls one is interrupted, of the hundreds that kerasmp makes of its own functions.
+# Of the hundreds of calls that kerasmp makes of its functions, a sample is interrupted.
 STEPS = pytest.mark.parametrize("step", [13, full(1)])
 
 

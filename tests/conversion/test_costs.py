@@ -219,7 +219,7 @@ def test_a_report_shows_products_bytes_and_casts():
 
 
 class Own(layers.Layer):
-    """A user's layer that multiplies in a way of its own."""
+    """A user-defined layer that multiplies in an unknown way."""
 
     def build(self, shape):
         self.kernel = self.add_weight(shape=(shape[-1], 3))

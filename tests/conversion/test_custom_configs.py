@@ -44,7 +44,7 @@ class Block(layers.Layer):
 
 @keras.saving.register_keras_serializable("own_configs")
 class Asking(layers.Layer):
-    """A user's layer whose weight has a dtype of its own."""
+    """A user-defined layer that sets the dtype of its weight."""
 
     def build(self, shape):
         self.scale = self.add_weight(shape=(shape[-1],), initializer="ones", dtype="float32")
@@ -184,7 +184,7 @@ class HoldsSequential(keras.Model):
 
 @pytest.mark.parametrize("policies", [("float32", "mixed_bfloat16"), ("mixed_bfloat16", "float32")])
 def test_an_input_that_keras_gives_a_sequential_rounds_as_before(policies, tmp_path):
-    """Keras lets it have the dtype of the first layer, when that is built."""
+    """Keras gives it the dtype of the first layer, when that layer is built."""
     built, loading = policies
     with mp.policy_scope(built):
         model = HoldsSequential()
@@ -208,7 +208,7 @@ def test_entries_that_older_files_lack_are_optional():
 
 @pytest.mark.filterwarnings("ignore:Stock Keras models will not follow output")
 def test_a_file_without_policies_leaves_the_result_of_from_config_alone():
-    """Only the parent's own from_config knows that older files were of models without `output`."""
+    """Only from_config of the parent handles older files of models without `output`."""
     written = keras.saving.serialize_keras_object(CLASSES["ours-with_supers-subclassed-strict"]())
     del written["config"]["kerasmp"]
     with mp.policy_scope("compute=bfloat16,variable=float32,output=float32"):

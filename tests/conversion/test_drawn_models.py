@@ -81,11 +81,11 @@ def optimizer_of(model):
 
 
 def everything(model, recipe):
-    """Return all that `restore` must bring back."""
+    """Return everything that `restore` must restore."""
     return {
         "class": type(model),
         "policies": [layer.dtype_policy for layer in flatten_layers(model)],
-        # TensorFlow sets attributes of its own, at any time.
+        # TensorFlow sets private attributes at any time.
         "attributes": {name for name in vars(model) if not name.startswith("_self_")},
         "symbols": symbols(model),
         "weights": weights(model),
@@ -179,8 +179,8 @@ def check_against_building(recipe, start, policy):
 WITH_SHAPES = ["functional", "sequential", "subclassed"]
 
 
-# A Sequential without an input shape knows no masks, so all pooling that may be masked is float32.
-# A conversion of the built model knows which of them are masked.
+# A Sequential without an input shape has no masks yet, so pooling that may be masked is float32.
+# A conversion of the built model sees which of them are masked.
 @pytest.mark.full
 @DRAWN
 @given(recipes(overrides=False, shapes=WITH_SHAPES).filter(built_alike), POLICY)

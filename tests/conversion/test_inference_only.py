@@ -157,7 +157,7 @@ def test_layers_that_ask_for_float32_variables_get_half_precision_ones(tmp_path)
 
 @keras.saving.register_keras_serializable("inference_only")
 class Asking(layers.Layer):
-    """A user's layer whose weight has a dtype of its own."""
+    """A user-defined layer that sets the dtype of its weight."""
 
     def build(self, shape):
         self.scale = self.add_weight(shape=(shape[-1],), dtype="float32")

@@ -49,7 +49,7 @@ def test_stock_keras_loads_it_and_computes_the_same(kind, policy, tmp_path, stoc
 def test_parts_that_keras_would_load_differently_are_named(kind, tmp_path):
     model = converted.KINDS[kind]()
     mp.convert(model)
-    # A class of the user's own says nothing of its parts, whose policy is then the global one.
+    # A user-defined class saves nothing of its parts, whose policy is then the global one.
     named = {"attention": 'query" .* "float32", loaded', "subclassed": "attention"}[kind]
     with pytest.raises(mp.errors.PolicyError, match=named):
         mp.save_for_stock_keras(model, tmp_path / "model.keras")

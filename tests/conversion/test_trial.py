@@ -44,7 +44,7 @@ def scaled(x):
 
 
 class ScaledOperation(keras.Operation):
-    """One of the user's own, which is no layer, and follows no policy."""
+    """A user-defined operation, which is not a layer and follows no policy."""
 
     def call(self, inputs):
         return inputs * ops.convert_to_tensor(WIDE)
@@ -198,7 +198,7 @@ def test_linear_algebra_stays_in_float32_and_the_rest_converts(name, half):
     assert {model.first.compute_dtype, model.last.compute_dtype} == {half}
     assert np.isfinite(model.predict(x, verbose=0)).all()
     assert not mp.lint(model, x).errors
-    model.algebra.dtype_policy = f"mixed_{half}"  # as by hand, of which convert knows nothing
+    model.algebra.dtype_policy = f"mixed_{half}"  # set by the user, without convert
     (found,) = [each for each in mp.lint(model, x) if each.rule == "cannot-compute"]
     assert found.place.endswith("algebra")
 

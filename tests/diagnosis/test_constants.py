@@ -90,7 +90,7 @@ def test_computing_with_an_infinite_constant_is_an_error():
     each = only(model, "infinite-constant", X)
     assert each.severity == "error"
     assert each.place == model.layers[0].path
-    assert not found(model, "possibly-infinite", X)  # for the graph has told
+    assert not found(model, "possibly-infinite", X)  # since the graph has reported it
 
 
 @pytest.mark.backend("tensorflow", "jax")

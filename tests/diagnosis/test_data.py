@@ -52,7 +52,7 @@ def test_a_float32_layer_in_front_gives_no_finding():
 
 
 @pytest.mark.unit
-@pytest.mark.keras("3.15")  # an older one hands on no masks on NumPy
+@pytest.mark.keras("3.15")  # an older one passes no masks on NumPy
 def test_steps_that_are_masked_before_they_are_rounded_do_not_count():
     x = np.ones((8, 4, 8), "float32")
     x[:, 2:] = -99999.0
@@ -88,7 +88,7 @@ def test_masked_values_that_come_in_another_shape_do_not_count(value):
         shape=(4,),
     )
     assert not found(in_twos, "input-range", x)
-    x[0, 0] = 7e4  # which is no mask value
+    x[0, 0] = 7e4  # not the mask value
     assert found(model, "input-range", x)
 
 

@@ -12,7 +12,7 @@ pytestmark = marks_on("oldest")
 # Tracing takes long: one shows what constants stock layers have.
 TRACED = {"MobileNetV2"}
 SMALLEST = {"InceptionV3": 75}  # the others take images of 32 x 32
-# By what they have: residual connections, hard_silu, rescaled inputs and silu, layers of their own,
+# Chosen for what they have: residual connections, hard_silu, rescaled inputs and silu, own layers,
 # pooling within.
 OTHERS = ["ResNet50", "MobileNetV3Small", "EfficientNetB0", "ConvNeXtTiny", "InceptionV3"]
 # One is enough elsewhere: what differs is the tracing.

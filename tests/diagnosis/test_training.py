@@ -36,7 +36,7 @@ def test_scaled_bfloat16_frozen_uncompiled_and_kerasmp_models_give_no_finding():
 
 
 class Adversaries(keras.Model):
-    """Has two optimizers of its own, as a GAN does, beside the one that Keras keeps."""
+    """A model with two optimizers, as in a GAN, beside the one that Keras holds."""
 
     def __init__(self):
         super().__init__()

@@ -31,7 +31,7 @@ def test_a_bad_batch_of_either_worker_is_skipped_by_both():
 @pytest.mark.full
 def test_stock_keras_hangs_where_one_worker_overflows():
     """Fault 2."""
-    # The clean training takes less than a second: 10 are no busy machine's.
+    # The clean training takes less than a second: 10 seconds are too long even on a busy machine.
     with pytest.raises(processes.HungError) as error:
         train("stock", [(OVERFLOW, SECOND_WORKER)], patience=10)
     assert str(error.value).count("trained without a bad batch") == 2

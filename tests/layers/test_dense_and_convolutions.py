@@ -63,7 +63,7 @@ def small_pair(name, ours="mixed_float16", stock="mixed_float16", **kwargs):
     return made
 
 
-# One for each way in which their code goes.
+# One for each path through their code.
 QUICK = ["Dense", "EinsumDense", "Conv2D", "SeparableConv1D"]
 
 
@@ -84,7 +84,7 @@ def test_it_equals_the_stock_layer_up_to_rounding(name):
     assert ours.get_config() | {"name": ""} == stock.get_config() | {"name": ""}
 
 
-# All that a convolution may be told; for the others there is nothing but the size.
+# All arguments of a convolution; the other layers have only the size.
 SETTINGS = [
     *[(name, {}) for name in QUICK],
     ("Conv1D", {"padding": "causal", "dilation_rate": 2}),
@@ -98,7 +98,7 @@ SETTINGS = [
     ("SeparableConv1D", {"dilation_rate": 2, "padding": "same"}),
     ("SeparableConv2D", {"strides": 2, "depth_multiplier": 2}),
 ]
-if BACKEND != "tensorflow":  # whose kernels for the CPU know none of these
+if BACKEND != "tensorflow":  # whose CPU kernels support none of these
     SETTINGS += [
         ("Conv2DTranspose", {"dilation_rate": 2}),
         ("Conv1D", {"data_format": "channels_first", "padding": "causal"}),
@@ -171,7 +171,7 @@ def test_it_is_quantized_like_the_stock_layer(name, mode):
     ours, stock = (quantized(layer, mode) for layer in pair)
     assert ours.dtype_policy.name == stock.dtype_policy.name
     np.testing.assert_array_equal(numpy_of(ours(x)), numpy_of(stock(x)))
-    # Of a subclass with a `call` of its own nobody knows what to do.
+    # A subclass that overrides `call` cannot be quantized.
     other = type("Own", (type(ours),), {}).from_config({**ours.get_config(), "dtype": "float32"})
     other.build(small(name))
     with pytest.raises(NotImplementedError, match="Own does not have a `quantize` method"):

@@ -27,7 +27,7 @@ CELLS = {
     for name, cls in STOCK.items()
     if name.endswith("Cell")
 }
-# In place of the case of one layer: what has parts, or other ways through its code.
+# Instead of the case of one layer: layers with parts, or with other paths through the code.
 MORE = {
     "Conv2D-gelu": (layers.Conv2D, case((2, 8, 8, 3), filters=2, kernel_size=3, activation="gelu")),
     "Dense-silu": (layers.Dense, case(STEPS, units=3, activation="silu")),
@@ -45,7 +45,7 @@ EVERY = {
     name: (layers.RNN, CELLS[name]) if name in CELLS else (cls, CASES[name])
     for name, cls in STOCK.items()
 } | MORE
-# One for each way in which a class is turned. Of those on JAX only what is not the same code.
+# One for each way in which a class is replaced. On JAX only those with other code.
 MECHANISMS = {"Dense-silu", "PReLU"}
 if keras.backend.backend() != "jax":
     MECHANISMS |= {
@@ -107,7 +107,7 @@ def assert_kept(model, before):
 
 
 def twin(model, example, dtype):
-    """Return a model with a layer of ours that our constructor made, and the same weights."""
+    """Return a model with a layer from the kerasmp constructor, and the same weights."""
     layer = model.layers[-2]
     config = layer.get_config()
     with mp.policy_scope(dtype):

@@ -13,7 +13,7 @@ from kerasmp.layers.from_stock import swap_stock_layers
 
 layers = keras.layers
 
-# ------------------------------------------------------------------------------------ the places
+# ---------------------------------------------------------------------------------- which layers
 
 
 class Doubled(layers.Dense):
@@ -296,7 +296,7 @@ def test_a_model_that_makes_its_layers_itself_finds_its_weights_in_files(tmp_pat
     np.testing.assert_allclose(numpy(loaded(x)), wanted, rtol=1e-5, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------- what it mends
+# ---------------------------------------------------------------------------------------- effects
 
 
 def attending():

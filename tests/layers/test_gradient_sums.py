@@ -92,7 +92,7 @@ def test_the_gradient_of_a_kernel_is_one_whichever_convolutions_the_cpu_has():
     assert found[-1] == 512
 
 
-# Layers whose gradients are no plain sums: their arguments, and the shape of the inputs.
+# Layers whose gradients are not plain sums: their arguments, and the shape of the inputs.
 OTHERS = {
     "LSTM": ({"units": 2}, (ROWS, 2, 3)),
     "LSTM-one-by-one": ({"units": 2, "implementation": 1}, (ROWS, 2, 3)),

@@ -11,7 +11,7 @@ from helpers.precision import ALLOWED, Measured
 from kerasmp import layers
 
 FAR = 16  # times the best: too far to be an accident of a version
-# On JAX each takes seconds to compile: one for each way in which ours are made.
+# On JAX each takes seconds to compile: one for each mechanism of kerasmp layers.
 JAX = keras.backend.backend() == "jax"
 MECHANISMS = {
     "MultiHeadAttention, with scores, inputs of std 0.5, mean 30",
@@ -51,7 +51,7 @@ QUICK = [
     *((name, "float16") for name in (MECHANISMS - LONG if JAX else FLOAT16)),
     *((name, "bfloat16") for name in IN_BFLOAT16),
 ]
-# Layers that need no entry of their own.
+# Layers that need no separate entry.
 WITHOUT = {
     "Dropout": "random, as the next: layers/test_noise.py",
     "GaussianDropout": "random",

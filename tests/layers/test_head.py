@@ -42,7 +42,7 @@ def compile_(model, rate, scale, loss):
 
 @pytest.fixture
 def _wide_jax():
-    """Let JAX have float64, which it narrows to float32 unless told otherwise."""
+    """Enable float64 on JAX, which narrows it to float32 by default."""
     if keras.backend.backend() != "jax":
         yield
         return
@@ -71,7 +71,7 @@ def test_symbolic_and_eager_outputs_have_the_same_dtypes(
 @full_on("jax")
 @pytest.mark.parametrize("dtype", LAST_WHOLE)
 def test_the_matmul_rounds_to_the_compute_dtype(dtype):
-    """`last` + 1 is no number of that dtype, and the result says which dtype multiplied."""
+    """`last` + 1 is not representable in that dtype, so the result shows which dtype multiplied."""
     last = LAST_WHOLE[dtype]
     inputs = np.array([[last, 1.0]])
     settings = {"kernel_initializer": "ones", "use_bias": False}

@@ -27,7 +27,7 @@ IMPORTED = ("grain", "tensorflow")  # by some of the files, and not needed by Ke
 
 
 def files():
-    """Return the files of tests, beside the layers, that use one of which we have our own."""
+    """Return the test files, beside the layers, that use a layer with a kerasmp counterpart."""
     names = "|".join(stock.__name__ for stock in COUNTERPARTS)
     used = re.compile(rf"\.(?:{names})\b[(,]")
     found = [file for file in sorted(LAYERS.glob("*/*_test.py")) if used.search(file.read_text())]
@@ -37,8 +37,8 @@ def files():
 
 
 def cases(file):
-    """Return the test cases of a file by name, in which every layer that they name is ours."""
-    # Keras looks there for the classes of their own that tests have saved.
+    """Return the test cases of a file by name, with kerasmp layers in place of stock ones."""
+    # Keras looks there for the classes that tests define and save.
     name = f"{KERAS.layers.__name__}.{file.parent.name}.{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)

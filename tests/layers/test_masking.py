@@ -73,7 +73,7 @@ def test_a_converted_model_masks_by_the_kerasmp_layer_or_by_the_rule(half):
     layer = model.layers[0]
     for how, dtype in (({"safe_layers": True, "rules": None}, half), ({}, "float32")):
         report = mp.convert(model, f"mixed_{half}", **how)
-        assert layer.autocast is (not how)  # ours sees what is not rounded yet
+        assert layer.autocast is (not how)  # the kerasmp layer sees inputs before rounding
         if how or keras.backend.backend() == "tensorflow":
             assert_masked(layer(steps(0.1)), dtype)
         report.restore()

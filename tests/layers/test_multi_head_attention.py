@@ -31,7 +31,7 @@ PATHS = {
 
 
 def made(cls, depth=8, dtype="mixed_float16", **settings):
-    """Return a layer, ours or stock, of four heads."""
+    """Return a kerasmp or stock layer with four heads."""
     grouped = issubclass(cls, keras.layers.GroupQueryAttention)
     sizes = {"head_dim": depth, "num_query_heads": HEADS, "num_key_value_heads": 2}
     if not grouped:
@@ -85,10 +85,10 @@ def multi_head(query, value, kernels, upstream, *, rounded, mask=None):
     Args:
         query: Shape (batch, time, features).
         value: Shape (batch, time, features); the keys too.
-        kernels: What `weights_of` returns.
+        kernels: From `weights_of`.
         upstream: The gradient of the outputs.
-        rounded: Whether products with kernels come out in float16, as everything between layers
-            does: the best that a float16 layer can do. Else nothing is rounded.
+        rounded: Whether products with kernels are rounded to float16, as all tensors between
+            layers are: the best that a float16 layer can do. Otherwise nothing is rounded.
         mask: Broadcasts to (batch, heads, queries, keys).
     """
     low = float16_rounded if rounded else np.asarray

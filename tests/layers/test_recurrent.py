@@ -22,7 +22,7 @@ def sequences(batch=2, steps=4, features=FEATURES, seed=0):
 
 
 def pair(name, shape, ours="mixed_float16", stock="mixed_float16", **kwargs):
-    """Return our layer and the stock one, with the same weights."""
+    """Return the kerasmp and the stock layer with the same weights."""
     made = [
         getattr(module, name)(UNITS, dtype=dtype, **kwargs)
         for module, dtype in ((layers, ours), (keras.layers, stock))
@@ -113,7 +113,7 @@ def test_stock_keras_casts_them_in_each_step(name):
     _, stock = pair(name, x.shape)
     if keras.backend.backend() == "tensorflow":
         assert casts(stock, x) == (6, 3)  # in the loop, and before it to learn the shape
-    elif name == "LSTM":  # a stock GRU is a loop of its own on JAX
+    elif name == "LSTM":  # a stock GRU has its own loop on JAX
         assert casts(stock, x) == (3, 3)
     _, stock = pair(name, x.shape, unroll=True)
     assert casts(stock, x)[0] >= 8 * 3
@@ -130,7 +130,7 @@ def test_each_weight_of_stacked_cells_and_of_both_directions_is_cast_once():
         of = [v.shape for v in layer.trainable_variables]
         total, inside = traced_casts.count(layer, x, of)
         assert inside == 0
-        # Keras calls stacked cells once more, to learn their shapes, and drops the results.
+        # Keras calls stacked cells once more, for their shapes, and drops the results.
         assert total == (8 if layer is stacked else 4)
 
 

@@ -37,7 +37,7 @@ def data(shape=SEQUENCE, seed=0):
 
 @keras.saving.register_keras_serializable("kerasmp_tests")
 class Witness(layers.Layer):
-    """Records the dtype in which it is asked to compute."""
+    """Records the dtype in which it computes."""
 
     def build(self, input_shape):
         self.weight = self.add_weight(shape=(input_shape[-1],), initializer="ones")

@@ -95,7 +95,7 @@ def test_underflow_stops_where_the_gradients_are_seen():
 
 @dataclasses.dataclass(frozen=True)
 class CountingTwice(DynamicLossScale):
-    """A user's rule in place of one of ours, whose steps do more than count."""
+    """A user-defined rule that overrides a built-in one and does more than count."""
 
     def update(self, state, finite):
         after = super().update(state, finite)

@@ -65,7 +65,7 @@ def _name(value):
     return getattr(value, "__name__", str(value))
 
 
-# The step of a mixin, in the usual way, stands for all in the quick set.
+# In the quick set the step of a mixin, in the usual way, represents all.
 CASES = [(from_a_mixin, {}), *(full(written_in_the_class, way) for way in WAYS)]
 
 
@@ -137,7 +137,7 @@ class Least(Worst):
 
 
 class WithTracker(OwnStep, mp.Sequential):
-    """Has metrics of its own."""
+    """Has user-defined metrics."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -187,7 +187,7 @@ def test_without_an_applied_step_the_logged_loss_is_not_zero(kind, metric):
 @pytest.mark.backend("tensorflow", "torch")
 def test_a_user_defined_test_step_returns_its_own_results():
     class Evaluates(mp.Sequential):
-        """Asks one metric of its own, and never that of the loss."""
+        """Updates its own metric, and never that of the loss."""
 
         def __init__(self, *args):
             super().__init__(*args)
@@ -215,7 +215,7 @@ def test_a_skip_by_any_of_several_optimizers_is_a_skipped_step():
     base = OwnStep
 
     class Two(mp.Sequential):
-        """Trains its head by an optimizer of its own, which goes first."""
+        """Trains its head with another optimizer, which steps first."""
 
         def compile(self, head, optimizer):
             super().compile(optimizer, "mse")

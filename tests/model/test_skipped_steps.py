@@ -30,7 +30,7 @@ WAYS = {
     "jax": [GRAPH, {"steps_per_execution": 3}, {"run_eagerly": True}],
     "torch": [GRAPH],
 }[BACKEND]
-# The quick set goes each way but XLA's, and has each kind of class: ours, a user's, and both.
+# The quick set runs each way but XLA, and each kind of class: kerasmp's, a user's, and both.
 QUICK = {
     "tensorflow": [
         ("subclassed", GRAPH),

@@ -225,7 +225,7 @@ def test_inputs_of_several_dtypes_give_the_widest_dtype():
     assert keras.backend.standardize_dtype(outputs.dtype) == "float32"
 
 
-@pytest.mark.backend("tensorflow", "torch")  # JAX narrows to float32 unless told otherwise
+@pytest.mark.backend("tensorflow", "torch")  # JAX narrows to float32 by default
 def test_float64_stays_float64():
     inputs, upstream = drawn(1.0)
     mask = np.tri(QUERIES, KEYS, dtype=bool)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.unit
 
 
 def of_keras(name):
-    """Return Keras's function of that name: that of the package that ours says it follows."""
+    """Return the function of Keras that a kerasmp function corresponds to."""
     activations = hasattr(keras.activations, name) and name not in {"softmax", "log_softmax"}
     first = keras.activations if activations else ops
     return next(
@@ -32,7 +32,7 @@ def test_arguments_have_the_names_and_positions_of_those_of_keras(name):
     function = getattr(kerasmp.ops, name)
     wanted, found = named(of_keras(name)), named(function)
     assert found[: len(wanted)] == wanted[: len(found)]
-    if name == "dot_product_attention":  # runs on a framework alone
+    if name == "dot_product_attention":  # needs a framework
         return
     given = arguments_of(name)
     by_name = function(**dict(zip(wanted, given, strict=False)))

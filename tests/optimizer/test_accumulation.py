@@ -1,8 +1,8 @@
 """A bad micro-batch where the inner optimizer accumulates gradients.
 
-It is not counted: the next good one takes its place, so that each update averages exactly as many
-good micro-batches as it should. Windows after it end later than planned, which `iterations`,
-`skipped_steps` and `accumulated_steps` show.
+It is not counted: the next good one replaces it, so that each update averages exactly the intended
+number of good micro-batches. Later windows end later, as `iterations`, `skipped_steps` and
+`accumulated_steps` show.
 """
 
 import keras

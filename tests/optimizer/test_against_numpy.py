@@ -33,13 +33,13 @@ ORDINARY = st.floats(-4, 4, width=16)
 HUGE = st.sampled_from([2.0**120, -(2.0**120)])
 BROKEN = st.sampled_from([np.inf, -np.inf, np.nan])
 GRADIENT = st.tuples(ORDINARY, ORDINARY | ORDINARY | ORDINARY | HUGE | BROKEN)
-# Whether the loss was finite, as far as the optimizer is told.
+# Whether the loss was finite, if the optimizer sees it.
 LOSS = st.sampled_from([None, True, True, False])
 
 
 @dataclasses.dataclass
 class Model:
-    """The rule as the documentation tells it: SGD with momentum, scale, counters."""
+    """The rule as documented: SGD with momentum, scale and counters."""
 
     schedule: DynamicLossScale
 
@@ -90,7 +90,7 @@ class Model:
             self.scale = max(self.scale * self.schedule.backoff_factor, self.schedule.min_scale)
 
 
-# JAX compiles an eager step for each optimizer anew, and so is a compiled one.
+# JAX compiles eager and compiled steps again for each optimizer.
 FEW = settings(max_examples=4, deadline=None)
 MANY = settings(max_examples=25, deadline=None)
 SEQUENCES = {
@@ -143,7 +143,7 @@ def test_any_sequence_of_eager_steps_ends_where_the_model_does(steps, **settings
     check_momentum(eager, steps, **settings_)
 
 
-# Of a loss that was noted outside of it a compiled step knows nothing.
+# A compiled step does not see a loss that was noted outside of it.
 COMPILED = [jitted] if BACKEND == "jax" else [graph, xla]
 
 

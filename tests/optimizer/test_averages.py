@@ -47,7 +47,7 @@ def fit(model, x, epochs=1, callbacks=()):
 
 
 class Watch(keras.callbacks.Callback):
-    """Notes the weights that an evaluation sees; stands behind SwapEMAWeights in the list."""
+    """Record the weights that an evaluation sees; comes after SwapEMAWeights in the list."""
 
     def __init__(self):
         super().__init__()

@@ -37,7 +37,7 @@ def test_the_scale_returns_at_once_and_the_weights_move_by_the_second_step(sched
     optimizer.build(variables)
     for scale in (0.0, -1.0, 2.0**-45, 2.0**40, np.inf, np.nan):
         weight.assign([8.0])
-        optimizer.loss_scale = schedule.initial_scale  # and whatever else it has starts anew
+        optimizer.loss_scale = schedule.initial_scale  # and its other state starts anew
         optimizer.dynamic_scale.assign(scale)
         for _ in range(2):
             step_against_two(optimizer, variables)

@@ -35,7 +35,7 @@ def checkpoint(optimizer):
 
 @pytest.mark.parametrize("built_first", [True, False])
 def test_a_checkpoint_of_the_stock_wrapper_restores(built_first, tmp_path):
-    """By position: what stock Keras has comes first in ours, in its order."""
+    """Restored by position: the variables of stock Keras come first, in the same order."""
     stock = Stock(keras.optimizers.Adam(0.1), initial_scale=SCALE)
     stepped(stock, 1.0, np.inf, 1.0, 1.0)
     path = checkpoint(stock).save(tmp_path / "stock")
@@ -47,7 +47,7 @@ def test_a_checkpoint_of_the_stock_wrapper_restores(built_first, tmp_path):
     assert optimizer.loss_scale == SCALE / 2
     assert int(optimizer.step_counter) == 2
     assert int(optimizer.iterations) == 3
-    assert int(optimizer.hysteresis_left) == 2  # of which stock Keras knows nothing
+    assert int(optimizer.hysteresis_left) == 2  # which stock Keras does not have
     inner = optimizer.inner_optimizer.variables
     assert_same_bits(numpy(inner), numpy(stock.inner_optimizer.variables))
 

@@ -34,7 +34,7 @@ def steps(optimizer):
 
 
 def is_plain(optimizer):
-    """Return whether it is an Adam, torch's own one say, and nothing that scales."""
+    """Return whether it is an Adam, for example that of torch, and not a wrapper."""
     return isinstance(optimizer, keras.optimizers.Adam) and not isinstance(optimizer, Stock)
 
 
@@ -48,7 +48,7 @@ def saved_under_float16(path, module, optimizer, **compiling):
     return model
 
 
-# What a user of kerasmp writes: our model and a name, our optimizer in either model.
+# What a user of kerasmp writes: a kerasmp model and a name, or the wrapper in either model.
 OURS = {
     "our model": (mp, lambda: "adam"),
     "our optimizer": (mp, lambda: mp.LossScaleOptimizer("adam", loss_scale=2.0**7)),
@@ -83,7 +83,7 @@ class TestLoadedUnderAnotherPolicy:
 
 
 class TestAutoScaleLoss:
-    """Fault 13: the policy is the same at loading, and the optimizer shall stay as it was."""
+    """Fault 13: the policy is the same at loading, and the optimizer should not change."""
 
     def loaded(self, module, path):
         model = saved_under_float16(path, module, "adam", auto_scale_loss=False)

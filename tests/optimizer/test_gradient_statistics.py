@@ -21,7 +21,7 @@ def estimate(*arrays):
 @pytest.mark.parametrize("spread", [1.5, 2.5, 4.0])
 @pytest.mark.parametrize("centre", [-21.0, -18.0, -15.0, -12.0])
 def test_the_share_flushed_to_zero_is_estimated_within_a_factor_of_two(spread, centre):
-    """Sizes of gradients spread like a normal distribution of their logarithm."""
+    """Magnitudes of gradients with a log-normal distribution."""
     rng = np.random.default_rng(3)
     true = 2.0 ** rng.normal(centre, spread, size=100_000) * rng.choice([-1, 1], size=100_000)
     stored = in_float16(true)

@@ -42,7 +42,7 @@ def test_attributes_of_the_inner_optimizer_are_not_on_the_wrapper():
 
 
 def test_an_optimizer_wrapped_again_keeps_its_state_and_starts_a_new_scale():
-    """Each wrapper has a scale and counters of its own, both move the same moments."""
+    """Each wrapper has its own scale and counters, and both update the same moments."""
     variables, others = variables_of([1.0, 2.0]), variables_of([1.0, 2.0])
     inner, plain = keras.optimizers.Adam(0.1), keras.optimizers.Adam(0.1)
     first = LossScaleOptimizer(inner, initial_scale=4.0, fused=False)

@@ -1,13 +1,12 @@
 """Run Keras's tests of its LossScaleOptimizer on that of kerasmp.
 
-Left out, since we differ on purpose:
+Left out, since kerasmp differs on purpose:
 
 - `test_serialization` asserts that the config has four entries, `initial_scale` and
-  `dynamic_growth_steps` among them; ours holds the whole schedule instead.
+  `dynamic_growth_steps` among them; here it holds the whole schedule instead.
 - `test_init_dynamic_arg` asserts that `dynamic=False` is an error; here it means a fixed scale.
 
-What that file skips on a backend stays skipped: it has no eager step on JAX and no stateless one on
-TensorFlow.
+Skips of that file stay: it has no eager step on JAX and no stateless one on TensorFlow.
 """
 
 import importlib.util
@@ -24,7 +23,7 @@ DIFFERENT_ON_PURPOSE = {"test_serialization", "test_init_dynamic_arg"}
 
 
 def _on_ours():
-    """Return the module's test case, made anew with our class in the place of stock Keras's."""
+    """Return the test case of the module with the kerasmp class in place of the stock one."""
     spec = importlib.util.spec_from_file_location("keras_own_tests", stock.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

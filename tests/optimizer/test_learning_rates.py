@@ -138,7 +138,7 @@ class TestWhatChangesBetweenEagerSteps:
 
         assert self.stepped(keras.optimizers.SGD(1.0), clip) == [-0.5]
 
-    @pytest.mark.backend("tensorflow", "jax")  # on torch Keras's SGD has an update of its own
+    @pytest.mark.backend("tensorflow", "jax")  # on torch Keras's SGD has its own update
     def test_an_array_in_place_of_another(self):
         class Weighted(keras.optimizers.SGD):
             factor = np.float32(1.0)
@@ -202,7 +202,7 @@ class Factors(keras.optimizers.SGD):
 
 @pytest.mark.backend("jax")
 class TestWhatJaxCompilesForEagerSteps:
-    """What is compiled is used again, and lets go of what it was compiled with."""
+    """A compiled program is reused and does not keep the tensors that it was compiled with."""
 
     def compiled(self, inner, change, steps):
         """Return how many programs the steps after the first take; the second one is skipped."""

@@ -27,7 +27,7 @@ SETTINGS = [
 
 
 class TestLikeAPlainOptimizer:
-    """Fault 21: what a plain optimizer refuses, or lets pass, without a TypeError about None."""
+    """Fault 21: calls that a plain optimizer refuses or accepts, without a TypeError about None."""
 
     def test_no_gradients_at_all_do_nothing(self):
         optimizer = LossScaleOptimizer("adam")

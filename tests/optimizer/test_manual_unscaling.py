@@ -266,7 +266,7 @@ def test_a_trace_that_failed_leaves_nothing_behind():
 
 @pytest.mark.backend("jax")
 def test_after_a_trace_that_failed_the_error_says_what_to_do():
-    """That the trace is gone tells nothing: so is one that returned unscaled gradients."""
+    """A finished trace is no proof of failure: it may have returned unscaled gradients."""
     optimizer, variables = made(inner=keras.optimizers.SGD(1.0))
 
     def step(state, grads, values, fail):
@@ -285,7 +285,7 @@ def test_after_a_trace_that_failed_the_error_says_what_to_do():
 
     with pytest.raises(RuntimeError, match="a bug"):
         run(fail=True)
-    values, _ = run(fail=False)  # a step whose two calls meet goes on
+    values, _ = run(fail=False)  # a step with both calls continues
     assert values[1].tolist() == [2.875]
     with pytest.raises(LossScaleError, match=r"function failed.*call optimizer\.forget_unscaled"):
         optimizer.apply(tensors(*SCALED), variables)

@@ -64,7 +64,7 @@ def fitted(optimizer, callbacks, epochs=4):
     logs = model.fit(
         X, Y, batch_size=8, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks
     ).history
-    # Each optimizer's name has a number of its own.
+    # The name of each optimizer ends in another number.
     rates = [values for name, values in logs.items() if name.startswith("learning_rate_")]
     return numpy(model.variables), logs["loss"], rates
 

@@ -37,7 +37,7 @@ def assert_as_saved(model, name):
 
 
 @full_on("jax")
-@pytest.mark.keras("3.15")  # which wrote them: an older one does not know its arguments
+@pytest.mark.keras("3.15")  # the version that wrote them: older ones lack some arguments
 @pytest.mark.parametrize("name", ["adam", full("company"), full("converted")])
 def test_a_model_file_loads(name):
     model = keras.models.load_model(FOLDER / f"{name}.keras")

@@ -55,7 +55,7 @@ def test_a_scale_that_is_given_twice_is_refused(loss_scale, other):
     [
         ("initial_scale", 0.0, "`initial_scale`.*Received: 0.0"),
         ("dynamic_growth_steps", 2.5, "`growth_interval`.*Received: 2.5"),
-        # The same proposal as under our own name.
+        # The same proposal as under the kerasmp name.
         ("initial_scale", 2.0**30, r"DynamicLossScale\(.*max_scale=1073741824\.0\)"),
     ],
 )
@@ -159,7 +159,7 @@ def test_a_scale_of_the_inner_optimizer_is_dropped_with_a_warning():
 
 
 def test_compile_warns_of_a_dropped_scale_where_it_wraps():
-    """Fault 10: stock Keras puts a dynamic scale in its place without a word."""
+    """Fault 10: stock Keras silently replaces it by a dynamic scale."""
     with mp.policy_scope("mixed_float16"):
         model = mp.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     with pytest.warns(LossScaleWarning, match=r"pass loss_scale=256\.0 here"):

@@ -1,8 +1,8 @@
 """Averages, decay, clipping and constraints of the inner optimizer work through the wrapper.
 
-Clipping, decay, averages, accumulation, constraints, learning rates: on the same finite gradients
-wrapped equals plain, in weights, slots, averages, accumulators and `iterations`, and what is
-skipped in between changes none of them. `helpers.twins` says where the bits can be equal.
+On the same finite gradients a wrapped optimizer equals a plain one in weights, slots, averages,
+accumulators and `iterations`, and skipped steps in between change none of them. `helpers.twins`
+says where the bits can be equal.
 """
 
 import keras
@@ -43,8 +43,8 @@ def excluding(**which):
     return make
 
 
-# What is made with a companion, and the same without.
-COMPANIONS = {
+# Optimizers with a feature, and the same without it.
+FEATURES = {
     "clipnorm": (sgd(clipnorm=0.5), sgd()),
     "global_clipnorm": (sgd(global_clipnorm=0.5), sgd()),
     "clipvalue": (sgd(clipvalue=0.25), sgd()),
@@ -73,9 +73,9 @@ COMPANIONS = {
     "AMSGrad": (adam(amsgrad=True, beta_2=0.5), adam(beta_2=0.5)),
     "centred": (rmsprop(momentum=0.5, centered=True), rmsprop(momentum=0.5)),
 }
-# Those that meet code of ours; the others are Keras's alone.
+# Those that run code of kerasmp; the others are only Keras's.
 QUICK = ("average, accumulation, decay and clipping", "a callable learning rate")
-if BACKEND != "jax":  # which compiles for each of them anew
+if BACKEND != "jax":  # which compiles again for each of them
     QUICK += ("global_clipnorm", "decay but for a name", "accumulation, clipped")
 
 
@@ -90,9 +90,9 @@ def trained(make, step, **options):
 
 
 @every_way
-@pytest.mark.parametrize("name", few(COMPANIONS, QUICK))
+@pytest.mark.parametrize("name", few(FEATURES, QUICK))
 def test_a_setting_of_the_inner_optimizer_works_as_without_the_wrapper(name, step):
-    with_it, without = COMPANIONS[name]
+    with_it, without = FEATURES[name]
     twins = trained(with_it, step)
     twins.check()
     # And it did work: the same steps without it lead elsewhere.
@@ -122,7 +122,7 @@ def test_a_constraint_acts_on_applied_steps_only(step):
     twins = Twins(sgd(), step, prepare=constrain)
     start = numpy(twins.ours)
     assert any((value < 0).any() for value in start)
-    twins.bad(np.inf)  # leaves what breaks the constraint as it is
+    twins.bad(np.inf)  # does not apply the constraint
     for seed in range(3):
         twins.good(seed)
         twins.bad()

@@ -127,7 +127,7 @@ def test_a_file_from_another_schedule_loads_what_both_have():
 
 
 def test_a_file_without_a_recovery_state_loads():
-    """Its config does not name the setting, its state has no place for it."""
+    """Its config lacks the setting, and its state has no entry for it."""
     before = LossScaleOptimizer("sgd", loss_scale=DynamicLossScale(64.0, recovery_interval=None))
     variables = variables_of([1.0])
     eager(before, tensors([64.0]), variables)

@@ -35,7 +35,7 @@ class Drifting(mp.LossScale):
         }
 
 
-# Each with what of its state must not be, at the stop, as it was at the start.
+# Each with the entries of its state that must have changed when training stops.
 SCHEDULES = {
     # Which came back after the first overflow, and does not after the second.
     "recovering": (mp.DynamicLossScale(0.5), {"scale", "step_counter", "recover_to"}),
@@ -55,7 +55,7 @@ SCHEDULES = {
 }
 
 
-# One of ours with the most state, and one that needs nothing of ours.
+# The one with the most state, and one that needs no code of kerasmp.
 QUICK = ["of the user"] if BACKEND == "jax" else ["recovering", "of the user"]
 
 

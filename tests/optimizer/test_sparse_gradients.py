@@ -34,7 +34,7 @@ COMPANY = [
 
 
 def gradients(seed, scale=1.0, bad=None):
-    """Return a sparse and a dense gradient; `bad` stands in the sparse one if given."""
+    """Return a sparse and a dense gradient; the sparse one has the value `bad` if given."""
     import tensorflow as tf
 
     rng = np.random.default_rng(seed)
@@ -82,7 +82,7 @@ def test_equals_the_plain_optimizer_and_skips_bad_steps(name, company, step):
 
 
 def test_duplicate_rows_whose_scaled_sum_overflows_are_no_overflow():
-    """Unscaled, each of them is far from the limit, and so is their sum: no step is lost."""
+    """Unscaled, the rows and their sum are far from the limit: no step is skipped."""
     import tensorflow as tf
 
     rows = tf.constant([[3e38], [3e38]])

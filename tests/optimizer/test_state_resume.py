@@ -93,7 +93,7 @@ def checkpoint_manager(model, folder):
 
 
 WAYS = [keras_file, weights_file, legacy_h5, pickled, deepcopied, lists, model_checkpoint]
-# The others meet no other code of ours.
+# The others run no other code of kerasmp.
 QUICK = [keras_file, weights_file, pickled, lists]
 if BACKEND == "tensorflow":
     WAYS += [checkpoint, checkpoint_before_build, checkpoint_manager]
@@ -177,7 +177,7 @@ def test_a_crashed_fit_continues_from_its_backup_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_a_copied_optimizer_keeps_its_settings_and_warns_that_its_state_is_lost(copied, stopped):
-    """As a plain one: it does not know its variables before `build`."""
+    """As with a plain one, which has no variables before `build`."""
     with pytest.warns(UserWarning, match="optimizer is not built|Skipping variable") as caught:
         twin = copied(stopped.optimizer)
     assert sum(w.category is LossScaleWarning for w in caught) == 1

@@ -45,7 +45,7 @@ def test_xla_reads_the_gradients_once_more_and_copies_none(make, ratio):
         given = [v.value for v in variables], [v.value for v in optimizer.variables], grads
         return jax.jit(step, donate_argnums=(0, 1)).lower(*given).compile()
 
-    # XLA counts the dearer of two branches, that of scales below 1, unless it knows the scale.
+    # XLA counts the costlier of two branches, for scales below 1, unless the scale is constant.
     ours, plain = compiled(mp.LossScaleOptimizer(make()), scale=2.0**15), compiled(make())
     moved = [each.cost_analysis()["bytes accessed"] for each in (ours, plain)]
     assert moved[0] <= ratio * moved[1]

@@ -20,7 +20,7 @@ def loss_of(layer, x):
 
 
 class Pair(keras.Model):
-    """Two layers, each with its own loss and optimizer, and a train step of its own."""
+    """Two layers, each with its own loss and optimizer, in a user-defined train step."""
 
     def __init__(self):
         super().__init__()

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 FRAMEWORKS = {"tensorflow", "jax", "torch"}
 OPTIONAL = {"jinja2", "matplotlib", "rich", "sklearn", "tensorflow_datasets", "typer"}
 
-# One backend is enough for the quick set: no package knows of the one that runs.
+# One backend is enough for the quick set: no package depends on the current one.
 pytestmark = marks_on("jax", "torch")
 
 # Frameworks that are not installed count too: the finder sees who asks for them. A full collection

@@ -1,8 +1,8 @@
 """Tests use public names, so that the internals can be rewritten.
 
-What is private may be used by one file of tests only, the one that is about it, and by one helper,
-which the others ask: a module that is no package, but for `kerasmp.errors`; what a package does not
-export; a name of ours with an underscore.
+Only one test file, the one about it, and one helper, for all others, may use something private: a
+module that is not a package, except `kerasmp.errors`; a name that a package does not export; a name
+of kerasmp with an underscore.
 """
 
 import ast

@@ -89,7 +89,7 @@ def test_a_backbone_is_converted_trained_adapted_and_restored(build):
     dtypes = [keras.dtype_policies.get(row.after).compute_dtype for row in report.rows[1:]]
     assert dtypes.count("float16") > dtypes.count("float32")
     for half, wanted in zip(predictions(backbone, x), exact, strict=True):
-        # Some thirty layers round: the root of twice their number, and its double; measured: 3.4.
+        # About thirty layers round: twice the root of twice their number; measured: 3.4.
         assert 0 < np.abs(half - wanted).max() < 16 * 2.0**-11 * np.abs(wanted).max()
     report.restore()
     for again, wanted in zip(predictions(backbone, x), exact, strict=True):

