@@ -17,13 +17,13 @@ from kerasmp.demo import DemoSettings
 pytest.importorskip("typer")  # the full set names this file also where the demo is not installed
 
 ROOT = Path(__file__).parents[1]
-# Only with TensorFlow the demo's packages are installed, and its log is what is to be hidden.
+# The demo's packages are installed with TensorFlow only, whose log the command hides.
 on_tensorflow = pytest.mark.backend("tensorflow")
 
 
 @pytest.fixture
 def call(monkeypatch, capfd):
-    """Return a function that runs the command here and gives exit code, stdout and stderr."""
+    """Return a function that runs the command and returns exit code, stdout and stderr."""
     from kerasmp import cli
 
     def run(*arguments):
@@ -54,7 +54,7 @@ def test_help_lists_the_commands_and_every_option(call):
 
 
 def in_a_process(*arguments, **settings):
-    """Run the command as the console script does, without a word on TensorFlow's log."""
+    """Run the command as the console script does, with default settings of TensorFlow's log."""
     done = subprocess.run(
         [sys.executable, "-m", "kerasmp_command", *map(str, arguments)],
         env={k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
@@ -76,7 +76,7 @@ def test_env_prints_this_machine_and_nothing_else():
 
 
 @on_tensorflow
-@pytest.mark.full  # tests/test_command.py asks what is hidden
+@pytest.mark.full  # tests/test_command.py tests what is hidden
 def test_the_demo_of_all_policies_prints_nothing_of_tensorflow(tmp_path):
     code, printed, complained = in_a_process(
         *("demo", "--epochs", 1, "--limit", 100),
@@ -106,7 +106,7 @@ def test_demo_from_digits_to_report(call, tmp_path):
     assert [run["recipe"]["name"] for run in found["runs"]] == ["float32", "mixed_float16"]
     for run in found["runs"]:
         assert f"{run['test_accuracy'][-1]:.1%}" in printed
-    # Two steps are too few to come down from the top of the scale: the run starts below it.
+    # Two steps are too few for the highest scale to fall: the run starts with a lower one.
     assert found["runs"][1]["skipped_steps"] == 0
     assert found["runs"][1]["final_scale"] == 2**15
     assert all(math.isfinite(run["loss"][-1]) for run in found["runs"])
@@ -188,6 +188,6 @@ def test_without_typer_one_line_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "kerasmp.cli", raising=False)
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module("kerasmp.cli")
-    line = stopped.value.code  # a text, which Python prints before it ends with 1
+    line = stopped.value.code  # a string, which Python prints before it exits with 1
     assert line.endswith('pip install "kerasmp[demo]"')
     assert "\n" not in line

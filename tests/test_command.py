@@ -21,7 +21,7 @@ PYTHON = "UserWarning: mind this, e.g. that I0000 00:00 stands here\n"
 
 pytestmark = pytest.mark.unit
 
-# A package that logs while it is loaded, as a framework does.
+# A package that logs during import, like a framework.
 LOGGING = f"""
 import os, sys
 os.write(2, {(HEAD + INFO + WARNING + ERROR + FATAL).encode()!r})

@@ -36,7 +36,7 @@ def reads(monkeypatch):
 
 
 class Recorder(keras.callbacks.Callback):
-    """Keeps the logs of every epoch's end, and the order in which the hooks were called."""
+    """Records the logs at the end of each epoch, and the order of the hook calls."""
 
     def __init__(self, name="recorder", calls=None):
         super().__init__()
@@ -131,7 +131,7 @@ def test_a_user_defined_callback_list_without_params():
 
 
 def test_a_callback_that_owns_the_monitor_calls_it_once():
-    """The monitor must not put itself into a list that it is not in: it would run twice."""
+    """The monitor must not add itself to a list: it would run twice."""
 
     class Owner(keras.callbacks.Callback):
         def __init__(self):
@@ -195,7 +195,7 @@ def generator(pattern):
     ],
 )
 def test_a_generator_of_unknown_length(optimizer, steps):
-    """Keras begins one batch more than there are; it must not count as skipped."""
+    """Keras begins one batch too many; it must not count as skipped."""
     model = make(optimizer(keras.optimizers.SGD(0.1)))
     history = model.fit(
         generator("gbggggg"),
@@ -230,7 +230,7 @@ def test_a_dataset_of_unknown_cardinality(optimizer):
 @pytest.mark.parametrize(
     ("optimizer", "pattern"),
     [
-        (STOCK, "gbggggg"),  # leaves a rest
+        (STOCK, "gbggggg"),  # does not divide the number of batches
         full(STOCK, "gbgggg"),
         full(LossScaleOptimizer, "gbggggg"),
         full(LossScaleOptimizer, "gbgggg"),
@@ -348,7 +348,7 @@ def test_it_looks_at_epoch_ends_and_every_n_batches(check_every, steps, epochs, 
 
 
 def test_a_look_within_an_epoch_sees_the_state_of_that_moment(reads):
-    """On JAX the variables are stale during an epoch, unless they are brought up to date."""
+    """On JAX the variables are stale during an epoch, unless they are synchronised."""
     fit(make(), "gbgbbgg", [OverflowMonitor(2)])
     seen = [(r.applied, r.skipped, r.in_a_row) for r in reads]
     assert seen == [(0, 0, 0), (1, 1, 1), (2, 2, 1), (3, 3, 0), (4, 3, 0)]
@@ -374,7 +374,7 @@ def test_keras_keeps_dispatching_batch_ends_to_its_own_thread():
 
 
 def test_batch_ends_may_come_out_of_order():
-    """Keras's pool of threads promises no order."""
+    """Keras's thread pool guarantees no order."""
     model, monitor = make(STOCK(keras.optimizers.SGD(0.1))), OverflowMonitor()
     told_by_keras, held = monitor.on_train_batch_end, []
 

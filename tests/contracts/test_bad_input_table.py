@@ -3,7 +3,7 @@
 One row for each call. Its error says what the row names, what was received and expected, and a fix.
 """
 
-# Each call of a table takes the same, and most need only a part of it.
+# All calls of a table have the same parameters, and most use only some of them.
 # ruff: noqa: ARG005
 
 import math
@@ -631,7 +631,7 @@ def test_an_error_comes_before_any_change(call, told, used):
     assert same == others
     for one, other in zip(after, before, strict=True):
         np.testing.assert_array_equal(one, other)
-    # And the next step is one like any other.
+    # And the next step is a normal one.
     optimizer.apply(tensors(*GOOD), variables)
     assert (optimizer.applied_steps, optimizer.skipped_steps) == (applied + 1, 1)
 
@@ -641,7 +641,7 @@ def test_a_graph_without_gradients_is_an_error(used):
     import tensorflow as tf
 
     optimizer, variables = used
-    # In a function that AutoGraph converts, TensorFlow gives the message another type.
+    # In a function that AutoGraph converts, TensorFlow changes the type of the error.
     with pytest.raises(Exception, match="No gradients provided for any variable"):
         tf.function(lambda: optimizer.apply([None, None], variables))()
 

@@ -21,7 +21,7 @@ from kerasmp.optimizer import LossScaleOptimizer
 BACKEND = keras.backend.backend()
 SCALE = 2.0**7
 RATE = 0.5
-# What stock Keras gets wrong even in these small cases, and the hazard's number.
+# Layers that stock Keras computes wrong even in these small cases, with the hazard's number.
 WRONG = {
     "tensorflow": {"Attention": 17},
     "jax": {
@@ -35,18 +35,18 @@ WRONG = {
     },
     "torch": {"SpectralNormalization": 13},
 }[BACKEND]
-# Layers that draw other numbers in another dtype. Their cases have a seed: without one, Keras on
+# Layers that draw different numbers in each dtype. Their cases have a seed: without one, Keras on
 # torch draws from torch's own generator.
 RANDOM = {"AlphaDropout", "Dropout", "GaussianDropout", "GaussianNoise"} | {
     f"SpatialDropout{n}D" for n in (1, 2, 3)
 }
-# float16 kernels that the framework lacks on a CPU. For the first two TensorFlow has them in XLA.
+# float16 kernels that a framework lacks on a CPU. TensorFlow has the first two in XLA.
 XLA = {"AveragePooling3D", "MaxPooling3D"} if BACKEND == "tensorflow" else set()
 NO_KERNEL = {
     "tensorflow": {"AdaptiveAveragePooling3D", "AdaptiveMaxPooling3D"},
     "torch": {"AveragePooling3D"},
 }.get(BACKEND, set())
-# Keras makes its windows with scipy on torch.
+# On torch Keras makes its windows with scipy.
 if BACKEND == "torch" and importlib.util.find_spec("scipy") is None:
     NO_KERNEL.add("STFTSpectrogram")
 
@@ -74,7 +74,7 @@ MECHANISMS = {
     "SpectralNormalization",
     "WithDtype",
 }
-# On JAX the quick set takes steps of these in layers/test_hazards.py alone.
+# On JAX the quick set takes steps of these only in layers/test_hazards.py.
 MEASURED = {"MultiHeadAttention", "SpectralNormalization"}
 
 
@@ -104,11 +104,11 @@ def symbols(case, dtype="float32", *, free=False):
 
 
 def give_the_same_weights(layers):
-    """Give built layers the weights of the last, trainable ones not as initialised."""
+    """Give built layers the weights of the last one, after changing its trainable ones."""
     random = np.random.default_rng(1)
     for variables in zip(*(layer.variables for layer in layers), strict=True):
         value = gradients.numpy(variables[-1])
-        if variables[-1].trainable:  # a bias of 0 would prove nothing
+        if variables[-1].trainable:  # a bias of 0 would hide errors
             value = (value + random.normal(size=value.shape) * 0.1).astype("float16")
         for variable in variables:
             variable.assign(value)
@@ -134,7 +134,9 @@ def one_step(case, layer, shapes, way="quick", **arguments):
     outputs, grads, *stepped = gradients.compile_(call, variables, way, optimizer)(inputs, upstream)
     grads = [g / scale for g in grads]
     if not stepped:
-        weights = [gradients.numpy(v) for v in variables]  # now: the call may have assigned to them
+        weights = [
+            gradients.numpy(v) for v in variables
+        ]  # now, since the call may have assigned to them
         of_weights = grads[len(grads) - len(weights) :]
         stepped = [[w - RATE * g for w, g in zip(weights, of_weights, strict=True)]]
     return [*outputs, *grads, *stepped[0]]
@@ -152,14 +154,14 @@ def mode(cls, training):
 
 # ----------------------------------------------------------------------------------- kerasmp only
 
-# On torch Keras does not autocast the variables of a layer within another while it makes symbols:
-# stock Wrapper then says float32 too.
+# On torch Keras does not autocast variables of an inner layer during symbolic calls:
+# the stock Wrapper then returns float32 too.
 UNSURE = {"WithDtype"} if BACKEND == "torch" else set()
 
 
 @pytest.mark.parametrize("name", few(OURS, MECHANISMS - MEASURED, where=BACKEND == "jax"))
 def test_a_float16_step_is_near_one_in_float32_and_one_of_stock_keras(name):
-    """Outputs, gradients and weights after it, while training and not; dtypes as symbols say."""
+    """Outputs, gradients, new weights, with and without training; dtypes as in symbolic calls."""
     cls, case = OURS[name], CASES[name]
     narrow, wide = (case.make(cls, dtype) for dtype in ("mixed_float16", "float32"))
     together = [narrow, wide]
@@ -184,7 +186,7 @@ def test_a_float16_step_is_near_one_in_float32_and_one_of_stock_keras(name):
 
 
 def evaluate(function, inputs):
-    """Return the outputs of a function of tensors, in the quickest way."""
+    """Return the outputs of a function of tensors, computed in the fastest way."""
     tensors = [ops.convert_to_tensor(x) for x in inputs]
     if keras.backend.backend() == "jax":
         import jax
@@ -276,7 +278,7 @@ MASKED = [name for name, cls in BOTH.items() if _minds_masks(name, cls)]
 
 
 def masked(case, layer):
-    """Return a function that passes inputs of steps, the first of which are masked, to a layer."""
+    """Return a function that calls a layer on time steps of which the first are masked."""
 
     def call(*tensors):
         masking = keras.layers.Masking(dtype=layer.compute_dtype)

@@ -63,8 +63,8 @@ def test_the_search_finds_the_optimizers_of_keras_3_12():
     assert EVERY.keys() >= set(known.split())
 
 
-# One with a slot or two, one whose update is a matrix function, one whose slots do not start as
-# zeros, one that steps by signs.
+# With one or two slots, with a matrix function as update, with slots that do not start as
+# zeros, and with updates by sign.
 @every_optimizer(
     *(["Adam", "Muon"] if BACKEND == "jax" else ["SGD", "Adam", "Muon", "Ftrl", "Lion"])
 )
@@ -73,7 +73,7 @@ def test_the_search_finds_the_optimizers_of_keras_3_12():
 def test_equals_the_plain_one_bit_for_bit_and_a_skipped_step_changes_nothing(cls, company, step):
     twins = Twins(lambda _: cls(0.1, **company), step)
     twins.bad(np.inf)
-    for seed in range(5):  # odd: a window stays open, and Lion's equal steps do not cancel
+    for seed in range(5):  # odd: a window stays open, and equal steps of Lion do not cancel
         twins.good(seed)
         twins.bad(np.nan)
     twins.check()

@@ -18,7 +18,7 @@ import kerasmp as mp
 
 # One for each mechanism of kerasmp layers that has set something, or might.
 MECHANISMS = ["Dense", "Conv2D", "LSTM", "SpectralNormalization"]
-if keras.backend.backend() == "jax":  # which compiles each of them
+if keras.backend.backend() == "jax":  # which compiles each
     MECHANISMS = MECHANISMS[:1]
 THREADS = 4
 
@@ -71,13 +71,13 @@ def _held(layers):
 
 
 def _same(live, before):
-    with contextlib.suppress(Exception):  # of two arrays no one bool says whether they are equal
+    with contextlib.suppress(Exception):  # arrays have no single truth value for ==
         return live == before
     return False
 
 
 def called(cls, case, **arguments):
-    """Return what a second call of a layer sets: Keras notes some things at the first one."""
+    """Return what a second call of a layer sets; at the first one Keras sets some attributes."""
     layer = case.make(cls, "mixed_float16")
     inputs = [ops.convert_to_tensor(x) for x in case.inputs()]
     case.call(layer, *inputs, **arguments)
@@ -111,7 +111,7 @@ X = np.random.default_rng(0).normal(size=(2, 6, 3)).astype("float32")
 
 
 def stepped(model):
-    """Return what each kind of step sets at its second time."""
+    """Return what the second step of each kind sets."""
     model.compile("sgd", "mse", run_eagerly=True)
     steps = {
         "call": lambda: model(X),
@@ -137,7 +137,7 @@ def adopted():
 @full_on("jax")
 @pytest.mark.parametrize("make", [converted, full(adopted)])
 def test_a_model_sets_no_attribute_that_stock_keras_does_not(make):
-    """In a step Keras itself notes something, and the optimizer and metrics are not looked at."""
+    """Keras itself sets attributes in a step; optimizer and metrics are not compared."""
     found = stepped(make())
     assert found["call"] == set()
     stock = stepped(model_of())

@@ -15,7 +15,7 @@ Y = np.ones((4, 2), "float32")
 
 
 class Equal:
-    """Is equal to anything."""
+    """Equal to everything."""
 
     __hash__ = None
 
@@ -25,16 +25,16 @@ class Equal:
 
 @keras.saving.register_keras_serializable("no_hash")
 class Descent(Equal, keras.optimizers.SGD):
-    """A user's optimizer."""
+    """A user-defined optimizer."""
 
 
 @keras.saving.register_keras_serializable("no_hash")
 class Scaling(Equal, mp.LossScaleOptimizer):
-    """A user's optimizer that scales the loss."""
+    """A user-defined optimizer that scales the loss."""
 
 
 class Dense(Equal, keras.layers.Dense):
-    """A user's layer."""
+    """A user-defined layer."""
 
 
 class Net(Equal, keras.Model):
@@ -49,7 +49,7 @@ class Net(Equal, keras.Model):
 
 
 class Holds(Equal, keras.Model):
-    """A model without a `call`."""
+    """A model without `call`."""
 
     def __init__(self, part):
         super().__init__()

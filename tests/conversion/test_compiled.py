@@ -18,7 +18,7 @@ X = np.random.default_rng(0).normal(size=(8, 6, 4)).astype("float32")
 
 
 def compiled(optimizer):
-    """Return a model that has all that training makes, without its steps: those take a second."""
+    """Return a model with all state of training but untraced steps, which take a second."""
     keras.utils.set_random_seed(0)
     model = sequential()
     model.compile(optimizer, "mse")
@@ -149,7 +149,7 @@ def test_an_interrupt_anywhere_leaves_the_model_as_it_was(step):
 
 
 class Interrupting(layers.Dense):
-    """Is interrupted where it is given a policy, as often as its list says."""
+    """Raises an interrupt when its policy is set, as often as its list says."""
 
     interrupts = ()
 
@@ -165,7 +165,7 @@ class Interrupting(layers.Dense):
 
 
 def interrupting():
-    """Return a model with such a layer, and the policies of all layers."""
+    """Return a model with an `Interrupted` layer, and the policies of all layers."""
     model = keras.Sequential([keras.Input((4,)), layers.Dense(2), Interrupting(2), layers.Dense(1)])
     model.compile("sgd")
     model.train_function = len

@@ -13,14 +13,14 @@ pytestmark = marks_on("jax", "oldest")
 layers, ops = keras.layers, keras.ops
 BACKEND = keras.backend.backend()
 B, T = 2, 3  # batch and time
-# Keras's loop for a cell computes the first step once more, to learn its shapes; not on JAX.
+# Except on JAX, Keras's loop computes the first step of a cell twice, for its shapes.
 LOOPED = T if BACKEND == "jax" else T + 1
-# torch has a kernel for a whole LSTM and GRU, on a CPU too; elsewhere the loop does it.
+# torch has kernels for whole LSTMs and GRUs, also on a CPU; the others run the loop.
 HAS_FUSED_UPDATES = T if BACKEND == "torch" else LOOPED
 
 
 def attended(heads, key_heads, depth, dim):
-    """Return what attention over T steps multiplies, the projections of `dim` features too."""
+    """Return the multiply-adds of attention over T steps, with projections of `dim` features."""
     projected = heads + 2 * key_heads + heads
     return B * T * dim * depth * projected + 2 * B * heads * T * T * depth
 
@@ -101,13 +101,13 @@ ATTENTION = {
 }
 
 
-# One for each function that multiplies; the others reach the same ones.
+# One for each function that multiplies; other layers use the same functions.
 QUICK = {
     *("Dense-rank-3", "EinsumDense", "Conv2D-strides", "Conv2D-groups", "DepthwiseConv2D"),
     *("Conv2DTranspose", "Embedding", "SpectralNormalization", "kerasmp.Conv1D"),
 }
 QUICK |= {"SimpleRNN", "LSTM"}
-if BACKEND == "jax":  # which compiles each of them
+if BACKEND == "jax":  # which compiles each
     QUICK = {"Dense-rank-3", "Conv2D-groups", "SimpleRNN"}
 CASES = by_name(
     {f"{name}-float16": (*case, "float16") for name, case in LAYERS.items()}
@@ -117,7 +117,7 @@ CASES = by_name(
 
 
 def measured(model, x):
-    """Return the report of what a model does on `x` with the policies that it has."""
+    """Return the report of a model on `x` with its current policies."""
     return mp.convert(model, mp.LayerPolicies.of(model), sample=x, dry_run=True)
 
 
@@ -138,7 +138,7 @@ def test_products_equal_the_expected_counts(make, shape, count, half):
     model = keras.Sequential([keras.Input(shape), layer])
     found = totals(model, shape)
     assert sum(found.values()) == count
-    # Ours convolves in float32 where TensorFlow's CPU sums in float16.
+    # kerasmp convolves in float32 where TensorFlow's CPU kernel sums in float16.
     wide = "kerasmp" in type(layer).__module__ and layer.name.startswith("conv")
     assert set(found) <= {"float32" if wide and BACKEND == "tensorflow" else half}
 
@@ -154,7 +154,7 @@ def test_all_products_of_attention_are_counted(make, count):
 
 @keras.saving.register_keras_serializable("costs")
 class Twice(keras.Model):
-    """A user's model that calls one layer twice, and one not at all."""
+    """A user-defined model that calls one layer twice, and one never."""
 
     def __init__(self):
         super().__init__()
@@ -207,7 +207,7 @@ def test_a_report_shows_products_bytes_and_casts():
     weights = 2 * (4 * 8 + 8)
     # torch multiplies in float32 on a CPU: inputs and kernel there, and the result back.
     wide = 4 * (B * 4 + 4 * 8) + 2 * B * 8 if BACKEND == "torch" else 0
-    data = 2 * B * 4  # the model's input, cast by whoever comes first
+    data = 2 * B * 4  # the input of the model, cast by the first layer that needs it
     assert casts["first"] + casts[model.name] == weights + data + wide
     assert report.cast_bytes == sum(casts.values())
     text = str(report)

@@ -24,7 +24,7 @@ CONFIGS = {
 
 @keras.saving.register_keras_serializable("own_configs")
 class Block(layers.Layer):
-    """A user's layer that makes others, and keeps neither its policy nor its name."""
+    """A user-defined layer that makes others, and drops its policy and name."""
 
     def __init__(self, units=4, name="block"):
         super().__init__(name=name)
@@ -65,7 +65,7 @@ def of_layers(self, units):
 
 
 def users_class(parent, config, kind, arguments):
-    """Return a user's class of models: its kind of `get_config`, and of constructor."""
+    """Return a user-defined model class with one kind of `get_config` and of constructor."""
 
     class Users(parent):
         def __init__(self, units=3, **more):
@@ -121,7 +121,7 @@ def made(case):
 
 
 def assert_same(loaded, model):
-    """The same policies, variables and outputs, to the last bit."""
+    """Assert equal policies, and equal variables and outputs bit for bit."""
     for one, other in zip(flatten_layers(loaded), flatten_layers(model), strict=True):
         assert (type(one).__name__, one.dtype_policy) == (type(other).__name__, other.dtype_policy)
     for one, other in zip(loaded.weights, model.weights, strict=True):
@@ -169,7 +169,7 @@ def test_a_model_made_under_a_policy_comes_back_from_a_file(policy, case, tmp_pa
 
 @keras.saving.register_keras_serializable("own_configs")
 class HoldsSequential(keras.Model):
-    """A user's model that holds a Sequential without `Input`."""
+    """A user-defined model that holds a Sequential without `Input`."""
 
     def __init__(self):
         super().__init__()
@@ -218,7 +218,7 @@ def test_a_file_without_policies_leaves_the_result_of_from_config_alone():
 
 @keras.saving.register_keras_serializable("own_configs")
 class Rounding(keras.DTypePolicy):
-    """A user's policy, whose name says nothing to Keras."""
+    """A user-defined policy with a name that Keras does not know."""
 
     def __init__(self, name="my rounding"):
         super().__init__("mixed_bfloat16")
@@ -227,7 +227,7 @@ class Rounding(keras.DTypePolicy):
 
 @keras.saving.register_keras_serializable("own_configs")
 class OfRounding(mp.Model):
-    """A user's model whose constructor may set that policy."""
+    """A user-defined model whose constructor may set that policy."""
 
     sets = True
 
@@ -327,7 +327,9 @@ def test_a_model_inside_that_was_converted_before(tmp_path):
     with pytest.raises(mp.errors.PolicyError, match="inference only"):
         loaded.inner.fit(X, np.zeros((2, 3)), verbose=0)
     mp.convert(next(x for x in model.layers if isinstance(x, keras.Model)))
-    assert_same(saved_and_loaded(model, tmp_path), model)  # its holder is stock, and has its config
+    assert_same(
+        saved_and_loaded(model, tmp_path), model
+    )  # its parent is a stock model, which saves the config
 
 
 def test_a_part_that_a_stock_model_rebuilds_in_its_old_dtype_is_reported(tmp_path):
@@ -343,7 +345,7 @@ def test_a_part_that_a_stock_model_rebuilds_in_its_old_dtype_is_reported(tmp_pat
 
 @keras.saving.register_keras_serializable("own_configs")
 class Holding(keras.Model):
-    """A user's model that makes others."""
+    """A user-defined model that makes others."""
 
     def __init__(self, units):
         super().__init__()
@@ -379,7 +381,7 @@ def test_layers_that_differ_from_those_of_the_file_are_reported(tmp_path):
 
 @keras.saving.register_keras_serializable("own_configs")
 class Changing(mp.Model):
-    """A user's model whose class makes more layers than it did."""
+    """A user-defined model whose class now makes more layers."""
 
     parts = 1
 
@@ -397,7 +399,7 @@ class Changing(mp.Model):
 
 @keras.saving.register_keras_serializable("own_configs")
 class Backbone(keras.Model):
-    """A model with the habits of KerasHub's backbones."""
+    """A model written like KerasHub's backbones."""
 
     def __init__(self, units=4, dtype=None, **more):
         inputs = keras.Input((6, 4))
@@ -419,7 +421,7 @@ class Backbone(keras.Model):
 
 @keras.saving.register_keras_serializable("own_configs")
 class Task(keras.Model):
-    """A model with the habits of KerasHub's tasks, which compile themselves."""
+    """A model written like KerasHub's tasks, which compile themselves."""
 
     def __init__(self, backbone, **more):
         dtype = backbone.dtype_policy
@@ -467,7 +469,7 @@ def test_a_task_that_compiles_itself_warns_that_its_optimizer_differs(tmp_path):
 
 @keras.saving.register_keras_serializable("own_configs")
 class Compiling(mp.Sequential):
-    """A user's model that compiles itself, and builds all."""
+    """A user-defined model that compiles itself and builds everything."""
 
     settings: ClassVar = {}
 

@@ -35,11 +35,11 @@ RULES = st.sampled_from(["safe", None])
 QUICK = pytest.mark.parametrize("recipe", FEW.values(), ids=FEW)
 
 pytestmark = [
-    # Keras warns if such a layer comes after a mask, and a recipe may have it so.
+    # Keras warns if such a layer comes after a mask, which a recipe may do.
     pytest.mark.filterwarnings("ignore:.*does not support masking:UserWarning"),
     # Without rules, float16 does overflow.
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
-    # A drawn layer may not lead to any output.
+    # A drawn layer may be unconnected to the outputs.
     pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning"),
 ]
 
@@ -52,7 +52,7 @@ def policies(model):
 
 
 def symbolic_dtypes(model):
-    """Return the dtypes of all symbolic tensors in a model's own graph, by depth."""
+    """Return the dtypes of all symbolic tensors in the graph of a model, by depth."""
     graph = model._functional if isinstance(model, keras.Sequential) else model
     by_depth = getattr(graph, "_nodes_by_depth", {})
     return [

@@ -27,7 +27,7 @@ def build():
 
 
 def converted(policy):
-    """Return a converted model, and its predictions, which are not those of float32."""
+    """Return a converted model and its predictions, which differ from those in float32."""
     model = build()
     exact = model.predict(X, verbose=0)
     mp.convert(model, policy)
@@ -74,7 +74,7 @@ def test_tflite_has_no_half_precision_convolution_but_takes_a_restored_model(pol
     import tensorflow as tf
 
     model, exact, _ = converted(policy)
-    # Stock Keras's limit: a model built under the policy fails in the same way.
+    # A limit of stock Keras: a model built under the policy fails in the same way.
     with pytest.raises(Exception, match="Conv2D"):
         tf.lite.TFLiteConverter.from_keras_model(model).convert()
     mp.convert(model, "float32")

@@ -16,13 +16,13 @@ X, Y = converted.X, converted.Y
 
 
 def compiled(kind="nested"):
-    """Return a model that has been trained but for the steps: to trace one takes a second."""
+    """Return a compiled model with trained weights; no step is traced, which takes a second."""
     keras.utils.set_random_seed(0)
     model = getattr(converted, kind)()
     model.compile("adam", "mse", metrics=["mae"])
     model.optimizer.build(model.trainable_variables)
     rng = np.random.default_rng(1)
-    # Statistics and biases, too: no number is one of few bits.
+    # Statistics and biases too: no number is a short binary fraction.
     model.set_weights([w + rng.uniform(0.01, 0.1, w.shape) for w in model.get_weights()])
     return model
 
@@ -74,7 +74,7 @@ def test_layers_that_the_safe_rules_keep_in_float32_keep_their_variables(kind):
     report = mp.convert(model, "float16", variables="float16")
     kept = [row for row in report.rows if row.after == "float32"]
     assert kept
-    # A wrapper's variables that its inner layer has made are that one's.
+    # Variables of a wrapper that its inner layer has made belong to the inner layer.
     for row in report.rows:
         if not flatten_layers(row.layer)[1:]:
             wanted = keras.dtype_policies.get(row.after).variable_dtype
@@ -107,7 +107,7 @@ def test_a_policy_over_float32_variables_widens_them_again(policy):
     assert set(dtypes(model)) == {"float32"}
     assert any("float32 again" in note for note in report.notes)
     error = np.abs(predict(model) - exact).max()
-    assert 0 < error < 0.05  # what rounding took stays lost
+    assert 0 < error < 0.05  # rounding is not undone
     model.compile(mp.LossScaleOptimizer(keras.optimizers.SGD(0.1), loss_scale=1.0), "mse")
     before = model.get_weights()
     model.fit(X, Y, verbose=0)
@@ -167,7 +167,7 @@ class Asking(layers.Layer):
 
 
 def test_an_lstm_converted_back_to_float32_is_saved_for_stock_keras(tmp_path):
-    # JAX compiles the loop of an LSTM: what it reads from the file is known without a call.
+    # JAX compiles the loop of an LSTM, so the loaded model is compared without a call.
     model = keras.Sequential([keras.Input((6, 4)), layers.LSTM(2), layers.Dense(3)])
     mp.convert(model, "float16", variables="float16")
     assert "kerasmp>Orthogonal" in str(keras.saving.serialize_keras_object(model))

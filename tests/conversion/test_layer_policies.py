@@ -11,7 +11,7 @@ import kerasmp as mp
 pytestmark = pytest.mark.unit
 
 
-# Keras asks for TensorFlow where it makes a Bidirectional: test_safe_layers.py has that kind.
+# Keras imports TensorFlow to make a Bidirectional: test_safe_layers.py has that kind.
 @pytest.mark.parametrize("kind", ["attention", "nested", "subclassed"])
 def test_policies_as_text_apply_to_another_build_of_the_model(kind):
     model = converted.KINDS[kind]()

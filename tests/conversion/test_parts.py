@@ -25,7 +25,7 @@ class Gan(keras.Model):
 @pytest.mark.parametrize("built", [True, False])
 def test_built_parts_are_converted_and_the_rest_is_named(built):
     model = Gan()
-    model.built = built  # as Keras's own guide has it
+    model.built = built  # as in Keras's guide
     before = [layer.dtype_policy for layer in flatten_layers(model)]
     report = mp.convert(model, sample=X)
     for inner in (model.generator, *model.critics):

@@ -178,7 +178,7 @@ def test_rules_that_the_model_was_made_under_no_longer_apply():
     model(X[:, 0])
     assert [layer.compute_dtype for layer in model.layers] == ["float16"] * 2
     report.restore()
-    model(X[:, 0])  # they act again
+    model(X[:, 0])  # they apply again
     assert [layer.compute_dtype for layer in model.layers] == ["float16", "float32"]
 
 

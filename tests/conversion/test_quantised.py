@@ -10,8 +10,8 @@ import kerasmp as mp
 layers = keras.layers
 X = np.random.default_rng(0).normal(size=(32, 16)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(32, 4)).astype("float32")
-# Float8 has a roundoff of 2**-4. int8, and int4 before Keras 3.15, round the inputs to 8 bits: what
-# half precision rounds across the edge of a step, one of 127, moves by that step.
+# Float8 has a roundoff of 2**-4. int8, and int4 before Keras 3.15, round inputs to 8 bits: a value
+# that half precision moves across the edge of one of 127 steps changes by that step.
 STEP = {"int8": 1 / 127, "int4": 1 / 127, "float8": 2.0**-4}
 WORKS = [
     ("int8", "mixed_bfloat16"),
@@ -20,7 +20,7 @@ WORKS = [
     ("float8", "mixed_float16"),
     ("float8", "mixed_bfloat16"),
 ]
-# Keras says this of an InputLayer.
+# Keras raises this for an InputLayer.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Layer InputLayer does not have a `quantize`"),
     *marks_on("jax", "oldest"),

@@ -17,7 +17,7 @@ POLICY = "mixed_bfloat16" if keras.backend.backend() == "jax" else "mixed_float1
 
 
 def kinds(*quick):
-    """Return a mark for all kinds, of which the quick set takes those that are named."""
+    """Return a parametrization over all kinds; the quick set has the named ones."""
     return pytest.mark.parametrize("kind", few(converted.KINDS, quick))
 
 

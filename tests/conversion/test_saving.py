@@ -8,7 +8,7 @@ import kerasmp as mp
 
 pytestmark = marks_on("jax")
 
-# What is neither all float16 nor what Keras would load.
+# Policies that are neither all float16 nor those that Keras would load.
 EXCEPTIONS = {
     "attention": "softmax (Softmax): float32",
     "recurrent": "dense (Dense): float32",
@@ -17,7 +17,7 @@ EXCEPTIONS = {
 }
 
 
-# Keras makes all parts of a user's model when it is built: the hardest to give policies again.
+# Keras builds all parts of a subclass in `build`: the hardest case for restoring policies.
 @pytest.mark.parametrize("kind", few(converted.KINDS, ["subclassed"]))
 def test_another_process_loads_the_same_model(kind, tmp_path, another_process):
     model = converted.KINDS[kind]()

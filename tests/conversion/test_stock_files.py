@@ -42,7 +42,7 @@ def test_stock_keras_loads_it_and_computes_the_same(kind, policy, tmp_path, stoc
     assert dtypes == stock_only.dtypes_of(model)
     wanted = keras.ops.convert_to_numpy(model(converted.X)).astype("float64")
     np.testing.assert_array_equal(np.asarray(outputs), wanted)
-    assert isinstance(model.optimizer, mp.LossScaleOptimizer)  # and the model is what it was
+    assert isinstance(model.optimizer, mp.LossScaleOptimizer)  # and the model is unchanged
 
 
 @pytest.mark.parametrize("kind", ["attention", "subclassed"])
@@ -73,7 +73,7 @@ def test_kerasmp_layers_and_output_dtypes_are_named(tmp_path):
     assert not path.exists()
 
 
-@pytest.mark.backend("tensorflow")  # lookups need it
+@pytest.mark.backend("tensorflow")  # lookup layers need it
 def test_vocabularies_are_saved_and_optimizers_are_not(tmp_path):
     lookup = layers.IntegerLookup(dtype="int64")
     lookup.adapt(np.array([7, 9, 9]))

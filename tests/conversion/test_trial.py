@@ -18,7 +18,7 @@ WIDE = np.ones(4, "float32")
 
 
 class Sampling(layers.Layer):
-    """That of Keras's variational autoencoder: noise of whatever dtype Keras has set."""
+    """The sampling layer of Keras's variational autoencoder: noise in the global float dtype."""
 
     def call(self, inputs):
         mean, log_variance = inputs
@@ -26,7 +26,7 @@ class Sampling(layers.Layer):
 
 
 class Scaled(layers.Layer):
-    """Says the shape of its outputs, so that Keras does not look into its call."""
+    """Has `compute_output_shape`, so that Keras does not trace its call."""
 
     def call(self, inputs):
         return inputs * ops.convert_to_tensor(WIDE)
@@ -169,7 +169,7 @@ LINEAR_ALGEBRA = {
     "fft": lambda x: ops.fft((x, x))[0],
     "rfft": lambda x: ops.rfft(x)[0],
 }
-if keras.backend.backend() == "tensorflow":  # of which one has a kernel, and two fail anyway
+if keras.backend.backend() == "tensorflow":  # of which one has a kernel, and two fail in any case
     for each in ("inv", "qr", "lu_factor"):
         del LINEAR_ALGEBRA[each]
 
@@ -252,7 +252,7 @@ def test_what_cannot_be_traced_is_noted():
     model = Eager()
     model(ONES)
     notes = [mp.convert(model, sample=sample, dry_run=True).notes for sample in (None, ONES)]
-    if keras.backend.backend() == "torch":  # which traces by numbers
+    if keras.backend.backend() == "torch":  # which traces with real values
         assert notes == [(), ()]
         return
     said = ["as its inputs are not known: give convert a sample", "as it cannot be traced"]
@@ -261,7 +261,7 @@ def test_what_cannot_be_traced_is_noted():
 
 
 def test_a_call_that_cannot_be_traced_in_training_is_tried_in_inference():
-    """And what cannot compute there in half precision is found."""
+    """Layers that cannot compute in half precision on the backend are found."""
 
     class Trains(keras.Model):
         def __init__(self):
@@ -362,12 +362,12 @@ def test_a_layer_that_keeps_none_in_training_is_no_error():
     assert not hasattr(forgets, "new")
 
 
-# All of Keras's layers for images, those that come to be too.
+# All image layers of Keras, including future ones.
 IMAGES = [
     name
     for name, layer in sorted(vars(layers).items())
     if isinstance(layer, type) and issubclass(layer, layers.RandomFlip.__base__)
-    # Keras leaves the first out of the graph, and the other takes no images.
+    # Keras leaves the first out of the graph, and the second takes no images.
     if name not in {"Equalization", "MaxNumBoundingBoxes"}
 ]
 ARGUMENTS = {
@@ -396,14 +396,14 @@ FAILING = {"float16": FAILS, "bfloat16": FAILS_IN_BFLOAT16}
     [
         ("float16", "RandomGaussianBlur", "safe"),
         *(full(half, name, "safe") for half in FAILING for name in IMAGES),
-        # Without rules it is the trial that finds them.
+        # Without rules the trial finds them.
         *(full(half, name, None) for half in FAILING for name in sorted(FAILING[half])),
     ],
 )
 def test_layers_for_images_train(half, name, rules):
     layer = getattr(layers, name)(*ARGUMENTS.get(name, ()), name="augment")
     inputs = keras.Input((8, 8, 3))
-    # Some have no gradient in any dtype: Keras warns of what would wait for one.
+    # Some have no gradient in any dtype: Keras warns about variables without one.
     x = layer(inputs if name in WITHOUT_GRADIENT else layers.Conv2D(3, 1)(inputs))
     x = layers.Flatten()(x)
     model = keras.Model(inputs, layers.Dense(2)(layers.Dense(4, name="body")(x)))

@@ -45,7 +45,7 @@ MODELS = {"vision": (vision, IMAGES), "text": (text, WORDS)}
 
 
 def lived_in(build):
-    """Return a model whose numbers float16 has to round, statistics too."""
+    """Return a model whose values and statistics float16 must round."""
     model = build()
     rng = np.random.default_rng(5)
     model.set_weights([w + rng.uniform(0.01, 0.3, w.shape) for w in model.get_weights()])
@@ -53,12 +53,12 @@ def lived_in(build):
 
 
 def narrowed(model, dtype="float16"):
-    """Narrow all layers; return the report, which keeps what they had."""
+    """Narrow all layers and return the report, which holds the old values."""
     return mp.convert(model, dtype, rules=None, variables=dtype)
 
 
 DTYPES = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-# In bfloat16 the recurrent layer is the one that Keras cannot build by itself.
+# In bfloat16 Keras cannot build the recurrent layer by itself.
 QUICK = [("vision", "float16"), ("text", "bfloat16")]
 CASES = few([(kind, dtype) for kind in MODELS for dtype in ("float16", "bfloat16")], QUICK)
 
@@ -78,7 +78,7 @@ def wanted(*parts, dtype="float16"):
 
 
 def narrow_variables(rows, undo=None):
-    """Change the dtypes of variables; return what has become of those of each layer."""
+    """Change the dtypes of variables and return the change of each layer."""
     facts, changes = plan_variables(rows)
     change_variables(changes, [] if undo is None else undo)
     return facts
@@ -224,7 +224,7 @@ def test_taking_back_after_an_error_midway_leaves_all_as_it_was(monkeypatch):
     before = [v.value for v in (*first.variables, *second.variables)]
     carried_out = sys.modules[
         change_variables.__module__
-    ]  # `convert` of its package is the function
+    ]  # `convert` of the package is the function
     change = carried_out.set_variable_dtype
 
     def failing(variable, dtype):

@@ -10,7 +10,7 @@ from kerasmp.demo.model import build_cnn
 
 
 def numpy_fate(values, scale):
-    """What a cast by NumPy makes of each value."""
+    """The effect of a NumPy cast on each value."""
     with np.errstate(over="ignore"):
         cast = np.abs((values * scale).astype("float16"))
     smallest_normal = np.finfo("float16").smallest_normal
@@ -26,7 +26,7 @@ def numpy_fate(values, scale):
 @pytest.mark.parametrize("scale", [1.0, 2.0**10, 2.0**15, 2.0**24, 2.0**-8])
 def test_fate_agrees_with_a_cast_by_numpy(scale):
     generator = np.random.default_rng(0)
-    # Away from the ends of each binade, where rounding carries a value into the next.
+    # Away from the ends of each binade, where rounding may reach the next one.
     fractions = generator.uniform(1.01, 1.99, 4000)
     values = fractions * 2.0 ** generator.integers(-50, 18, 4000) * generator.choice([-1, 1], 4000)
     fate = count_exponents("weights", "end", values).fate(scale)
@@ -67,7 +67,7 @@ def test_gradients_are_those_of_the_loss(images):
     assert sum(weights.counts) + weights.zeros == sum(
         int(np.prod(variable.shape)) for variable in model.trainable_variables
     )
-    # One step of plain gradient descent shows the same gradients, as far as subtraction keeps them.
+    # One step of plain gradient descent shows the same gradients, up to rounding.
     before = [keras.ops.convert_to_numpy(variable) for variable in model.trainable_variables]
     model.compile(
         keras.optimizers.SGD(1.0), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -76,7 +76,7 @@ def test_gradients_are_those_of_the_loss(images):
     after = [keras.ops.convert_to_numpy(variable) for variable in model.trainable_variables]
     steps = np.concatenate([(b - a).ravel() for b, a in zip(before, after, strict=True)])
     expected = count_exponents("weights", "start", steps)
-    big = slice(-8 - expected.first, None)  # smaller ones suffer from the subtraction
+    big = slice(-8 - expected.first, None)  # smaller ones are rounded by the subtraction
     difference = np.abs(np.subtract(expected.counts[big], weights.counts[big]))
     assert sum(weights.counts[big]) > 50
     assert difference.sum() <= 4

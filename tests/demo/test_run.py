@@ -16,7 +16,7 @@ from kerasmp.policy import global_policy
 
 @pytest.fixture
 def no_disk(monkeypatch, images):
-    """Let `run_demo` train on `images`, so that it needs no package but Keras."""
+    """Make `run_demo` train on `images`, so that it needs only Keras."""
     monkeypatch.setattr(run, "load", lambda _: images)
 
 
@@ -26,10 +26,12 @@ def everything(images):
     events = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "load", lambda _: images)
-        patch.setattr(settings, "_STEPS_PER_HALVING", 1)  # 2**21 in 6 steps, which must come down
+        patch.setattr(
+            settings, "_STEPS_PER_HALVING", 1
+        )  # 2**21 at the start, so the scale must fall within 6 steps
         before = global_policy()
         result = run_demo(DemoSettings(epochs=2, batch_size=16), progress=events.append)
-        assert global_policy() == before  # it is left alone
+        assert global_policy() == before  # it is not changed
     return result, events
 
 

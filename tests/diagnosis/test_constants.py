@@ -9,7 +9,7 @@ import kerasmp as mp
 
 layers = keras.layers
 
-# NumPy and JAX say so of the constants that are looked for.
+# NumPy and JAX warn about the constants that lint looks for.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 
 
@@ -90,7 +90,7 @@ def test_computing_with_an_infinite_constant_is_an_error():
     each = only(model, "infinite-constant", X)
     assert each.severity == "error"
     assert each.place == model.layers[0].path
-    assert not found(model, "possibly-infinite", X)  # since the graph has reported it
+    assert not found(model, "possibly-infinite", X)  # reported already, from the graph
 
 
 @pytest.mark.backend("tensorflow", "jax")

@@ -9,7 +9,7 @@ import kerasmp as mp
 
 layers = keras.layers
 
-# NumPy and JAX say so of the constants that are looked for.
+# NumPy and JAX warn about the constants that lint looks for.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 
 
@@ -56,7 +56,7 @@ def test_a_float32_layer_in_front_gives_no_finding():
 def test_steps_that_are_masked_before_they_are_rounded_do_not_count():
     x = np.ones((8, 4, 8), "float32")
     x[:, 2:] = -99999.0
-    # The graph hands LSTM the mask, which has no values.
+    # The graph passes the mask to LSTM, without values.
     model = made(lambda: mp.layers.Masking(-99999.0), lambda: layers.LSTM(8), shape=(4, 8))
     assert not found(model, "input-range", x)
     x[0, 0, 0] = -99999.0  # in a step that is not masked
@@ -143,7 +143,7 @@ class LooksUp(keras.Model):
 
 
 def test_ids_that_a_subclassed_model_rounds_are_an_error():
-    """It rounds floats before Embedding, which would not, sees them."""
+    """The model rounds floats before Embedding gets them, which would not round them."""
     ids = np.full((8, 4), 4001.0, "float32")
     for policy, largest in (("mixed_float16", "2048"), ("mixed_bfloat16", "256")):
         with mp.policy_scope(policy):

@@ -10,7 +10,7 @@ import kerasmp as mp
 
 layers = keras.layers
 
-# NumPy and JAX say so of the constants that are looked for.
+# NumPy and JAX warn about the constants that lint looks for.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 
 
@@ -104,7 +104,7 @@ def test_a_mask_value_that_half_precision_does_not_hold_is_an_error():
         assert (each.severity, each.place) == ("error", "masking")
         assert f"{half} inputs cannot hold the mask value {value}" in each.reason
         assert "kerasmp.layers.Masking" in each.remedy
-    # Where the layer itself rounds nothing, but what is around it does.
+    # The layer itself rounds nothing, but the model around it does.
     assert only(masking(0.1, policy="float32", dtype="float16"), "mask-value")
     model = Masks(layers.Masking(0.1, dtype="float32"), dtype="mixed_float16")
     assert only(model, "mask-value", np.ones((2, 4, 8), "float32"))
@@ -231,7 +231,7 @@ def test_stock_layers_that_the_safe_rules_know_are_found():
     assert not found(model, "unsafe-layer")
 
 
-# Of a layer that is a warning in both, the backends.
+# For a layer with a warning in both half precisions, the backends.
 IN_BOTH = [
     (lambda: layers.GaussianNoise(0.1), ["jax"]),
     (lambda: layers.Embedding(8, 4), ["jax", "torch"]),

@@ -10,7 +10,7 @@ import kerasmp as mp
 
 layers = keras.layers
 
-# NumPy and JAX say so of the constants that are looked for.
+# NumPy and JAX warn about the constants that lint looks for.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 
 
@@ -111,7 +111,7 @@ def test_tensors_that_building_makes_stay():
 @pytest.mark.backend("tensorflow")  # where variables are tensors
 def test_variables_that_a_traced_call_makes_stay():
     model = Late()
-    model.built = True  # it says so, and yet its part is built when it is called first
+    model.built = True  # it counts as built, but its part is built by its first call
     mp.lint(model, X)
     assert ops.convert_to_numpy(model(X)).sum() == 64
 

@@ -8,7 +8,7 @@ import kerasmp as mp
 
 layers = keras.layers
 
-# NumPy and JAX say so of the constants that are looked for.
+# NumPy and JAX warn about the constants that lint looks for.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 
 
@@ -46,7 +46,7 @@ def test_each_proposed_remedy_removes_the_finding(module, activation):
     assert not found(made(dense(), lambda: head(dtype="float32"), bare=True), "float16-head")
 
 
-@pytest.mark.backend("tensorflow", "jax")  # on torch Keras itself takes this head for float32
+@pytest.mark.backend("tensorflow", "jax")  # on torch Keras itself runs this head in float32
 def test_the_remedy_says_which_heads_convert_does_not_reach():
     model = made(Holds, bare=True)
     mp.convert(model)

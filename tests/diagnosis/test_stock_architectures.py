@@ -9,13 +9,13 @@ import kerasmp as mp
 
 pytestmark = marks_on("oldest")
 
-# Tracing takes long: one shows what constants stock layers have.
+# Tracing takes long: one architecture shows the constants of stock layers.
 TRACED = {"MobileNetV2"}
 SMALLEST = {"InceptionV3": 75}  # the others take images of 32 x 32
 # Chosen for what they have: residual connections, hard_silu, rescaled inputs and silu, own layers,
 # pooling within.
 OTHERS = ["ResNet50", "MobileNetV3Small", "EfficientNetB0", "ConvNeXtTiny", "InceptionV3"]
-# One is enough elsewhere: what differs is the tracing.
+# One is enough on the other backends: only tracing differs.
 ONCE = [pytest.mark.full, pytest.mark.backend("tensorflow")]
 ARCHITECTURES = [
     pytest.param("MobileNetV2", marks=marks_on("jax", "torch")),

@@ -8,7 +8,7 @@ import kerasmp as mp
 
 layers = keras.layers
 
-# NumPy and JAX say so of the constants that are looked for.
+# NumPy and JAX warn about the constants that lint looks for.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 
 

@@ -32,7 +32,7 @@ def in_two_processes(cases, **more):
 
 
 def alone():
-    """Return the weights after the same training in this process, without a bad batch."""
+    """Return the weights after the same training in this process without a bad batch."""
     model = bad_batch.network()
     inner = keras.optimizers.Adam(0.1)
     model.compile(mp.LossScaleOptimizer(inner, initial_scale=bad_batch.SCALE), "mse")
@@ -73,7 +73,7 @@ BAD_DATA = [None, (DATA, FIRST), (DATA, LAST)]
 
 
 def test_a_kerasmp_model_keeps_nothing_of_bad_data():
-    # Known to be the loss: the scale stays.
+    # The cause is known to be the loss: the scale stays.
     assert_skipped(*train(BAD_DATA, how="data", guarded=True), scale=bad_batch.SCALE)
 
 
@@ -86,7 +86,7 @@ def test_a_kerasmp_model_with_its_own_train_step_keeps_nothing_of_bad_data():
 
 @pytest.mark.full
 def test_clipping_and_sums_go_by_the_whole_batch():
-    # Each of the rows by itself has finite gradients: it is the sum over two shards that has not.
+    # Each row alone has finite gradients; their sum over two shards overflows.
     value = 22.0
     cases = [None, (value, FIRST), (value, LAST), (value, [FIRST, LAST])]
     four = train(cases, how="data", clipped=0.5)
@@ -99,7 +99,7 @@ def test_clipping_and_sums_go_by_the_whole_batch():
 def test_a_bad_row_in_either_of_two_processes_is_skipped_in_both():
     two = in_two_processes(overflows(FIRST, LAST))
     assert_skipped(*two)
-    # float16 sums over four rows and four rows are not those over eight.
+    # float16 sums over twice four rows differ from sums over eight.
     np.testing.assert_allclose(two[0]["weights"], alone(), atol=2e-3)
 
 

@@ -41,7 +41,7 @@ def test_one_bad_replica_is_skipped_on_all_with_manual_unscaling_and_custom_trai
     )
     assert_skipped_everywhere(unscaling, 2)
     assert unscaling == loop
-    # Known to be the loss: the scale stays.
+    # The cause is known to be the loss: the scale stays.
     assert_skipped_everywhere(own_step, 2, bad_batch.SCALE)
 
 
@@ -52,7 +52,7 @@ def test_train_steps_that_scale_no_loss_are_detected():
         np.testing.assert_allclose(weights, wanted, rtol=1e-3, atol=1e-4)
 
 
-# Collectives of eager code clash with those of a graph before it: a process for each.
+# Eager collectives clash with those of an earlier graph: each needs its own process.
 @pytest.mark.parametrize("replicas", [2, 4])
 def test_one_bad_replica_is_skipped_on_all_in_an_eager_fit(replicas):
     where = [0, replicas - 1]  # eager steps are slow

@@ -10,7 +10,7 @@ STRATEGIES = ("MirroredStrategy", "OneDeviceStrategy", None)
 
 
 def trained(name, way, *, build=True):
-    """Return what a training leaves behind without a bad batch, and with one."""
+    """Return the outcome of training without a bad batch, and with one."""
     import tensorflow as tf
     from helpers import mirrored
 

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.backend("tensorflow"), pytest.mark.timeout(processes.S
 
 
 def run(*cases):
-    """Start TensorFlow once for all cases: that takes longer than they do."""
+    """Start TensorFlow once for all cases, since starting takes longer than they do."""
     return processes.call("helpers.replicas:run", cases=cases)
 
 
@@ -47,9 +47,9 @@ def clipped(cls, setting):
     return ["apply_once", {"parts": PARTS, "cls": cls} | setting]
 
 
-# The quick set's: one of each kind.
+# The quick set: one of each kind.
 QUICK = {
-    # Collectives of eager code clash with those of a graph before it: what is unbuilt comes first.
+    # Eager collectives clash with those of an earlier graph: the unbuilt case comes first.
     "unbuilt": ["unbuilt", {}],
     "loop": ["train", {"way": "loop", "value": OVERFLOW}],
     # The weights hold BatchNormalization's statistics.
@@ -159,7 +159,7 @@ def test_every_other_clipping_uses_the_gradient_of_the_whole_batch(results):
     ours, stock = results["clipped"][:3], results["clipped"][3:]
     expected = [one_device(setting) for setting in CLIPPING]
     np.testing.assert_allclose(ours, expected, rtol=1e-6)
-    # Stock Keras clips each replica's share by itself, and adds up what is left of them.
+    # Stock Keras clips the share of each replica and then sums the results.
     assert (np.abs(np.subtract(stock, expected)).max(axis=1) > 0.1).all()
 
 
@@ -170,7 +170,7 @@ def test_gradients_and_one_number_are_all_reduced_once(results):
     # Each replica calls once; the number says whether its loss was finite.
     assert ours[0] == [[*gradients, []]] * 2
     assert stock[0] == [gradients] * 2
-    # Packed into one collective on each replica, as without us.
+    # Packed into one collective on each replica, as without kerasmp.
     assert ours[1] == stock[1] == ["CollectiveReduceV2"] * 2
 
 

@@ -18,11 +18,11 @@ ADD = (AdditiveAttention, keras.layers.AdditiveAttention)
 PAIRS = [DOT, ADD]
 # Constructor arguments of Attention; None is AdditiveAttention.
 KINDS = [{}, {"use_scale": True}, {"score_mode": "concat", "use_scale": True}, None]
-# Without a scale there is less to get wrong.
+# Without a scale there are fewer sources of error.
 FEWER = [full({}), full({"use_scale": True}), *KINDS[2:]]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 some_kinds = pytest.mark.parametrize("kind", FEWER, ids=str)
-SCALE = 1 + 2.0**-12  # no number of float16
+SCALE = 1 + 2.0**-12  # not representable in float16
 
 
 def made(kind, which=0, depth=16, dtype="mixed_float16", **settings):
@@ -42,7 +42,7 @@ def drawn(std, depth=16, seed=0):
 
 
 def reference(kind, layer, inputs, upstream, *, mask=None, dtype="float64", less=0.0):
-    """Return outputs, and gradients of query, value and the layer's variables, in NumPy.
+    """Return outputs and gradients of query, value and the variables of the layer, in NumPy.
 
     `less` is the relative error of the weights.
     """
@@ -88,7 +88,7 @@ def assert_as_good_as_float16_can_be(kind, layer, std, mode, *, seen=None, **cal
         layer.trainable_variables,
     )
     # TensorFlow multiplies by the reciprocal of a softmax's sum: a weight of 1 can be one float32
-    # below it. Where all others are 0, that is the only error that there is.
+    # below it. If all others are 0, this is the only error.
     exact, best, below = (
         reference(kind, layer, inputs, upstream, mask=seen, dtype=dtype, less=less)
         for dtype, less in (("float64", 0.0), ("float32", 0.0), ("float32", 2.0**-24))
@@ -115,7 +115,7 @@ def test_outputs_and_gradients_are_within_four_times_the_best(kind, std, mode):
 @in_each_way
 @pytest.mark.parametrize("kind", [{}, None], ids=str)
 def test_rows_without_any_key_give_zeros_and_zero_gradients(kind, mode):
-    """Batch entry 1 sees no value; with negative scores stock gives NaN there."""
+    """Batch entry 1 has no unmasked value; with negative scores stock Keras gives NaN there."""
     seen = np.ones((BATCH, KEYS), bool)
     seen[0, 3:] = False
     seen[1] = False
@@ -129,7 +129,7 @@ def test_rows_without_any_key_give_zeros_and_zero_gradients(kind, mode):
 
 
 def of_the_low_one(layer):
-    """Return the output where the one value that is not masked has the far lower score."""
+    """Return the output if the only unmasked value has by far the lowest score."""
     query, value = np.full((1, 1, 1), 6e4), np.array([5e4, -5e4]).reshape(1, 2, 1)
     return numpy_of(layer([query, value], mask=[None, np.array([[False, True]])])).item()
 
@@ -182,7 +182,7 @@ def test_dropout_drops_while_training_and_only_then(pair):
 
 
 @full_on("jax")
-@pytest.mark.keras("3.14")  # before, Keras cannot take symbols and return scores
+@pytest.mark.keras("3.14")  # older versions cannot return scores from symbolic calls
 @some_kinds
 @pytest.mark.parametrize(
     "policy", ["mixed_float16", full("mixed_bfloat16"), "float16", full("float32")]

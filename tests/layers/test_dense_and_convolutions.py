@@ -35,7 +35,7 @@ def make(module, name, dtype, **kwargs):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_a_bias_of_another_axis_than_the_last_is_added_along_its_own(dtype):
-    """Though the last one is as long."""
+    """Also if the last axis has the same size."""
     outputs = ops.zeros((1, 2, 3, 2), dtype)
     bias = ops.reshape(ops.array([1.0, 2.0]), (1, 2, 1, 1))
     found = current().add_bias(outputs, bias)
@@ -178,7 +178,7 @@ def test_it_is_quantized_like_the_stock_layer(name, mode):
         other.quantize(mode)
 
 
-# Under TimeDistributed Keras gives a layer inputs in the dtype of that, and has `call` use them.
+# Under TimeDistributed Keras calls a layer with inputs in the dtype of TimeDistributed.
 @pytest.mark.parametrize(
     ("name", "outer", "inner"),
     [

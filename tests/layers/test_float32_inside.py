@@ -90,7 +90,7 @@ def test_a_model_with_a_penalty_trains():
 
 # ------------------------------------------------------------------------------------- contracts
 
-# Arguments that change the way through the code; contracts/test_every_layer.py has plain layers.
+# Arguments that change the path through the code; contracts/test_every_layer.py has plain layers.
 MADE = {
     "AveragePooling1D": lambda **k: layers.AveragePooling1D(2, strides=1, padding="same", **k),
     "AveragePooling2D": lambda **k: layers.AveragePooling2D((2, 1), padding="same", **k),

@@ -69,21 +69,21 @@ def inputs_of(example):
 
 
 def model_of(layer, example):
-    """Return a model in which the layer is not the last: the last is in float32 whatever it is."""
+    """Return a model in which the layer is not the last one, which is always in float32."""
     symbols = inputs_of(example)
     model = keras.Model(symbols, layers.Rescaling(1.0)(example.call(layer, *symbols)))
     random = np.random.default_rng(1)
     for variable in model.variables:
         if keras.backend.is_float_dtype(variable.dtype):
             value = numpy(variable)
-            # Variances are not negative; a bias of 0 would prove nothing.
+            # Variances are not negative; a bias of 0 would hide errors.
             variable.assign(value + np.abs(random.normal(size=value.shape)) * 0.1)
     finalize(layer)
     return model
 
 
 def finalize(layer):
-    """Let a Normalization see the values that its variables were given."""
+    """Make a Normalization use the values assigned to its variables."""
     if isinstance(layer, layers.Normalization):
         layer.finalize_state()
 
@@ -119,7 +119,7 @@ def twin(model, example, dtype):
 
 
 def assert_made_alike(model, other):
-    """Our constructor has set the same as turning did."""
+    """Assert that the constructor sets the same attributes as a replacement."""
     for layer, made in zip(flatten_layers(model)[1:], flatten_layers(other)[1:], strict=True):
         assert type(layer) is type(made)
         assert vars(layer).keys() == vars(made).keys()
@@ -154,7 +154,7 @@ def test_each_stock_layer_becomes_its_counterpart_is_saved_and_restored(name, tm
         turned(model, "mixed_float16", rules={"nowhere": "float32"})
     assert_state(model, before)
 
-    # In float32, at once and not again.
+    # In float32, and a second conversion replaces nothing.
     report, names = replace_layers(model)
     assert names
     assert not stock_left(model)

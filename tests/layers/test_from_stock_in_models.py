@@ -65,7 +65,7 @@ def test_layers_are_replaced_at_every_depth_and_shared_ones_once():
 
 
 class Failing(list):
-    """Fails when it is given, before a change, what takes that back, if so many were before."""
+    """A list of undo entries that raises after a number of them."""
 
     def __init__(self, left):
         super().__init__()
@@ -240,7 +240,7 @@ def test_the_dense_that_makes_the_outputs_becomes_a_head(tmp_path):
     body, head = model.layers
     assert type(body) is mp.layers.Dense
     assert type(head) is mp.layers.DenseHead
-    assert head.activation is keras.activations.softmax  # losses go by its logits
+    assert head.activation is keras.activations.softmax  # losses use its logits
     assert not any(cast for *_, cast in flags(head))
     np.testing.assert_allclose(numpy(model(x)), stock, rtol=1e-6)
     mixed = mp.convert(model)
@@ -341,7 +341,7 @@ def test_it_trains_and_the_optimizer_keeps_its_variables():
     x = np.random.default_rng(0).normal(size=(8, 6)).astype("float32")
     y = np.ones((8, 3), "float32")
     optimizer = mp.LossScaleOptimizer(keras.optimizers.Adam(0.03), loss_scale=2.0**7)
-    # Three functions to compile else, for a few small steps.
+    # Otherwise three functions would be compiled for a few small steps.
     model.compile(optimizer, "mse", run_eagerly=keras.backend.backend() != "jax")
     model.fit(x, y, verbose=0)
     report, _ = replace_layers(model, "mixed_float16")

@@ -15,10 +15,10 @@ ROWS = 4096
 BOTH = pytest.mark.parametrize("dtype", ["mixed_bfloat16", full("mixed_float16")])
 STEPS, IMAGE, VOLUME = (64, 64, 2), (4, 32, 32, 2), (1, 16, 16, 16, 2)
 WINDOW = {"kernel_size": 1}
-# Of each: the class, its arguments, the shape of the inputs, and the axes that the sum is over.
+# For each: class, arguments, shape of the inputs, and axes of the sum.
 SUMS = {
     "Dense": ("Dense", {"units": 2}, (ROWS, 2), 0),
-    # Which Keras adds by another operation than longer ones.
+    # Keras adds these with another operation than longer ones.
     "Dense-one": ("Dense", {"units": 1}, (ROWS, 2), 0),
     "Dense-steps": ("Dense", {"units": 2}, STEPS, (0, 1)),
     "EinsumDense": (
@@ -47,7 +47,7 @@ SUMS = {
 
 
 def upstreams(shape):
-    """Yield gradients of outputs: ones, and numbers of both signs that half precision holds."""
+    """Yield gradients of outputs: ones, and numbers of both signs, exact in half precision."""
     yield np.ones(shape)
     yield np.random.default_rng(0).integers(-16, 17, shape) / 16
 
@@ -73,17 +73,17 @@ def test_the_gradient_of_a_bias_is_a_float32_sum(name, dtype, mode):
 
 @pytest.mark.backend("tensorflow")
 def test_the_gradient_of_a_bias_of_one_number_is_not_rounded_either():
-    """Keras adds it by another operation, and the gradient of that is a float16 sum."""
+    """Keras adds it with another operation, whose gradient is a float16 sum."""
     layer = layers.Dense(1, dtype="mixed_float16")
     layer.build((4097, 2))
     run = gradients.compile_(layer, [layer.bias], "quick")
     _, found = run([np.zeros((4097, 2), "float16")], [np.ones((4097, 1))])
-    assert found[-1] == 4097  # float16 has 4096 and 4100
+    assert found[-1] == 4097  # float16 has 4096 and 4100, and nothing between
 
 
 @pytest.mark.backend("tensorflow")
 def test_the_gradient_of_a_kernel_is_one_whichever_convolutions_the_cpu_has():
-    """Those of oneDNN add bfloat16 up in float32, and the tests run without it."""
+    """The kernels of oneDNN sum bfloat16 in float32, and the tests run without oneDNN."""
     layer = layers.Conv1D(1, 1, use_bias=False, dtype="mixed_bfloat16")
     layer.build((1, 257, 1))
     run = gradients.compile_(layer, [layer.kernel], "quick")
@@ -137,7 +137,7 @@ def test_bias_gradients_of_layers_with_inner_products_are_float32_sums(name, dty
     wanted = gradients_of_biases(stock, shape, weights, mode)
     ours = getattr(layers, cls)(**arguments, dtype=dtype)
     for path, found in gradients_of_biases(ours, shape, weights, mode).items():
-        if not path.startswith("key/"):  # a bias of all keys changes no attention
+        if not path.startswith("key/"):  # a bias of the keys does not change attention
             assert error(found, wanted[path]) < 2.0**-6, path
 
 
@@ -165,7 +165,7 @@ def test_the_gradient_of_a_row_is_a_float32_sum(dtype, mode):
 
 
 def test_no_copy_is_made_of_the_table():
-    """What is cast are the rows that are taken."""
+    """Only the rows that are looked up are cast."""
     layer = embedding("mixed_float16")
     if keras.backend.backend() == "torch":
         outputs = layer(IDS)
@@ -240,7 +240,7 @@ def test_a_subclass_of_the_embedding_is_not_quantized():
 
 
 def test_a_projection_of_attention_is_named_as_in_stock_keras():
-    """Texts of policies that were written before have Keras's name."""
+    """Policies saved as text by earlier versions have Keras's name."""
     layer = layers.MultiHeadAttention(2, 2)
     layer.build((1, 3, 4), (1, 3, 4))
     assert keras.saving.get_registered_name(type(layer.query_dense)) == "EinsumDense"

@@ -10,7 +10,7 @@ from helpers.precision import ALLOWED, Measured
 
 from kerasmp import layers
 
-FAR = 16  # times the best: too far to be an accident of a version
+FAR = 16  # times the best: too far to be a coincidence of one version
 # On JAX each takes seconds to compile: one for each mechanism of kerasmp layers.
 JAX = keras.backend.backend() == "jax"
 MECHANISMS = {
@@ -32,7 +32,7 @@ MECHANISMS = {
 }
 # They compile for 9 and 6 s; contracts/test_every_layer takes a step with an LSTM and attention.
 LONG = {"GRU, 64 steps", "MultiHeadAttention, with scores, inputs of std 0.5, mean 30"}
-# In bfloat16: where a sum, a rounding or a kernel is another one than in float16.
+# In bfloat16: those whose sum, rounding or kernel differs from float16.
 IN_BFLOAT16 = {
     "ActivityRegularization",
     "UnitNormalization, a row of zeros",
@@ -45,7 +45,7 @@ if not JAX:
         "Dense, 10000 positions",
         "PReLU, its slope for 112 x 112 positions",
     }
-# Elsewhere all in float16, but for those that take seconds.
+# On other backends all in float16, except those that take seconds.
 FLOAT16 = [n for n, half in MEASURED if half == "float16" and not n.startswith("ConvLSTM")]
 QUICK = [
     *((name, "float16") for name in (MECHANISMS - LONG if JAX else FLOAT16)),
@@ -68,7 +68,7 @@ WITHOUT = {
 
 
 def recorded():
-    """Return the hazards and ways in which stock Keras was found far off, with the tensors."""
+    """Return the hazards and ways in which stock Keras is far off, with the tensors."""
     data = measurements.read(numerics_page.DATA)
     far = {}
     for half in HALVES:
@@ -77,7 +77,7 @@ def recorded():
             off = numerics_page.ratio(row, "stock")
             if row["inputs"] == numerics_page.HAZARD and off > ALLOWED:
                 far.setdefault((row["name"], half, row["way"]), {})[row["tensor"]] = off
-    # Of which all tensors count then: how far off a single number is may be luck.
+    # All their tensors are compared: the error of a single number may be chance.
     return {case: {*tensors} for case, tensors in far.items() if max(tensors.values()) > FAR}
 
 
@@ -99,7 +99,7 @@ def assert_near_the_best(measured, arrays):
 
 @pytest.mark.parametrize(("name", "half"), few(MEASURED, QUICK))
 def test_the_error_is_within_four_times_the_best(name, half):
-    """Forward and gradients, by what is quickest; JAX rounds otherwise where it optimises less."""
+    """Outputs and gradients in the fastest way; JAX rounds differently where it optimises less."""
     measured = Measured(BY_NAME[name], "jit" if JAX else "quick", half)
     assert_near_the_best(measured, measured.arrays)
 
@@ -123,5 +123,5 @@ def test_the_error_is_within_four_times_the_best_in_every_way_and_on_ordinary_in
 def test_the_error_of_stock_keras_is_that_of_the_page(name, half, way):
     forward, backward = Measured(BY_NAME[name], way, half).rows(contestants=["stock"])
     far = {row.tensor for row in [*forward, *backward] if not row.good("stock")}
-    # One of them: where small errors grow large, how far off each is hangs on the machine.
+    # At least one tensor: where small errors grow, their sizes depend on the machine.
     assert far & recorded()[name, half, way]

@@ -22,7 +22,7 @@ POLICIES = [
     ("float64", "float64", "float64", "float64"),
 ]
 POLICY = pytest.mark.parametrize("policy", ["mixed_float16", full("mixed_bfloat16")])
-# The whole numbers end here: one more is rounded back to it.
+# The largest integer such that the next one is rounded back to it.
 LAST_WHOLE = {"float16": 2**11, "bfloat16": 2**8, "float32": 2**24}
 
 
@@ -35,7 +35,7 @@ def numpy_of(tensor):
 
 
 def compile_(model, rate, scale, loss):
-    """Compile for steps that are too few to make it worth while to compile them."""
+    """Compile a model for steps too few to be worth XLA."""
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(rate), loss_scale=scale)
     model.compile(optimizer, loss, run_eagerly=keras.backend.backend() == "tensorflow")
 
@@ -176,7 +176,7 @@ def test_masks_are_passed_on():
 
 
 def penalty(cls, dtype):
-    """Return that of 200 * 400 squares of 1: 80000, which is inf in float16."""
+    """Return the penalty of 200 * 400 squares of 1: 80000, which is inf in float16."""
     settings = {"kernel_initializer": "ones", "activity_regularizer": keras.regularizers.L2(1.0)}
     layer = cls(400, **settings, dtype=dtype)
     layer(np.ones((200, 1)))

@@ -17,13 +17,13 @@ from helpers.replaced_layers import COUNTERPARTS
 pytestmark = [
     pytest.mark.full,
     pytest.mark.backend("tensorflow", "jax"),
-    # Some of them ask for a warning, and others do not mind one.
+    # Some of them expect a warning, and others ignore one.
     pytest.mark.filterwarnings("default"),
 ]
 
-KERAS = keras.src  # where its tests look for what they test
+KERAS = keras.src  # where the tests look for the layers
 LAYERS = Path(KERAS.layers.__file__).parent
-IMPORTED = ("grain", "tensorflow")  # by some of the files, and not needed by Keras
+IMPORTED = ("grain", "tensorflow")  # imported by some of the files, and not needed by Keras
 
 
 def files():
@@ -42,7 +42,7 @@ def cases(file):
     name = f"{KERAS.layers.__name__}.{file.parent.name}.{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    # Parameters of a test may be layers, which are looked up as the file is read.
+    # Parameters of a test may be layers, which are looked up at import.
     with mock.patch.object(KERAS, "layers", _with_ours(KERAS.layers)):
         spec.loader.exec_module(module)
     for name, value in vars(module).items():
@@ -58,7 +58,7 @@ def cases(file):
 
 
 def _with_ours(module):
-    """Return a copy of a module of Keras's in which each class that has one is its counterpart."""
+    """Return a copy of a module of Keras with counterparts in place of its classes."""
     copy = types.ModuleType(module.__name__)
     for name, value in vars(module).items():
         setattr(copy, name, COUNTERPARTS.get(value, value) if isinstance(value, type) else value)

@@ -13,7 +13,7 @@ MASK = [[True, True, False, False]]
 
 
 def steps(value, dtype="float32"):
-    """Return four steps, of which two are masked; of a third one feature alone has the value."""
+    """Return four steps: two are masked, and a third has the mask value in one feature only."""
     x = np.ones((1, 4, 2), "float32")
     x[:, 1, 0] = x[:, 2:] = value
     return ops.cast(ops.convert_to_tensor(x), dtype)
@@ -84,7 +84,7 @@ VALUE = 100.1  # 100.125 in float16
 
 
 def recurrent(policy, *before, module=keras):
-    """Return a model whose graph keeps the mask: LSTM has the dtype of what it is given."""
+    """Return a model whose graph keeps the mask: LSTM has the dtype of its input."""
     keras.utils.set_random_seed(0)
     with mp.policy_scope(policy):
         parts = [*(part() for part in before), keras.layers.Masking(VALUE), keras.layers.LSTM(3)]
@@ -103,7 +103,7 @@ def rounds():
 def test_a_mask_kept_by_a_graph_is_that_of_the_replaced_layer(built, before, tmp_path):
     x = numpy(steps(VALUE)).astype("float32")
     if not before:
-        x[:, 1] = 100.125  # which nothing rounds before it is compared
+        x[:, 1] = 100.125  # which is compared before rounding
     wanted = numpy(recurrent("float32")(x))
     model = recurrent(built, *before)
     before = numpy(model(x))
@@ -136,7 +136,7 @@ def test_a_mask_kept_by_a_graph_is_that_of_a_layer_under_the_rule(tmp_path):
 
 
 class Holds(keras.Model):
-    """A user's model, which rounds its inputs under a policy, and a graph that makes them wide."""
+    """A user-defined model, which rounds inputs under a policy, with a graph that widens them."""
 
     def __init__(self, part):
         super().__init__()

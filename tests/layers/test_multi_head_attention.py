@@ -20,9 +20,9 @@ ALLOWED = 4.0  # times the error of the best that float16 projections can do
 MULTI = (MultiHeadAttention, keras.layers.MultiHeadAttention)
 GROUP = (GroupQueryAttention, keras.layers.GroupQueryAttention)
 PAIRS = [MULTI, GROUP]
-EAGERLY = keras.backend.backend() == "tensorflow"  # what is to be compiled takes longer
-# What sends a call along each path: constructor arguments, and call arguments. So small a rate
-# drops nothing, but the layer runs its code for dropout.
+EAGERLY = keras.backend.backend() == "tensorflow"  # compilation takes longer
+# Constructor arguments and call arguments for each path through the code. Such a small rate
+# drops nothing, but the layer runs its dropout code.
 PATHS = {
     "fused": ({}, {}),
     "scores": ({}, {"return_attention_scores": True}),
@@ -267,7 +267,7 @@ SCORES = {"return_attention_scores": True}
     ],
 )
 def test_a_subclass_may_ask_for_causality_where_it_computes_attention(pair, call):
-    """As Keras 3.15 may be asked for it there, beside a mask and alone."""
+    """As Keras 3.15 allows it there, with a mask and alone."""
 
     class Own(pair[0]):
         def _compute_attention(self, *tensors, **more):
@@ -336,7 +336,7 @@ def test_dropout_drops_while_training_and_only_then():
 
 @in_each_way
 def test_gradients_of_dropped_weights_need_not_fit_float16(mode):
-    """They are upstream gradients times values, here up to a million."""
+    """The gradients are upstream gradients times values, here up to a million."""
     query, value, upstream = drawn()
     layer = made(MultiHeadAttention, use_bias=False, dropout=1e-7)
     call = {"key": ops.cast(value * 0.01, "float16"), "training": True}

@@ -22,11 +22,11 @@ def drawn(layer, half, shape=(ROWS, COLUMNS), value=1.0):
 
 
 def assert_share(zeros, rate):
-    """A share of zeros within five standard deviations of what it should be."""
+    """Assert a share of zeros within five standard deviations of the expected one."""
     assert abs(np.mean(zeros) - rate) < 5 * math.sqrt(rate * (1 - rate) / zeros.size)
 
 
-@full_on("jax")  # which drops in float32 whatever the dtype
+@full_on("jax")  # which drops in float32 in any dtype
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.999])
 def test_dropout_drops_the_share_that_its_rate_says(rate, half):
@@ -35,7 +35,7 @@ def test_dropout_drops_the_share_that_its_rate_says(rate, half):
     assert np.allclose(y[y != 0], 1 / (1 - rate), rtol=2**-8, atol=0)
 
 
-@full_on("jax")  # which drops in float32 whatever the dtype
+@full_on("jax")  # which drops in float32 in any dtype
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_spatial_dropout_drops_the_share_of_maps_that_its_rate_says(axes, half):
@@ -54,7 +54,7 @@ def test_noise_is_normal(name, setting, value, half):
     noise = drawn(layer, half, value=value) - value
     assert abs(noise.mean()) < 5 / math.sqrt(noise.size)
     assert abs(noise.std() - 1) < 5 / math.sqrt(2 * noise.size)
-    assert np.abs(noise).max() > 4.2  # of a million normal numbers, 27 are beyond
+    assert np.abs(noise).max() > 4.2  # 27 of a million normal numbers are beyond
     assert len(np.unique(noise)) > {"float16": 8000, "bfloat16": 1500}[half]
 
 

@@ -51,7 +51,7 @@ def assert_close(got, want, tolerance=4e-3):
 # ------------------------------------------------------------------------------- counts of casts
 
 
-ONCE = (2, 0)  # two kernels, and none in the loop; a bias is added in float32
+ONCE = (2, 0)  # two kernels, none in the loop; a bias is added in float32
 
 
 def shapes(layer):
@@ -112,7 +112,7 @@ def test_stock_keras_casts_them_in_each_step(name):
     x = sequences(steps=8)
     _, stock = pair(name, x.shape)
     if keras.backend.backend() == "tensorflow":
-        assert casts(stock, x) == (6, 3)  # in the loop, and before it to learn the shape
+        assert casts(stock, x) == (6, 3)  # in the loop, and before it for the shape
     elif name == "LSTM":  # a stock GRU has its own loop on JAX
         assert casts(stock, x) == (3, 3)
     _, stock = pair(name, x.shape, unroll=True)
@@ -138,14 +138,14 @@ def test_each_weight_of_stacked_cells_and_of_both_directions_is_cast_once():
 
 
 def half(x):
-    """Return gates that are half open, whatever there is."""
+    """Return gates that are always half open."""
     return ops.zeros_like(x) + 0.5
 
 
 @in_each_way
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_kernels_are_summed_over_the_steps_in_float32(name, mode):
-    """The last step gives 4096, and the others 1 each, which float16 would leave out there."""
+    """The last step gives 4096 and the others 1 each, which a float16 sum would lose."""
     x = np.full((1, 64, 1), 1.0)
     upstream = np.full((1, 64, 1), 2.0)
     upstream[:, -1] = 2.0**13
@@ -174,7 +174,7 @@ def test_gradients_of_kernels_are_summed_over_the_steps_in_float32(name, mode):
 OPTIONS = [
     {"return_sequences": True, "return_state": True, "go_backwards": True},
     {"unroll": True, "activation": "relu", "recurrent_activation": "hard_sigmoid"},
-    {"use_bias": False, "use_cudnn": False},  # without the latter, stock GRU fails on JAX
+    {"use_bias": False, "use_cudnn": False},  # without reset_after, stock GRU fails on JAX
     {"implementation": 1},
 ]
 
@@ -228,7 +228,7 @@ def test_masks_count_as_in_stock(name, kwargs):
 
 
 @full_on("jax")
-@pytest.mark.backend("tensorflow", "jax")  # on torch stock Keras forgets them, too
+@pytest.mark.backend("tensorflow", "jax")  # on torch stock Keras drops them, too
 @pytest.mark.parametrize("name", NAMES)
 def test_states_are_kept_from_batch_to_batch(name):
     x = sequences()
@@ -266,7 +266,7 @@ def test_dropout_drops_the_same_in_training_only(name, kwargs):
     x = sequences()
     ours, stock = (
         getattr(module, name)(UNITS, dtype=dtype, seed=7, use_cudnn=False, **kwargs)
-        # Ours draws in float32.
+        # The kerasmp layer draws in float32.
         for module, dtype in ((layers, "mixed_float16"), (keras.layers, "float32"))
     )
     for layer in (ours, stock):
@@ -334,7 +334,7 @@ def test_after_a_call_weights_are_variables_again(fails):
 def test_an_unbuilt_cell_has_no_kernel():
     cell = layers.LSTMCell(2)
     assert not hasattr(cell, "kernel")
-    assert layers.LSTMCell.kernel is not None  # nor does the class fail that is asked for one
+    assert layers.LSTMCell.kernel is not None  # nor does it fail on the class
 
 
 @full_on("jax")
@@ -355,7 +355,7 @@ def test_cells_run_outside_a_layer_and_stock_cells_inside_a_kerasmp_layer():
 
 
 class Holding(keras.layers.Layer):
-    """A cell that calls a whole layer in each step."""
+    """A cell that calls a recurrent layer in each step."""
 
     def __init__(self, inside, **kwargs):
         super().__init__(**kwargs)
@@ -422,7 +422,7 @@ def test_a_model_trains_like_the_stock_one():
                 module.GRU(2, dropout=0.25, seed=1, dtype=dtype),
             ]
         )
-        # In which both draw the same masks; stock Keras draws others in float16.
+        # In float32 both draw the same masks; stock Keras draws others in float16.
         for module, dtype in ((layers, "mixed_float16"), (keras.layers, "float32"))
     ]
     models[1].set_weights(models[0].get_weights())
@@ -439,7 +439,7 @@ def test_a_model_trains_like_the_stock_one():
 
 
 def how():
-    """Return what saves time."""
+    """Return arguments of `compile` that save time."""
     return {"tensorflow": {"run_eagerly": True}, "jax": {"jit_compile": True}}.get(
         keras.backend.backend(), {}
     )

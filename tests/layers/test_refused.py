@@ -27,7 +27,7 @@ def test_a_built_layer_with_other_variables_is_refused_and_unchanged(dtype, give
     layer = layers.Dense(2, dtype=dtype)
     layer.build((None, 4))
     wrapped = layer
-    if depth == "part of it":  # and another part has what is wanted
+    if depth == "part of it":  # and another part is as expected
         other = layers.Dense(4, dtype=given)
         wrapped = keras.Sequential([keras.Input((4,)), other, layer])
     policies = [part.dtype_policy for part in flatten_layers(wrapped)]

@@ -11,7 +11,7 @@ from kerasmp.layers import SpectralNormalization
 pytestmark = marks_on("jax")
 
 Stock = keras.layers.SpectralNormalization
-EAGERLY = keras.backend.backend() == "tensorflow"  # what is to be compiled takes longer
+EAGERLY = keras.backend.backend() == "tensorflow"  # compilation takes longer
 INSIDE = {
     "Dense": (lambda dtype: keras.layers.Dense(4, dtype=dtype), (3, 5)),
     "Conv2D": (lambda dtype: keras.layers.Conv2D(4, 3, dtype=dtype), (2, 6, 6, 3)),
@@ -24,7 +24,7 @@ def built(cls, kind, dtype="mixed_float16", **kwargs):
     layer = cls(make(dtype), dtype=dtype, **kwargs)
     layer.build(shape)
     random = np.random.default_rng(0)
-    # Numbers that float16 does not hold.
+    # Values that float16 would round.
     for variable in layer.variables:
         variable.assign(random.normal(size=variable.shape))
     if kind == "Embedding":
@@ -50,7 +50,7 @@ def test_a_training_step_does_not_round_the_kernel(kind, policy):
 
 
 def test_a_training_step_in_a_mixed_model_does_not_round_the_kernel():
-    """The autocast scope of the model is around the layer's."""
+    """The autocast scope of the model encloses that of the layer."""
     keras.config.set_dtype_policy("mixed_float16")
     reference, x = built(Stock, "Dense", "float32")
     reference(x, training=True)

@@ -118,7 +118,7 @@ def test_parts_that_are_made_when_the_layer_is_built_follow_too():
 
 
 def test_dtype_alone_does_not_reach_all_parts():
-    """A model that exists already keeps its parts' dtypes, whatever its own policy says."""
+    """An existing model keeps the dtypes of its parts, whatever its policy is."""
     model = nested()
     model.dtype_policy = "mixed_float16"
     assert {part.compute_dtype for part in flatten_layers(model.layers[0])} == {"float32"}
@@ -188,7 +188,7 @@ def test_training_reaches_dropout(given):
     assert np.any(wide(model(ones, training=True)) == 0)
 
 
-@pytest.mark.keras("3.14")  # before it, every stock layer that casts its input loses the mask
+@pytest.mark.keras("3.14")  # earlier, every stock layer that casts its input loses the mask
 @pytest.mark.parametrize(("around", "given"), PAIRS)
 def test_masks_are_used_and_passed_on(around, given):
     keras.config.set_dtype_policy(around)
@@ -282,7 +282,7 @@ def test_a_saved_model_predicts_the_same(name, around, tmp_path):
     wrapped = WithDtype(MAKERS[name](), given, output_dtype="float32", name="wrapped")
     model = keras.Model(inputs, wrapped(inputs))
     model.save(tmp_path / "model.keras")
-    keras.config.set_dtype_policy("float32")  # the file alone decides
+    keras.config.set_dtype_policy("float32")  # only the file decides
     loaded = keras.models.load_model(tmp_path / "model.keras")
     again = loaded.get_layer("wrapped")
     assert type(again) is WithDtype

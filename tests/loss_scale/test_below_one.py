@@ -20,8 +20,8 @@ def run(schedule, steps, bad=(), need=np.inf):
     Args:
         schedule: The schedule.
         steps: Their number.
-        bad: Those whose gradients are NaN at any scale.
-        need: The scale above which all others overflow. Below 2, many values are flushed to zero.
+        bad: The steps whose gradients are NaN at any scale.
+        need: The scale above which the others overflow. Below 2, many values are flushed to zero.
     """
     state, scales, overflows = schedule.init(), [], 0
     for step in range(steps):
@@ -104,7 +104,7 @@ def flushed(schedule, steps, bad, largest):
     Args:
         schedule: The schedule.
         steps: Their number.
-        bad: Those whose gradients are NaN at any scale.
+        bad: The steps whose gradients are NaN at any scale.
         largest: The largest gradient of a step.
     """
     state, scales, skipped = schedule.init(), [], 0

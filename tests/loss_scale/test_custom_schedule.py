@@ -11,7 +11,7 @@ pytestmark = pytest.mark.unit
 
 
 class Bare(LossScale):
-    """No dataclass: runs, and cannot be saved."""
+    """Not a dataclass: it runs but cannot be saved."""
 
     initial_scale = min_scale = max_scale = 8.0
 
@@ -27,7 +27,7 @@ def test_a_schedule_that_is_not_a_dataclass_is_refused_when_it_is_saved():
 
 @pytest.mark.parametrize("parent", [DynamicLossScale, FixedLossScale, NoLossScale])
 def test_an_overridden_update_is_called_in_every_step(parent):
-    """What the inherited rule said of itself may not hold for another one."""
+    """The answer of the inherited rule may not hold for an overridden one."""
 
     @dataclasses.dataclass(frozen=True)
     class Counting(parent):

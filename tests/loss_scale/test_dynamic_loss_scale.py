@@ -20,7 +20,7 @@ TINY = float(np.finfo(np.float32).tiny)
 
 
 class Machine:
-    """The rule in plain float32 arithmetic, written without a look at kerasmp's."""
+    """The rule in plain float32 arithmetic, written independently of kerasmp."""
 
     def __init__(self, s):
         self.s = s
@@ -28,7 +28,7 @@ class Machine:
         self.quiet = 0
         self.allowance = s.hysteresis
         self.since = []  # whether each step since the scale last moved was an overflow
-        self.fell_from = None  # the scale that was right before the present run of overflows
+        self.fell_from = None  # the scale before the current run of overflows
         self.goal = None  # the scale that a recovery leads back to
         self.lowered = False  # whether any of that run counted, even where the floor held it
         self.settled = False  # below 1, where the next higher scale has just overflowed
@@ -45,7 +45,7 @@ class Machine:
             if self.scale < 1 and lower >= self.scale:  # at the floor nothing is lost
                 self.fell_from = self.scale / np.float32(2)
             elif lower < 1 and self.quiet == 0:  # it had just grown
-                # On the way back from 1 or more it is tried once more before it settles.
+                # On the way back from 1 or more it is tried once more.
                 again = self.goal is not None and self.goal >= 1
                 self.fell_from = lower / np.float32(2) if again else lower
         self.quiet, self.goal, self.settled = 0, None, False
@@ -174,13 +174,13 @@ def test_after_a_slump_the_scale_recovers_in_steps_and_not_in_epochs():
     steps = [False] * 10 + [True] * 200
     assert _scales(DynamicLossScale(recovery_interval=None), steps)[-1] == 2.0**5
     assert _scales(DynamicLossScale(), steps)[-1] == 2.0**15
-    # Back there, it hurries no more.
+    # Once back, it grows at the usual rate.
     assert _scales(DynamicLossScale(), [*steps, *[True] * 200])[-1] == 2.0**15
 
 
 @pytest.mark.parametrize("fits", [2.0**16, 2.0**10, 1.0])
 def test_the_first_search_costs_one_overflow_more_than_without_recovery(fits):
-    """It looks like a slump, and the first growth after it overflows as the last one did."""
+    """It looks like a slump, and the first growth after it overflows like the last one."""
 
     def overflows(interval):
         schedule = DynamicLossScale(2.0**24, recovery_interval=interval)
@@ -195,14 +195,14 @@ def test_the_first_search_costs_one_overflow_more_than_without_recovery(fits):
     first = search.index(False)
     assert 2.0 ** (24 - first) == fits
     assert not any(search[first:])
-    # The good steps until it grows, one overflow, and then it waits as long as ever.
+    # Good steps until it grows, one overflow, and then the usual growth interval.
     assert [i for i, bad in enumerate(wanted) if bad] == [*range(first), first + 20]
 
 
 @settings(max_examples=20, deadline=None)
 @given(steps=st.lists(st.sampled_from([[True], [True, True], [False], [False] * 7]), max_size=12))
 def test_short_of_a_slump_and_down_to_one_the_default_is_the_rule_of_keras(steps):
-    """Seven overflows in a row are a scale of 1/128."""
+    """Seven overflows in a row give a scale of 1/128."""
     sequence = [finite for part in steps for finite in (*part, True)]
     plain = DynamicLossScale(min_scale=1.0, growth_interval=3, recovery_interval=None)
     default = DynamicLossScale(min_scale=1.0, growth_interval=3, recovery_interval=1)
@@ -256,7 +256,7 @@ REFUSED = [
     *(("recovery_interval", v) for v in [0, -1, 2.5, np.nan, "2", True]),
     *(("growth_interval", v) for v in [0, -1, 2.5, 2**31, np.inf, np.nan, 10**400]),
     *((n, v) for n in ("initial_scale", "growth_interval", "growth_factor") for v in NO_NUMBER),
-    # These have the validators of the ones above.
+    # These have the same validators as those above.
     *((n, v) for n in ("min_scale", "max_scale", "hysteresis", "backoff_factor") for v in (0, "2")),
 ]
 

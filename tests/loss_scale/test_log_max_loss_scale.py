@@ -32,7 +32,7 @@ def test_the_scale_is_that_of_the_moments_in_float64():
 def test_an_overflow_at_least_halves_the_scale_and_moves_the_mean():
     before = _run(LogMaxLossScale(), [2.0] * 50)
     after = _run(LogMaxLossScale(), [2.0] * 50 + [None])
-    # Rounding in float32 may leave a spread just above nothing.
+    # Rounding in float32 may leave a spread just above zero.
     assert before["scale"] in {2.0**14, 2.0**15}
     assert after["scale"] <= before["scale"] / 2
     assert after["step_counter"] == 0

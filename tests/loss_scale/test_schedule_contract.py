@@ -103,9 +103,9 @@ def test_a_good_step_counts_and_a_bad_one_starts_again(cls):
     assert _numbers(cls().update(state, False))["step_counter"] == 0
 
 
-# Nothing, ordinary, huge, and what no gradient of an applied step should give.
+# Zero, ordinary, huge, and values that no applied step should give.
 MEASURED = st.sampled_from([0.0, 2.0**-149, 0.3, 1.0, 1e4, 3e38, np.inf, np.nan, -1.0])
-# Without subnormal numbers, which TensorFlow compares as zeros.
+# Without subnormal numbers, which TensorFlow compares as zero.
 LOADED = {float: st.floats(width=32, allow_subnormal=False), int: st.integers(-5, 2**31 - 10)}
 
 
@@ -154,7 +154,7 @@ def test_a_step_in_which_the_scale_grows_does_not_only_count():
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_no_statistic_breaks_the_state_for_good(cls, data):
-    """After a few good steps with ordinary measures the state holds ordinary numbers again."""
+    """After a few good steps with ordinary statistics the state holds ordinary numbers again."""
     short = {"window": 2} if "window" in inspect.signature(cls).parameters else {}
     schedule = cls(**short)
     state = schedule.init()

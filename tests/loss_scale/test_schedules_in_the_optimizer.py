@@ -20,7 +20,7 @@ from kerasmp.loss_scale import (
 )
 from kerasmp.optimizer import LossScaleOptimizer
 
-# Every setting that adds to the state or to the rule is in use in one of them.
+# Each setting that adds to the state or to the rule is used by one of them.
 SCHEDULES = [
     DynamicLossScale(2.0**10, growth_interval=2),
     DynamicLossScale(2.0**10, growth_interval=3, recovery_interval=1),
@@ -33,16 +33,16 @@ SCHEDULES = [
     LogMaxLossScale(2.0**10),
     UnderflowLossScale(2.0**10, window=2, growth_interval=2),
 ]
-# Long enough a run of overflows for a slump, and what comes before and after one.
+# A run of overflows long enough for a slump, with steps before and after it.
 STEPS = [1.0, 0.25, np.inf, 3.0, *[np.nan] * 10, 2.0, 1.0, 0.0, 4.0, np.inf, 1.0]
 SMALL = 2.0**-24  # float16's smallest number, in each gradient
 
 
 def _measured(value, scale):
-    """Return what schedules may ask of the gradients [value * scale, SMALL] of a good step."""
+    """Return the statistics of the gradients [value * scale, SMALL] of a good step."""
     return {
         "gradient_max": max(abs(value), SMALL / scale),
-        # Only where there is a zero can something have been flushed to it.
+        # Only zeros can be flushed values.
         "underflow": 0.5 if value == 0 else 0.0,
     }
 
@@ -65,7 +65,7 @@ def test_the_state_in_the_optimizer_is_that_of_the_schedule(schedule, step):
         for key, wanted in state.items():
             held = getattr(optimizer, "dynamic_scale" if key == "scale" else key)
             wanted = ops.convert_to_numpy(wanted)  # noqa: PLW2901 - the same as a number
-            # XLA may round sums otherwise; scales and counters are exact all the same.
+            # XLA may round sums differently; scales and counters are exact.
             exact = key in {"scale", "recover_to"} or wanted.dtype.kind in "iu"
             np.testing.assert_allclose(
                 ops.convert_to_numpy(held.value),
@@ -112,7 +112,7 @@ def test_an_overridden_update_is_used_in_every_step(step):
 
 
 class Telling(LossScale):
-    """No dataclass, but it says what it is made of."""
+    """Not a dataclass, but it has `get_config`."""
 
     initial_scale = min_scale = max_scale = 8.0
 

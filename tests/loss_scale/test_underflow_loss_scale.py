@@ -23,7 +23,7 @@ def test_it_grows_by_the_mean_over_a_window_and_no_single_step():
     schedule = UnderflowLossScale(8.0, max_underflow=0.1, window=4)
     assert _scales(schedule, [0.38, 0, 0, 0]) == [8, 8, 8, 8]
     assert _scales(schedule, [0.42, 0, 0, 0]) == [8, 8, 8, 16]
-    # The next window begins from nothing.
+    # The next window begins empty.
     assert _scales(schedule, [0.38, 0, 0, 0, 0.38, 0, 0, 0])[-1] == 8
 
 

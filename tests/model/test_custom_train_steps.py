@@ -12,7 +12,7 @@ import kerasmp as mp
 BATCH = 8
 BAD = np.full((BATCH, X.shape[1]), np.inf, "float32")
 GOOD_X, GOOD_Y = X[: 4 * BATCH], Y[: 4 * BATCH]
-# In the middle, and at the end, where its logs are those of the epoch.
+# In the middle, and at the end, where the logs of the batch are those of the epoch.
 BAD_X = np.concatenate([GOOD_X[:BATCH], BAD, GOOD_X[BATCH:], BAD])
 BAD_Y = np.concatenate([GOOD_Y[:BATCH], GOOD_Y[:BATCH], GOOD_Y[BATCH:], GOOD_Y[:BATCH]])
 
@@ -90,7 +90,7 @@ def test_entries_that_a_step_adds_to_the_logs_stay():
 
 def test_a_batch_value_is_not_mistaken_for_the_metric_of_its_name():
     class Raw(OwnStep, mp.Sequential):
-        """Returns the loss of the batch; the metric "loss" is never asked."""
+        """Returns the loss of the batch and never updates the metric "loss"."""
 
         def train_step(self, *args):
             result = super().train_step(*args)
@@ -108,7 +108,7 @@ def test_a_batch_value_is_not_mistaken_for_the_metric_of_its_name():
 
 
 class Worst(keras.metrics.Metric):
-    """Averages nothing, and gives its variable as the result."""
+    """Has its variable as the result, without averaging."""
 
     def __init__(self, name="worst", start="zeros"):
         super().__init__(name=name)
@@ -123,7 +123,7 @@ class Worst(keras.metrics.Metric):
 
 
 class Least(Worst):
-    """Starts with another number than 0."""
+    """Starts with a value other than 0."""
 
     def __init__(self):
         super().__init__("least", keras.initializers.Constant(9.0))
@@ -149,7 +149,7 @@ class WithTracker(OwnStep, mp.Sequential):
 
 
 class OfTheBatch(BareStep, mp.Sequential):
-    """Returns the loss of the batch; the metric of that name is never asked."""
+    """Returns the loss of the batch and never updates the metric of that name."""
 
     def to_differentiate(self, loss):
         return self.optimizer.scale_loss(loss)
@@ -197,7 +197,7 @@ def test_a_user_defined_test_step_returns_its_own_results():
             x, y = data
             y_pred = self(x, training=False)
             self.worst.update_state(y, y_pred)
-            # Of the batch. Keras asks the metric for the number of all batches.
+            # Of the batch. Keras reads the metric for the value of all batches.
             return {"loss": self.compute_loss(x, y, y_pred), "worst": keras.ops.zeros(())}
 
     model = Evaluates([keras.Input((4,)), keras.layers.Dense(2, dtype="mixed_float16")])

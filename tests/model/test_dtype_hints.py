@@ -12,7 +12,7 @@ TARGETS = X[:, :1]
 
 
 class Unfit(keras.layers.Layer):
-    """Has a table in float32 that Keras does not cast, and multiplies by it as frameworks do."""
+    """Multiplies by a float32 tensor that Keras does not cast, with the framework's operator."""
 
     def __init__(self, **settings):
         super().__init__(name="unfit", **settings)
@@ -89,7 +89,7 @@ def test_errors_of_fit_and_of_a_graph_have_the_hint():
 
 
 class Mixing(mp.Model):
-    """A user's model that calls a function of the framework on operands of two dtypes."""
+    """A user-defined model that calls a function of the framework on two dtypes."""
 
     def __init__(self, function):
         super().__init__()
@@ -147,7 +147,7 @@ def test_a_float32_model_has_no_such_error():
 
 
 class Sized(Unfit):
-    """Tells its shape, so that connecting it does not call it: that would raise before `fit`."""
+    """Has `compute_output_shape`: a symbolic call would raise before `fit`."""
 
     def compute_output_shape(self, shape):
         return (*shape[:-1], 1)
@@ -205,7 +205,7 @@ def test_jax_mixes_dtypes_and_trains(build):
     assert keras.backend.standardize_dtype(loss.dtype) == "float32"  # of a sum in float16
 
 
-# The function of a module named like a framework's, where operands meet.
+# The function of a module named like a framework, in which the dtypes meet.
 SOURCE = """def step(one, other):
     return one @ other
 """

@@ -14,7 +14,7 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(5 * BATCH, 3, 4)).astype("float32")
 Y = RNG.integers(0, 2, size=(5 * BATCH, 1)).astype("float32")
 WEIGHTS = RNG.uniform(1, 2, size=5 * BATCH).astype("float32")
-# The second and the last batch are bad in one of two runs, and left out in the other.
+# The second and the last batch are bad in one run and left out in the other.
 BAD = np.r_[BATCH : 2 * BATCH, 4 * BATCH : 5 * BATCH]
 GOOD = np.setdiff1d(np.arange(5 * BATCH), BAD)
 
@@ -85,7 +85,7 @@ CORNERS = {
     "sample weights": (one_to_one, {"fit": {"sample_weight": WEIGHTS}}),
     "class weights": (one_to_one, {"fit": {"class_weight": {0: 1.0, 1: 3.0}}}),
 }
-# Of `fit` the weights reach the model as those of `train_on_batch` do.
+# `fit` writes the weights to the model like `train_on_batch`.
 CASES = by_name(CORNERS, [name for name, (_, way) in CORNERS.items() if "fit" not in way])
 
 
@@ -101,7 +101,7 @@ def test_bad_batches_leave_no_trace(build, way):
     (clean_model, clean_logs), (model, logs) = both(build, way)
     assert model.optimizer.skipped_steps == 2
     assert model.optimizer.applied_steps == clean_model.optimizer.applied_steps == 3
-    if "on_batch" not in way:  # whose last batch is a bad one: see below
+    if "on_batch" not in way:  # whose last batch is bad: see below
         assert logs == clean_logs
     ours = [*model.variables, *model.optimizer.inner_optimizer.variables]
     theirs = [*clean_model.variables, *clean_model.optimizer.inner_optimizer.variables]
@@ -112,14 +112,16 @@ def test_bad_batches_leave_no_trace(build, way):
 
 
 def states(module):
-    """Return those of an LSTM after good batches alone, and after bad ones as well."""
+    """Return the states of an LSTM after good batches only, and after bad ones as well."""
     return [
         np.concatenate([keras.ops.convert_to_numpy(v.value) for v in model.layers[1].states])
         for model, _ in both(stateful, {}, module)
     ]
 
 
-@pytest.mark.backend("tensorflow")  # elsewhere Keras forgets the states after each step of `fit`
+@pytest.mark.backend(
+    "tensorflow"
+)  # on other backends Keras drops the states after each step of `fit`
 def test_bad_batches_leave_the_states_of_rnn_layers_unchanged():
     clean, found = states(mp)
     assert np.abs(clean).min() > 0

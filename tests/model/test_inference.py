@@ -24,7 +24,7 @@ def compiled(kind="sequential", module=mp):
 
 
 def only_for_inference(model):
-    """Do to a model what a conversion to half-precision variables does, but for the variables."""
+    """Prepare a model as a conversion to half-precision variables does, without the variables."""
     model._for_inference = True
     model.optimizer = None
 

@@ -11,8 +11,8 @@ import kerasmp as mp
 BACKEND = keras.backend.backend()
 BATCH = 8
 BAD = np.full((BATCH, X.shape[1]), np.inf, "float32")
-# At the start, where Keras makes what metrics accumulate in; two in a row, in the middle; at the
-# end, where the logs are those of the epoch. What comes after must not see them either.
+# At the start, where Keras makes the variables of metrics; two in a row, in the middle; at the
+# end, where the logs are those of the epoch. Later steps must not see them either.
 PLACES = [0, 24, 24, 64]
 X_WITH_BAD, Y_WITH_BAD = X, Y
 for place in reversed(PLACES):
@@ -54,7 +54,7 @@ def train(model, x, y, optimizer_class=mp.LossScaleOptimizer, **compile_argument
 
 
 def _settings(optimizer_class):
-    # A scale that stays put, so that both runs use the same one throughout.
+    # A constant scale, so that both runs use the same one.
     fixed = issubclass(optimizer_class, mp.LossScaleOptimizer)
     return {"loss_scale": 64.0} if fixed else {"initial_scale": 64.0}
 
@@ -100,7 +100,7 @@ def test_an_epoch_of_nothing_but_bad_data_is_not_finite_and_changes_nothing():
     assert np.isnan(logs["mae"]).all()
     for weight, unchanged in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(weight, unchanged)
-    # The next good epoch, and evaluation, count as always.
+    # The next good epoch and evaluation count as usual.
     history = model.fit(X, Y, batch_size=BATCH, verbose=0).history
     assert np.isfinite(history["loss"][0])
     assert np.isfinite(model.evaluate(X, Y, batch_size=BATCH, verbose=0)).all()
@@ -141,5 +141,5 @@ def test_making_models_does_not_change_the_classes_of_others():
         assert isinstance(model, mp.Model)
         assert np.isfinite(keras.ops.convert_to_numpy(model(X[:2]))).all()
     assert [each.__bases__ for each in classes] == bases
-    # A stock model of each kind is still a stock one.
+    # A stock model of each kind stays a stock model.
     assert not any(isinstance(KINDS[kind](keras), mp.Model) for kind in KINDS)

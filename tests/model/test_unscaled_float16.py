@@ -24,7 +24,7 @@ def a_map_for_a_layer(module):
 
 
 def a_map_that_names_a_part(module):
-    """Return a model whose one float16 layer is inside another layer, which is float32."""
+    """Return a model whose only float16 layer is inside a float32 layer."""
     policies = DTypePolicyMap(default_policy="float32")
     policies["attention/query"] = keras.DTypePolicy("mixed_float16")
     inputs = keras.Input((3, 4))
@@ -76,7 +76,7 @@ def test_a_kerasmp_model_scales(build):
     assert isinstance(model.optimizer, mp.LossScaleOptimizer)
 
 
-# One that only a look into its parts finds.
+# One with float16 layers at depth only.
 @pytest.mark.filterwarnings("ignore:Before the first step")  # other findings
 @pytest.mark.parametrize("build", few(MODELS, [a_map_that_names_a_part]))
 def test_the_monitor_warns_of_unscaled_float16_in_a_stock_model(build):
@@ -88,8 +88,8 @@ def test_the_monitor_warns_of_unscaled_float16_in_a_stock_model(build):
 
 
 def moved(module):
-    """Return by what a step with gradients of 2**-27 moves a kernel."""
-    # From zero, where float32 sees any update.
+    """Return the change of a kernel in a step with gradients of 2**-27."""
+    # Starting at zero, where float32 holds any update.
     settings = {"use_bias": False, "kernel_initializer": "zeros"}
     model = network(module, dtype="mixed_float16", **settings)
     model.compile(

@@ -29,7 +29,7 @@ def network(*bases, dtype="mixed_float16"):
 
 
 def compiled(model, loss_scale, **how):
-    """Compile a model, without XLA's seconds, with an optimizer that is built."""
+    """Compile a model with a built optimizer, and without XLA, which takes seconds."""
     optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(0.1), loss_scale=loss_scale)
     optimizer.build(model.trainable_variables)
     model.compile(optimizer, "mse", **({"jit_compile": BACKEND == "jax"} | how))
@@ -48,7 +48,7 @@ def assert_same(weights, wanted):
 
 
 def times(said):
-    """Return how often kerasmp has warned."""
+    """Return the number of warnings from kerasmp."""
     return sum(each.category is mp.errors.LossScaleWarning for each in said)
 
 
@@ -64,7 +64,7 @@ def test_a_step_that_scales_no_loss_trains_without_scaling_and_warns_once():
     model.fit(x[-16:], Y[:16], **SOME)
     for each, other in zip(weights, wanted, strict=True):
         np.testing.assert_array_equal(each, other)
-    # Steps are counted and skipped; the schedule, which had no part in them, stays.
+    # Steps are counted and skipped; the unused schedule does not change.
     optimizer = model.optimizer
     assert (optimizer.applied_steps, optimizer.skipped_steps) == (4, 2)
     assert optimizer.loss_scale == schedule.initial_scale
@@ -189,7 +189,7 @@ def test_a_scale_in_a_function_that_was_traced_before_is_not_overlooked(first, t
     told = pytest.warns(mp.errors.LossScaleWarning, match="the previous optimizer")
     with told if then == "compiled anew" else contextlib.nullcontext():
         model.fit(*rest, **SOME)
-    assert len(traced) == before  # no word of the scale reached us
+    assert len(traced) == before  # kerasmp did not see the scale
     assert_same(model.get_weights(), wanted)
 
 
@@ -274,7 +274,7 @@ def test_gradients_of_earlier_steps_are_unscaled_where_the_step_itself_scales_no
     wanted = fitted(network(BareStep, mp.Sequential), None, X[:16], Y[:16])
 
     class Delayed(BareStep):
-        """Applies in each step the gradients of the step before."""
+        """Applies the gradients of the previous step in each step."""
 
         def __init__(self, *args):
             super().__init__(*args)
@@ -297,7 +297,7 @@ def test_gradients_of_earlier_steps_are_unscaled_where_the_step_itself_scales_no
 
 def test_the_train_step_of_keras_scales_only_its_own_loss():
     class Turns(BareStep):
-        """Is trained by Keras's step first, and then by one that scales nothing."""
+        """Trains with Keras's step first, and then with one that scales nothing."""
 
         first = True
 
@@ -363,7 +363,7 @@ def test_the_scale_may_be_read_for_the_logs_after_the_gradients_were_applied():
 @pytest.mark.parametrize("scaled_by", ["both", "neither", "one"])
 def test_two_optimizers_each_scale_their_own_loss(scaled_by):
     class Two(BareStep):
-        """Trains its first layer and its head by an optimizer each."""
+        """Trains its first layer and its head with one optimizer each."""
 
         def train_step(self, data):
             parts = [(self.optimizer, self.layers[0]), (self.head_optimizer, self.layers[1])]

@@ -14,7 +14,7 @@ import kerasmp
 
 
 def normal(x):
-    """Return the normal distribution function, accurate in both tails."""
+    """Return the normal cumulative distribution function, accurate in both tails."""
     return np.vectorize(math.erfc, otypes=[float])(-x / math.sqrt(2)) / 2
 
 
@@ -106,7 +106,7 @@ CASES["tanh gelu"] = (approximate_gelu, *TANH_GELU)
 
 def drawn(seed, scale, upstream):
     x = draw(seed, (2000,), scale)
-    kinks = np.isin(np.abs(x), [0, 1, 3])  # where some have no derivative
+    kinks = np.isin(np.abs(x), [0, 1, 3])  # where some are not differentiable
     return np.where(kinks, 1.125 * scale, x), draw(seed + 1, (2000,), upstream)
 
 
@@ -119,7 +119,7 @@ def near_best(mode, function, value, slope):
             assert_near_best(gradient, slope(x) * dy)
 
 
-# On JAX each is compiled: those whose code is not one call of Keras's function.
+# On JAX each is compiled: only those that are more than one call of Keras's function.
 MECHANISMS = {"gelu", "hard_silu", "mish", "silu", "squareplus", "tanh gelu"}
 JAX = keras.backend.backend() == "jax"
 

@@ -19,7 +19,7 @@ ALLOWED = 4.0  # times the error of the best that float16 can do
 
 
 def drawn(std, depth=16, heads=2, key_heads=2, seed=0):
-    """Return query, key, value and the gradient of the output, all numbers of float16."""
+    """Return query, key, value and the gradient of the output, all rounded to float16."""
     rng = np.random.default_rng(seed)
     shapes = [(BATCH, QUERIES, heads), *[(BATCH, KEYS, key_heads)] * 2]
     inputs = [rounded(rng.normal(0, std, (*shape, depth))) for shape in shapes]
@@ -27,7 +27,7 @@ def drawn(std, depth=16, heads=2, key_heads=2, seed=0):
 
 
 def assert_as_good_as_float16_can_be(got, inputs, upstream, **settings):
-    """Compare outputs and gradients with float64; best is float32, rounded once at the end."""
+    """Compare outputs and gradients with float64; the best is float32, rounded once at the end."""
     settings = {"scale": inputs[0].shape[-1] ** -0.5, **settings}
     results = []
     for dtype in ("float64", "float32"):
@@ -38,8 +38,8 @@ def assert_as_good_as_float16_can_be(got, inputs, upstream, **settings):
     compared = 0
     for ours, want, best in zip([outputs, *gradients], *results, strict=True):
         least = error(rounded(best), want)
-        # None: nothing that float16 can hold. Where one key has all the weight, gradients are 0,
-        # and no error is small beside that.
+        # None: nothing that float16 can represent. If one key has all the weight, gradients are 0,
+        # and no relative error is small.
         assert np.isfinite(ours).all() or np.abs(want).max() > 65504
         if least is not None and want.any():
             compared += 1
@@ -131,7 +131,7 @@ def test_rows_without_any_key_give_zeros_and_zero_gradients(mode):
 
 @in_each_way
 def test_a_mask_hides_keys_however_low_the_scores_of_the_others_are(mode):
-    """Masked scores are 50000 and -50000 is the one that counts: stock adds -45850 at most."""
+    """Masked scores are 50000 and the unmasked one is -50000: stock adds at most -45850."""
     query = rounded(np.full((1, 1, 1, 1), 250.0))
     key = rounded(np.array([200.0, -200.0]).reshape(1, 2, 1, 1))
     value = rounded(np.array([1.0, 2.0]).reshape(1, 2, 1, 1))
@@ -283,7 +283,7 @@ def test_lengths_may_be_unknown_when_the_graph_is_traced():
 
 @pytest.fixture
 def flash(monkeypatch):
-    """Pretend that the device has flash attention; return what stock Keras is called with."""
+    """Pretend that the device has flash attention; return the arguments of stock Keras's call."""
     calls = []
 
     def recorded(query, key, value, **settings):

@@ -9,9 +9,11 @@ import kerasmp
 
 pytestmark = [
     pytest.mark.backend("torch"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),  # of what the compiler cannot look into
+    pytest.mark.filterwarnings(
+        "ignore::UserWarning"
+    ),  # of functions that the compiler cannot trace
 ]
-# Keras's own are broken up too.
+# Keras's functions have graph breaks too.
 IN_PARTS = {
     "binary_crossentropy",
     "binary_focal_crossentropy",
@@ -20,7 +22,7 @@ IN_PARTS = {
 }
 
 
-# One of each file of functions.
+# One for each module of functions.
 QUICK = {"dot_product_attention", "gelu", "mean_squared_error", "norm", "softmax"}
 
 

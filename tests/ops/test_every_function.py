@@ -13,7 +13,7 @@ import kerasmp
 WIDER = {"float16": "float32", "float32": "float16"}
 
 
-# One of each file of functions.
+# One for each module of functions.
 QUICK = {"average_pool", "dot_product_attention", "gelu", "mean_squared_error", "norm", "softmax"}
 
 
@@ -31,7 +31,7 @@ def test_each_function_is_one_node_whose_copy_from_config_follows_the_input_dtyp
     assert symbol.shape == tuple(said.shape)
     assert symbol.dtype == keras.backend.standardize_dtype(said.dtype)
     node = symbol._keras_history.operation
-    # One node for all of it: what goes in there is what was given.
+    # One node for everything: its inputs are the arguments.
     assert all(any(x is y for y in keras.tree.flatten(node.input)) for x in tensors(symbols))
     node = type(node).from_config(node.get_config())
     given = arguments_of(name, WIDER[built_in])
@@ -50,7 +50,7 @@ def saved_and_loaded(model, tmp_path, **loading):
 
 
 def in_a_model(function):
-    """Return a float16 model, of whose inputs 300 float16 cannot hold the squares."""
+    """Return a float16 model for inputs of 300, whose squares overflow float16."""
     inputs = keras.Input((4,), dtype="float16")
     return keras.Model(inputs, function(inputs))
 

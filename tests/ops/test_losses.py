@@ -16,7 +16,7 @@ ONE_HOT = np.eye(5)[LABELS]
 
 
 def near_float32(outputs, reference):
-    """A loss is float32: its error is that of float32, whatever the inputs are."""
+    """Assert a float32 loss with a float32 error, whatever the inputs are."""
     np.testing.assert_allclose(outputs, reference, rtol=2e-5, atol=1e-6)
 
 
@@ -110,7 +110,7 @@ def others(rows, spread):
 
     Args:
         rows: Their shape.
-        spread: Of the logits of what are probabilities.
+        spread: The standard deviation of logits, for probabilities.
     """
     p, q = (softmax(draw(seed, rows, spread)) for seed in (0, 1))
     large, huge = draw(2, rows, 500.0), draw(3, rows, 10000.0)
@@ -147,9 +147,9 @@ def others(rows, spread):
     }
 
 
-# Stock float16 misses each by more than float32 does.
+# In float16 stock Keras is further off than float32 would be.
 OTHERS = others((4, 6), 4.0)
-# A mean over long rows hands each number so little of its gradient that float16 rounds it.
+# A mean over long rows gives each number such a small gradient that float16 rounds it.
 LONG = others((2, 512), 1.0)
 
 

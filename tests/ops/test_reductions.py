@@ -55,7 +55,7 @@ REDUCTIONS = {
     ),
 }
 
-# On JAX each is compiled: those that are more than one call of Keras's function.
+# On JAX each is compiled: only those that are more than one call of Keras's function.
 QUICK = {"cumsum", "logsumexp", "norm", "softmax", "std"}
 ELEMENTWISE = {"cumsum", "log_softmax", "normalize", "softmax"}  # the shape is kept
 
@@ -71,7 +71,7 @@ def near_best(mode, name, x, upstream, seed=7):
     dy = draw(seed, x.shape if name in ELEMENTWISE else x.shape[:-1], upstream)
     outputs, (gradient,) = step(mode, over_the_last_axis(name), [x], dy)
     assert_near_best(outputs, value(x))
-    # Where one probability is nearly 1, softmax's gradient is a difference that float32 rounds too.
+    # If one probability is nearly 1, softmax's gradient is a difference that float32 rounds too.
     slack = 2.0**-22 * np.linalg.norm(softmax(x) * dy) if name == "softmax" else 0.0
     assert_near_best(gradient, gradient_of(x, dy), slack)
 
@@ -100,7 +100,7 @@ def test_any_magnitude_is_within_four_times_the_best(name, seed, shape, exponent
     near_best(next(iter(MODES)), name, x, 2.0**upstream, seed + 1)
 
 
-# Each way is quick: TensorFlow's own kernel of sqrt's gradient forgives what XLA and JAX do not.
+# Each way is quick: TensorFlow's kernel for the gradient of sqrt hides an error that XLA shows.
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["norm", "normalize", "std"])
 def test_rows_of_zeros_have_no_gradient_and_stay_zero(name, mode):

@@ -28,7 +28,7 @@ def accumulating(_):
 @every_way
 @full_on("jax")
 def test_the_scale_may_move_within_a_window(step):
-    """What is accumulated is unscaled already; PyTorch's practice must hold the scale still."""
+    """Accumulated gradients are unscaled; in PyTorch the scale must be constant in a window."""
     twins = Twins(accumulating, step)
     schedule = mp.DynamicLossScale(initial_scale=2.0**12, growth_interval=1)
     twins.wrapped = LossScaleOptimizer(accumulating(None), loss_scale=schedule)

@@ -29,7 +29,7 @@ CAUSES = LossScaleOptimizer("sgd").skip_causes.keys()
 RATE, MOMENTUM = 0.5, 0.75
 START = [1.0, -2.0]
 ORDINARY = st.floats(-4, 4, width=16)
-# Finite, but not once it is multiplied by a scale above 2**8.
+# Finite, but not after multiplication by a scale above 2**8.
 HUGE = st.sampled_from([2.0**120, -(2.0**120)])
 BROKEN = st.sampled_from([np.inf, -np.inf, np.nan])
 GRADIENT = st.tuples(ORDINARY, ORDINARY | ORDINARY | ORDINARY | HUGE | BROKEN)
@@ -113,7 +113,7 @@ def schedule_of(interval, hysteresis, first):
 
 
 def compare(model, inner, step, steps):
-    """Drive the optimizer and the model through the steps; compare all but the weights."""
+    """Step the optimizer and the model and compare everything but the weights."""
     weights = variables_of(START)
     optimizer = LossScaleOptimizer(inner, loss_scale=model.schedule)
     for gradient, loss_finite in steps:
@@ -133,7 +133,7 @@ def compare(model, inner, step, steps):
 def check_momentum(step, steps, **settings_):
     model = Model(schedule_of(**settings_))
     weight = compare(model, keras.optimizers.SGD(RATE, MOMENTUM), step, steps)
-    # Huge steps may cancel each other: float32 remembers the largest of them to its last bits.
+    # Huge steps may cancel: float32 keeps the rounding error of the largest.
     np.testing.assert_allclose(weight, model.weight, rtol=1e-5, atol=1e-5 * max(model.largest, 1.0))
 
 

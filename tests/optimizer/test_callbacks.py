@@ -76,8 +76,8 @@ def test_learning_rate_scheduler_and_terminate_on_nan():
     def halved(epoch, rate):
         return rate if epoch < 2 else rate / 2
 
-    # The other one must not be heard of: bad batches that are skipped do not end the run. Before
-    # any good one of an epoch it would: 0, of a loss that is NaN, would be no better to watch.
+    # TerminateOnNaN must not stop the run at skipped batches. Good batches come first: before the
+    # first one of an epoch the logged loss is NaN, which stops it.
     logs, _, model = both(
         lambda: [
             keras.callbacks.LearningRateScheduler(halved),

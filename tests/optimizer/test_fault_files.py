@@ -39,7 +39,7 @@ def is_plain(optimizer):
 
 
 def saved_under_float16(path, module, optimizer, **compiling):
-    """Train under a global mixed_float16, save, and return the model; the global policy goes."""
+    """Train under a global mixed_float16, save and return the model; reset the global policy."""
     with mp.policy_scope("mixed_float16"):
         model = network(module)
         model.compile(optimizer, keras.losses.MeanSquaredError(), **compiling)

@@ -12,10 +12,10 @@ import kerasmp as mp
 ON_JAX = keras.backend.backend() == "jax"
 X = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
 Y = np.tanh(X[:, :1])
-# A loss that is NaN, and one that is finite, for tanh is, while its gradients are not.
+# A NaN loss, and a finite one, since tanh is finite, with gradients that are not.
 BAD_LOSS, BAD_GRADIENTS = np.full_like(X, np.nan), X.copy()
 BAD_GRADIENTS[:, 0] = np.inf
-# The loss's gradients at a scale of 1 are below float16's range.
+# The gradients at a scale of 1 are below the range of float16.
 SMALL = 2.0**-26
 FLOOR = 2.0**-14
 
@@ -30,7 +30,7 @@ def loss_of(model):
 
 
 def trained(module, cls, bad, **settings):
-    """Return the loss before and after the bad and good batches, the lowest scale, the model."""
+    """Return the losses before and after the bad and good batches, the lowest scale, the model."""
     keras.utils.set_random_seed(0)
     hidden = keras.layers.Dense(8, activation="tanh", dtype="mixed_float16")
     last = keras.layers.Dense(1, dtype="mixed_float16")

@@ -42,7 +42,7 @@ HAS_FUSED_UPDATES = {
     "but for some": lambda **more: leaving_out(o.AdamW(0.01, weight_decay=0.5, **more)),
 }
 SCALE = 2.0**10
-SHAPES = [(3, 5), (7,), (2, 3, 2), (), *[(1,)] * 5]  # so many that TensorFlow checks them by a sum
+SHAPES = [(3, 5), (7,), (2, 3, 2), (), *[(1,)] * 5]  # enough that TensorFlow checks them by a sum
 
 
 def started():
@@ -55,7 +55,7 @@ def started():
 
 
 def gradients(seed, steps, sizes=(-12, 6)):
-    """Return for each step one gradient a variable, of sizes that differ from step to step."""
+    """Return gradients for each step and variable, whose magnitudes differ between steps."""
     rng = np.random.default_rng(seed)
     powers = 10.0 ** rng.uniform(*sizes, size=(steps, len(SHAPES)))
     return [
@@ -74,8 +74,8 @@ def trained(optimizer, step, sequence):
     return after
 
 
-# TensorFlow's kernel of Adam takes 1 - beta_2 in float32, which for 0.999 is off by 1.3e-5, and the
-# root of the second moment by half of it. All else is rounding.
+# TensorFlow's Adam kernel computes 1 - beta_2 in float32, which for 0.999 is off by 1.3e-5, and the
+# root of the second moment by half of it. Everything else is rounding.
 def tolerance(optimizer):
     return 1e-5 if BACKEND == "tensorflow" and isinstance(optimizer, o.Adam) else 2e-6
 
@@ -109,8 +109,8 @@ def check_steps(make, step, steps, sizes=(-12, 6)):
         steps = np.diff([start, *(weights[index] for weights in expected)], axis=0)
         way = np.abs(steps).sum(axis=0)
         off = np.abs(got[-1][index] - expected[-1][index])
-        # Both optimizers round a weight twice a step, by the decay and by the update: so far three
-        # deviations of that many roundings go. For AdamW Keras is off by more than the kernel is.
+        # Both round a weight twice a step, in the decay and in the update: the tolerance is three
+        # deviations of that many roundings. For AdamW Keras is further off than the kernel.
         rounding = 3 * 2.0**-24 / 3**0.5 * (4 * steps_taken) ** 0.5
         assert np.all(off <= tolerance(make()) * way + rounding * np.abs(start))
 
@@ -148,7 +148,7 @@ def test_huge_gradients_are_finite_and_a_scale_below_1_can_make_them_infinite(st
 
 
 class OwnAdam(o.Adam):
-    """A user's, which could override anything."""
+    """A user-defined subclass, which could override anything."""
 
 
 def overridden():
@@ -224,7 +224,7 @@ def test_a_sparse_gradient_is_left_to_keras_and_stays_sparse_beside_a_fused_one(
 @pytest.mark.backend("torch")
 @pytest.mark.parametrize("make", by_name(HAS_FUSED_UPDATES, ["Adam", "Nesterov"]))
 def test_large_variables_are_updated_in_pieces(make):
-    """Longer than a piece, and no multiple of it; one gradient is laid out by columns."""
+    """Longer than a piece and not a multiple of it; one gradient is in column-major order."""
     rng = np.random.default_rng(0)
     shapes = [(600, 700), (5,), (900, 650)]
     start = [rng.normal(size=shape).astype("float32") for shape in shapes]

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.unit
 
 
 def in_float16(values):
-    """Return `values` as they come out of a float16 operation, in float32."""
+    """Return `values`, rounded to float16, in float32."""
     return np.asarray(values, "float16").astype("float32")
 
 

@@ -8,7 +8,7 @@ from kerasmp.optimizer import LossScaleOptimizer
 
 
 class Own(keras.optimizers.SGD):
-    """Known to nobody but this file."""
+    """Not registered with Keras."""
 
     def __init__(self, *args, flavour="plain", **kwargs):
         super().__init__(*args, **kwargs)
@@ -60,7 +60,7 @@ def test_an_optimizer_wrapped_again_keeps_its_state_and_starts_a_new_scale():
 
 
 class Signs(keras.optimizers.SGD):
-    """Takes the signs of gradients in the methods that Keras's own steps call, but not in apply."""
+    """Takes the sign of gradients in the methods that Keras's steps call, but not in apply."""
 
     def apply_gradients(self, grads_and_vars):
         return super().apply_gradients([(keras.ops.sign(g), v) for g, v in grads_and_vars])

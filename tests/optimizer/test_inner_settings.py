@@ -42,7 +42,7 @@ def test_a_setting_that_no_step_would_read_is_refused(name, value):
 @pytest.mark.parametrize(("name", "value"), SETTINGS.items(), ids=SETTINGS)
 def test_a_setting_on_the_wrapper_is_lost_in_stock_keras(name, value):
     stock = Stock(keras.optimizers.SGD())
-    setattr(stock, name, value)  # is never heard of again
+    setattr(stock, name, value)  # has no effect
     assert getattr(stock.inner_optimizer, name) != value
 
 
@@ -60,7 +60,7 @@ def test_a_scale_on_the_inner_optimizer_is_refused_before_anything_changes(step)
     optimizer.build(variables)
     optimizer.inner_optimizer.loss_scale_factor = 8.0
     before = numpy([*variables, *optimizer.variables])
-    # AutoGraph gives what is raised while it traces another type.
+    # While tracing, AutoGraph changes the type of errors.
     with pytest.raises(Exception, match=r"loss_scale_factor = 8\.0\. Expected: None"):
         step(optimizer, tensors([8.0]), variables)
     assert_same_bits(numpy([*variables, *optimizer.variables]), before)

@@ -32,7 +32,7 @@ def _on_ours():
 
 
 @pytest.mark.filterwarnings(
-    # test_finite_step_with_inner_loss_scale: stock Keras drops that factor in silence.
+    # test_finite_step_with_inner_loss_scale: stock Keras silently drops that factor.
     "ignore:The inner optimizer's loss_scale_factor:kerasmp.errors.LossScaleWarning"
 )
 class TestKerasOwn(_on_ours()):

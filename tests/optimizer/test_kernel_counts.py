@@ -15,7 +15,7 @@ IDLE = {"Const", "Placeholder", "Identity", "NoOp"}
 
 
 def operations(optimizer):
-    """Return how many operations a good step runs, those of the branch taken included."""
+    """Return the number of operations of a good step, including those of the branch taken."""
     import tensorflow as tf
 
     variables = variables_of(*np.ones((VARIABLES, 3)))

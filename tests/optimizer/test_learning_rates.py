@@ -31,7 +31,7 @@ def rate(optimizer):
 
 
 def test_every_schedule_of_keras_is_tested():
-    """A new one fails here until it is made above."""
+    """A new schedule fails here until it is added above."""
     found = {
         name
         for name, member in vars(schedules).items()
@@ -92,7 +92,7 @@ def test_a_learning_rate_with_a_schedule_cannot_be_set():
 
 
 class Outer(keras.optimizers.Optimizer):
-    """A user's optimizer around another one, whose learning rate it shows as its own."""
+    """A user-defined optimizer around another one, whose learning rate it exposes."""
 
     def __init__(self, inner_optimizer, name="outer"):
         super().__init__(learning_rate=0.0, name=name)
@@ -116,10 +116,10 @@ def test_the_learning_rate_of_a_wrapper_inside_the_wrapper_is_passed_on():
 
 
 class TestWhatChangesBetweenEagerSteps:
-    """An eager step sees what was changed since the last one, as that of a plain optimizer."""
+    """An eager step uses changes since the last one, like a plain optimizer."""
 
     def stepped(self, inner, change):
-        """Return what a second step, after the change, takes from a weight of 0."""
+        """Return the update of a second step, after the change."""
         variables = variables_of([0.0])
         optimizer = LossScaleOptimizer(inner, loss_scale=SCALE, fused=False)
         eager(optimizer, tensors([0.0]), variables)
@@ -190,7 +190,7 @@ class TestWhatChangesBetweenEagerSteps:
 
 
 class Factors(keras.optimizers.SGD):
-    """A user's optimizer with a setting that is a list."""
+    """A user-defined optimizer with a setting that is a list."""
 
     def __init__(self, rate):
         super().__init__(rate)
@@ -205,7 +205,7 @@ class TestWhatJaxCompilesForEagerSteps:
     """A compiled program is reused and does not keep the tensors that it was compiled with."""
 
     def compiled(self, inner, change, steps):
-        """Return how many programs the steps after the first take; the second one is skipped."""
+        """Return the number of programs compiled after the first step; the second is skipped."""
         import jax
 
         found = []

@@ -241,7 +241,7 @@ def test_unscaling_outside_and_applying_in_a_function_is_an_error():
     optimizer, variables = made()
     grads = optimizer.get_unscaled_gradients(tensors(*SCALED))
     step = _traced(lambda grads: optimizer.apply(grads, variables))
-    # AutoGraph gives what is raised while it traces another type.
+    # While tracing, AutoGraph changes the type of errors.
     with pytest.raises(Exception, match="apply cannot know whether its gradients are unscaled"):
         step(grads)
 

@@ -36,7 +36,7 @@ def test_a_bad_value_is_found_among_many_gradients_and_huge_values_are_not(step)
     counts[7] += 1
     assert list(optimizer.nonfinite_counts) == list(counts)
     assert optimizer.applied_steps == 0
-    # And that one alone is none.
+    # The finite one alone is not bad.
     step(optimizer, gradients({3: 3e38, 7: -2e30}), variables)
     assert optimizer.applied_steps == 1
     assert numpy(variables)[3][1] == np.float32(1.0) - np.float32(3e38) / 2
@@ -44,7 +44,7 @@ def test_a_bad_value_is_found_among_many_gradients_and_huge_values_are_not(step)
 
 
 def test_which_gradient_is_bad_is_found_among_small_and_large_ones():
-    """JAX looks at the small ones together."""
+    """JAX checks small gradients together."""
     shapes = [(3,), (130, 130), (), (0,), (64, 2), (16385,), (1,)]
     variables = variables_of(*(np.ones(shape) for shape in shapes))
     optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(0.5), loss_scale=1.0)

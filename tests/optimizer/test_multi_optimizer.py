@@ -25,7 +25,7 @@ Y = X[:, :1] * 2 - 1
 
 
 def several(rate=0.05, **settings):
-    """Return one Adam for kernels, or whatever has this pattern, and one SGD for all the rest."""
+    """Return an Adam for kernels, or another pattern, and an SGD for the other variables."""
     adam = keras.optimizers.Adam(rate, **settings)
     sgd = keras.optimizers.SGD(rate, momentum=0.9)
     return keras.optimizers.MultiOptimizer(

@@ -23,7 +23,7 @@ every_way = each_of(EXACT_WAYS)
 
 
 class Outer(keras.optimizers.Optimizer):
-    """Hands everything on to the one that does the work."""
+    """Passes every call on to the inner optimizer."""
 
     def __init__(self, worker, name="outer"):
         super().__init__(learning_rate=0.0, name=name)
@@ -59,7 +59,7 @@ def test_its_own_loss_scale_is_refused_before_any_change():
 
 
 def delegating(worker):
-    """Return an optimizer of Keras's whose `apply` is left to another one."""
+    """Return a Keras optimizer whose `apply` is that of another one."""
     outer = keras.optimizers.Adam()
     outer.worker = worker
     object.__setattr__(outer, "apply", worker.apply)

@@ -17,14 +17,14 @@ _spec.loader.exec_module(made)
 
 
 def assert_as_saved(model, name):
-    """All variables are those of then, and so is what it predicts; then it trains and skips."""
+    """Assert the saved variables and predictions; then train and skip a step."""
     with np.load(FOLDER / f"{name}.npz") as kept:
         predictions = kept["predictions"]
         wanted = [kept[f"arr_{i}"] for i in range(len(kept.files) - 1)]
     found = [*model.get_weights(), *map(keras.ops.convert_to_numpy, model.optimizer.variables)]
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(one, other)
-    # Other frameworks, and layers since, round otherwise.
+    # Other frameworks, and later versions of layers, round differently.
     np.testing.assert_allclose(model.predict(made.X, verbose=0), predictions, atol=2e-3)
     applied, skipped = model.optimizer.applied_steps, model.optimizer.skipped_steps
     assert min(applied, skipped) >= 2

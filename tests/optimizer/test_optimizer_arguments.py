@@ -9,7 +9,7 @@ from kerasmp.errors import ArgumentTypeError, LossScaleError, LossScaleWarning
 from kerasmp.loss_scale import DynamicLossScale, FixedLossScale, NoLossScale
 from kerasmp.optimizer import LossScaleOptimizer
 
-# Pure code: what differs between backends is not here.
+# Pure Python: nothing here depends on the backend.
 pytestmark = pytest.mark.backend("tensorflow")
 
 
@@ -96,7 +96,7 @@ def test_all_but_the_optimizer_are_keywords():
     ],
 )
 def test_settings_of_the_inner_optimizer_are_refused_with_a_hint(argument, default, other):
-    """Fault 18: a setting on the wrapper must not be lost in silence."""
+    """Fault 18: a setting on the wrapper must not be lost silently."""
     LossScaleOptimizer("sgd", **{argument: default})  # older files hold the default
     with pytest.raises(LossScaleError, match=f"`{argument}` on the `inner_optimizer`") as caught:
         LossScaleOptimizer("sgd", **{argument: other})

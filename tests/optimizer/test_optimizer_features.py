@@ -30,7 +30,7 @@ def rmsprop(rate=0.1, **settings):
 
 
 def excluding(**which):
-    """Return a factory of a decaying optimizer that leaves some variables alone."""
+    """Return a factory of an optimizer whose weight decay excludes some variables."""
 
     def make(variables):
         optimizer = keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=0.5)
@@ -95,7 +95,7 @@ def test_a_setting_of_the_inner_optimizer_works_as_without_the_wrapper(name, ste
     with_it, without = FEATURES[name]
     twins = trained(with_it, step)
     twins.check()
-    # And it did work: the same steps without it lead elsewhere.
+    # The feature has an effect: the same steps without it give other results.
     others = variables_of(*START)
     plain = without(others)
     for seed in range(5):
@@ -144,7 +144,7 @@ def test_variables_without_a_gradient_stay_and_the_others_are_updated(step, accu
     assert twins.wrapped.nonfinite_counts.tolist() == [0, 6, 0, 0]
 
 
-# Keras keeps the largest of a window, and of the 0 that an accumulator starts with.
+# Keras keeps the largest value of a window and of the initial 0.
 @every_way
 def test_a_variable_that_takes_its_gradient_as_value_takes_none_of_a_skipped_step(step):
     def overwritten(variables):
@@ -160,7 +160,7 @@ def test_a_variable_that_takes_its_gradient_as_value_takes_none_of_a_skipped_ste
 @pytest.mark.parametrize("scale", [0.25, 1024.0])
 @pytest.mark.parametrize("settings", [{"clipnorm": 0.5}, {"global_clipnorm": 0.5}], ids=str)
 def test_gradients_are_clipped_as_by_keras(settings, scale):
-    """Beside a variable without a gradient, and one whose gradient is a value and not clipped."""
+    """With a variable without a gradient, and one overwritten with its gradient, not clipped."""
     grads = [[3.0, 4.0], [0.3, 0.1], [5.0], [0.0]]
     ended = []
     for wrap, factor in (
@@ -199,8 +199,8 @@ def test_a_user_defined_optimizer_does_its_own_clipping():
     assert numpy(variables)[0].tolist() == [-0.5]
 
 
-HUGE = [1.5e19]  # has a finite square, two of them have not
-# Gradients of some variables, the others' are 0; which of them, by the norm of all, are to blame.
+HUGE = [1.5e19]  # has a finite square, but two of them overflow
+# Gradients of some variables, the others are 0; and which of them are blamed, by the norm of all.
 NORMS = {
     "one alone": ([[1e25]], [1]),
     "two together": ([HUGE, HUGE], [1, 1]),
@@ -208,11 +208,11 @@ NORMS = {
 
 
 @every_way
-@pytest.mark.parametrize("number", [full(3), 9])  # TensorFlow looks at few one by one
+@pytest.mark.parametrize("number", [full(3), 9])  # TensorFlow checks a few one by one
 @pytest.mark.parametrize("scale", [1.0, full(SCALE)])
 @pytest.mark.parametrize("fused", [True, full(False)])
 def test_a_step_whose_clipping_norm_is_infinite_is_skipped(step, fused, scale, number):
-    """Of finite gradients, whose squares are not; Keras makes NaN of them, or zeros."""
+    """The gradients are finite and their squares are not; Keras turns them into NaN or zeros."""
     variables = variables_of(*[[0.0]] * number)
     optimizer = LossScaleOptimizer(
         keras.optimizers.SGD(1.0, global_clipnorm=1.0), loss_scale=scale, fused=fused

@@ -108,14 +108,14 @@ LOOP = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[keras.backend.b
 
 @functools.cache
 def _first():
-    """Return what the running backend's loop returns, run once for all tests."""
+    """Return the result of the backend's loop, run once for all tests."""
     return LOOP()
 
 
 def _hold(model, optimizer, used, moved):
     assert moved == SCALES
     good = [i for i in range(len(BATCHES)) if i != 2]
-    # Each step's loss is multiplied by what the step before it left.
+    # The loss of each step is multiplied by the scale after the previous one.
     before = [64.0, *SCALES[:-1]]
     assert np.array(used)[good] == pytest.approx(np.array(before)[good])
     assert (optimizer.applied_steps, optimizer.skipped_steps) == (6, 1)

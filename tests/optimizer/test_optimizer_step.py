@@ -60,7 +60,7 @@ def test_one_bad_element_anywhere_skips_and_is_counted_for_its_variable(step):
             assert optimizer.loss_scale == before / 2
 
 
-# The variable's dtype, the gradient's, the scale. What is small is looked at in other ways.
+# Dtype of the variable, of the gradient, and the scale. Small tensors are checked in other ways.
 AMONG_THOUSANDS = [
     ("float32", "float32", 2.0**15),
     ("float32", "float32", 0.5),
@@ -116,7 +116,7 @@ def test_a_call_with_all_variables_in_another_order_finds_each_state():
 
 
 class Recorder(keras.optimizers.SGD):
-    """SGD that remembers what kind of gradients it was handed."""
+    """SGD that records the types of its gradients."""
 
     def apply(self, grads, trainable_variables=None):
         self.seen = [(type(g).__name__, keras.backend.standardize_dtype(g.dtype)) for g in grads]
@@ -338,7 +338,7 @@ def test_sparse_gradients_stay_sparse_where_stock_keras_densifies(step):
 @pytest.mark.backend("tensorflow")
 @pytest.mark.parametrize("cls", by_name({"ours": LossScaleOptimizer, "stock": Stock}, ["ours"]))
 def test_the_finite_check_of_a_sparse_gradient_builds_no_dense_tensor(cls):
-    """Fault 19: an embedding of a million rows must not be filled to check three of them."""
+    """Fault 19: an embedding of a million rows must not be densified to check three of them."""
     import tensorflow as tf
 
     variables = variables_of(np.zeros((1000, 2)))

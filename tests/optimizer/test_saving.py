@@ -28,7 +28,7 @@ def optimizer_for(variables):
 
 @functools.cache
 def saved():
-    """Return a used optimizer, each counter of which differs from 0, and what it saves."""
+    """Return an optimizer whose counters all differ from 0, and its saved state."""
     optimizer, store = optimizer_for(variables := variables_of([1.0, 2.0])), {}
     for gradient in (1.0, np.inf, np.inf, 1.0, np.nan):
         eager(optimizer, tensors([gradient, 1.0]), variables)

@@ -12,7 +12,7 @@ from kerasmp.optimizer import LossScaleOptimizer
 
 @keras.saving.register_keras_serializable("kerasmp_tests")
 class Recording(LossScale):
-    """Keeps the last measurements as its state."""
+    """Keeps the last statistics as its state."""
 
     measures = ("gradient_max", "underflow")
     initial_scale, min_scale, max_scale = 4.0, 1.0, 4.0

@@ -15,7 +15,7 @@ import kerasmp as mp
 @keras.saving.register_keras_serializable(package="tests")
 @dataclasses.dataclass(frozen=True)
 class Drifting(mp.LossScale):
-    """A user's own, with a float and a whole number in its state beside the usual two."""
+    """A user-defined schedule with a float and an integer in its state beside the usual two."""
 
     initial_scale: float = 2.0**10
     min_scale: float = 1.0
@@ -37,7 +37,7 @@ class Drifting(mp.LossScale):
 
 # Each with the entries of its state that must have changed when training stops.
 SCHEDULES = {
-    # Which came back after the first overflow, and does not after the second.
+    # It came back after the first overflow, and not after the second.
     "recovering": (mp.DynamicLossScale(0.5), {"scale", "step_counter", "recover_to"}),
     "tolerant": (
         mp.DynamicLossScale(2.0**10, tolerance=0.45, growth_interval=3),

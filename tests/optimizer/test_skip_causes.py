@@ -121,7 +121,7 @@ def test_one_bad_loss_among_several_is_to_blame():
         optimizer.note_loss(ops.convert_to_tensor(loss))
     eager(optimizer, tensors([NAN, NAN]), variables)
     assert optimizer.skip_causes == causes(loss=1)
-    # And it is to blame once.
+    # And it is blamed only once.
     eager(optimizer, tensors([NAN, NAN]), variables)
     assert optimizer.skip_causes == causes(loss=1, unknown=1)
 

@@ -20,7 +20,7 @@ def _optimizer(advance, inner=None):
 
 
 def _moves(optimizer, gradients, step):
-    """Return by how much each step moved the weight."""
+    """Return the change of the weight in each step."""
     variables, moves = variables_of([0.0]), []
     for gradient in gradients:
         before = numpy(variables)[0]

@@ -11,7 +11,7 @@ from kerasmp.optimizer import LossScaleOptimizer
 pytestmark = pytest.mark.backend("tensorflow")
 
 SCALE, ROWS = 2.0**12, 6
-# Rows that come twice, thrice and never.
+# Rows that occur twice, three times and never.
 INDICES = [[4, 0, 4], [1, 1, 1], [5, 4, 0]]
 OPTIMIZERS = {
     "SGD": lambda **more: keras.optimizers.SGD(0.5, **more),
@@ -64,7 +64,7 @@ QUICK = [("momentum", {}), ("Adam", COMPANY[4]), ("Adam", COMPANY[5])]
 def test_equals_the_plain_optimizer_and_skips_bad_steps(name, company, step):
     make = OPTIMIZERS[name]
     ours, theirs = start(), start()
-    # The variable beside the sparse one would be fused, which rounds otherwise: see test_fused.py.
+    # The dense variable would be fused, which rounds differently: see test_fused.py.
     wrapped = LossScaleOptimizer(make(**company), loss_scale=SCALE, fused=False)
     plain = make(**company)
     built(wrapped, ours)

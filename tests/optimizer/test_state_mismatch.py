@@ -26,7 +26,7 @@ Y = X[:, :1]
 
 
 def stepped(optimizer, *shapes):
-    """Return the optimizer after one good step and a bad one, so that nothing in it is 0."""
+    """Return the optimizer after a good step and a bad one, so that no value is 0."""
     variables = variables_of(*(np.ones(shape) for shape in shapes or [(2,), (3,)]))
     optimizer.build(variables)
     eager(optimizer, tensors(*(np.full(v.shape, 64.0) for v in variables)), variables)
@@ -46,7 +46,7 @@ def saved(optimizer):
 
 @functools.cache
 def usual():
-    """Return one that many tests look at: what must not change it does not."""
+    """Return one optimizer for many tests, which do not change it."""
     return stepped(ours())
 
 
@@ -143,7 +143,7 @@ RUINED = [(0.0, FLOOR), (np.inf, 2.0**24), (np.nan, 2.0**15)]
 
 @pytest.mark.parametrize(("scale", "inside"), few(RUINED, RUINED[:1]))
 def test_an_infinite_scale_of_stock_keras_is_clipped_to_the_bounds(scale, inside, tmp_path):
-    """Faults 3 and 4, saved: stock Keras goes to 0 and to infinity, and never comes back."""
+    """Faults 3 and 4: the saved scale of stock Keras is 0 or infinity and never recovers."""
     model = _model(Stock(keras.optimizers.Adam()))
     model.optimizer.dynamic_scale.assign(scale)
     model.save_weights(tmp_path / "ruined.weights.h5")
@@ -171,7 +171,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("other", by_name(OTHERS, ["another inner", "plain"]))
 def test_a_file_that_does_not_fit_leaves_the_whole_optimizer_alone(other, tmp_path):
-    """Also the inner optimizer, which Keras's loader comes to later."""
+    """Also the inner optimizer, which Keras loads later."""
     path = tmp_path / "other.weights.h5"
     other().save_weights(path)
     model = _model(ours())
@@ -181,7 +181,7 @@ def test_a_file_that_does_not_fit_leaves_the_whole_optimizer_alone(other, tmp_pa
         model.load_weights(path)
     assert not [w for w in caught if "Skipping variable loading" in str(w.message)]
     assert_same_bits(model.optimizer.get_weights(), before)
-    model.save_weights(path)  # the inner optimizer is in the next file all the same
+    model.save_weights(path)  # the next file has the inner optimizer nevertheless
     twin = _model(ours())
     twin.load_weights(path)
     assert_same_bits(twin.optimizer.get_weights(), before)

@@ -27,8 +27,8 @@ def weights_file(model, folder):
 
 
 def legacy_h5(model, folder):
-    # Saving so takes the optimizer out of the settings that Keras saves next time: a copy, then.
-    # And Keras builds every optimizer of such a file for no variables: its state comes as a list.
+    # This way of saving removes the optimizer from the config that Keras saves next: use a copy.
+    # Keras builds each optimizer of such a file without variables: its state comes as a list.
     pickle.loads(pickle.dumps(model)).save(folder / "model.h5")
     loaded = keras.models.load_model(folder / "model.h5", compile=False)
     optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
@@ -190,7 +190,7 @@ def test_a_copied_optimizer_keeps_its_settings_and_warns_that_its_state_is_lost(
 
 @pytest.mark.backend("jax")
 def test_an_optimizer_with_compiled_steps_and_an_unscaled_mark_is_copied():
-    """What it keeps beside its variables belongs to this process and must not be in the way."""
+    """State besides variables belongs to this process and must not prevent a copy."""
     model = compiled()
     grads = [keras.ops.ones(v.shape) for v in model.trainable_variables]
     model.optimizer.apply(grads, model.trainable_variables)

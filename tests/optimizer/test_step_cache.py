@@ -8,7 +8,7 @@ pytestmark = pytest.mark.unit
 
 
 def asked(steps, *keys):
-    """Return which of these steps had to be made."""
+    """Return which of these steps were compiled."""
     made = []
     for key in keys:
         assert steps.get(key, lambda key=key: made.append(key) or f"step {key}") == f"step {key}"
@@ -22,6 +22,6 @@ def test_a_step_is_compiled_once():
 def test_ever_changing_settings_do_not_fill_the_memory():
     steps = StepCache()
     asked(steps, *range(16))
-    assert asked(steps, 0, 16) == [16]  # the one that was used least lately is gone
+    assert asked(steps, 0, 16) == [16]  # the least recently used one is gone
     assert asked(steps, *range(2, 17), 0) == []
     assert asked(steps, 1) == [1]

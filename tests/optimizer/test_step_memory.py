@@ -41,7 +41,7 @@ def test_xla_reads_the_gradients_once_more_and_copies_none(make, ratio):
                 state = [scale if v is optimizer.dynamic_scale else value for v, value in pairs]
             return optimizer.stateless_apply(state, grads, weights)
 
-        # Donated buffers are kept where what is returned comes in the order of what was given.
+        # XLA reuses donated buffers if results come in the order of the arguments.
         given = [v.value for v in variables], [v.value for v in optimizer.variables], grads
         return jax.jit(step, donate_argnums=(0, 1)).lower(*given).compile()
 
@@ -63,7 +63,7 @@ def test_torch_holds_no_more_than_the_largest_tensor(make):
     optimizer.apply(grads, variables)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         optimizer.apply(grads, variables)
-    # What is taken and given back, one after the other.
+    # Allocations and deallocations in order.
     taken = [
         event.nbytes()
         for event in profiled.profiler.kineto_results.events()
@@ -86,7 +86,7 @@ def test_tensorflow_divides_no_gradient_before_the_last_large_one_is_applied(dec
     nodes = {node.name: node for node in applying.node_def}
 
     def waits(kind):
-        """Return, for each node of a kind, what its last input waits for."""
+        """Return, for each node of a kind, the nodes that its last input depends on."""
         taken = [
             [name for name in node.input if name[0] != "^"][-1]
             for node in nodes.values()
@@ -95,7 +95,7 @@ def test_tensorflow_divides_no_gradient_before_the_last_large_one_is_applied(dec
         return [waited_for(nodes[name.split(":")[0]]) for name in taken]
 
     def waited_for(node):
-        """Return what a node waits for, by itself or by an input that waits."""
+        """Return the nodes that a node depends on, directly or through its inputs."""
         before = [nodes[name.split(":")[0]] for name in node.input if name.split(":")[0] in nodes]
         found = [name for each in (node, *before) for name in each.input if name[0] == "^"]
         return {name[1:] for name in found}

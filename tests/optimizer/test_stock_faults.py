@@ -119,7 +119,7 @@ def test_the_history_of_a_run_with_skipped_steps_holds_only_the_loss():
 
 
 class TestNoGradientsAtAll:
-    """Fault 21: to a plain optimizer they are nothing to do."""
+    """Fault 21: a plain optimizer does nothing with them."""
 
     @staticmethod
     def built(optimizer):

@@ -68,7 +68,7 @@ def test_the_second_step_traces_nothing(module):
     model.train_on_batch(X[:8], Y[:8])
     traces = Counting.traces
     assert traces > 0
-    # A step that is skipped, ones that are applied and a scale that moves are all one program.
+    # Skipped steps, applied steps and a changing scale are one program.
     for factor in (np.inf, 1.0, 1.0, 1.0):
         model.train_on_batch(X[:8] * np.float32(factor), Y[:8])
     assert model.optimizer.skipped_steps > 0

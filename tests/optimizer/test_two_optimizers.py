@@ -63,7 +63,7 @@ def _gradients(model, batches):
 
 
 def jitted(model):
-    """Return one step of both as JAX has it: pure, compiled, with two `stateless_apply`."""
+    """Return one step of both on JAX: stateless, compiled, with two `stateless_apply`."""
     import jax
 
     def one(optimizer, part, values, state, x):
@@ -133,7 +133,7 @@ def test_each_scale_follows_its_own_gradients():
     wrapped = [
         mp.LossScaleOptimizer(keras.optimizers.SGD(0.01), loss_scale=schedule) for _ in SCALES
     ]
-    # A finite loss whose gradient is beyond float32, for one of them and every second time.
+    # A finite loss whose gradient is beyond float32, for one of them in every second step.
     calls = iter(range(len(X)))
     model = trained(wrapped, lambda x: [x, x * (4e18 if next(calls) % 2 else 1.0)])
     assert [o.loss_scale for o in model.pair] == [2.0**12, 2.0**8]

@@ -9,8 +9,8 @@ from keras import ops
 
 from kerasmp.optimizer import LossScaleOptimizer
 
-SCALE = 2.0**4  # what is scaled by it fits into float16
-# JAX has no float64 unless it is asked for.
+SCALE = 2.0**4  # scaled gradients fit into float16
+# JAX has no float64 by default.
 DTYPES = ["float16", "bfloat16"] + ["float64"] * (BACKEND != "jax")
 COMPANY = {
     "alone": {},

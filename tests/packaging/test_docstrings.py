@@ -21,7 +21,7 @@ FRAMEWORKS = {"tensorflow", "jax", "torch"}
 
 
 def public(module):
-    """Yield (dotted name, object) for all that a module and its public submodules promise."""
+    """Yield (dotted name, object) for all public names of a module and its submodules."""
     names = getattr(module, "__all__", [x for x in vars(module) if not x.startswith("_")])
     for name in names:
         thing = getattr(module, name)
@@ -63,7 +63,7 @@ def test_numerics_have_an_example_that_is_run_and_say_what_comes_in_and_out(pack
 
 
 def is_run(thing):
-    """Return whether an example is among those that are run of a module."""
+    """Return whether an example of a module is run."""
     return f"{thing.__module__}.{thing.__name__}" in run(thing.__module__)
 
 
@@ -112,7 +112,10 @@ def modules():
 def test_examples_in_docstrings_hold(name):
     try:
         module = importlib.import_module(name)
-    except (ImportError, SystemExit) as error:  # the command ends politely, after an ImportError
+    except (
+        ImportError,
+        SystemExit,
+    ) as error:  # the command ends with a message after an ImportError
         cause = error if isinstance(error, ImportError) else error.__cause__ or error.__context__
         missing = (getattr(cause, "name", None) or "").partition(".")[0]
         if keras.backend.backend() == "tensorflow" or missing not in OPTIONAL:

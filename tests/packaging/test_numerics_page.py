@@ -40,7 +40,7 @@ def test_the_page_begins_with_the_largest_error_in_each_half_precision():
         assert f"{max(map(numerics_page.ratio, rows)):.1f} times the best in {half}**" in top
 
 
-# What has other inputs in bfloat16 is one in float16, and perhaps in bfloat16.
+# A hazard with other inputs in bfloat16 is one in float16, and perhaps in bfloat16.
 IN_FLOAT16 = [each.name for each in HAZARDS if each.number and "float16" in each.halves]
 
 

@@ -38,7 +38,7 @@ def is_private(name):
 
 
 def defined(tree):
-    """Return what a file gives a private name: functions, classes, globals, attributes of self."""
+    """Return the private names that a file defines: functions, classes, globals, attributes."""
     for node in ast.walk(tree):
         match node:
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
@@ -58,7 +58,7 @@ OURS = {
 
 
 def behind(dotted):
-    """Return what is private of `kerasmp.a.b.c`: a module, or what a package does not export."""
+    """Return the private part of `kerasmp.a.b.c`: a module, or a name that is not exported."""
     parts = dotted.split(".")
     if parts[0] != "kerasmp" or parts[-1].startswith("__"):
         return None
@@ -71,7 +71,7 @@ def behind(dotted):
 
 
 def dotted(node):
-    """Return `a.b.c` of such an expression, or nothing."""
+    """Return the dotted name of an expression, or None."""
     match node:
         case ast.Name(id=name):
             return name
@@ -81,7 +81,7 @@ def dotted(node):
 
 
 def private_uses(tree):
-    """Return all that a file of tests uses of what is private here."""
+    """Return the private names of kerasmp that a test file uses."""
     ours = {"kerasmp": "kerasmp"}
     used, own = set(), set(defined(tree))
     for node in ast.walk(tree):

@@ -82,7 +82,7 @@ def test_a_class_rule_covers_what_is_inside_up_to_the_next_rule():
     assert {name for name in inside if got[name][0] == "mixed_float16"} == inside
     got = after({layers.MultiHeadAttention: "float32", "mha/key": "mixed_float16"}, model)
     assert {name for name in inside if got[name][0] == "float32"} == inside - {"key"}
-    # A path is the layer alone, as in Keras.
+    # As in Keras, a path names only the layer.
     got = after({"mha": "float32"}, model)
     assert {name for name in inside if got[name][0] == "float32"} == {"mha"}
 

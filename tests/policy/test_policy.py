@@ -156,11 +156,11 @@ def test_a_keras_map_gives_default_and_rules():
 
 
 class TellsMore(keras.DTypePolicy):
-    """A Keras policy whose name is not all of it."""
+    """A Keras policy whose name does not describe it completely."""
 
 
 class OfAnyName(keras.DTypePolicy):
-    """A Keras policy whose name says nothing to Keras."""
+    """A Keras policy with a name that Keras does not know."""
 
     def __init__(self):
         super().__init__("mixed_float16")

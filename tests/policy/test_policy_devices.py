@@ -207,7 +207,7 @@ def test_tensorflow_without_accelerator(monkeypatch):
 
 
 class FakeJax:
-    """JAX with a setting, and devices that count how often they are started."""
+    """JAX with a setting, and with devices that count how often they are initialised."""
 
     def __init__(self, platforms="", found=()):
         self.config = SimpleNamespace(jax_platforms=platforms)

@@ -17,7 +17,7 @@ def test_the_recommendation_for_this_machine_is_usable():
     assert keras.backend.standardize_dtype(outputs.dtype) == advice.policy.compute_dtype
 
 
-@pytest.mark.full  # test_policy_devices.py shows what is asked of TensorFlow, and that is little
+@pytest.mark.full  # test_policy_devices.py shows how little is asked of TensorFlow
 @pytest.mark.backend("tensorflow")
 def test_tensorflow_is_not_initialised_by_looking():
     code = (

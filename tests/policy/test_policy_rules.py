@@ -24,7 +24,7 @@ class Unregistered(keras.layers.Layer):
 
 
 class Dense(keras.layers.Layer):
-    """Has the name of one of Keras's layers, but is not it."""
+    """Another class with the name of a Keras layer."""
 
 
 @pytest.mark.unit

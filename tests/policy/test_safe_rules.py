@@ -66,7 +66,7 @@ def spectrogram(**settings):
     return layers.STFTSpectrogram(frame_length=16, frame_step=8, **settings)
 
 
-# name of the rule: layers that it claims, and near misses that it leaves alone.
+# By rule: layers that it claims, and similar ones that it leaves alone.
 CASES = {
     "data": (
         [
@@ -184,12 +184,12 @@ CASES = {
         [
             lambda: relu_after(spectrogram(mode="log"), (64, 1)),
             lambda: relu_after(layers.MelSpectrogram(fft_length=64, sequence_stride=16), (64,)),
-            # What takes it may overflow, too.
+            # The next layer may overflow, too.
             lambda: relu_after(layers.Permute((2, 1)), (64, 1), before=[spectrogram(mode="psd")]),
             lambda: relu_after(
                 layers.BatchNormalization(), (64, 1), before=[spectrogram(mode="psd")]
             ),
-            # Ours, too: each casts what it is given, before it can do anything about it.
+            # kerasmp layers, too: each casts its inputs before its own code runs.
             lambda: relu_after(
                 mp.layers.BatchNormalization(), (64, 1), before=[spectrogram(mode="psd")]
             ),
@@ -220,7 +220,7 @@ CASES = {
 }
 
 
-# Keras's NumPy backend hands no masks on in 3.12, where the unit tests run, too.
+# The NumPy backend of Keras 3.12, on which unit tests run too, passes no masks on.
 MARKS = {"masked-pooling": pytest.mark.keras("3.15")}
 
 
@@ -260,7 +260,7 @@ def test_every_rule_is_tested():
     assert {rule.name for rule in RULES} == {*CASES, *ON_ONE_BACKEND, *others}
 
 
-# name of the rule: the backend on which stock Keras needs it, and the same as in CASES.
+# By rule: the backend on which stock Keras needs it, and layers as in CASES.
 ON_ONE_BACKEND = {
     "mask-value": (
         "tensorflow",

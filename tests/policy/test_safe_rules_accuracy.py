@@ -29,7 +29,7 @@ def rounded(*shape, scale=1.0, shift=0.0):
 
 
 def far_from_zero(size):
-    """Return queries and values whose scores differ by little, and are large."""
+    """Return queries and values whose scores are large and differ little."""
     x = rounded(2, 4, 6, 64, scale=0.5)
     x[..., 0] = size
     return x
@@ -107,7 +107,7 @@ def test_averages_do_not_overflow():
     assert np.all(averaged("safe") == 4e4)
 
 
-@pytest.mark.backend("tensorflow", "jax")  # torch rounds nothing there
+@pytest.mark.backend("tensorflow", "jax")  # torch does not round there
 def test_spectral_normalization_keeps_its_float32_kernel():
     def kernel(rules):
         keras.utils.set_random_seed(0)
@@ -142,7 +142,7 @@ def test_the_gradient_of_a_row_is_not_summed_in_float16(name):
 
 
 def ones(x):
-    """Return gates that are open, whatever there is."""
+    """Return gates that are always open."""
     return keras.ops.ones_like(x)
 
 

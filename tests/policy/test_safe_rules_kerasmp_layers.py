@@ -12,12 +12,12 @@ from helpers.marks import few
 
 import kerasmp as mp
 
-# Our class and Keras's.
+# The kerasmp class and Keras's.
 PAIRS = {n: (c, getattr(keras.layers, n)) for n, c in OURS.items() if hasattr(keras.layers, n)}
 
 
 def answer(cls, *, then=(), **arguments):
-    """Return what a layer, with others after it, is to follow, and the rule that says so."""
+    """Return the policy of a layer followed by others, and the rule that decides."""
     case = CASES[cls.__name__]
     layer = cls(**{**case.arguments(), **arguments})
     inputs = [keras.Input(shape[1:]) for shape in case.shapes]
@@ -42,7 +42,7 @@ def test_a_head_is_float32_whichever_package_its_layer_is_from(name):
     assert '"safe"' in ours[1]
 
 
-# What a layer is given, and whether that makes it one for float32.
+# Arguments of a layer, and whether they require float32.
 GIVEN = {
     "softmax": ({"activation": "softmax"}, True),
     "sigmoid": ({"activation": "sigmoid"}, True),
@@ -53,7 +53,7 @@ GIVEN = {
 
 
 def applies(stock):
-    """Tell whether it applies an activation to its outputs, beside what it is for."""
+    """Return whether a class applies an activation to its outputs."""
     recurrent = issubclass(stock, keras.layers.RNN)
     named = "activation" in inspect.signature(stock).parameters
     return named and not recurrent and stock is not keras.layers.Activation

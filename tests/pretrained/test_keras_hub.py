@@ -9,8 +9,8 @@ import kerasmp as mp
 
 pytestmark = [
     pytest.mark.full,
-    pytest.mark.keras("3.15.0"),  # KerasHub asks for it
-    # KerasHub's own: a layer of T5 that takes no mask, and an embedding that is not tied.
+    pytest.mark.keras("3.15.0"),  # KerasHub needs it
+    # From KerasHub: a layer of T5 that takes no mask, and an embedding that is not tied.
     pytest.mark.filterwarnings("ignore:.*does not support masking and will therefore destroy"),
     pytest.mark.filterwarnings("ignore:Gradients do not exist for variables.*reverse_embeddings"),
 ]
@@ -77,7 +77,7 @@ def train(model, x):
     return losses[-1] < losses[0]
 
 
-# Llama's own attention multiplies in float16 and adds in float32, which JAX has not on a CPU.
+# Llama's attention multiplies in float16 and sums in float32, which JAX lacks on a CPU.
 LLAMA = pytest.param(llama, marks=pytest.mark.backend("tensorflow", "torch"))
 
 

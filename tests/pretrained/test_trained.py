@@ -41,12 +41,12 @@ class Emotions:
 
     @classmethod
     def inputs(cls):
-        """Return photographs as it wants them."""
+        """Return photographs, preprocessed for the model."""
         return crops(cls.count, cls.size, cls.channels) / 127.5 - 1
 
     @classmethod
     def task(cls):
-        """Return what to fine-tune it for: which of both photographs a crop is of."""
+        """Return targets for fine-tuning: which of both photographs a crop shows."""
         return cls.inputs(), np.arange(cls.count) % 2
 
     loss = "sparse_categorical_crossentropy"
@@ -63,7 +63,7 @@ class Edges:
 
     @staticmethod
     def build(size=size):
-        """Return it with Keras's layers alone, for pictures whose size 16 divides."""
+        """Return the model with Keras's layers only, for pictures whose size 16 divides."""
         x = inputs = keras.Input((size, size, 3))
         sides = []
         for block, (depth, filters) in enumerate([(2, 64), (2, 128), (3, 256), (3, 512), (3, 512)]):
@@ -85,12 +85,12 @@ class Edges:
 
     @classmethod
     def inputs(cls, size=size):
-        """Return photographs as it wants them: BGR, without the mean."""
+        """Return photographs, preprocessed for the model: BGR, without the mean."""
         return crops(cls.count, size)[..., ::-1] - MEAN
 
     @classmethod
     def task(cls, size=size):
-        """Return what to fine-tune it for: the strongest seventh of the changes in brightness."""
+        """Return targets for fine-tuning: the strongest seventh of the changes in brightness."""
         found = contrast(crops(cls.count, size))
         return cls.inputs(size), (found > np.quantile(found, 0.85)).astype("float32")
 
@@ -133,7 +133,7 @@ def bound(report, policy):
 
 
 def far_from_a_tie(probabilities, limit):
-    """Return where no error below `limit` can change the top class."""
+    """Return whether an error below `limit` cannot change the top class, for each row."""
     if probabilities.shape[-1] == 1:
         return np.abs(probabilities - 0.5) > limit
     ordered = np.sort(probabilities, axis=-1)
@@ -189,7 +189,7 @@ def test_the_edges_are_those_of_the_pictures():
 
 FINE_TUNED = [
     (Emotions, Emotions.task, Emotions.build, 1e-3, 8),
-    # Ten times as long elsewhere, without other ways than the first one's.
+    # Ten times as long on the other backends, and no other code path.
     pytest.param(
         Edges,
         lambda: Edges.task(32),
@@ -211,7 +211,7 @@ def test_fine_tuning_in_float16_lowers_the_loss_without_a_skipped_step(
     mp.convert(model)
     schedule = mp.DynamicLossScale(initial_scale=2.0**10)
     optimizer = mp.LossScaleOptimizer(keras.optimizers.Adam(rate), loss_scale=schedule)
-    # For a few steps XLA takes longer to compile than it saves; JAX has no other way that is quick.
+    # For a few steps XLA takes longer to compile than it saves; on JAX the alternative is slow.
     jit = "auto" if keras.backend.backend() == "jax" else False
     model.compile(optimizer, network.loss, jit_compile=jit)
     losses = model.fit(x, y, epochs=steps, batch_size=len(x), shuffle=False, verbose=0)

@@ -85,7 +85,7 @@ def test_the_page_has_settings_environment_and_results(result, text):
         "87.5%",
     ):
         assert fact in text
-    # Of 32 bins from 2^-30 on, float16 loses five, halves eleven, and keeps sixteen.
+    # Of 32 bins from 2^-30 on, float16 loses five, makes eleven subnormal, and keeps sixteen.
     assert "activations1 (not scaled)" in text.replace(" activations ", "activations")
     assert "15.62% 34.38% 50.00% 0.00%" in re.sub(r"%\s*(?=\d)", "% ", text)
 

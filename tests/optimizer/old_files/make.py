@@ -35,7 +35,7 @@ def ours(inner, **arguments):
 
 
 def converted():
-    """One of stock Keras, converted."""
+    """Return a converted stock model."""
     keras.utils.set_random_seed(0)
     model = keras.Model(*network(keras.layers))
     model.compile(keras.optimizers.Adam(0.01, clipnorm=1.0), "mse")
