@@ -8,7 +8,7 @@ from kerasmp.errors import LossScaleWarning
 
 
 @pytest.fixture
-def told():
+def warned():
     """Return a function that lists the loss-scale warnings so far; other warnings stay errors."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", LossScaleWarning)

@@ -281,19 +281,19 @@ def test_the_kerasmp_optimizer_with_accumulation():
 
 
 @pytest.mark.parametrize("dtype", [full("float32"), "mixed_bfloat16"])
-def test_a_plain_optimizer_without_float16_gives_no_warning(dtype, told):
+def test_a_plain_optimizer_without_float16_gives_no_warning(dtype, warned):
     history = fit(make(keras.optimizers.SGD(0.1), dtype=dtype), "gg", [OverflowMonitor()])
     assert list(history) == ["loss"]
-    assert told() == []
+    assert warned() == []
 
 
 @pytest.mark.parametrize("dtype", ["mixed_float16", full("float16")])
-def test_a_plain_optimizer_under_float16_gives_a_warning(dtype, told):
+def test_a_plain_optimizer_under_float16_gives_a_warning(dtype, warned):
     warnings.filterwarnings("ignore", "Before the first step")  # other findings
     model = make(keras.optimizers.SGD(0.1), dtype=dtype)
     assert not isinstance(model.optimizer, STOCK)
     assert list(fit(model, "gg", [OverflowMonitor(1)], epochs=2)) == ["loss"]
-    (message,) = told()
+    (message,) = warned()
     assert message.startswith("Layers compute in float16 (only) and nothing scales the loss")
     assert "kerasmp.LossScaleOptimizer" in message
 

@@ -14,17 +14,17 @@ from kerasmp.optimizer import LossScaleOptimizer
 pytestmark = marks_on("jax")
 
 
-def test_a_healthy_run_is_silent(told):
+def test_a_healthy_run_is_silent(warned):
     schedule = DynamicLossScale(2.0**20)
     model = make(LossScaleOptimizer(keras.optimizers.SGD(0.01), loss_scale=schedule))
     fit(model, "b" * 9 + "g" * 6 + "b" * 9 + "g", [OverflowMonitor(1)], epochs=3)
-    assert told() == []
+    assert warned() == []
 
 
-def test_a_streak_and_then_a_stall_give_one_warning_each(told):
+def test_a_streak_and_then_a_stall_give_one_warning_each(warned):
     model = make(LossScaleOptimizer("sgd", loss_scale=FixedLossScale(8)))
     fit(model, "g" + "b" * 80, [OverflowMonitor(5, streak=10, stalled=50)], epochs=2)
-    streak, stalled = told()
+    streak, stalled = warned()
     assert streak.startswith("The last 14 training steps were skipped")
     assert "the loss scale is now 8." in streak
     assert stalled.startswith("Training has stalled: the last 54 steps were skipped")
@@ -34,39 +34,39 @@ def test_a_streak_and_then_a_stall_give_one_warning_each(told):
     assert "min_scale" not in stalled
 
 
-def test_a_streak_at_the_floor_is_a_stall_at_once(told):
+def test_a_streak_at_the_floor_is_a_stall_at_once(warned):
     model = make(
         LossScaleOptimizer("sgd", loss_scale=DynamicLossScale(8.0, min_scale=2.0)), loss="mae"
     )
     fit(model, "h" * 10, [OverflowMonitor(3)])
-    (message,) = told()
+    (message,) = warned()
     assert message.startswith("Training has stalled: the last 10 steps")
     assert "the loss scale is 2, and its schedule does not let it fall further." in message
     assert "take means. Or give the schedule a lower min_scale." in message
 
 
-def test_a_streak_that_goes_below_one_names_sums(told):
+def test_a_streak_that_goes_below_one_names_sums(warned):
     def finite_without_a_gradient(_, output):
         return keras.ops.mean(keras.ops.sqrt(0.0 * output))
 
     optimizer = LossScaleOptimizer("sgd", loss_scale=DynamicLossScale(8.0))
     fit(make(optimizer, loss=finite_without_a_gradient), "g" * 10, [OverflowMonitor(3)])
-    (message,) = told()
+    (message,) = warned()
     assert "the loss scale is now 0.0078125." in message
     assert message.startswith("The last 10 training steps were skipped")
     assert "If the loss is a sum over the batch" in message
     assert "min_scale" not in message
 
 
-def test_each_fit_warns_anew(told):
+def test_each_fit_warns_anew(warned):
     model, monitor = make(), OverflowMonitor(streak=2)
     for _ in range(2):
         fit(model, "bbb", [monitor])
         fit(model, "ggg", [monitor])
-    assert len(told()) == 2
+    assert len(warned()) == 2
 
 
-def test_only_the_variable_at_fault_is_named(told):
+def test_only_the_variable_at_fault_is_named(warned):
     keras.utils.set_random_seed(2)
     inputs = [keras.Input((3,)), keras.Input((3,))]
     dense = keras.layers.Dense
@@ -76,23 +76,23 @@ def test_only_the_variable_at_fault_is_named(told):
     good, y = batches("g" * 4)
     huge = np.full_like(good, 1e30)  # its own gradient overflows, the other's does not
     model.fit([good, huge], [y, y], 1, verbose=0, callbacks=[OverflowMonitor(streak=4)])
-    (message,) = told()
+    (message,) = warned()
     (name,) = (v.path for v in model.trainable_variables if "q" in v.path)
     assert f"The gradients of {name} were inf" in message
 
 
-def test_the_stock_optimizer_names_no_variable(told):
+def test_the_stock_optimizer_names_no_variable(warned):
     fit(make(STOCK(keras.optimizers.SGD())), "g" + "b" * 12, [OverflowMonitor(1)])
-    (message,) = told()
+    (message,) = warned()
     assert message.startswith("The last 10 training steps were skipped")
     assert "The gradients of" not in message
 
 
 @pytest.mark.parametrize("optimizer", [LossScaleOptimizer, full(STOCK)])
-def test_a_good_step_between_two_looks_ends_the_streak(optimizer, told):
+def test_a_good_step_between_two_looks_ends_the_streak(optimizer, warned):
     model = make(optimizer(keras.optimizers.SGD(0.1)))
     fit(model, ("b" * 7 + "g") * 4, [OverflowMonitor(1, streak=8)])
-    assert told() == []
+    assert warned() == []
 
 
 def head(activation=None, dtype="mixed_float16"):

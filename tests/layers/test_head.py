@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers.gradients import float64
 from helpers.marks import few, full, full_on, marks_on
 from keras import ops
 
@@ -42,13 +43,7 @@ def compile_(model, rate, scale, loss):
 
 @pytest.fixture
 def _wide_jax():
-    """Enable float64 on JAX, which narrows it to float32 by default."""
-    if keras.backend.backend() != "jax":
-        yield
-        return
-    import jax
-
-    with jax.enable_x64(True):
+    with float64():
         yield
 
 
