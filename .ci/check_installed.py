@@ -1,4 +1,4 @@
-"""Check an installed kerasmp: where it lies, what lies beside it, and that it is the wheel's."""
+"""Check an installed kerasmp: its location, its files and its version."""
 
 import importlib.metadata
 import sys

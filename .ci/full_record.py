@@ -1,7 +1,7 @@
-"""Keep in .ci/full.tsv when, and at which commit, each part of `.ci/run full` last passed.
+"""Record in .ci/full.tsv when, and at which commit, each part of `.ci/run full` last passed.
 
-`full_record.py PART COMMIT` writes, `full_record.py --show` prints what is known of all parts, and
-`full_record.py --parts` only their names.
+`full_record.py PART COMMIT` writes a record, `full_record.py --show` prints those of all parts, and
+`full_record.py --parts` prints the names of the parts.
 """
 
 import datetime as dt
@@ -12,24 +12,24 @@ from pathlib import Path
 FILE = Path(__file__).with_name("full.tsv")
 TESTS = Path(__file__).parent.parent / "tests"
 
-# How a file of tests says that some of it is not quick.
+# A test file with this has tests that are not quick.
 MARKED = re.compile(r"\b(mark\.full|helpers\.marks|each_of)\b")
 
 
 def parts() -> list[str]:
-    """Return the folders and files in tests/ that have such a file, and the examples."""
+    """Return the folders and files in tests/ with such tests, and the examples."""
     files = (f for f in TESTS.rglob("test_*.py") if MARKED.search(f.read_text(encoding="utf-8")))
     return [*sorted({file.relative_to(TESTS).parts[0] for file in files}), "examples"]
 
 
 def read() -> dict[str, tuple[str, str]]:
-    """Return the day and the commit of each part that has passed."""
+    """Return the date and the commit of each part that has passed."""
     lines = FILE.read_text(encoding="utf-8").splitlines() if FILE.exists() else []
     return {part: (day, commit) for part, day, commit in (line.split("\t") for line in lines)}
 
 
 def write(part: str, commit: str) -> None:
-    """Note that a part has passed today at a commit."""
+    """Record that a part has passed today at a commit."""
     today = dt.datetime.now(tz=dt.UTC).date().isoformat()
     passed = read() | {part: (today, commit)}
     lines = ["\t".join([name, *passed[name]]) for name in sorted(passed)]
@@ -37,7 +37,7 @@ def write(part: str, commit: str) -> None:
 
 
 def main(first: str, *others: str) -> None:
-    """Write or show, as the module says."""
+    """Run the command line."""
     if first == "--parts":
         print("\n".join(parts()))
     elif first == "--show":

@@ -1,24 +1,24 @@
-"""Plant small faults in the product, one at a time, and see whether the tests notice.
+"""Plant small faults in the package, one at a time, and check that the tests find them.
 
-`.ci/mutants.toml` holds the faults. `mutants.py [NAME ...]` plants those named, or all, each in a
-copy of the files that git knows or would add, and runs the tests of the packages concerned, up to
-the first that fails:
+`.ci/mutants.toml` defines the faults. `mutants.py [NAME ...]` plants the named ones, or all, each
+in a copy of the files that git tracks or would add, and runs the tests concerned up to the first
+failure:
 
-- `--set quick`: the unit tests on NumPy; if the fault lives on, the quick tests on TensorFlow.
+- `--set quick`: the unit tests on NumPy; if they pass, the quick tests on TensorFlow.
 - `--set full`: the tests that are marked full, on TensorFlow.
-- `--set everything`: all tests on TensorFlow, whatever their marks, but for the unit tests; for a
-  tree that has none, as the baseline is.
+- `--set everything`: all tests on TensorFlow except unit tests, whatever their marks; for a tree
+  without marks, such as the baseline.
 
-Before that, the same tests run without a fault, and must pass, or "killed" would mean nothing.
-`--no-control` leaves that out, for a tree whose tests are known to pass.
+First the same tests run without a fault and must pass, since otherwise "killed" would mean nothing.
+`--no-control` skips that for a tree whose tests are known to pass.
 
-What is known is kept in `--results`, a line of JSON for each run. A fault that is in there, and has
-not changed since, is not run again, so that a run that was stopped goes on where it was. Remove the
-file when the tests have changed. What ended in an error is tried again; so is what took too long,
-which says nothing: a test that hangs fails by pytest's own limit.
+`--results` stores one line of JSON for each run. A fault with a stored result is not run again
+unless it has changed, so that an interrupted run can continue. Remove the file when the tests have
+changed. Errors are tried again, and so are timeouts, which prove nothing: a test that hangs fails
+by pytest's own limit.
 
-`--list` prints the faults, and fails if the text of one is gone. `--table BASE QUICK [FULL]` prints
-what such files say of each fault, side by side.
+`--list` prints the faults, and fails if the text of one is missing. `--table BASE QUICK [FULL]`
+prints the results of several such files side by side.
 """
 
 import argparse
@@ -45,26 +45,26 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 FAULTS = Path(__file__).with_name("mutants.toml")
 
-# Keras's backend and pytest's expression of marks, one step after the other.
+# Keras backend and pytest expression of marks, in the order of the runs.
 SETS = {
     "quick": (("numpy", "unit"), ("tensorflow", "not full")),
     "full": (("tensorflow", "full"),),
     "everything": (("tensorflow", ""),),
 }
-# What pytest's exit code says.
+# Exit codes of pytest.
 PASSED, FAILED, INTERRUPTED, NO_TESTS = 0, 1, 2, 5
 
-# What the user's shell may hold must not change a result.
+# The user's shell must not change a result.
 FORGOTTEN = {"PYTHONPATH", "VIRTUAL_ENV", "KERAS_BACKEND", "PYTEST_ADDOPTS"}
 SETTINGS = {"MPLBACKEND": "Agg", "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
 
-# A run without a fault goes through all tests, and may take so many times as long.
+# A run without a fault runs all tests, and may take this many times as long.
 CONTROL_PATIENCE = 4
 
-# A test's id in the list that ends pytest's output. There may be blanks in its brackets.
+# The id of a test in the list at the end of pytest's output. Its brackets may contain blanks.
 NAMED = re.compile(r"^(?:FAILED|ERROR) (\S+?\[.*?\]|\S+)(?: - |$)", re.MULTILINE)
 
-# Imports nothing, and so takes no time: where is it, here and in a process that this one starts?
+# Find the package here and in a child process, without the time of an import.
 WHERE = "import importlib.util as u; print(u.find_spec('kerasmp').origin, flush=True)"
 WHERE_TWICE = f"import subprocess, sys; {WHERE}; subprocess.run([sys.executable, '-c', {WHERE!r}])"
 
@@ -74,15 +74,15 @@ WHERE_TWICE = f"import subprocess, sys; {WHERE}; subprocess.run([sys.executable,
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A small fault, as a replacement of text.
+    """A small fault, defined as a replacement of text.
 
     Args:
-        name: Its name.
+        name: The name.
         idea: What goes wrong for the user, whatever the code looks like.
-        file: The file, from the root of the tree.
-        before: The text that is replaced; it is in the file once.
-        after: What stands there instead.
-        tests: The folders or files of tests concerned, from the root of the tree.
+        file: The file, relative to the root of the tree.
+        before: The text to replace, which occurs in the file once.
+        after: The new text.
+        tests: The folders or files of tests concerned, relative to the root of the tree.
     """
 
     name: str
@@ -94,12 +94,12 @@ class Fault:
 
     @property
     def package(self) -> str:
-        """The package of the product that it is in."""
+        """The subpackage that contains the fault."""
         return Path(self.file.removeprefix("kerasmp/")).parts[0].removesuffix(".py")
 
     @property
     def hash(self) -> str:
-        """Changes with all that may change a result."""
+        """A hash of everything that may change a result."""
         return digest(self.file, self.before, self.after, *self.tests)
 
 
@@ -109,14 +109,14 @@ def digest(*texts: str) -> str:
 
 
 def read_faults() -> list[Fault]:
-    """Return the faults of `.ci/mutants.toml`; exit if one is not well written."""
+    """Return the faults of `.ci/mutants.toml`; exit if one is malformed."""
     entries = tomllib.loads(FAULTS.read_text(encoding="utf-8"))["fault"]
     fields = {field.name for field in dataclasses.fields(Fault)}
     faults = []
     for entry in entries:
         called = entry.get("name", entry)
         if entry.keys() != fields:
-            sys.exit(f"{FAULTS.name}: {called} needs {sorted(fields)}, and has {sorted(entry)}.")
+            sys.exit(f"{FAULTS.name}: {called} needs {sorted(fields)}, but has {sorted(entry)}.")
         fault = Fault(**entry | {"tests": tuple(entry["tests"])})
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", fault.name):
             sys.exit(f"{FAULTS.name}: write the name {called!r} as words-with-hyphens.")
@@ -125,12 +125,12 @@ def read_faults() -> list[Fault]:
         faults.append(fault)
     twice = [name for name, number in Counter(f.name for f in faults).items() if number > 1]
     if twice:
-        sys.exit(f"{FAULTS.name}: names must be unique, and {', '.join(twice)} is there twice.")
+        sys.exit(f"{FAULTS.name}: names must be unique, but {', '.join(twice)} occurs twice.")
     return faults
 
 
 def chosen(faults: list[Fault], names: list[str]) -> list[Fault]:
-    """Return the faults of these names, all if there are none; exit if one is unknown."""
+    """Return the faults with these names, or all if none is given; exit if one is unknown."""
     known = [fault.name for fault in faults]
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -142,50 +142,50 @@ def planted(fault: Fault, tree: Path) -> str:
     """Return the text of the file with the fault in it.
 
     Raises:
-        ValueError: If it has no place there.
+        ValueError: If its text is not in the file exactly once, or the result is not Python.
     """
     path = tree / fault.file
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     found = text.count(fault.before)
     if found != 1:
         raise ValueError(
-            f"{fault.name}: its text is {found} times in {fault.file}, and must be there once.\n"
-            f"  Plant it again with the same idea: {fault.idea}"
+            f"{fault.name}: its text occurs {found} times in {fault.file}, but must occur once.\n"
+            f"  Write it again with the same idea: {fault.idea}"
         )
     mutant = text.replace(fault.before, fault.after)
     try:
         ast.parse(mutant)
     except SyntaxError as error:
-        raise ValueError(f"{fault.name}: with it, {fault.file} is no Python: {error}") from error
+        raise ValueError(f"{fault.name}: it makes {fault.file} invalid Python: {error}") from error
     return mutant
 
 
-def refuse_misfits(faults: list[Fault], tree: Path) -> None:
-    """Exit, saying which, if a fault has no place in a tree, or its tests are not there."""
-    misfits = []
+def check_faults(faults: list[Fault], tree: Path) -> None:
+    """Exit with a list if faults cannot be planted in a tree, or their tests are missing."""
+    problems = []
     for fault in faults:
         try:
             planted(fault, tree)
         except ValueError as error:
-            misfits.append(str(error))
-        misfits += [
-            f"{fault.name}: there is no {tests}; name the tests concerned in {FAULTS.name}."
+            problems.append(str(error))
+        problems += [
+            f"{fault.name}: {tests} does not exist; name the tests concerned in {FAULTS.name}."
             for tests in fault.tests
             if not (tree / tests).exists()
         ]
-    if misfits:
-        sys.exit("\n".join(misfits))
+    if problems:
+        sys.exit("\n".join(problems))
 
 
 # -------------------------------------------------------------------------------------- results
 
 
 class Results:
-    """What is known of faults and controls, in a file of JSON lines.
+    """The results of faults and controls, in a file of JSON lines.
 
     Args:
-        path: The file; it need not be there.
-        commit: What the tree is, kept with each record.
+        path: The file, which may be missing.
+        commit: The commit of the tree, stored with each record.
     """
 
     def __init__(self, path: Path, commit: str) -> None:
@@ -197,12 +197,12 @@ class Results:
             self._known[record["fault"], record["hash"], record["set"]] = record
 
     def settled(self, fault: str, fingerprint: str, tests: str) -> dict[str, Any] | None:
-        """Return what is known of this fault under this set; None if nothing, or an error."""
+        """Return the result of a fault with a set of tests; None if there is none, or an error."""
         record = self._known.get((fault, fingerprint, tests))
         return None if record is None or record["verdict"] == "error" else record
 
     def add(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Append a record, at once, and return it."""
+        """Append a record to the file and return it."""
         record |= {"commit": self._commit}
         with self._lock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,14 +212,14 @@ class Results:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file of results; exit if a line is none."""
+    """Return the records of a file of results; exit if a line is not a record."""
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             record = json.loads(line)
             [record[key] for key in ("fault", "hash", "set", "verdict")]
         except (ValueError, KeyError, TypeError):
-            sys.exit(f"{path}: line {number} is no result. Remove it, the fault runs again.")
+            sys.exit(f"{path}: line {number} is not a result. Remove it, and the fault runs again.")
         records.append(record)
     return records
 
@@ -228,7 +228,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 class Processes:
-    """Starts processes, and ends what they have started with them."""
+    """Start processes, and end them together with their children."""
 
     def __init__(self) -> None:
         self._running: set[int] = set()
@@ -237,10 +237,10 @@ class Processes:
     def run(
         self, command: list[str], folder: Path, environment: dict[str, str], seconds: float
     ) -> tuple[int | None, str]:
-        """Return the exit code, None if the time was up, and what was printed.
+        """Return the exit code, or None after a timeout, and the output.
 
         Raises:
-            CancelledError: If all have been ended.
+            CancelledError: If `end_all` was called.
         """
         if self._ended:
             raise cf.CancelledError
@@ -268,7 +268,7 @@ class Processes:
             return code, output.read().decode(errors="replace")
 
     def end_all(self) -> None:
-        """End all that runs, and all that it has started, for good."""
+        """End all processes and their children, and start no more."""
         self._ended = True
         for group in list(self._running):
             self._end(group)
@@ -280,14 +280,14 @@ class Processes:
 
 
 class Runner:
-    """Runs tests in copies of a tree.
+    """Run tests in copies of a tree.
 
     Args:
         python: The interpreter.
-        tree: A folder that nothing changes meanwhile.
+        tree: A folder that does not change meanwhile.
         name: The set of tests.
-        seconds: How long a fault may take.
-        results: Takes what comes of it.
+        seconds: The time limit for a fault.
+        results: Where results are stored.
     """
 
     def __init__(
@@ -301,21 +301,21 @@ class Runner:
         self._results = results
 
     def check_import(self) -> None:
-        """Exit unless the interpreter, and what it starts, import the product from a copy."""
+        """Exit unless the interpreter and its children import kerasmp from a copy."""
         with self._copy() as copy:
-            # Not in the copy: the working folder would be found first.
+            # Not in the copy: the working directory would be found first.
             code, said = self.processes.run(
                 [self._python, "-c", WHERE_TWICE], copy.parent, self._environment(copy), 60
             )
             expected = str(copy / "kerasmp" / "__init__.py")
             if code != 0 or said.split() != [expected] * 2:
                 sys.exit(
-                    f"{self._python} does not import kerasmp from a copy of the tree, though "
-                    f"PYTHONPATH names it. It says:\n{said}"
+                    f"{self._python} does not import kerasmp from a copy of the tree, although "
+                    f"PYTHONPATH names it. Its output:\n{said}"
                 )
 
     def control(self, tests: str) -> dict[str, Any]:
-        """Return what the tests say without a fault; they must pass."""
+        """Return the result of tests without a fault, which must pass."""
         name, fingerprint = f"without a fault: {tests}", digest(tests)
         known = self._results.settled(name, fingerprint, self._set)
         if known is not None:
@@ -326,7 +326,7 @@ class Runner:
         return self._add(name, fingerprint, found)
 
     def fault(self, fault: Fault, controls: list[cf.Future[dict[str, Any]]]) -> dict[str, Any]:
-        """Return what the tests say of a fault, once those without one have passed."""
+        """Return the result of a fault, after its controls have passed."""
         known = self._results.settled(fault.name, fault.hash, self._set)
         if known is not None:
             return known
@@ -390,21 +390,21 @@ class Runner:
 
 
 def git(tree: Path, *arguments: str) -> str:
-    """Return what git says of a tree; exit if it is no checkout."""
+    """Return the output of git for a tree; exit if it is not a checkout."""
     said = subprocess.run(["git", *arguments], cwd=tree, capture_output=True, check=False)  # noqa: S603, S607 - the user's git
     if said.returncode:
-        sys.exit(f"{tree} is no checkout of git: {said.stderr.decode(errors='replace')}")
+        sys.exit(f"{tree} is not a git checkout: {said.stderr.decode(errors='replace')}")
     return said.stdout.decode()
 
 
 def snapshot(tree: Path, folder: Path) -> Path:
-    """Copy the files of a tree that git knows or would add into a folder, and return that."""
+    """Copy the files of a tree that git tracks or would add into a folder, and return it."""
     listed = git(
         tree, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"
     )
     for name in filter(None, listed.split("\0")):
         source, target = tree / name, folder / name
-        if source.is_file():  # what is deleted and not committed is not
+        if source.is_file():  # not if it is deleted but still tracked
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
     return folder
@@ -413,7 +413,7 @@ def snapshot(tree: Path, folder: Path) -> Path:
 def run_all(
     faults: list[Fault], runner: Runner, jobs: int, *, control: bool
 ) -> list[dict[str, Any]]:
-    """Return what the tests say of each fault, so many at a time; controls, if any, come first."""
+    """Return the result of each fault, with `jobs` at a time; controls run first."""
     controls: dict[str, cf.Future[dict[str, Any]]] = {}
     futures = []
     with cf.ThreadPoolExecutor(jobs) as pool:
@@ -422,11 +422,11 @@ def run_all(
                 for tests in fault.tests if control else ():
                     if tests not in controls:
                         controls[tests] = pool.submit(runner.control, tests)
-                # They began before it, so that it does not wait for ever.
+                # They are submitted before the fault, so that it does not wait forever.
                 own = [controls[tests] for tests in fault.tests if control]
                 futures.append(pool.submit(runner.fault, fault, own))
             return [future.result() for future in futures]
-        except BaseException:  # an interrupt, too
+        except BaseException:  # interrupts too
             pool.shutdown(wait=False, cancel_futures=True)
             runner.processes.end_all()
             raise
@@ -447,7 +447,7 @@ def head(*cells: str) -> str:
 
 
 def summary(faults: list[Fault], found: list[dict[str, Any]]) -> str:
-    """Return what came of faults, as a table and counts."""
+    """Return the results of faults as a table and counts."""
     rows = [
         row(fault.name, fault.package, record["verdict"], record["killed_by"] or "-")
         for fault, record in zip(faults, found, strict=True)
@@ -459,7 +459,7 @@ def summary(faults: list[Fault], found: list[dict[str, Any]]) -> str:
 
 
 def side_by_side(faults: list[Fault], paths: list[Path]) -> str:
-    """Return what up to three files of results say of each fault as it is now, as a table."""
+    """Return a table of the current faults with their results in up to three files."""
     columns = [
         {(r["fault"], r["hash"]): r["verdict"] for r in read_results(path)} for path in paths
     ]
@@ -475,36 +475,38 @@ def side_by_side(faults: list[Fault], paths: list[Path]) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    """Return what the command line asks for."""
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="a fault; default: all")
-    parser.add_argument("--python", default=sys.executable, help="of an environment for the tests")
-    parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout to plant them in")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter for the tests")
+    parser.add_argument(
+        "--tree", type=Path, default=ROOT, help="the checkout to plant the faults in"
+    )
     parser.add_argument("--set", choices=SETS, default="quick", help="which tests; default: quick")
     parser.add_argument("--results", type=Path, help="default: .ci/mutants-SET.jsonl")
     parser.add_argument("--jobs", type=int, default=2, help="faults at a time; default: 2")
     parser.add_argument(
-        "--seconds", type=float, default=900, help="that a fault may take; default: 900"
+        "--seconds", type=float, default=900, help="time limit for a fault; default: 900"
     )
     parser.add_argument(
         "--no-control", action="store_true", help="the tests are known to pass without a fault"
     )
     parser.add_argument("--list", action="store_true", help="print and check the faults")
     parser.add_argument(
-        "--table", nargs="+", type=Path, metavar="FILE", help="BASE QUICK [FULL], to print"
+        "--table", nargs="+", type=Path, metavar="FILE", help="print BASE QUICK [FULL]"
     )
     given = parser.parse_args()
     if given.table and len(given.table) not in {2, 3}:
         parser.error("--table takes two files of results, BASE QUICK, or three, BASE QUICK FULL.")
     if given.jobs < 1:
-        parser.error("--jobs is at least 1.")
+        parser.error("--jobs must be at least 1.")
     return given
 
 
 def main() -> None:
-    """Do what the command line asks for; exit with 1 unless all faults are killed."""
+    """Run the command line; exit with 1 unless all faults are killed."""
     given = arguments()
     faults = chosen(read_faults(), given.names)
     if given.table:
@@ -512,19 +514,19 @@ def main() -> None:
         return
     tree = given.tree.resolve()
     if not (tree / "kerasmp").is_dir():
-        sys.exit(f"{tree} is no checkout of kerasmp. Name one with --tree.")
-    refuse_misfits(faults, tree)
+        sys.exit(f"{tree} is not a checkout of kerasmp. Name one with --tree.")
+    check_faults(faults, tree)
     if given.list:
         print("\n".join(f"{fault.name} ({fault.package}): {fault.idea}" for fault in faults))
         print(f"{len(faults)} faults")
         return
     results = given.results or FAULTS.with_name(f"mutants-{given.set}.jsonl")
-    # So that the processes end with this one.
+    # On SIGTERM end the child processes too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Ended."))
-    # By a path that leads there from any folder; to resolve the link would leave the environment.
+    # An absolute path, without following links, which would leave the virtual environment.
     python = shutil.which(given.python)
     if python is None:
-        sys.exit(f"There is no interpreter {given.python}. Name one with --python.")
+        sys.exit(f"The interpreter {given.python} does not exist. Name one with --python.")
     with tempfile.TemporaryDirectory(prefix="kerasmp-faults-") as folder:
         runner = Runner(
             os.path.abspath(python),  # noqa: PTH100 - Path.absolute keeps "..", resolve follows links

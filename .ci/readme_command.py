@@ -1,4 +1,4 @@
-"""Print one of the commands that README.md promises: `python3 .ci/readme_command.py test`."""
+"""Print a command that README.md marks: `python3 .ci/readme_command.py test`."""
 
 import re
 import sys
@@ -25,7 +25,7 @@ def commands(text: str) -> dict[str, str]:
 
 
 def main(name: str) -> None:
-    """Print the command of that name, or leave with a message that says what there is."""
+    """Print the command of that name, or exit with a message that lists the names."""
     found = commands(README.read_text(encoding="utf-8"))
     if name not in found:
         sys.exit(

@@ -1,4 +1,4 @@
-"""Print what `.ci/run` did: a table of its parts, then the tests of all of them in one line."""
+"""Print the results of `.ci/run`: a table of its parts, and the total number of tests."""
 
 import sys
 from collections import Counter
@@ -8,7 +8,7 @@ from xml.etree import ElementTree as ET
 
 
 def counts(results: Iterable[Path]) -> Counter[str]:
-    """Return how many tests of JUnit files passed, failed and were skipped."""
+    """Return how many tests in JUnit files passed, failed and were skipped."""
     found: Counter[str] = Counter()
     for suite in (each for file in results for each in ET.parse(file).iter("testsuite")):
         tests, skipped = int(suite.get("tests", 0)), int(suite.get("skipped", 0))
@@ -18,7 +18,7 @@ def counts(results: Iterable[Path]) -> Counter[str]:
 
 
 def words(found: Counter[str]) -> str:
-    """Return the counts as pytest would say them."""
+    """Return the counts as pytest would write them."""
     said = f"{found['passed']} passed, {found['failed']} failed"
     return f"{said}, {found['skipped']} skipped" if found["skipped"] else said
 
