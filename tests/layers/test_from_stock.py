@@ -61,7 +61,6 @@ if keras.backend.backend() != "jax":
         "Softmax",
         "SpectralNormalization",
     }
-every = pytest.mark.parametrize("name", few(EVERY, MECHANISMS))
 
 
 def inputs_of(example):
@@ -142,7 +141,7 @@ def symbols_of(model):
 # ------------------------------------------------------------------------------- for every class
 
 
-@every
+@pytest.mark.parametrize("name", few(EVERY, MECHANISMS))
 def test_each_stock_layer_becomes_its_counterpart_is_saved_and_restored(name, tmp_path):
     cls, example = EVERY[name]
     model = build(cls, example)
@@ -195,7 +194,7 @@ def is_ours(cls):
     return cls.__module__.startswith("kerasmp.layers")
 
 
-@every
+@pytest.mark.parametrize("name", sorted(MECHANISMS))
 def test_layers_of_a_model_already_in_float16_are_replaced_too(name):
     cls, example = EVERY[name]
     with mp.policy_scope("mixed_float16"):

@@ -148,7 +148,7 @@ def test_glu_is_one_half_times_the_sigmoid_of_the_other(mode):
 
 @full_on("jax")
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"tanh gelu", "mish"}))
-@pytest.mark.parametrize("dtype", [full("float16"), full("bfloat16"), "float32"])
+@pytest.mark.parametrize("dtype", [full("bfloat16"), "float32"])
 def test_values_equal_those_of_keras_computed_in_float32(name, dtype):
     x = ops.cast(np.linspace(-4, 4, 33, dtype="float32"), dtype)
     ours = CASES[name][0](x)

@@ -41,8 +41,13 @@ def test_every_schedule_of_keras_is_tested():
 
 
 @every_way
-@pytest.mark.parametrize("name", few(MADE, ["CosineDecay"]))
-@pytest.mark.parametrize("accumulation", [None, 2])
+@pytest.mark.parametrize(
+    ("name", "accumulation"),
+    few(
+        [*((name, None) for name in MADE), ("CosineDecay", 2)],
+        [("CosineDecay", None), ("CosineDecay", 2)],
+    ),
+)
 def test_a_schedule_moves_in_applied_steps_only(name, accumulation, step):
     def make(_):
         return keras.optimizers.SGD(

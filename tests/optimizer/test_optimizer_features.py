@@ -208,9 +208,15 @@ NORMS = {
 
 
 @every_way
-@pytest.mark.parametrize("number", [full(3), 9])  # TensorFlow checks a few one by one
-@pytest.mark.parametrize("scale", [1.0, full(SCALE)])
-@pytest.mark.parametrize("fused", [True, full(False)])
+@pytest.mark.parametrize(
+    ("fused", "scale", "number"),
+    [
+        (True, 1.0, 9),
+        full(True, 1.0, 3),  # TensorFlow checks a few one by one
+        full(True, SCALE, 9),
+        full(False, 1.0, 9),
+    ],
+)
 def test_a_step_whose_clipping_norm_is_infinite_is_skipped(step, fused, scale, number):
     """The gradients are finite and their squares are not; Keras turns them into NaN or zeros."""
     variables = variables_of(*[[0.0]] * number)

@@ -16,10 +16,8 @@ INDICES = [[4, 0, 4], [1, 1, 1], [5, 4, 0]]
 OPTIMIZERS = {
     "SGD": lambda **more: keras.optimizers.SGD(0.5, **more),
     "momentum": lambda **more: keras.optimizers.SGD(0.5, momentum=0.9, **more),
-    "Nesterov": lambda **more: keras.optimizers.SGD(0.5, momentum=0.9, nesterov=True, **more),
     "Adam": lambda **more: keras.optimizers.Adam(0.1, **more),
     "AdamW": lambda **more: keras.optimizers.AdamW(0.1, **more),
-    "AMSGrad": lambda **more: keras.optimizers.Adam(0.1, amsgrad=True, **more),
     "Adagrad": lambda **more: keras.optimizers.Adagrad(0.1, **more),
     "RMSprop": lambda **more: keras.optimizers.RMSprop(0.1, **more),
 }
@@ -53,9 +51,7 @@ def start():
     return variables_of(np.ones((ROWS, 2)), [0.5, -0.5])
 
 
-CASES = [(name, {}) for name in OPTIMIZERS] + [
-    (n, c) for n in ("momentum", "Adam") for c in COMPANY
-]
+CASES = [*((name, {}) for name in OPTIMIZERS), *(("Adam", company) for company in COMPANY)]
 QUICK = [("momentum", {}), ("Adam", COMPANY[4]), ("Adam", COMPANY[5])]
 
 

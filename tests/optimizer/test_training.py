@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.marks import by_name, few
+from helpers.marks import by_name, full
 
 import kerasmp as mp
 
@@ -48,8 +48,15 @@ def fit(loss_scale="dynamic", epochs=3, layers=(), **compile_arguments):
     return model, history.history["loss"]
 
 
-@pytest.mark.parametrize("loss_scale", few(["dynamic", "fixed", None], ["dynamic"]), ids=str)
-@pytest.mark.parametrize("way", few(WAYS, [{}]), ids=str)
+@pytest.mark.parametrize(
+    ("way", "loss_scale"),
+    [
+        ({}, "dynamic"),
+        *(full(way, "dynamic") for way in WAYS if way),
+        *(full({}, loss_scale) for loss_scale in ("fixed", None)),
+    ],
+    ids=str,
+)
 def test_learns_with_float32_variables_and_float16_compute(way, loss_scale):
     model, losses = fit(loss_scale, epochs=10, **way)
     assert losses[-1] < losses[0] / 4
