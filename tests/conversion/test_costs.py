@@ -16,7 +16,7 @@ B, T = 2, 3  # batch and time
 # Except on JAX, Keras's loop computes the first step of a cell twice, for its shapes.
 LOOPED = T if BACKEND == "jax" else T + 1
 # torch has kernels for whole LSTMs and GRUs, also on a CPU; the others run the loop.
-HAS_FUSED_UPDATES = T if BACKEND == "torch" else LOOPED
+FUSED = T if BACKEND == "torch" else LOOPED
 
 
 def attended(heads, key_heads, depth, dim):
@@ -65,8 +65,8 @@ LAYERS = {
     "Embedding": (lambda: layers.Embedding(7, 3), (T,), 0),
     "LayerNormalization": (layers.LayerNormalization, (4,), 0),
     "SimpleRNN": (lambda: layers.SimpleRNN(3), (T, 4), B * LOOPED * (4 * 3 + 3 * 3)),
-    "LSTM": (lambda: layers.LSTM(3), (T, 4), B * HAS_FUSED_UPDATES * 4 * (4 * 3 + 3 * 3)),
-    "GRU": (lambda: layers.GRU(3), (T, 4), B * HAS_FUSED_UPDATES * 3 * (4 * 3 + 3 * 3)),
+    "LSTM": (lambda: layers.LSTM(3), (T, 4), B * FUSED * 4 * (4 * 3 + 3 * 3)),
+    "GRU": (lambda: layers.GRU(3), (T, 4), B * FUSED * 3 * (4 * 3 + 3 * 3)),
     "Bidirectional": (
         lambda: layers.Bidirectional(layers.SimpleRNN(3)),
         (T, 4),

@@ -72,7 +72,7 @@ _HEADS = _made(
     st.sampled_from(["linear", "softmax", "sigmoid", None]),
 )
 
-# A case that is drawn too rarely: a subclassed model with a functional one, and a layer values_of twice.
+# A case that is drawn too rarely: a subclassed model with a functional one, and a layer held twice.
 HOLDING = Recipe(
     "subclassed",
     ("float",),

@@ -150,7 +150,7 @@ def test_each_stock_layer_becomes_its_counterpart_is_saved_and_restored(name, tm
 
     # After an error it is what it was.
     with pytest.raises(mp.errors.PolicyError, match="not match any layer path"):
-        turned(model, "mixed_float16", rules={"nowhere": "float32"})
+        replace_layers(model, "mixed_float16", rules={"nowhere": "float32"})
     assert_state(model, before)
 
     # In float32, and a second conversion replaces nothing.
@@ -200,7 +200,7 @@ def test_layers_of_a_model_already_in_float16_are_replaced_too(name):
     with mp.policy_scope("mixed_float16"):
         model = build(cls, example, "mixed_float16")
     before, stock = state(model), symbols_of(model)
-    report, _ = turned(model, "mixed_float16", rules=None)
+    report, _ = replace_layers(model, "mixed_float16", rules=None)
     with mp.policy_scope("mixed_float16"):
         other = twin(model, example, "mixed_float16")
     np.testing.assert_array_equal(outputs(model, example), outputs(other, example))

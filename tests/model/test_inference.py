@@ -100,8 +100,8 @@ def test_an_adopted_user_class_loads_and_refuses_training_in_another_process(
     mp.convert(model, "compute=float16,output=float16", rules=None)
     only_for_inference(model)
     model.save(tmp_path / "model.keras")
-    said = another_process("helpers.turned:train", path=str(tmp_path / "model.keras"))
-    predicted = model.predict(turned.X, verbose=0)
+    said = another_process("helpers.adopted_model:train", path=str(tmp_path / "model.keras"))
+    predicted = model.predict(adopted_model.X, verbose=0)
     assert "inference only" in said["error"]
     assert said["classes"] == ["Net", "Model"]
     assert said["outputs"] == predicted.dtype == "float16"

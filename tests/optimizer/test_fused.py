@@ -31,7 +31,7 @@ def leaving_out(optimizer):
     return optimizer
 
 
-HAS_FUSED_UPDATES = {
+FUSED = {
     "Adam": lambda **more: o.Adam(0.01, **more),
     "AdamW": lambda **more: o.AdamW(0.01, weight_decay=0.1, **more),
     "SGD": lambda **more: o.SGD(0.01, **more),
@@ -80,21 +80,19 @@ def tolerance(optimizer):
     return 1e-5 if BACKEND == "tensorflow" and isinstance(optimizer, o.Adam) else 2e-6
 
 
-@pytest.mark.parametrize("make", by_name(HAS_FUSED_UPDATES, ["Adam", "Nesterov", "clipped"]))
+@pytest.mark.parametrize("make", by_name(FUSED, ["Adam", "Nesterov", "clipped"]))
 @each_of(WAYS, WAYS[:2])
 def test_steps_equal_keras_to_rounding(make, step):
     check_steps(make, step, 40)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("make", HAS_FUSED_UPDATES.values(), ids=HAS_FUSED_UPDATES)
+@pytest.mark.parametrize("make", FUSED.values(), ids=FUSED)
 def test_thousands_of_steps_equal_keras_to_rounding(make):
     check_steps(make, graph if BACKEND == "tensorflow" else eager, 2000)
 
 
-@pytest.mark.parametrize(
-    "make", [HAS_FUSED_UPDATES["Adam"], HAS_FUSED_UPDATES["momentum"]], ids=["Adam", "momentum"]
-)
+@pytest.mark.parametrize("make", [FUSED["Adam"], FUSED["momentum"]], ids=["Adam", "momentum"])
 @pytest.mark.parametrize("size", [-12, 6])
 def test_small_and_large_gradients_give_steps_that_equal_keras_to_rounding(make, size):
     check_steps(make, eager, 10, (size, size))
@@ -115,8 +113,8 @@ def check_steps(make, step, steps, sizes=(-12, 6)):
         assert np.all(off <= tolerance(make()) * way + rounding * np.abs(start))
 
 
-BAD = {name: (make, np.inf) for name, make in HAS_FUSED_UPDATES.items()}
-BAD |= {f"Adam, {bad}": (HAS_FUSED_UPDATES["Adam"], bad) for bad in (np.nan, -np.inf)}
+BAD = {name: (make, np.inf) for name, make in FUSED.items()}
+BAD |= {f"Adam, {bad}": (FUSED["Adam"], bad) for bad in (np.nan, -np.inf)}
 
 
 @pytest.mark.parametrize(("make", "bad"), by_name(BAD, ["Adam", "momentum"]))
@@ -225,7 +223,7 @@ def test_a_sparse_gradient_is_left_to_keras_and_stays_sparse_beside_a_fused_one(
 
 
 @pytest.mark.backend("torch")
-@pytest.mark.parametrize("make", by_name(HAS_FUSED_UPDATES, ["Adam", "Nesterov"]))
+@pytest.mark.parametrize("make", by_name(FUSED, ["Adam", "Nesterov"]))
 def test_large_variables_are_updated_in_pieces(make):
     """Longer than a piece and not a multiple of it; one gradient is in column-major order."""
     rng = np.random.default_rng(0)
@@ -247,8 +245,8 @@ def test_large_variables_are_updated_in_pieces(make):
 def test_a_part_of_the_variables_can_be_updated():
     results = []
     for optimizer in (
-        LossScaleOptimizer(HAS_FUSED_UPDATES["Adam"](), loss_scale=4.0),
-        HAS_FUSED_UPDATES["Adam"](),
+        LossScaleOptimizer(FUSED["Adam"](), loss_scale=4.0),
+        FUSED["Adam"](),
     ):
         variables = started()
         optimizer.build(variables)
@@ -315,7 +313,7 @@ def test_a_small_learning_rate_keeps_its_precision(rate):
 
 
 @pytest.mark.backend("torch")
-@pytest.mark.parametrize("make", by_name(HAS_FUSED_UPDATES, ["Adam", "momentum", "clipped"]))
+@pytest.mark.parametrize("make", by_name(FUSED, ["Adam", "momentum", "clipped"]))
 def test_torchs_pure_step_is_the_eager_one(make):
     grads = tensors(*(g * np.float32(SCALE) for g in gradients(8, 1, (-2, 0))[0]))
     eagerly, purely = (LossScaleOptimizer(make(), loss_scale=SCALE) for _ in range(2))
@@ -339,21 +337,19 @@ def test_scales_that_a_learning_rate_cannot_be_divided_by_are_left_to_keras():
 
 
 def test_fusing_can_be_turned_off_and_files_keep_that():
-    wrapped = LossScaleOptimizer(HAS_FUSED_UPDATES["Adam"](), loss_scale=SCALE, fused=False)
+    wrapped = LossScaleOptimizer(FUSED["Adam"](), loss_scale=SCALE, fused=False)
     assert wrapped.fused_update is None
     config = keras.saving.serialize_keras_object(wrapped)
     assert keras.saving.deserialize_keras_object(config).fused_update is None
     sequence = gradients(4, 3)
-    got, expected = (
-        trained(each, eager, sequence)[-1] for each in (wrapped, HAS_FUSED_UPDATES["Adam"]())
-    )
+    got, expected = (trained(each, eager, sequence)[-1] for each in (wrapped, FUSED["Adam"]()))
     assert_same_bits(got, expected)
 
 
 def test_the_gradients_are_left_as_they_are():
     given = tensors(*gradients(5, 1)[0])
     before = [np.array(keras.ops.convert_to_numpy(g)) for g in given]
-    for make in HAS_FUSED_UPDATES.values():
+    for make in FUSED.values():
         wrapped = LossScaleOptimizer(make(), loss_scale=SCALE)
         wrapped.apply(given, started())
     assert_same_bits([keras.ops.convert_to_numpy(g) for g in given], before)
