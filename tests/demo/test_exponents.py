@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from kerasmp.demo import ExponentHistogram
-from kerasmp.demo.exponents import count_exponents, gradient_exponents
-from kerasmp.demo.model import build_cnn
+from kerasmp.demo.exponents import build_cnn, count_exponents, gradient_exponents
 
 
 def numpy_fate(values, scale):
