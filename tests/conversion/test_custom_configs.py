@@ -291,7 +291,7 @@ def test_a_user_defined_global_policy_is_followed_as_in_stock_keras(tmp_path):
     keras.config.set_dtype_policy(Rounding())
     model = mp.Sequential([keras.Input((4,)), layers.Dense(3), layers.Dense(2)])
     (found,) = mp.lint(plain)
-    assert found.reason.startswith("The global policy computes in bfloat16, and no layer does")
+    assert found.reason.startswith("The global policy computes in bfloat16, but no layer does")
     mp.convert(model, "mixed_float16")
     loaded = saved_and_loaded(model, tmp_path)
     assert [x.compute_dtype for x in loaded.layers] == ["float16", "float32"]

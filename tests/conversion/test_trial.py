@@ -95,7 +95,7 @@ def test_what_feeds_an_operation_that_mixes_dtypes_stays_in_float32():
     report = mp.convert(model)
     rows = float32_rows(report)
     assert [*rows] == ["feeds"]
-    assert '"mixes" takes what it gives, and raised' in rows["feeds"].reason
+    assert '"mixes" takes its output, and raised' in rows["feeds"].reason
     assert model.get_layer("before").compute_dtype == "float16"
     assert np.isfinite(model.predict(ONES, verbose=0)).all()
 
