@@ -85,7 +85,7 @@ def assign(
 
     The user's rules come first: an exact path, then patterns and classes, which must agree. A class
     rule also covers the layers inside, up to where another rule applies. Next come layers that keep
-    their policy (quantised, not of a floating dtype, in a `kerasmp.layers.WithDtype`), then the
+    their policy (quantized, not of a floating dtype, in a `kerasmp.layers.WithDtype`), then the
     rule set "safe" if the policy has it and computes in half precision, then the policy itself.
 
     Args:
@@ -197,7 +197,7 @@ def _why_kept(layer: Any, above: _Inherited) -> _Decision | None:
     if above.kept or getattr(layer, "keeps_its_dtype", False):
         return _Decision(policy.name, "kept: it is in WithDtype")
     if policy.quantization_mode is not None:
-        return _Decision(policy.name, "kept: it is quantised")
+        return _Decision(policy.name, "kept: it is quantized")
     if not keras.backend.is_float_dtype(layer.compute_dtype):
         return _Decision(policy.name, f"kept: it computes in {layer.compute_dtype}")
     return None

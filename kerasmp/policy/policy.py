@@ -34,7 +34,7 @@ class Policy:
         spec: One of
 
             - a Keras policy name: "mixed_float16", "mixed_bfloat16", "float32", "float16",
-              "bfloat16", "float64", or a quantised one such as "int8_from_float32";
+              "bfloat16", "float64", or a quantized one such as "int8_from_float32";
             - "variable=float32,compute=float16,output=float32" in any order, with spaces where you
               like. Without `variable`, variables are float32 (float64 for `compute=float64`).
               Without `compute`, the compute dtype is the variable dtype. Without `output`, the

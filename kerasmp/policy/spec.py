@@ -19,7 +19,7 @@ NAMES = (*MIXED, *DTYPES)
 PARTS = ("variable", "compute", "output")
 
 _EXPECTED = (
-    f"one of {', '.join((*NAMES, AUTO))}, a quantised name such as int8_from_float32, "
+    f"one of {', '.join((*NAMES, AUTO))}, a quantized name such as int8_from_float32, "
     'or "variable=float32,compute=float16,output=float32"'
 )
 
@@ -66,7 +66,7 @@ def parse(text: str) -> Spec:
     if "=" in text or "," in text:
         return _from_parts(_split(text))
     if "_from_" in text:
-        return _quantised(text)
+        return _quantized(text)
     if text in MIXED:
         return Spec(text, "float32", MIXED[text])
     if text in DTYPES:
@@ -153,21 +153,21 @@ def _from_parts(parts: dict[str, str]) -> Spec:
     )
 
 
-def _quantised(text: str) -> Spec:
+def _quantized(text: str) -> Spec:
     try:
         policy = keras.dtype_policies.get(text)
     except (TypeError, ValueError) as error:
         raise PolicyError(
-            "Keras does not accept this quantised policy name.",
+            "Keras does not accept this quantized policy name.",
             received=repr(text),
             expected="a name such as int8_from_float32 or float8_from_mixed_bfloat16",
             fix=f"Keras says: {error}",
         ) from error
     if policy.compute_dtype not in DTYPES:
         raise PolicyError(
-            "A quantised policy needs a floating point policy after _from_.",
+            "A quantized policy needs a floating point policy after _from_.",
             received=repr(text),
             expected=f"one of {', '.join(NAMES)} after _from_",
-            fix="Use the policy that the layers had before quantisation.",
+            fix="Use the policy that the layers had before quantization.",
         )
     return Spec(policy.name, policy.variable_dtype, policy.compute_dtype)

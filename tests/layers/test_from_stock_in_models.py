@@ -118,7 +118,7 @@ def test_what_keeps_its_dtype_keeps_its_class():
 
 
 @full_on("jax")
-def test_quantised_layers_are_left_alone():
+def test_quantized_layers_are_left_alone():
     model = keras.Sequential(
         [keras.Input((8,)), layers.Dense(8, activation="gelu"), layers.Softmax(), layers.Dense(2)]
     )

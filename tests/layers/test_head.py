@@ -224,7 +224,7 @@ def test_lora_trains_the_added_matrices_alone():
     assert np.abs(outputs - before).max() > 0
 
 
-def test_a_built_head_cannot_be_quantised():
+def test_a_built_head_cannot_be_quantized():
     with pytest.raises(NotImplementedError):
         keras.Sequential([keras.Input((4,)), DenseHead(3)]).layers[0].quantize("int8")
 

@@ -12,8 +12,8 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.mark.parametrize("policy", ["int8_from_mixed_bfloat16", "float8_from_mixed_float16"])
-def test_a_head_with_a_quantised_policy_is_refused(policy):
-    """Dense's quantised code would give the compute dtype while the symbol says float32."""
+def test_a_head_with_a_quantized_policy_is_refused(policy):
+    """Dense's quantized code would give the compute dtype while the symbol says float32."""
     with pytest.raises(PolicyError, match=f'quantized policies. Received: the policy "{policy}"'):
         DenseHead(3, dtype=policy)
 

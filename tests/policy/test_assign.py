@@ -109,10 +109,10 @@ def test_layers_that_do_not_compute_in_floats_or_set_their_own_dtype_are_kept():
 
 
 @pytest.mark.unit
-def test_quantised_layers_are_kept():
+def test_quantized_layers_are_kept():
     model = model_of_two()
     model.get_layer("body").quantize("int8")
-    assert after("safe", model)["body"] == ("int8_from_float32", "kept: it is quantised")
+    assert after("safe", model)["body"] == ("int8_from_float32", "kept: it is quantized")
 
 
 @pytest.mark.unit

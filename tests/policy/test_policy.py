@@ -202,7 +202,7 @@ def test_a_keras_policy_that_lost_its_name_is_refused():
         ("Float32", r'Did you mean "float32"\?'),
         ("atuo", r'Did you mean "auto"\?'),
         ("int32", r"Unknown policy name\. Received: 'int32'"),
-        ("int8", r"a quantised name such as int8_from_float32"),
+        ("int8", r"a quantized name such as int8_from_float32"),
         ("", r"Unknown policy name\. Received: ''"),
         ("compute=flaot16", r"Unknown dtype in a policy\. Received: 'compute=flaot16'\."),
         ("compute=flaot16", r"one of float16, bfloat16, float32, float64\. Did you mean \"float16"),
@@ -213,7 +213,7 @@ def test_a_keras_policy_that_lost_its_name_is_refused():
         ("compute=float16,", r"Unknown part of a policy\. Received: '' in"),
         ("compute=float16,compute=float16", r"compute is given twice.*at most one compute=DTYPE"),
         ("int8_from_mixed_float16", r"Keras does not accept.*Keras says: Quantization mode='int8'"),
-        ("int9_from_float32", r"does not accept this quantised policy name.*'int9_from_float32'"),
+        ("int9_from_float32", r"does not accept this quantized policy name.*'int9_from_float32'"),
         ("int8_from_int32", r"needs a floating point policy after _from_.*mixed_float16"),
     ],
 )

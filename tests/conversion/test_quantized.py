@@ -1,4 +1,4 @@
-"""Conversion together with Keras's quantisation and LoRA, in both orders."""
+"""Conversion together with Keras's quantization and LoRA, in both orders."""
 
 import keras
 import numpy as np
@@ -39,7 +39,7 @@ def build():
     )
 
 
-def quantised(mode):
+def quantized(mode):
     model = build()
     model.quantize(mode)
     return model, model.predict(X, verbose=0)
@@ -50,8 +50,8 @@ def error(found, wanted):
 
 
 @pytest.mark.parametrize(("mode", "policy"), few(WORKS, WORKS[:1]))
-def test_a_converted_model_is_quantised_as_one_in_float32_is(mode, policy):
-    model, (_, exact) = build(), quantised(mode)
+def test_a_converted_model_is_quantized_as_one_in_float32_is(mode, policy):
+    model, (_, exact) = build(), quantized(mode)
     mp.convert(model, policy)
     model.quantize(mode)
     assert [layer.quantization_mode for layer in model.layers] == [mode] * 3
@@ -60,7 +60,7 @@ def test_a_converted_model_is_quantised_as_one_in_float32_is(mode, policy):
     assert 0 < error(model.predict(X, verbose=0), exact) < 4 * STEP[mode]
 
 
-def test_safe_layers_are_quantised_except_for_the_head():
+def test_safe_layers_are_quantized_except_for_the_head():
     model, exact = build(), build().predict(X, verbose=0)
     mp.convert(model, "mixed_bfloat16", safe_layers=True)
     with pytest.warns(UserWarning, match="Layer DenseHead does not have a `quantize`"):
@@ -71,14 +71,14 @@ def test_safe_layers_are_quantised_except_for_the_head():
 
 
 @pytest.mark.full
-def test_stock_keras_does_not_quantise_float16_layers_to_int8():
+def test_stock_keras_does_not_quantize_float16_layers_to_int8():
     model = build()
     mp.convert(model)
     with pytest.raises(ValueError, match="doesn't work well with compute_dtype='float16'"):
         model.quantize("int8")
 
 
-def test_restoring_a_model_quantised_since_is_refused_and_changes_nothing():
+def test_restoring_a_model_quantized_since_is_refused_and_changes_nothing():
     model = build()
     report = mp.convert(model, "mixed_bfloat16")
     model.layers[1].quantize("int8")
@@ -99,7 +99,7 @@ def test_restoring_a_model_quantised_since_is_refused_and_changes_nothing():
         ("mixed_bfloat16", {layers.Dense: "int8_from_mixed_bfloat16"}, False),
     ],
 )
-def test_a_quantised_policy_is_refused_and_changes_nothing(policy, rules, dry_run):
+def test_a_quantized_policy_is_refused_and_changes_nothing(policy, rules, dry_run):
     model = build()
     before, weights = str(mp.LayerPolicies.of(model)), model.get_weights()
     with pytest.raises(mp.errors.PolicyError, match=r'not quantize.*model\.quantize\("int8"\)'):
@@ -109,8 +109,8 @@ def test_a_quantised_policy_is_refused_and_changes_nothing(policy, rules, dry_ru
         np.testing.assert_array_equal(one, wanted)
 
 
-def test_a_rule_does_not_confuse_quantised_weights_with_others():
-    model, _ = quantised("int8")
+def test_a_rule_does_not_confuse_quantized_weights_with_others():
+    model, _ = quantized("int8")
     with pytest.raises(mp.errors.PolicyError, match=r"cannot be brought back.*keeps \"int8\""):
         mp.convert(model, rules={layers.Dense: "mixed_bfloat16"})
     mp.convert(model, rules={layers.Dense: "int8_from_mixed_bfloat16"})
@@ -119,17 +119,17 @@ def test_a_rule_does_not_confuse_quantised_weights_with_others():
 
 
 @pytest.mark.parametrize("mode", few(STEP, ["int8"]))
-def test_a_quantised_model_keeps_its_layers(mode):
-    model, exact = quantised(mode)
+def test_a_quantized_model_keeps_its_layers(mode):
+    model, exact = quantized(mode)
     report = mp.convert(model)
-    assert {row.reason for row in report.rows[1:]} == {"kept: it is quantised"}
+    assert {row.reason for row in report.rows[1:]} == {"kept: it is quantized"}
     assert [layer.quantization_mode for layer in model.layers] == [mode] * 3
     np.testing.assert_array_equal(model.predict(X, verbose=0), exact)
     report.restore()
     np.testing.assert_array_equal(model.predict(X, verbose=0), exact)
 
 
-def test_only_the_quantised_layer_is_kept():
+def test_only_the_quantized_layer_is_kept():
     model = build()
     model.layers[1].quantize("int8")
     model.predict_function = None
