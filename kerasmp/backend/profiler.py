@@ -56,7 +56,9 @@ class Profile:
         self._in_product = self._in_cast = False
         self._returned: dict[int, Any] = {}
 
-    def call(self, original: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
+    # What follows takes its own parameters by position, since `kwargs` may have the same names.
+
+    def call(self, original: Callable[..., Any], layer: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Run and profile `keras.Layer.__call__`."""
         self._running.append(id(layer))
         try:
@@ -67,7 +69,9 @@ class Profile:
         _add(self.output_bytes, id(layer), written)
         return outputs
 
-    def product(self, count: Count, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def product(
+        self, count: Count, original: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
         """Run and profile a product; the products that it calls itself are part of it."""
         if self._in_product or not self._running:
             return original(*args, **kwargs)
@@ -86,7 +90,7 @@ class Profile:
         _add(counts, _dtype_of_factors(values), number)
         return result
 
-    def cast(self, original: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+    def cast(self, original: Callable[..., Any], /, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Run and profile `cast` or `convert_to_tensor`; the casts that they call are part."""
         if self._in_cast or not self._running or not factors([x]):
             return original(x, *args, **kwargs)
@@ -199,7 +203,7 @@ def _replace_all(undo: contextlib.ExitStack) -> None:
 
 
 def _profiled_product(function: Callable[..., Any], count: Count) -> Callable[..., Any]:
-    def product(profile: Profile, *args: Any, **kwargs: Any) -> Any:
+    def product(profile: Profile, /, *args: Any, **kwargs: Any) -> Any:
         return profile.product(count, *args, **kwargs)
 
     return _if_active(function, product)

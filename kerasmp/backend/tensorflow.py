@@ -50,7 +50,7 @@ _MIXED_DTYPES = re.compile(
 )
 
 
-def _run_body(_profile: Any, _call: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+def _run_body(_profile: Any, _call: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
     return function.python_function(*args, **kwargs)
 
 
