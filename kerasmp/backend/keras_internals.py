@@ -1,8 +1,8 @@
 """The private names of Keras that kerasmp uses, each with its reason.
 
 `tests/backend/test_keras_internals.py` fails if one of them moves. More private names are used in
-`optimizer_internals`, `side_effects`, `keras_graph`, `variable_dtypes` and `profiler`, each with
-tests of its own.
+`optimizer_internals`, `side_effects`, `keras_graph`, `variable_dtypes`, `profiler` and the backends
+of the frameworks, each with tests of its own.
 """
 
 from __future__ import annotations

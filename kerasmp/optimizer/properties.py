@@ -185,9 +185,9 @@ def dynamic_growth_steps(optimizer: LossScaleOptimizer) -> int | None:
 
 def own_variables(optimizer: LossScaleOptimizer) -> list[Any]:
     """The variables without those of the inner optimizer. `variables` contains both."""
-    return list(optimizer._variables)  # noqa: SLF001 - see keras_internals
+    return list(optimizer._variables)  # noqa: SLF001 - see optimizer_internals
 
 
 def target_variables(optimizer: LossScaleOptimizer) -> list[Any]:
     """The variables that it was built with, in the order of `nonfinite_counts`."""
-    return list(optimizer._trainable_variables)  # noqa: SLF001 - see keras_internals
+    return list(optimizer._trainable_variables)  # noqa: SLF001 - see optimizer_internals

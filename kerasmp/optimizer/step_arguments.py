@@ -120,7 +120,7 @@ def variables_for(optimizer: Any, grads: Sequence[Any], given: list[Any] | None)
     _refuse_all_none(grads)
     if optimizer.built and not is_built_with(optimizer, variables):
         try:
-            optimizer._check_variables_are_known(variables)  # noqa: SLF001 - see keras_internals
+            optimizer._check_variables_are_known(variables)  # noqa: SLF001 - see optimizer_internals
         except (AttributeError, ValueError) as error:  # an item may lack an attribute of variables
             raise LossScaleError(
                 "Unknown variable: the optimizer was built with other variables.",
