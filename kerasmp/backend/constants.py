@@ -57,7 +57,7 @@ def infinite_constants(model: Any, x: Any) -> list[Constant] | None:
 
 
 def _worst(value: Any) -> float | None:
-    """Return the largest value of an array if it is infinite in float16, else None."""
+    """Return the value of largest magnitude if it is infinite in float16, else None."""
     array = np.asarray(value)
     if array.dtype.kind != "f" or not array.size:
         return None

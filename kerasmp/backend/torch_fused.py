@@ -30,8 +30,8 @@ class FusedUpdates(Backend):
     def fits_fused_kernels(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[bool]:
         """Return whether each gradient is dense, not wider than float32, its variable contiguous.
 
-        The kernels walk through memory and ignore strides; an orthogonal initializer makes others.
-        torch.compile, which fuses by itself, cannot trace them.
+        The kernels walk through memory and ignore strides, and an orthogonal initializer creates
+        variables that are not contiguous. torch.compile, which fuses by itself, cannot trace them.
         """
         if torch.compiler.is_compiling():
             return [False] * len(grads)

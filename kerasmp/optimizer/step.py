@@ -99,8 +99,8 @@ def unscale(step: Step) -> list[Any]:
 def finite_gradients(step: Step) -> Any:
     """Return for each gradient that is not None whether it is finite, as a bool vector.
 
-    A gradient is checked as its variable will see it. It is divided by the scale, which makes it
-    infinite if the scale is tiny, or 0 from a checkpoint. For a float16 variable it must fit
+    A gradient is checked as its variable will see it. It is divided by the scale, which can make it
+    infinite if the scale is below 1, or 0 from a checkpoint. For a float16 variable it must fit
     float16, which ends at 65504. A gradient that is a new value is checked in the same way,
     although it is not divided.
 
