@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Another library's message is cut to this length.
 _MAX_LENGTH = 150
+# A `repr` in a message is cut to this length.
+_MAX_REPR = 100
 
 
 class KerasMPError(Exception):
@@ -177,14 +179,17 @@ def check_model(model: object, use: str, kind: type = keras.Layer, *, fix: str) 
 
 
 def with_type(value: object) -> str:
-    """Return the first 100 characters of the `repr` of a value, and its type.
+    """Return the `repr` of a value, shortened if it is long, and its type.
 
     Example:
 
     >>> with_type("half")
     "'half' of type str"
     """
-    return f"{value!r:.100} of type {type(value).__name__}"
+    text = repr(value)
+    if len(text) > _MAX_REPR:
+        text = f"{text[:_MAX_REPR]}..."
+    return f"{text} of type {type(value).__name__}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
