@@ -97,7 +97,7 @@ def non_trainable_state(model: Any) -> list[Any]:
     """Return all variables that a step changes other than by training, except those of metrics.
 
     The states of stateful RNN layers are included. Keras does not count them among a model's
-    variables, on JAX neither, where `fit` therefore never changes them.
+    variables, so that `fit` on JAX never changes them.
     """
     found = list(model.non_trainable_variables)
     for layer in flatten_layers(model):

@@ -131,7 +131,7 @@ class Backend(Protocol):
         return False
 
     def trace_context(self) -> tuple[Any, Any]:
-        """Return keys that identify the current replica and the current trace; None if none."""
+        """Return keys for the current replica and the current trace, each None if there is none."""
         return None, None
 
     # ----------------------------------------------------------------------------- gradients

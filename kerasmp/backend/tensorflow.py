@@ -174,7 +174,7 @@ class TensorFlow(Gradients, FusedUpdates, Replicas, Tracing):
         tf.cond(skipped, restore, lambda: None)
         return logs_after(logs, skipped)
 
-    @tf.autograph.experimental.do_not_convert  # its conditions hold now, not in a graph
+    @tf.autograph.experimental.do_not_convert  # its conditions are evaluated now, not in a graph
     def initialize_from(self, variable: Any, other: Any) -> None:
         """Assign the value of `other` to a variable that holds only zeros."""
         # Immediately, even while a graph is traced: its next runs would not execute this.

@@ -26,7 +26,7 @@ class Replicas(Backend):
     ALL_REDUCE_METHOD = "_all_reduce_sum_gradients"
 
     def trace_context(self) -> tuple[Any, Any]:
-        """Return keys that identify the current replica and the current trace; None if none."""
+        """Return keys for the current replica and the current trace, each None if there is none."""
         context = tf.distribute.get_replica_context()
         replica = None if context is None else context.replica_id_in_sync_group
         graph = None if tf.executing_eagerly() else weakref.ref(tf.compat.v1.get_default_graph())

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # Whether an optimizer was asked for its scale. What was traced then, such as an inner function, may
 # scale a loss again without calling this code. Keras's own step does not count, since it asks each
-# time. This is not an attribute: a step sets none, since another thread may be using them.
+# time. This is not an attribute of the optimizer: a step must not set attributes, since another
+# thread may be using the optimizer.
 _HAVE_SCALED: ByIdentity[bool] = ByIdentity()
 # The optimizers by which a model has applied scaled gradients, previous ones included.
 _SCALED_BY: ByIdentity[list[weakref.ref[Any]]] = ByIdentity()
@@ -29,7 +30,8 @@ _SCALED_BY: ByIdentity[list[weakref.ref[Any]]] = ByIdentity()
 # model. The variables are kept alive because the traces need the scale, and TensorFlow's error for
 # a missing one would not explain it. The optimizer itself is not, since it may hold the model.
 _STOCK_SCALE: ByIdentity[tuple[str, list[Any]] | None] = ByIdentity()
-# Whether a stock optimizer has been such a one. A model forgets its compiled step, this does not.
+# Whether a stock optimizer has ever been recorded in `_STOCK_SCALE`. A model forgets its compiled
+# step, but this stays.
 _STOCK_TRACED: ByIdentity[bool] = ByIdentity()
 # Whether the user was warned that the step does not scale the loss by an optimizer.
 _WARNED: ByIdentity[bool] = ByIdentity()
