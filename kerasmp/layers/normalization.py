@@ -116,7 +116,8 @@ class SpectralNormalization(keras.layers.SpectralNormalization):
         Same as the wrapped layer.
 
     Output shape:
-        Same as the wrapped layer, in the policy's compute dtype.
+        Same as the wrapped layer, in the dtype of the inputs after autocasting: the policy's
+        compute dtype, but an integer dtype for integer inputs.
 
     Raises:
         ValueError: If `power_iterations` is not positive, or if the layer has no kernel.

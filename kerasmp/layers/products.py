@@ -169,10 +169,10 @@ class _SeparableConvolution(_Convolution):
 
 
 _PROSE = """
-    Stock Keras sums it over all positions, in the compute dtype on JAX and in bfloat16 on
-    TensorFlow. On TensorFlow without a GPU, the convolution is computed in float32 under
-    "mixed_float16", and without oneDNN also under "mixed_bfloat16", because those CPU kernels are
-    slow and have inaccurate gradients.
+    Stock Keras sums it over all positions in the compute dtype on JAX, and in bfloat16 under
+    "mixed_bfloat16" on TensorFlow. On TensorFlow without a GPU, the convolution is computed in
+    float32 under "mixed_float16", and without oneDNN also under "mixed_bfloat16", because those CPU
+    kernels are slow and have inaccurate gradients.
 """
 
 
