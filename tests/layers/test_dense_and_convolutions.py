@@ -141,6 +141,11 @@ def test_layers_without_bias():
         np.testing.assert_allclose(numpy_of(ours(x)), numpy_of(stock(x)), rtol=4e-3, atol=4e-3)
 
 
+def test_dense_passes_masks_on():
+    x = keras.layers.Embedding(5, 3, mask_zero=True)(np.array([[1, 2, 0]]))
+    assert numpy_of(layers.Dense(2)(x)._keras_mask).tolist() == [[1, 1, 0]]
+
+
 @pytest.mark.parametrize("name", ["Dense", full("EinsumDense"), "Conv2D"])
 def test_lora_is_trained_and_saved(name):
     ours, _ = small_pair(name)

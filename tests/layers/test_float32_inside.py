@@ -43,7 +43,7 @@ def test_global_pooling_of_masked_steps(data_format, keepdims, mode):
 
 
 @full_on("jax")
-def test_a_mask_from_an_embedding_reaches_pooling_and_softmax():
+def test_a_mask_from_an_embedding_reaches_pooling():
     ids = np.array([[1, 2, 0], [0, 0, 0]])
     embed = keras.layers.Embedding(3, 4, mask_zero=True, dtype="mixed_float16")
     inputs = keras.Input((3,), dtype="int32")
@@ -54,6 +54,12 @@ def test_a_mask_from_an_embedding_reaches_pooling_and_softmax():
     rows = np.tanh(numpy_of(embed.embeddings))
     np.testing.assert_allclose(pooled[0], (rows[1] + rows[2]) / 2, atol=1e-3)
     assert not np.any(pooled[1])
+
+
+def test_softmax_of_a_fully_masked_row_is_zero():
+    mask = ops.convert_to_tensor([[True, True], [False, False]])
+    outputs = layers.Softmax(dtype="mixed_float16")(np.ones((2, 2), "float16"), mask=mask)
+    assert numpy_of(outputs).tolist() == [[0.5, 0.5], [0.0, 0.0]]
 
 
 # ------------------------------------------------------------------- penalties on activations

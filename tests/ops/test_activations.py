@@ -5,7 +5,7 @@ import math
 import keras
 import numpy as np
 import pytest
-from helpers.float16 import assert_near_best, draw, numpy_of, step
+from helpers.float16 import assert_near_best, draw, numpy_of, rounded, step
 from helpers.marks import few, full, full_on, in_each_way
 from helpers.references import sigmoid
 from keras import ops
@@ -134,6 +134,21 @@ def test_every_activation_is_tested():
     public = {name for name in kerasmp.ops.__all__ if hasattr(keras.activations, name)}
     elsewhere = {"glu", "softmax", "log_softmax"}  # below, and in test_reductions.py
     assert public - elsewhere == set(ACTIVATIONS) | {"swish", "hard_swish"}
+
+
+@in_each_way
+@pytest.mark.parametrize(("name", "low", "high"), [("sigmoid", 4, 9), ("tanh", 2, 5)])
+def test_gradients_in_the_tails_do_not_come_from_rounded_outputs(name, low, high, mode):
+    """If the output is at least 1 - 2**-11, one float16 step is the whole gradient.
+
+    test_hazards.py measures the layer, which calls Keras's functions.
+    """
+    value, slope = ACTIVATIONS[name]
+    x = rounded(np.random.default_rng(0).uniform(low, high, 2000))
+    dy = draw(1, (2000,))
+    outputs, (gradient,) = step(mode, getattr(kerasmp.ops, name), [x], dy)
+    assert_near_best(outputs, value(x))
+    assert_near_best(gradient, slope(x) * dy)
 
 
 @full_on("jax")

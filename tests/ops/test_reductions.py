@@ -185,6 +185,16 @@ def test_dtypes_are_those_of_keras(name, dtype):
     )
 
 
+@in_each_way
+def test_large_windows_are_averaged_near_best(mode):
+    """test_hazards.py measures the layers, which do not call this function."""
+    x = rounded(draw(0, (1, 2048, 2)) + 8)
+    dy = np.full((1, 1, 2), 1000.0)
+    outputs, (gradient,) = step(mode, lambda x: kerasmp.ops.average_pool(x, 2048), [x], dy)
+    assert_near_best(outputs, x.mean(1, keepdims=True))
+    assert_near_best(gradient, dy / 2048 + 0 * x)
+
+
 # --------------------------------------------------------------------------------------- softmax
 
 
