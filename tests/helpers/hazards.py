@@ -446,7 +446,7 @@ HAZARDS = [
         ordinary=(),
     ),
     Hazard(11, "ELU, near 0", "ELU", inputs.normal((4000,), std=0.05)),
-    # Those of kerasmp.layers whose stock twin is right, held to the same.
+    # Layers whose stock versions are accurate; kerasmp.layers must be as accurate.
     Hazard(
         0,
         "BatchNormalization, training",

@@ -1,4 +1,4 @@
-"""Interrupts kerasmp where one of its functions is entered: any of them, by a number."""
+"""Interrupts kerasmp at the start of any of its function calls, chosen by a number."""
 
 import inspect
 import sys
@@ -18,7 +18,7 @@ WATCHED = (
 
 
 class Interrupt(BaseException):
-    """As a user's: nothing but what puts things back may catch it."""
+    """Like a KeyboardInterrupt: only code that restores the old state may catch it."""
 
 
 class _Interrupting:
@@ -26,24 +26,24 @@ class _Interrupting:
         self.left = number
 
     def __call__(self, frame, event, _):
-        # A generator is entered to be closed as well, where Python ignores what it raises.
+        # A generator is also entered when it is closed, and Python ignores errors there.
         if event != "call" or frame.f_code.co_flags & inspect.CO_GENERATOR:
             return
         if frame.f_globals.get("__name__", "").startswith(WATCHED):
             self.left -= 1
             if self.left == -1:
-                raise Interrupt  # after which Python watches no more
+                raise Interrupt  # which also ends the profiling
 
 
 def interrupted(call, number):
-    """Call a function, and raise `Interrupt` in a call of kerasmp's inside of it.
+    """Call a function, and raise `Interrupt` in one of the kerasmp calls that it makes.
 
     Args:
         call: The function, without arguments.
-        number: In which call, from 0.
+        number: The number of that call, from 0.
 
     Returns:
-        Whether there were so many; otherwise the function has done its work.
+        Whether there was such a call. Otherwise the function has finished.
     """
     before = sys.getprofile()
     sys.setprofile(_Interrupting(number))
