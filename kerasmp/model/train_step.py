@@ -1,4 +1,4 @@
-"""Guards a train step, Keras's or the user's own, so that a skipped step changes nothing."""
+"""Guards a train step, Keras's or a user-defined one, so that a skipped step changes nothing."""
 
 from __future__ import annotations
 
