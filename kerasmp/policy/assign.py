@@ -194,12 +194,13 @@ def _by_user(
 def _why_kept(layer: Any, above: _Inherited) -> _Decision | None:
     """Return the decision that a layer keeps its policy, or None."""
     policy = policy_of(layer)
+    name = str(policy.name)  # Keras sets names in a `DTypePolicyMap` without a default to None
     if above.kept or getattr(layer, "keeps_its_dtype", False):
-        return _Decision(policy.name, "kept: it is in WithDtype")
+        return _Decision(name, "kept: it is in WithDtype")
     if policy.quantization_mode is not None:
-        return _Decision(policy.name, "kept: it is quantized")
+        return _Decision(name, "kept: it is quantized")
     if not keras.backend.is_float_dtype(layer.compute_dtype):
-        return _Decision(policy.name, f"kept: it computes in {layer.compute_dtype}")
+        return _Decision(name, f"kept: it computes in {layer.compute_dtype}")
     return None
 
 
