@@ -6,15 +6,13 @@ import functools
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import keras
-
 from kerasmp.backend.by_identity import ByIdentity
 from kerasmp.backend.keras_internals import flatten_layers
 from kerasmp.errors import KerasMPWarning, PolicyWarning
 from kerasmp.model.saved_layers import SavedLayers, is_kerasmp_model, layer_extras
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 # The one key for all of it: a user's class need not know what is in it.
 KEY = "kerasmp"
@@ -153,8 +151,7 @@ def warn_of_lost_values(model: Any, state_tree: Mapping[str, Any]) -> None:
     optimizer = getattr(model, "optimizer", None)
     variables = [*model.variables, *model.metrics_variables, *getattr(optimizer, "variables", ())]
     known = {variable.path for variable in variables}
-    found = ["/".join(path[1:]) for path, _ in keras.tree.flatten_with_path(dict(state_tree))]
-    lost = [path for path in found if path not in known]
+    lost = [path for tree in state_tree.values() for path in _paths(tree) if path not in known]
     if lost:
         warnings.warn(
             f'"{model.name}" has no variables for {len(lost)} values of its saved state, and left '
@@ -163,3 +160,11 @@ def warn_of_lost_values(model: Any, state_tree: Mapping[str, Any]) -> None:
             KerasMPWarning,
             stacklevel=3,
         )
+
+
+def _paths(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, dict):  # to Keras too, lists and other containers are values
+            yield from _paths(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}"
