@@ -28,7 +28,7 @@ class Policy:
     """The dtypes in which a model stores variables, computes, and returns its outputs.
 
     A policy is a frozen value. It compares and hashes by content, and can be pickled, copied and
-    serialised. All checks run when it is created, so every policy that exists can be used.
+    serialized. All checks run when it is created, so every policy that exists can be used.
 
     Args:
         spec: One of

@@ -246,7 +246,7 @@ RULES = (
     SafeRule(
         "spectrum",
         "23",
-        "the spectra of loud sound overflow until a layer normalises them",
+        "the spectra of loud sound overflow until a layer normalizes them",
         layers.Layer,
         _makes_or_receives_spectra,
         covers_kerasmp=True,
