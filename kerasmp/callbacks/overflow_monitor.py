@@ -229,8 +229,8 @@ def _skips_message(kind: str, now: Reading, variables: list[str], by_loss: int) 
     # Gradients overflowed float16 at a scale that does not make them larger.
     if by_loss < now.in_a_row and (now.at_floor or now.loss_scale <= 1):
         parts.append(
-            "If the loss is a sum over the batch, or sample weights are large, gradients are too: "
-            "take means."
+            "If the loss is a sum over the batch, or sample weights are large, gradients are large "
+            "too: take means."
         )
         if now.at_floor:
             parts.append("Or give the schedule a lower min_scale.")

@@ -67,11 +67,10 @@ def save_for_stock_keras(model: Any, path: str | os.PathLike[str]) -> None:
     config = _stock_config(model)
     _refuse_kerasmp_objects(config, model.name)
     text = json.dumps(config)
+    own_copy = json.loads(text)  # since Keras changes what it reads
     # Keras starts with "float32", whatever the global policy is here.
     with policy_scope("float32"):
-        stock = keras.saving.deserialize_keras_object(
-            json.loads(text)
-        )  # which changes its argument
+        stock = keras.saving.deserialize_keras_object(own_copy)
     _refuse_other_policies(model, stock)
     _save(model, text, path)
 

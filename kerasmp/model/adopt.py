@@ -47,7 +47,7 @@ class Adopted:
         return getattr(self._user_class, load.__name__), *rest
 
 
-# All classes share this name in files. It leads to one of them, and they all load alike.
+# All these classes share one name in files. Keras finds one of them by it, and any of them will do.
 registered = keras.saving.register_keras_serializable("kerasmp", "Turned")
 
 

@@ -89,7 +89,7 @@ class _InFloat32:
     def __call__(self, output: Any) -> Any:
         return self._regularizer(at_least_float32(output))
 
-    @property  # type: ignore[misc]  # read-only, unlike that of `object`
+    @property  # type: ignore[misc]  # read-only, unlike `object.__class__`
     def __class__(self) -> Any:  # isinstance and Keras's serialization use it
         return type(self._regularizer)
 

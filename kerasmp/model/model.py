@@ -403,5 +403,5 @@ class Turned(Adopted, Model):
 
 
 def kerasmp_class(model: Any) -> Any:
-    """Return the class that a model gets when it is adopted; that of a kerasmp model is its own."""
+    """Return the class that a model gets when it is adopted; a kerasmp model keeps its class."""
     return type(model) if isinstance(model, Model) else adopted_class(model, _KERASMP_CLASSES)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from kerasmp.policy.assign import Assignment
 
-# What `layer_extras` returns some of.
+# The keys that `layer_extras` may return.
 _KEYS = (
     "layer_policies",
     "input_policies",
@@ -158,12 +158,12 @@ def _warn_of_other_layers(model: Any, text: str, error: PolicyError) -> None:
 
 
 def _inputs(model: Any) -> list[Any]:
-    """Return the input layers, which `LayerPolicies` leave out: their dtype is that of the data."""
+    """Return the input layers, which `LayerPolicies` leave out: they have the dtype of the data."""
     return [x for x in flatten_layers(model) if isinstance(x, keras.layers.InputLayer)]
 
 
 def _restore_input_dtypes(model: Any, dtypes: Iterable[str]) -> None:
-    """Give inputs the dtypes of the file: a Sequential without `Input` takes that of its layers.
+    """Give inputs the dtypes of the file: without `Input`, a Sequential takes its layers'.
 
     Args:
         model: The model.

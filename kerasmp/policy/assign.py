@@ -196,7 +196,7 @@ def _why_kept(layer: Any, above: _Inherited) -> _Decision | None:
     policy = policy_of(layer)
     name = str(policy.name)  # Keras sets names in a `DTypePolicyMap` without a default to None
     if above.kept or getattr(layer, "keeps_its_dtype", False):
-        return _Decision(name, "kept: it is in WithDtype")
+        return _Decision(name, "kept: WithDtype sets its dtype")
     if policy.quantization_mode is not None:
         return _Decision(name, "kept: it is quantized")
     if not keras.backend.is_float_dtype(layer.compute_dtype):
