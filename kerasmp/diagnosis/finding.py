@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from kerasmp.errors import ArgumentError, ArgumentTypeError
+from kerasmp.errors import ArgumentError, ArgumentTypeError, with_type
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,7 +71,7 @@ class LintReport:
         if not isinstance(given, tuple) or not all(isinstance(each, Finding) for each in given):
             raise ArgumentTypeError(
                 "`findings` has an invalid value.",
-                received=f"{given!r:.100} of type {type(given).__name__}",
+                received=with_type(given),
                 expected="a tuple of Finding objects",
                 fix="Call kerasmp.lint(model) to get a report.",
             )

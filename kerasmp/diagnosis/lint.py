@@ -13,7 +13,7 @@ from kerasmp.backend.side_effects import preserve_layers, preserve_losses
 from kerasmp.conversion.trial import call_attempts, culprits, is_all_stock, trace_call
 from kerasmp.diagnosis import data, dtypes, outputs, sizes, source, traced, training
 from kerasmp.diagnosis.finding import Finding, LintReport, sorted_report
-from kerasmp.errors import ArgumentError, check_model, first_line
+from kerasmp.errors import ArgumentError, check_model, first_line, with_type
 from kerasmp.policy.spec import HALVES
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def lint(model: Any, x: Any = None) -> LintReport:
         if not arrays or not all(array.ndim for array in arrays):
             raise ArgumentError(
                 "`x` is not a batch.",
-                received=f"{given!r:.100} of type {type(given).__name__}",
+                received=with_type(given),
                 expected="arrays whose first axis is the batch",
                 fix="Pass the same batch as to model.predict_on_batch.",
             )
