@@ -39,8 +39,8 @@ def undo_skipped_steps(step: Callable[..., Any]) -> Callable[..., Any]:
         if running_step(model):
             return step(model, *args, **kwargs)
         refuse_training(model)  # for a custom loop; `fit` has checked already
-        with enter_step(model) as call, dtype_hints():
-            return _run(call, functools.partial(step, model, **kwargs), args)
+        with enter_step(model) as running, dtype_hints():
+            return _run(running, functools.partial(step, model, **kwargs), args)
 
     return train_step
 
@@ -50,9 +50,9 @@ def note_losses(update: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(update)
     def update_metrics(model: Any, variables: Any, unscaled_loss: Any, *args: Any) -> Any:
-        call = running_step(model)
-        if call:
-            call.losses.append(unscaled_loss)
+        running = running_step(model)
+        if running:
+            running.losses.append(unscaled_loss)
         return update(model, variables, unscaled_loss, *args)
 
     return update_metrics
@@ -65,9 +65,9 @@ def keras_step(model: Any) -> Iterator[None]:
     It applies the gradients of the loss that it scaled. That says nothing about gradients that the
     user's part of the step computes before or after.
     """
-    call = running_step(model)
-    if call:
-        call.by_keras = True
+    running = running_step(model)
+    if running:
+        running.by_keras = True
     with enter_step(model, of_keras=True):
         yield
 
@@ -150,8 +150,8 @@ def batch_results(result_or_logs: Callable[..., Any]) -> Callable[..., Any]:
     return metrics_result_or_logs
 
 
-def _run(call: RunningStep, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    model = call.model
+def _run(running: RunningStep, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    model = running.model
     optimizers = [o for o in find_optimizers(model).values() if isinstance(o, LossScaleOptimizer)]
     if not optimizers:
         logs = step(*args)
@@ -159,10 +159,10 @@ def _run(call: RunningStep, step: Callable[..., Any], args: tuple[Any, ...]) -> 
         return logs
 
     def logs_after(logs: Any, skipped: Any) -> Any:
-        return _logs(model, logs, skipped, by_keras=call.by_keras)
+        return _logs(model, logs, skipped, by_keras=running.by_keras)
 
     logs = backend.current().train_step(model, optimizers, step, logs_after, *args)
-    _USED_KERAS_STEP[model] = call.by_keras
+    _USED_KERAS_STEP[model] = running.by_keras
     return logs
 
 

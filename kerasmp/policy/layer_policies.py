@@ -17,7 +17,7 @@ from kerasmp.policy.safe import is_kerasmp_layer
 
 _INDENT = "  "
 _PREFIX = "kerasmp>"  # of the names under which Keras registers kerasmp's classes
-_CONVERTED = "kerasmp>Turned"  # any user-defined model class that kerasmp has subclassed
+_ADOPTED = "kerasmp>Turned"  # any user-defined model class that kerasmp has subclassed
 _LINE = re.compile(r"((?:  )*)(\S.*) \(([^()]+)\): (\S.*)")
 _FORMAT = '"name (Class): policy" in each line, indented by two spaces below its holder'
 _SHOW = "print(report.layer_policies) shows a valid text."
@@ -243,7 +243,7 @@ def _is_a(layer: Any, class_name: str) -> bool:
     found = _class_name(layer)
     if found == class_name or not isinstance(layer, keras.Model):
         return found == class_name
-    return _CONVERTED in {found, class_name} or _stock(found) == _stock(class_name)
+    return _ADOPTED in {found, class_name} or _stock(found) == _stock(class_name)
 
 
 def _stock(class_name: str) -> str:
