@@ -194,7 +194,7 @@ def _by_user(
 def _why_kept(layer: Any, above: _Inherited) -> _Decision | None:
     """Return the decision that a layer keeps its policy, or None."""
     policy = policy_of(layer)
-    name = str(policy.name)  # Keras sets names in a `DTypePolicyMap` without a default to None
+    name = str(policy.name)  # None once Keras has saved a map without a default
     if above.kept or getattr(layer, "keeps_its_dtype", False):
         return _Decision(name, "kept: WithDtype sets its dtype")
     if policy.quantization_mode is not None:
