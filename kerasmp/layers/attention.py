@@ -39,7 +39,11 @@ class _Float32Scores(Float32Weights):
         return super()._calculate_scores(ops.cast(query, dtype), ops.cast(key, dtype))
 
     def _apply_scores(
-        self, scores: Any, value: Any, scores_mask: Any = None, training: bool = False
+        self,
+        scores: Any,
+        value: Any,
+        scores_mask: Any = None,
+        training: bool = False,  # noqa: FBT001, FBT002 - Keras's signature
     ) -> tuple[Any, Any]:
         if scores_mask is not None:
             scores_mask = ops.cast(scores_mask, "bool")
@@ -172,7 +176,7 @@ class _Float32MultiHead(keras.layers.Layer):
             return _CAUSAL
         return combine(mask, causal_mask(query, key))
 
-    def _attend(
+    def _attend(  # noqa: PLR0913 - Keras's signature
         self,
         query: Any,
         key: Any,
@@ -211,7 +215,7 @@ class _Float32MultiHead(keras.layers.Layer):
         outputs = attend(self._drop(weights, training), value, self.compute_dtype)
         return outputs, ops.cast(weights, self.compute_dtype)
 
-    def _drop(self, weights: Any, training: bool | None) -> Any:
+    def _drop(self, weights: Any, training: bool | None) -> Any:  # noqa: FBT001
         if not (training and self.dropout > 0):
             return weights
         # Keras's Dropout layer would cast the weights to float16.
@@ -273,15 +277,15 @@ class MultiHeadAttention(_Float32MultiHead, keras.layers.MultiHeadAttention):
     ('float16', (1, 3, 8), 'float32')
     """
 
-    def _compute_attention(
+    def _compute_attention(  # noqa: PLR0913, PLR0917 - Keras's signature
         self,
         query: Any,
         key: Any,
         value: Any,
         attention_mask: Any = None,
-        training: bool | None = None,
-        return_attention_scores: bool = False,
-        use_causal_mask: bool = False,
+        training: bool | None = None,  # noqa: FBT001
+        return_attention_scores: bool = False,  # noqa: FBT001, FBT002
+        use_causal_mask: bool = False,  # noqa: FBT001, FBT002
     ) -> tuple[Any, Any]:
         scale = self.key_dim**-0.5
         if use_causal_mask:
@@ -298,8 +302,14 @@ class MultiHeadAttention(_Float32MultiHead, keras.layers.MultiHeadAttention):
             return_scores=return_attention_scores,
         )
 
-    def _attend_over_axes(
-        self, query: Any, key: Any, value: Any, mask: Any, scale: float, training: bool | None
+    def _attend_over_axes(  # noqa: PLR0913, PLR0917
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        mask: Any,
+        scale: float,
+        training: bool | None,  # noqa: FBT001
     ) -> tuple[Any, Any]:
         """Attend over several axes, or next to further axes, with Keras's einsum equations."""
         dtype = upcast_dtype(self.compute_dtype)
@@ -357,14 +367,14 @@ class GroupedQueryAttention(_Float32MultiHead, keras.layers.GroupQueryAttention)
     ('float16', (1, 3, 8))
     """
 
-    def _compute_attention(
+    def _compute_attention(  # noqa: PLR0913, PLR0917
         self,
         query: Any,
         key: Any,
         value: Any,
         attention_mask: Any = None,
-        training: bool | None = None,
-        use_causal_mask: bool = False,
+        training: bool | None = None,  # noqa: FBT001
+        use_causal_mask: bool = False,  # noqa: FBT001, FBT002
     ) -> tuple[Any, Any]:
         if use_causal_mask:
             attention_mask = self._make_causal(attention_mask, query, key)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def drop_in(
+def drop_in(  # noqa: PLR0913 - Keras's signature
     prose: str = "",
     *,
     inputs: str = "Any shape",
@@ -76,7 +76,7 @@ class Float32Weights(keras.layers.Layer):
 class Quantizable(keras.layers.Layer):
     """A mixin, listed before a Keras layer, whose subclasses Keras refuses to quantize."""
 
-    def quantize(self, mode: Any = None, type_check: bool = True, **kwargs: Any) -> None:
+    def quantize(self, mode: Any = None, type_check: bool = True, **kwargs: Any) -> None:  # noqa: FBT001, FBT002 - Keras's signature
         """Quantize the layer in place, as in Keras."""
         # A user's subclass may compute something else, so Keras's check stays for it.
         is_own = type(self).__module__.partition(".")[0] == __name__.partition(".")[0]

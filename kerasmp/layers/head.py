@@ -66,7 +66,7 @@ class DenseHead(Float32Weights, keras.layers.Dense):
         # Not result_type(), which does not support float64 on JAX and torch.
         return upcast_dtype(self.compute_dtype)
 
-    def call(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: ARG002 - Keras's signature
+    def call(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: ARG002, FBT001 - Keras's signature
         """Compute `activation(inputs @ kernel + bias)`."""
         outputs = ops.matmul(
             ops.cast(inputs, self.compute_dtype), ops.cast(self.kernel, self.compute_dtype)

@@ -21,7 +21,7 @@ _SRIVASTAVA = "[Srivastava et al., 2014](https://jmlr.org/papers/v15/srivastava1
 class _Float32Dropout(keras.layers.Layer):
     """A mixin that drops in float32; inputs, outputs and gradients keep the compute dtype."""
 
-    def call(self, inputs: Any, training: bool = False) -> Any:
+    def call(self, inputs: Any, training: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's signature
         """Drop some of the inputs while training."""
         if not training or self.rate == 0:
             return inputs
@@ -115,7 +115,7 @@ class GaussianNoise(_Gaussian, keras.layers.GaussianNoise):
     True
     """
 
-    def call(self, inputs: Any, training: bool = False) -> Any:
+    def call(self, inputs: Any, training: bool = False) -> Any:  # noqa: FBT001, FBT002
         """Add noise while training."""
         if not training or self.stddev == 0:
             return inputs
@@ -140,7 +140,7 @@ class GaussianDropout(_Gaussian, keras.layers.GaussianDropout):
     True
     """
 
-    def call(self, inputs: Any, training: bool = False) -> Any:
+    def call(self, inputs: Any, training: bool = False) -> Any:  # noqa: FBT001, FBT002
         """Multiply each input by a random number around 1 while training."""
         if not training or self.rate == 0:
             return inputs

@@ -36,7 +36,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     [0.0, 0.0]
     """
 
-    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:  # noqa: FBT001 - Keras's signature
         """Normalize the inputs."""
         if not (training and self.trainable):
             return super().call(inputs, training=training, mask=mask)
@@ -132,7 +132,7 @@ class SpectralNormalization(keras.layers.SpectralNormalization):
     True
     """
 
-    def call(self, inputs: Any, training: bool = False) -> Any:
+    def call(self, inputs: Any, training: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's signature
         """Normalize the kernel if `training`, and call the wrapped layer."""
         with AutocastScope(None):  # the wrapped layer opens its own scope
             return super().call(inputs, training=training)

@@ -45,7 +45,7 @@ class Float32BiasGradient(keras.layers.Layer):
 
 
 class _MatrixProduct(Quantizable, Float32BiasGradient):
-    def call(self, inputs: Any, training: bool | None = None) -> Any:
+    def call(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: FBT001 - Keras's signature
         """Compute `activation(inputs @ kernel + bias)`."""
         dtype = self._output_dtype(inputs)
         if self.quantization_mode is not None:

@@ -123,7 +123,7 @@ class LoopCell(keras.layers.Layer):
         with _in_loop(self, weights._replace(inputs_projected=True)):
             yield projected
 
-    def call(self, inputs: Any, states: Any, training: bool = False) -> Any:
+    def call(self, inputs: Any, states: Any, training: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's signature
         """Compute the output of one step and the new states, in the compute dtype."""
         if self.compute_dtype == self.variable_dtype:
             return super().call(inputs, states, training=training)
@@ -295,7 +295,11 @@ class RNN(keras.layers.RNN):
     """
 
     def inner_loop(
-        self, sequences: Any, initial_state: Any, mask: Any, training: bool = False
+        self,
+        sequences: Any,
+        initial_state: Any,
+        mask: Any,
+        training: bool = False,  # noqa: FBT001, FBT002
     ) -> Any:
         """Run the cell over the time steps, as in `keras.layers.RNN`."""
         with contextlib.ExitStack() as stack:
@@ -320,7 +324,11 @@ class _FusedLoop(keras.layers.Layer):
         self.cell.__class__ = self._cell_class
 
     def inner_loop(
-        self, sequences: Any, initial_state: Any, mask: Any, training: bool = False
+        self,
+        sequences: Any,
+        initial_state: Any,
+        mask: Any,
+        training: bool = False,  # noqa: FBT001, FBT002
     ) -> Any:
         """Run the cell over the time steps, as in `keras.layers.RNN`."""
         dtype = current().rnn_dtype(self.cell.compute_dtype)
@@ -384,7 +392,11 @@ class GRU(_FusedLoop, keras.layers.GRU, RNN):
     _cell_class = GRUCell
 
     def inner_loop(
-        self, sequences: Any, initial_state: Any, mask: Any, training: bool = False
+        self,
+        sequences: Any,
+        initial_state: Any,
+        mask: Any,
+        training: bool = False,  # noqa: FBT001, FBT002
     ) -> Any:
         """Run the cell over the time steps, as in `keras.layers.RNN`."""
         cell = self.cell

@@ -70,7 +70,7 @@ def tanh_shrink(x: Any) -> Any:
     gives=100.0,
     approximate="Whether to use the tanh approximation. Defaults to `False`.",
 )
-def gelu(x: Any, approximate: bool = False) -> Any:
+def gelu(x: Any, approximate: bool = False) -> Any:  # noqa: FBT001, FBT002 - Keras's signature
     """Compute `x` times the cumulative distribution function of the normal distribution at `x`.
 
     The default is the exact form, as in `keras.activations` and unlike `keras.ops`.

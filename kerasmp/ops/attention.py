@@ -21,15 +21,15 @@ _HEADS_FIRST = (0, 2, 1, 3)
 _HEADS_FIRST_TRANSPOSED = (0, 2, 3, 1)
 
 
-def dot_product_attention(
+def dot_product_attention(  # noqa: PLR0913, PLR0917 - Keras's signature
     query: Any,
     key: Any,
     value: Any,
     bias: Any = None,
     mask: Any = None,
     scale: float | None = None,
-    is_causal: bool = False,
-    flash_attention: bool | None = None,
+    is_causal: bool = False,  # noqa: FBT001, FBT002 - Keras's signature
+    flash_attention: bool | None = None,  # noqa: FBT001
     attn_logits_soft_cap: float | None = None,
 ) -> Any:
     """Compute `softmax(query @ key * scale + bias) @ value`, safely in float16.
@@ -105,8 +105,8 @@ class DotProductAttention(keras.Operation):
     def __init__(
         self,
         scale: float | None = None,
-        is_causal: bool = False,
-        flash_attention: bool | None = None,
+        is_causal: bool = False,  # noqa: FBT001, FBT002
+        flash_attention: bool | None = None,  # noqa: FBT001
         attn_logits_soft_cap: float | None = None,
         **kwargs: Any,
     ) -> None:

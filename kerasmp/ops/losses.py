@@ -67,7 +67,10 @@ def _upcast_both(target: Any, output: Any) -> tuple[Any, Any]:
     axis="The axis of the classes. Defaults to the last axis.",
 )
 def categorical_crossentropy(
-    target: Any, output: Any, from_logits: bool = False, axis: int = -1
+    target: Any,
+    output: Any,
+    from_logits: bool = False,  # noqa: FBT001, FBT002 - Keras's signature
+    axis: int = -1,
 ) -> Any:
     """Compute `keras.ops.categorical_crossentropy` in float32.
 
@@ -84,7 +87,10 @@ def categorical_crossentropy(
 @registered
 @as_one_node
 def sparse_categorical_crossentropy(
-    target: Any, output: Any, from_logits: bool = False, axis: int = -1
+    target: Any,
+    output: Any,
+    from_logits: bool = False,  # noqa: FBT001, FBT002
+    axis: int = -1,
 ) -> Any:
     """Compute `keras.ops.sparse_categorical_crossentropy` in float32.
 
@@ -120,7 +126,7 @@ def sparse_categorical_crossentropy(
     output=_LOGITS,
     from_logits=_FROM_LOGITS,
 )
-def binary_crossentropy(target: Any, output: Any, from_logits: bool = False) -> Any:
+def binary_crossentropy(target: Any, output: Any, from_logits: bool = False) -> Any:  # noqa: FBT001, FBT002
     """Compute `keras.ops.binary_crossentropy` in float32.
 
     Example:

@@ -39,7 +39,7 @@ def _reduction(dtype: str, x: str = "dtype", source: str = "") -> Callable[[T], 
     f"{_FLOAT_X} the dtype of `keras.ops.sum`: int32 for int8 and bool",
     source="[Micikevicius et al., 2018](https://arxiv.org/abs/1710.03740), section 3.3",
 )
-def sum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A001 - as in keras.ops
+def sum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A001, FBT001, FBT002 - Keras's signature
     """Compute `keras.ops.sum` in float32.
 
     Example:
@@ -52,7 +52,7 @@ def sum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A001 
 
 
 @_reduction(f"{_FLOAT_X} float32")
-def mean(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+def mean(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT001, FBT002
     """Compute `keras.ops.mean` in float32.
 
     Example:
@@ -65,7 +65,7 @@ def mean(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
 
 
 @_reduction(f"{_FLOAT_X} float32; on JAX and torch, float64 also becomes float32")
-def var(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+def var(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT001, FBT002
     """Compute `keras.ops.var` in float32.
 
     Example:
@@ -78,7 +78,7 @@ def var(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
 
 
 @_reduction(f"{_FLOAT_X} float32; on JAX and torch, float64 also becomes float32")
-def std(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+def std(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT001, FBT002
     """Compute `keras.ops.std` in float32.
 
     Where all values are equal, the gradient is 0 instead of NaN.
@@ -122,7 +122,7 @@ def cumsum(x: Any, axis: int | None = None) -> Any:
     "float dtype",
     source="[Blanchard et al., 2021](https://arxiv.org/abs/1909.03469)",
 )
-def logsumexp(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+def logsumexp(x: Any, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: FBT001, FBT002
     """Compute `keras.ops.logsumexp` in float32.
 
     Example:
@@ -136,7 +136,7 @@ def logsumexp(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
 
 @registered
 @in_float32
-def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A002 - as in keras.ops
+def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A002, FBT001, FBT002 - Keras's signature
     """Compute `keras.ops.norm` in float32.
 
     The gradient for a zero vector is 0 instead of NaN.
