@@ -8,7 +8,7 @@ import keras
 
 from kerasmp.backend.keras_graph import graph_of
 from kerasmp.diagnosis.finding import Finding
-from kerasmp.policy.locations import final_layers
+from kerasmp.policy.locations import final_layers, producers_of
 from kerasmp.policy.safe import PROBABILITIES, activation_name
 
 if TYPE_CHECKING:
@@ -39,28 +39,60 @@ def findings(model: Any, dtypes: dict[int, str]) -> list[Finding]:
     if graph is None:
         return []
     half = [dtypes[id(tensor)] == "float16" for tensor in graph.outputs]
-    return [*_heads(model, dtypes), *_losses(model, half)] if any(half) else []
+    return [*_heads(model, graph, dtypes), *_losses(model, half)] if any(half) else []
 
 
-def _heads(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
+def _heads(model: Any, graph: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
     # The policy of a kerasmp.Model may cast its outputs.
     cast_later = getattr(model, "_output_dtype", None) == "float32"
+    trained = {id(layer) for layer in producers_of(graph, _outputs_with_loss(model, graph))}
     for layer in final_layers(model):
         if layer.compute_dtype != "float16" or _returns_float32(layer, dtypes):
             continue
         probabilities = _returns_probabilities(layer)
         if probabilities or not cast_later:
-            yield Finding(
-                "error" if probabilities else "warning",
-                layer.path or layer.name,
-                "float16-head",
+            reason = (
                 "Its probabilities are float16: small ones become 0, and the gradient of their "
-                "logarithm overflows."
+                "logarithm may overflow."
                 if probabilities
                 else "It returns a model output in float16, so losses, metrics and predictions "
-                "are rounded.",
+                "are rounded."
+            )
+            without_loss = (
+                "It returns a model output in float16, so metrics and predictions are rounded. No "
+                "loss is computed from it."
+            )
+            is_trained = id(layer) in trained
+            yield Finding(
+                ("error" if probabilities else "warning") if is_trained else "hint",
+                layer.path or layer.name,
+                "float16-head",
+                reason if is_trained else without_loss,
                 _REMEDY,
             )
+
+
+def _outputs_with_loss(model: Any, graph: Any) -> list[Any]:
+    """Return the outputs of a model's graph from which a loss may be computed.
+
+    These are all outputs, unless `compile` was given losses for some of them only. A user's class
+    may compute a loss from any output in its own code.
+    """
+    outputs, loss = graph.output, getattr(model, "loss", None)
+    if isinstance(loss, dict):
+        # The keys are those of the outputs, or else the names of the layers that make these.
+        names = graph.output_names
+        named = (
+            outputs if isinstance(outputs, dict) else dict(zip(names, graph.outputs, strict=False))
+        )
+    elif isinstance(loss, list | tuple) and len(loss) == len(graph.outputs):
+        loss, named = dict(enumerate(loss)), dict(enumerate(graph.outputs))
+    else:
+        named = {}
+    is_user_defined = type(model).__module__.partition(".")[0] not in {"keras", "kerasmp"}
+    if is_user_defined or len(named) != len(graph.outputs) or not loss.keys() <= named.keys():
+        return list(graph.outputs)
+    return [tensor for name, tensor in named.items() if loss.get(name) is not None]
 
 
 def _losses(model: Any, half: list[bool]) -> Iterator[Finding]:
@@ -70,11 +102,11 @@ def _losses(model: Any, half: list[bool]) -> Iterator[Finding]:
         if (half[index] if one_each else any(half)) and _takes_probabilities(loss):
             name = loss if isinstance(loss, str) else getattr(loss, "name", None) or loss.__name__
             yield Finding(
-                "error",
+                "warning",
                 model.name,
                 "float16-probabilities",
-                f'The loss "{name}" receives float16 probabilities: its gradients overflow as '
-                "soon as the loss is scaled.",
+                f'The loss "{name}" receives float16 probabilities: small ones become 0, and the '
+                "gradient of their logarithm may overflow when the loss is scaled.",
                 "Pass logits and from_logits=True, or at least float32 probabilities.",
             )
 

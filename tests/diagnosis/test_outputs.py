@@ -81,6 +81,29 @@ def test_heads_are_found_inside_of_models():
     assert only(keras.Model(inputs, inner(inputs)), "float16-head").place.endswith("head")
 
 
+# By the losses of the outputs "a" and "b": the severities of their heads.
+LOSSES = [
+    ({"a": "mse", "b": None}, "warning", "hint"),
+    ({"b": "mse"}, "hint", "error"),
+    ([None, "mse"], "hint", "error"),
+    ("mse", "warning", "error"),
+    (None, "warning", "error"),  # a train step of one's own may compute a loss
+]
+
+
+@pytest.mark.parametrize(("loss", "first", "second"), LOSSES)
+@pytest.mark.parametrize("as_dict", [False, True], ids=["list", "dict"])
+def test_a_head_of_which_no_loss_is_computed_is_a_hint(loss, first, second, as_dict):
+    inputs = keras.Input((8,))
+    head = lambda **settings: layers.Dense(8, dtype="mixed_float16", **settings)(inputs)  # noqa: E731 - as the others
+    outputs = {"a": head(name="a"), "b": head(name="b", activation="softmax")}
+    model = keras.Model(inputs, outputs if as_dict else list(outputs.values()))
+    severities = {
+        each.place: each.severity for each in found(compiled(model, loss), "float16-head")
+    }
+    assert severities == {"a": first, "b": second}
+
+
 # float16-probabilities
 
 
@@ -93,9 +116,11 @@ CROSS_ENTROPIES = [
 
 
 @pytest.mark.parametrize("loss", CROSS_ENTROPIES)
-def test_a_cross_entropy_on_float16_probabilities_is_an_error(loss):
+def test_a_cross_entropy_on_float16_probabilities_is_a_warning(loss):
     model = compiled(made(dense(activation="softmax"), bare=True), loss)
-    assert only(model, "float16-probabilities").severity == "error"
+    each = only(model, "float16-probabilities")
+    assert each.severity == "warning"
+    assert "the gradient of their logarithm may overflow" in each.reason
 
 
 @pytest.mark.parametrize(
