@@ -30,14 +30,29 @@ from kerasmp.policy.spec import HALVES
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+# Safe rules for the layers that attention contains. Together they are one finding.
+_PARTS_OF_ATTENTION = ("scores", "softmax")
 # Each dtype represents all integers up to this one.
 LARGEST_EXACT_INTEGER = {"float16": 2**11, "bfloat16": 2**8}
 # Safe rules whose layers still train, with a lower loss scale or less accuracy in the tails.
 _HINTS = ("activation", "probabilities")
 # Safe rules that have more specific findings.
-_OTHER_FINDINGS = ("head", "mask-value", "dropout")
-# Safe rules that bfloat16 needs too, for errors, sums of many small terms and few random numbers.
-_ALSO_IN_BFLOAT16 = ("kernel", "spectrum", "interpolation", "recurrent", "embedding", "noise")
+_OTHER_FINDINGS = {
+    "float16": ("head", "mask-value", "dropout"),
+    "bfloat16": ("mask-value", "dropout"),
+}
+# Safe rules whose hazards bfloat16 shares: errors, sums of many small terms, few random numbers and
+# rounded data. Elsewhere it is only less accurate, since it has the range of float32.
+_ALSO_IN_BFLOAT16 = (
+    "kernel",
+    "spectrum",
+    "interpolation",
+    "recurrent",
+    "embedding",
+    "noise",
+    "masked-pooling",
+    "data",
+)
 
 
 def findings(model: Any, dtypes: dict[int, str]) -> list[Finding]:
@@ -67,16 +82,30 @@ def is_custom(layer: Any) -> bool:
 
 
 def _unsafe_layers(model: Any) -> Iterator[Finding]:
+    located = locations(model)
+    location_of = {id(layer): location for layer, location in located}
     for half in HALVES:
-        for row in assign(model, Policy(f"mixed_{half}", rules="safe")):
+        reported = set()
+        for row in assign(model, Policy(f"mixed_{half}", rules="safe"), located):
             rule, colon, reason = row.reason.removeprefix('"safe", ').partition(": ")
             if row.layer.compute_dtype != half or row.after != "float32" or not colon:
                 continue
-            if rule in _OTHER_FINDINGS or (half == "bfloat16" and rule not in _ALSO_IN_BFLOAT16):
+            if rule in _OTHER_FINDINGS[half]:
                 continue
+            place, kind = row.path, rule
+            holder = location_of[id(row.layer)].holder
+            if isinstance(holder, ATTENTION) and rule in _PARTS_OF_ATTENTION:
+                place, kind = location_of[id(holder)].path, "scores"
+            if (place, kind) in reported:
+                continue
+            reported.add((place, kind))
+            only_less_accurate = half == "bfloat16" and rule not in _ALSO_IN_BFLOAT16
+            if only_less_accurate:  # the words of the rules are about float16
+                hazards = reason[reason.rindex("(") :]
+                reason = f'its results are less accurate, see the rule "{kind}" {hazards}'
             yield Finding(
-                "hint" if rule in _HINTS else "warning",
-                row.path,
+                "hint" if only_less_accurate or rule in _HINTS else "warning",
+                place,
                 "unsafe-layer",
                 f"In {half}, {reason}.",
                 'Convert the model with kerasmp.convert, build it with rules="safe", or use the '

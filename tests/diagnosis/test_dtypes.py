@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.linted import Holds, X, dense, found, made, only
+from helpers.networks import attends_itself
 from keras import ops
 
 import kerasmp as mp
@@ -225,10 +226,69 @@ def test_stock_layers_that_the_safe_rules_know_are_found():
     assert "hazards 7, 8" in each.reason
     assert only(made(dense(activation="sigmoid")), "unsafe-layer").severity == "hint"
     assert not found(made(dense()), "unsafe-layer")
-    assert not found(made(layers.UnitNormalization, policy="mixed_bfloat16"), "unsafe-layer")
     model = made(layers.UnitNormalization)
     mp.convert(model)
     assert not found(model, "unsafe-layer")
+
+
+# By the severity in bfloat16: layers that `convert` keeps in float32.
+IN_BFLOAT16 = {
+    "hint": [
+        layers.UnitNormalization,
+        lambda: layers.Activation("gelu"),
+        dense(activation="sigmoid"),
+        lambda: layers.AveragePooling1D(17),
+    ],
+    "warning": [layers.GlobalAveragePooling1D, lambda: HoldsData(layers.Discretization([0.1]))],
+}
+
+
+class HoldsData(layers.Layer):
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def build(self, shape):
+        self.part.build(shape)
+
+    def call(self, inputs):
+        return inputs
+
+
+@pytest.mark.parametrize(
+    ("severity", "part"), [(key, part) for key, parts in IN_BFLOAT16.items() for part in parts]
+)
+def test_what_convert_keeps_in_float32_is_found_in_bfloat16_too(severity, part):
+    with mp.policy_scope("mixed_bfloat16"):
+        layer = part()
+    inputs = keras.Input((17, 8))
+    x = layers.Masking(dtype="float32")(inputs) if layer.supports_masking else inputs
+    model = keras.Model(inputs, layers.Dense(8, dtype="float32")(layer(x)))
+    each = only(model, "unsafe-layer")
+    assert each.severity == severity
+    assert each.place.endswith(layer.name)
+    assert "overflow" not in each.reason or severity == "warning"
+    mp.convert(model, "mixed_bfloat16")
+    assert layer.compute_dtype == "float32"
+    assert not found(model, "unsafe-layer")
+
+
+def test_a_bfloat16_head_is_a_hint():
+    model = made(dense(name="head"), bare=True, policy="mixed_bfloat16")
+    each = only(model, "unsafe-layer")
+    assert each.severity == "hint"
+    assert each.place.endswith("head")
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+@pytest.mark.parametrize("cls", [layers.MultiHeadAttention, layers.GroupQueryAttention])
+def test_an_attention_layer_is_one_finding(cls, half):
+    sizes = (2, 8) if cls is layers.MultiHeadAttention else (8, 2, 2)
+    with mp.policy_scope(f"mixed_{half}"):
+        layer = cls(*sizes, dropout=0.5)
+    each = only(attends_itself(layer), "unsafe-layer")
+    assert each.place.endswith(layer.name)
+    assert "hazards 2, 3" in each.reason
 
 
 # For a layer with a warning in both half precisions, the backends.
