@@ -16,11 +16,13 @@ def unscaled(model: Any) -> Iterator[Finding]:
     """Yield a finding if float16 layers are trained and an optimizer does not scale the loss.
 
     Args:
-        model: A Keras model. If it is not compiled, there is no finding. A kerasmp model wraps its
-            compiled optimizer itself, so only other optimizers that it holds count there.
+        model: A Keras model. If it has no optimizer, there is no finding. A kerasmp model wraps its
+            compiled optimizer itself, so only other optimizers that it, or a layer in it, holds
+            count there.
     """
     auto_scales = is_kerasmp_layer(model) and getattr(model, "_auto_scale_loss", False)
-    plain = [x for x in unscaled_optimizers(model) if not (auto_scales and x == "optimizer")]
+    every = unscaled_optimizers(model, inside=True)
+    plain = [name for name in every if not (auto_scales and name == "optimizer")]
     layers = trainable_float16_layers(model)
     if not layers or not plain:
         return

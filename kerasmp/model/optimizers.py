@@ -14,6 +14,7 @@ from kerasmp.errors import LossScaleWarning
 from kerasmp.loss_scale import FixedLossScale
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.optimizer.scale_tracking import record_replacement
+from kerasmp.policy.locations import locations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +25,8 @@ CHECKED_LATE_LAYERS: ByIdentity[bool] = ByIdentity()
 
 _NUMBERED_KEYS = ("name", "shared_object_id")  # Keras numbers these anew in each config
 _MISSING = "nothing"
+_STOCK = ("keras", "kerasmp")
+_OF_TENSORFLOW = "_self_"  # its dicts in each layer hold the values of all attributes once more
 
 
 def find_optimizers(model: Any) -> dict[str, Any]:
@@ -38,19 +41,68 @@ def find_optimizers(model: Any) -> dict[str, Any]:
     return {"optimizer": optimizer, **others}
 
 
-def unscaled_optimizers(model: Any) -> list[str]:
+def optimizers_inside(model: Any) -> dict[str, Any]:
+    """Return the optimizers that `find_optimizers` does not: in lists, dicts and inner layers.
+
+    Some are left out, since they do not train the model: with Keras's train step, the optimizers
+    with which inner models were compiled; and those of kerasmp's inner models, which wrap them.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The optimizers by attribute, after the path of the layer that has it: "critic.optimizers[0]"
+        or, if the model itself has it, "optimizers[0]".
+    """
+    step = getattr(model, "train_step", None)  # models of Keras's NumPy backend have none
+    has_own_step = getattr(step, "__module__", "keras").partition(".")[0] not in _STOCK
+    found: dict[str, Any] = {}
+    for layer, location in locations(model):
+        for name, value in vars(layer).items():
+            is_compiled = name == "optimizer" and isinstance(layer, keras.Model)
+            if is_compiled and (not has_own_step or getattr(layer, "_auto_scale_loss", False)):
+                continue
+            if name.startswith(_OF_TENSORFLOW):
+                continue
+            if layer is not model:
+                found |= _held(value, f"{location.path}.{name}")
+            elif isinstance(value, list | tuple | dict):
+                found |= _held(value, name)
+    return found
+
+
+def _held(value: Any, name: str) -> dict[str, Any]:
+    """Return the optimizers in a value: itself, or those in lists and dicts."""
+    if isinstance(value, keras.optimizers.Optimizer):
+        return {name: value}
+    found: dict[str, Any] = {}
+    if isinstance(value, dict | list | tuple):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in parts:
+            found |= _held(part, f"{name}[{key!r}]")
+    return found
+
+
+def unscaled_optimizers(model: Any, *, inside: bool = False) -> list[str]:
     """Return the attributes of a model that hold an optimizer without loss scaling.
 
     An optimizer is left out if another attribute holds a wrapper around it.
+
+    Args:
+        model: The model.
+        inside: Whether to include those of `optimizers_inside`.
     """
-    present = {name: each for name, each in find_optimizers(model).items() if each is not None}
+    every = optimizers_inside(model) if inside else {}
+    every |= {name: each for name, each in find_optimizers(model).items() if each is not None}
     scaled = {
         id(inner)
-        for each in present.values()
+        for each in every.values()
         if isinstance(each, keras.optimizers.LossScaleOptimizer)
         for inner in optimizer_chain(each)
     }
-    return [name for name, each in present.items() if id(each) not in scaled]
+    # An attribute of the model comes last, and gives an optimizer its name.
+    names = {id(each): name for name, each in every.items() if id(each) not in scaled}
+    return list(names.values())
 
 
 def trainable_float16_layers(model: Any) -> list[Any]:

@@ -75,3 +75,48 @@ def test_unwrapped_optimizers_of_a_kerasmp_model_are_named_too():
     model.compile("sgd", "mse")
     model.other = keras.optimizers.SGD()
     assert "for other:" in only(model, "unscaled").reason
+
+
+class Critic(layers.Layer):
+    """A layer that keeps the optimizers for its weights."""
+
+    def __init__(self, **optimizers):
+        super().__init__(name="critic", dtype="mixed_float16")
+        self.inner = layers.Dense(8, dtype="mixed_float16")
+        for name, value in optimizers.items():
+            setattr(self, name, value)
+
+    def build(self, shape):
+        self.inner.build(shape)
+
+    def call(self, inputs):
+        return self.inner(inputs)
+
+
+def test_unwrapped_optimizers_in_inner_layers_lists_and_dicts_are_named():
+    sgd, scaled = keras.optimizers.SGD, mp.LossScaleOptimizer("sgd")
+    critic = Critic(own=sgd(), many=[scaled, sgd()], named={"slow": [sgd()]}, fine=scaled)
+    model = compiled(made(lambda: critic), "mse")
+    model.more = [sgd(), scaled.inner_optimizer]
+    reason = only(model, "unscaled").reason
+    names = ["critic.own", "critic.many[1]", "critic.named['slow'][0]", "more[0]"]
+    *_, named = reason.partition(":")[0].partition("the loss for ")
+    assert sorted(each.rpartition("/")[2] for each in named.split(", ")) == sorted(names)
+    assert not found(compiled(made(lambda: Critic(own=scaled)), "mse"), "unscaled")
+
+
+class TwoSteps(keras.Sequential):
+    def train_step(self, data):
+        return self.layers[0].train_step(data)
+
+
+def test_the_optimizer_of_an_inner_model_counts_if_a_step_may_use_it():
+    for outer, names in ((TwoSteps, ["critic.optimizer"]), (keras.Sequential, [])):
+        inner = keras.Sequential(
+            [keras.Input((8,)), layers.Dense(8, dtype="mixed_float16")], name="critic"
+        )
+        inner.compile(keras.optimizers.SGD(), "mse")
+        model = compiled(outer([keras.Input((8,)), inner]), "mse")
+        reasons = [each.reason for each in found(model, "unscaled")]
+        assert len(reasons) == len(names)
+        assert all(f"{name}:" in reason for name, reason in zip(names, reasons, strict=True))
