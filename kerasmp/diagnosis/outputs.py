@@ -79,20 +79,18 @@ def _outputs_with_loss(model: Any, graph: Any) -> list[Any]:
     may compute a loss from any output in its own code.
     """
     outputs, loss = graph.output, getattr(model, "loss", None)
+    losses: dict[Any, Any] = {}
+    named: dict[Any, Any] = {}
     if isinstance(loss, dict):
         # The keys are those of the outputs, or else the names of the layers that make these.
-        names = graph.output_names
-        named = (
-            outputs if isinstance(outputs, dict) else dict(zip(names, graph.outputs, strict=False))
-        )
+        by_layer = dict(zip(graph.output_names, graph.outputs, strict=False))
+        losses, named = loss, outputs if isinstance(outputs, dict) else by_layer
     elif isinstance(loss, list | tuple) and len(loss) == len(graph.outputs):
-        loss, named = dict(enumerate(loss)), dict(enumerate(graph.outputs))
-    else:
-        named = {}
+        losses, named = dict(enumerate(loss)), dict(enumerate(graph.outputs))
     is_user_defined = type(model).__module__.partition(".")[0] not in {"keras", "kerasmp"}
-    if is_user_defined or len(named) != len(graph.outputs) or not loss.keys() <= named.keys():
+    if is_user_defined or len(named) != len(graph.outputs) or not losses.keys() <= named.keys():
         return list(graph.outputs)
-    return [tensor for name, tensor in named.items() if loss.get(name) is not None]
+    return [tensor for name, tensor in named.items() if losses.get(name) is not None]
 
 
 def _losses(model: Any, half: list[bool]) -> Iterator[Finding]:
