@@ -26,6 +26,7 @@ __all__ = [
     "draws_noise_in_compute_dtype",
     "layers_without_kernel",
     "multiplies_mixed_dtypes",
+    "resizes_gradients_in_float32",
     "sums_rows_in_table_dtype",
     "trace",
     "without_autograph",
@@ -58,6 +59,12 @@ def multiplies_mixed_dtypes() -> bool:
     """Return whether a matrix product accepts a float32 and a float16 tensor."""
     name: str = keras.backend.backend()
     return name != "torch"
+
+
+def resizes_gradients_in_float32() -> bool:
+    """Return whether the gradient of resized half-precision images may be float32, an error."""
+    name: str = keras.backend.backend()
+    return name == "tensorflow"
 
 
 def sums_rows_in_table_dtype() -> bool:

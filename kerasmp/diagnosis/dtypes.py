@@ -47,6 +47,7 @@ _ALSO_IN_BFLOAT16 = (
     "kernel",
     "spectrum",
     "interpolation",
+    "resampling",
     "recurrent",
     "embedding",
     "noise",

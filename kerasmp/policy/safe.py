@@ -8,6 +8,7 @@ numbers of the hazards are those in docs/rules.md.
 
 from __future__ import annotations
 
+import collections
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,9 +21,10 @@ from kerasmp.backend import (
     draws_noise_in_compute_dtype,
     layers_without_kernel,
     multiplies_mixed_dtypes,
+    resizes_gradients_in_float32,
     sums_rows_in_table_dtype,
 )
-from kerasmp.backend.keras_graph import children, graph_of
+from kerasmp.backend.keras_graph import calls, children, graph_of
 from kerasmp.backend.keras_internals import flatten_layers
 from kerasmp.policy.locations import SPECTRA, exact_inputs_in
 from kerasmp.policy.spec import HALVES
@@ -234,6 +236,78 @@ def _rounds_data(layer: Any, location: Location) -> bool:
     )
 
 
+# Their gradients accept a float32 gradient under TensorFlow's XLA. Most others, such as that of
+# ReLU, do not, and these pass it on.
+_ACCEPTING_FLOAT32 = (
+    layers.Conv2D,
+    layers.Conv2DTranspose,
+    layers.Dense,
+    layers.DepthwiseConv2D,
+    layers.SeparableConv2D,
+)
+
+
+def _is_resampled(layer: Any) -> bool:
+    """Return whether TensorFlow scales images with an operation that returns float32."""
+    antialiased = getattr(layer, "antialias", False) and layer.interpolation != "nearest"
+    return bool(antialiased or layer.interpolation.startswith("lanczos"))
+
+
+def _has_no_half_gradient(layer: Any, location: Location) -> bool:
+    return (
+        resizes_gradients_in_float32()
+        and _is_resampled(layer)
+        and not _comes_from_inputs(layer, location, through=())
+    )
+
+
+def _returns_float32_gradient(layer: Any, location: Location) -> bool:
+    # XLA cannot compile "bicubic" in any dtype, and other compilers get its gradient right.
+    keeps_ratio = any(getattr(layer, f"{way}_to_aspect_ratio", False) for way in ("crop", "pad"))
+    through = () if keeps_ratio else _ACCEPTING_FLOAT32
+    return (
+        resizes_gradients_in_float32()
+        and layer.interpolation == "bilinear"
+        and not _is_resampled(layer)
+        and not _comes_from_inputs(layer, location, through=through)
+    )
+
+
+def _comes_from_inputs(layer: Any, location: Location, through: tuple[type, ...]) -> bool:
+    """Return whether a layer receives inputs of the model, or these after plain products only.
+
+    Args:
+        layer: The layer.
+        location: Its location.
+        through: The classes of layers that may be between, if they have no activation.
+    """
+    graph = graph_of(location.holder)
+    if graph is None or location.depth != 1:  # an inner model's inputs may need gradients
+        return False
+    every = calls(graph)
+    makers = {id(tensor): call for call in every for tensor in call.outputs}
+    used = collections.Counter(id(x) for call in every for x in call.inputs)
+    used.update(map(id, graph.outputs))
+    pending = [tensor for call in every if call.operation is layer for tensor in call.inputs]
+    while pending:
+        call = makers[id(tensor := pending.pop())]
+        if isinstance(call.operation, layers.InputLayer):
+            continue
+        if used[id(tensor)] > 1 or not _is_plain_product(call.operation, through):
+            return False
+        pending += call.inputs
+    return True
+
+
+def _is_plain_product(layer: Any, classes: tuple[type, ...]) -> bool:
+    return (
+        isinstance(layer, classes)
+        and activation_name(layer) == "linear"
+        and getattr(layer, "activity_regularizer", None) is None
+        and bool(np.all(np.equal(getattr(layer, "dilation_rate", 1), 1)))
+    )
+
+
 RULES = (
     SafeRule(
         "kernel",
@@ -347,7 +421,14 @@ RULES = (
         "20",
         "under TensorFlow's XLA its gradient mixes two dtypes, which is an error",
         (layers.UpSampling2D, layers.Resizing),
-        lambda layer, _: layer.interpolation != "nearest",
+        _returns_float32_gradient,
+    ),
+    SafeRule(
+        "resampling",
+        "20",
+        "on TensorFlow its gradient mixes two dtypes, which is an error",
+        (layers.UpSampling2D, layers.Resizing),
+        _has_no_half_gradient,
     ),
     SafeRule(
         "embedding",

@@ -207,16 +207,6 @@ CASES = {
             ),
         ],
     ),
-    "interpolation": (
-        [
-            lambda: relu_after(layers.UpSampling2D(interpolation="bilinear"), (4, 4, 2)),
-            lambda: relu_after(layers.Resizing(8, 8), (4, 4, 2)),
-        ],
-        [
-            lambda: relu_after(layers.UpSampling2D(), (4, 4, 2)),
-            lambda: relu_after(layers.Resizing(8, 8, interpolation="nearest"), (4, 4, 2)),
-        ],
-    ),
 }
 
 
@@ -256,7 +246,7 @@ def test_what_it_leaves_alone(name, build):
 @pytest.mark.unit
 def test_every_rule_is_tested():
     # The layers without a kernel differ between backends: tests/conversion has them.
-    others = {"head", "kernel", "scores"}
+    others = {"head", "kernel", "scores", "interpolation", "resampling"}
     assert {rule.name for rule in RULES} == {*CASES, *ON_ONE_BACKEND, *others}
 
 
@@ -293,6 +283,48 @@ def test_a_rule_of_one_backend_claims_there_alone(name):
     for make in left:
         model = relu_after(make(), (4, 2))
         assert row_of(model, third_from_the_end(model)).after == "mixed_float16"
+
+
+def conv(**settings):
+    return lambda: layers.Conv2D(2, 3, **{"padding": "same", **settings})
+
+
+# By rule: layers, and those before them, that it claims or leaves alone. With each layer before
+# them they trained under XLA or failed, on TensorFlow 2.18 and 2.21.
+RESIZED = {
+    "interpolation": (
+        [
+            (lambda: layers.UpSampling2D(interpolation="bilinear"), [conv(activation="relu")]),
+            (lambda: layers.UpSampling2D(interpolation="bilinear"), [layers.ReLU, conv()]),
+            (lambda: layers.UpSampling2D(interpolation="bilinear"), [conv(dilation_rate=2)]),
+            (lambda: layers.Resizing(8, 8), [conv(), layers.ReLU]),
+            (lambda: layers.Resizing(8, 8, crop_to_aspect_ratio=True), [conv()]),
+        ],
+        [
+            (lambda: layers.UpSampling2D(interpolation="bilinear"), [conv()]),
+            (lambda: layers.UpSampling2D(interpolation="bicubic"), [layers.ReLU]),
+            (lambda: layers.Resizing(8, 8), []),
+            (lambda: layers.Resizing(8, 8, interpolation="nearest"), [layers.ReLU]),
+        ],
+    ),
+    "resampling": (
+        [
+            (lambda: layers.UpSampling2D(interpolation="lanczos3"), [conv()]),
+            (lambda: layers.Resizing(8, 8, antialias=True), [conv()]),
+        ],
+        [(lambda: layers.Resizing(8, 8, antialias=True), [])],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESIZED)
+def test_resized_images_are_claimed_where_tensorflow_fails(name):
+    on_tensorflow = keras.backend.backend() == "tensorflow"
+    for cases, is_claimed in zip(RESIZED[name], (on_tensorflow, False), strict=True):
+        for make, before in cases:
+            model = relu_after(make(), (4, 4, 2), before=[each() for each in before])
+            row = row_of(model, third_from_the_end(model))
+            assert (name in row.reason, row.after == "float32") == (is_claimed, is_claimed), row
 
 
 @pytest.mark.backend("tensorflow")

@@ -217,3 +217,18 @@ def test_interpolation_compiles_under_xla(build):
     with pytest.raises(tf.errors.InternalError, match="mixed precision is disallowed"):
         trained(None)
     trained("safe")
+
+
+@pytest.mark.full
+@pytest.mark.backend("tensorflow")
+@pytest.mark.parametrize("products", [1, 2])
+def test_interpolation_after_plain_products_needs_no_rule_under_xla(products):
+    with mp.policy_scope("mixed_float16"):
+        parts = [layers.Conv2D(4, 3, padding="same") for _ in range(products)]
+        resized = layers.UpSampling2D(2, interpolation="bilinear")
+        rest = [layers.GlobalAveragePooling2D(), mp.layers.DenseHead(1)]
+    model = keras.Sequential([keras.Input((8, 8, 3)), *parts, resized, *rest])
+    model.compile(mp.LossScaleOptimizer("sgd", loss_scale=1.0), "mse", jit_compile=True)
+    assert not [each for each in mp.lint(model) if each.place.endswith(resized.name)]
+    model.fit(np.ones((2, 8, 8, 3)), np.ones((2, 1)), verbose=0)
+    assert model.optimizer.applied_steps == 1
