@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp import backend
+from kerasmp.backend.keras_graph import graph_of
 from kerasmp.backend.keras_internals import enclosing_callback_list, float16_layers
 from kerasmp.callbacks.readings import Reading, source_of
 from kerasmp.diagnosis.lint import cheap_findings
@@ -177,7 +178,9 @@ class OverflowMonitor(keras.callbacks.Callback):
             return
         kind = "stalled" if now.in_a_row >= self.stalled or now.at_floor else "streak"
         by_loss = now.causes.get("loss", 0) - self._epoch_start.causes.get("loss", 0)
-        self._warn_once(kind, _skips_message(kind, now, self._source.worst_variables(), by_loss))
+        suspect = _loss_on_float16(self._model_without_sync) if by_loss else ""
+        variables = self._source.worst_variables()
+        self._warn_once(kind, _skips_message(kind, now, variables, by_loss, suspect))
 
     def _warn_if_unscaled(self) -> None:
         float16 = [layer.name for layer in float16_layers(self.model)]
@@ -210,7 +213,23 @@ class OverflowMonitor(keras.callbacks.Callback):
             warnings.warn(message, LossScaleWarning, stacklevel=2)
 
 
-def _skips_message(kind: str, now: Reading, variables: list[str], by_loss: int) -> str:
+def _loss_on_float16(model: Any) -> str:
+    """Return the names of a model's losses if it has float16 outputs, else nothing."""
+    graph = graph_of(model)
+    half = graph is None or any(tensor.dtype == "float16" for tensor in graph.outputs)
+    if not half or not float16_layers(model) or getattr(model, "_output_dtype", "") == "float32":
+        return ""
+    losses = [each for each in keras.tree.flatten(model.loss) if each is not None]
+    names = [
+        each if isinstance(each, str) else getattr(each, "__name__", None) or type(each).__name__
+        for each in losses
+    ]
+    return _few([f'"{name}"' for name in dict.fromkeys(names)])
+
+
+def _skips_message(
+    kind: str, now: Reading, variables: list[str], by_loss: int, suspect: str
+) -> str:
     at_floor = ", and its schedule does not let it fall further" if now.at_floor else ""
     stalled = kind == "stalled"
     parts = [
@@ -226,6 +245,11 @@ def _skips_message(kind: str, now: Reading, variables: list[str], by_loss: int) 
         parts.append(
             f"In {by_loss} steps of this epoch the loss itself was inf or NaN: no scale helps then."
         )
+    if suspect:
+        parts.append(
+            f"The loss {suspect} may overflow on float16 outputs, which end at 65504: compute both "
+            "in float32, with a float32 head or output=float32. If it is your own, cast y_pred."
+        )
     # Gradients overflowed float16 at a scale that does not make them larger.
     if by_loss < now.in_a_row and (now.at_floor or now.loss_scale <= 1):
         parts.append(
@@ -234,6 +258,9 @@ def _skips_message(kind: str, now: Reading, variables: list[str], by_loss: int) 
         )
         if now.at_floor:
             parts.append("Or give the schedule a lower min_scale.")
+    if suspect and not stalled:
+        parts.append("If that does not help, look for inf and NaN in the data.")
+        return " ".join(parts)
     parts.append(
         "Check the inputs and labels for inf and NaN, lower the learning rate, and run the layers "
         'that overflow in float32, with dtype="float32" or kerasmp.layers.WithDtype.'

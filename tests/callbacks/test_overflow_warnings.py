@@ -58,6 +58,32 @@ def test_a_streak_that_goes_below_one_names_sums(warned):
     assert "min_scale" not in message
 
 
+class Squares(keras.losses.Loss):
+    def call(self, y_true, y_pred):
+        return keras.ops.square(y_true - y_pred)
+
+
+@pytest.mark.parametrize(
+    ("loss", "output", "name"),
+    [
+        (Squares(dtype="float16"), 3e4, "Squares"),  # its square is above 65504
+        (lambda true, out: keras.ops.square(true - out), 9e4, "<lambda>"),
+        ("mse", 9e4, "mse"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["mixed_float16", "float32"])
+@pytest.mark.filterwarnings("ignore::kerasmp.errors.PolicyWarning")  # of the float16 head
+def test_a_loss_that_overflows_on_float16_outputs_is_named(loss, output, name, dtype, warned):
+    model = make(LossScaleOptimizer("sgd"), dtype=dtype, loss=loss)
+    model.layers[0].kernel.assign(np.ones((3, 1)))
+    x = np.full((12, 3), output / 3 if dtype == "mixed_float16" else np.inf, "float32")
+    model.fit(x, np.zeros((12, 1)), 1, verbose=0, callbacks=[OverflowMonitor(3)])
+    (message,) = warned()
+    is_named = f'The loss "{name}" may overflow on float16 outputs' in message
+    assert is_named is (dtype == "mixed_float16")
+    assert ("A dynamic scale that starts too high" in message) is not is_named
+
+
 def test_each_fit_warns_anew(warned):
     model, monitor = make(), OverflowMonitor(streak=2)
     for _ in range(2):
