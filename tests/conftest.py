@@ -110,6 +110,14 @@ def _fresh_keras():
     keras.backend.clear_session(free_memory=False)  # collecting garbage costs 0.3 s a test
 
 
+@pytest.fixture(autouse=True)
+def _only_its_tests_probe_the_first_batch(request, monkeypatch):
+    """Turn the probe of `fit` off in all other tests, whose time it would double."""
+    if request.path.parent.name != "probe":
+        for module in ("kerasmp.model.first_batch", "kerasmp.callbacks.overflow_monitor"):
+            monkeypatch.setattr(f"{module}.look_at_first_batch", lambda _: None)
+
+
 @pytest.fixture(scope="session")
 def another_process():
     """A process that has made none of the models of a test; other tests may have used it before."""

@@ -7,6 +7,7 @@ not imported.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable
@@ -17,6 +18,8 @@ import keras
 from kerasmp.errors import BackendError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from kerasmp.backend.protocol import Backend
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "draws_noise_in_compute_dtype",
     "layers_without_kernel",
     "multiplies_mixed_dtypes",
+    "probe_scope",
     "resizes_gradients_in_float32",
     "sums_rows_in_table_dtype",
     "trace",
@@ -116,6 +120,13 @@ def trace(call: Callable[..., Any], args: Any, kwargs: Any, *, backwards: bool) 
     else:
         keras_internals = importlib.import_module(f"{__name__}.keras_internals")
         keras_internals.compute_output_spec(call, *args, **kwargs)
+
+
+def probe_scope() -> AbstractContextManager[Any]:
+    """Return a scope for running layers once, in which no gradients are recorded."""
+    if keras.backend.backend() not in _CLASSES:
+        return contextlib.nullcontext()
+    return current().probe_scope()
 
 
 def without_autograph(function: _F) -> _F:

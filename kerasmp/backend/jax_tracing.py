@@ -8,7 +8,6 @@ import jax
 import keras
 from jax import numpy as jnp
 
-from kerasmp.backend.constants import inner_jaxprs
 from kerasmp.backend.keras_internals import compute_output_spec
 from kerasmp.backend.protocol import Backend
 from kerasmp.errors import BackendError
@@ -67,7 +66,7 @@ def _refuse_missing_kernels(jaxpr: Any, scope: str) -> None:
     """
     for eqn in jaxpr.eqns:
         within = "/".join(part for part in (scope, str(eqn.source_info.name_stack)) if part)
-        inner = inner_jaxprs(eqn.params)
+        inner = _inner_jaxprs(eqn.params)
         for each in inner:
             _refuse_missing_kernels(each, within)
         dtypes = tuple(str(getattr(var.aval, "dtype", "")) for var in eqn.invars)
@@ -78,6 +77,13 @@ def _refuse_missing_kernels(jaxpr: Any, scope: str) -> None:
             )
             error.add_note(within)
             raise error
+
+
+def _inner_jaxprs(params: Any) -> list[Any]:
+    """Return the jaxprs among the parameters of an operation, such as the body of a loop."""
+    values = [each for v in params.values() for each in (v if isinstance(v, tuple | list) else [v])]
+    jaxprs = [getattr(each, "jaxpr", each) for each in values]
+    return [each for each in jaxprs if hasattr(each, "eqns")]
 
 
 # By operation and the dtypes of its inputs: what JAX said. Only lowering can find out.

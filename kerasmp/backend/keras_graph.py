@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 
-from kerasmp.backend.keras_internals import AutocastScope, Functional, flatten_layers
+from kerasmp.backend.keras_internals import (
+    AutocastScope,
+    Functional,
+    flatten_layers,
+    preserve_names,
+)
 from kerasmp.backend.side_effects import preserve_layers
 
 if TYPE_CHECKING:
@@ -80,6 +85,82 @@ def calls(model: Any) -> list[Call]:
         for depth in sorted(by_depth, reverse=True)
         for node in by_depth[depth]
     ]
+
+
+def has_own_call(model: Any) -> bool:
+    """Return whether calling a model runs user-defined code, and not just its graph."""
+    stock = {"keras", __name__.partition(".")[0]}
+    owner = next(cls for cls in type(model).__mro__ if "call" in vars(cls))
+    return owner.__module__.partition(".")[0] not in stock
+
+
+def input_tensors(graph: Any, x: Any) -> list[Any]:
+    """Return a batch as a graph takes it: a tensor for each of its inputs, in their dtypes.
+
+    Args:
+        graph: What `graph_of` returns.
+        x: The batch, as for the model.
+    """
+    return list(graph._standardize_inputs(x))  # noqa: SLF001 - `call` does more than this
+
+
+def trace_graph(layer: Any, args: Any, kwargs: Any) -> tuple[Any, list[Any]] | None:
+    """Return a model with the graph of the calls that a user-defined layer makes.
+
+    It calls the layer's own layers, and the operations of `keras.ops`. The caller casts the inputs,
+    and sets an `AutocastScope` for the operations, as calling the layer would do.
+
+    Args:
+        layer: A built layer or model.
+        args: Positional arguments of its `call`, tensors in any structure.
+        kwargs: Keyword arguments, likewise.
+
+    Returns:
+        A functional model with an input for each tensor of the arguments, and its operations that
+        compute masks of Masking layers, as in `mask_operations`; None if `call` does
+        something that has no symbols, such as using the framework's functions, random numbers, or
+        constants in the layer's dtype.
+    """
+    inside = flatten_layers(layer)
+    before = [(each, len(each._inbound_nodes), len(each._outbound_nodes)) for each in inside]  # noqa: SLF001
+    inputs: list[Any] = []
+
+    def symbol(each: Any) -> Any:
+        if not keras.ops.is_tensor(each):
+            return each
+        dtype = keras.backend.standardize_dtype(each.dtype)
+        name = f"input_{len(inputs)}"
+        inputs.append(keras.Input(batch_shape=tuple(each.shape), dtype=dtype, name=name))
+        return inputs[-1]
+
+    try:
+        with preserve_names(), preserve_layers(layer), keras.StatelessScope() as scope:
+            args, kwargs = keras.tree.map_structure(symbol, (args, kwargs))
+            with AutocastScope(layer.compute_dtype):
+                outputs = layer.call(*args, **kwargs)
+            graph = Functional(inputs, outputs, name=layer.name)
+            # A variable that changes, such as a seed, would do so once; a tensor that was computed
+            # in the layer's dtype would stay in it.
+            if scope.state_mapping or _has_half_constants(graph):
+                return None
+            return graph, [x for each in inside for _, x in mask_operations(each)]
+    except Exception:  # noqa: BLE001 - a user's code may raise anything on symbols
+        return None
+    finally:
+        for each, inbound, outbound in before:
+            del each._inbound_nodes[inbound:]  # noqa: SLF001
+            del each._outbound_nodes[outbound:]  # noqa: SLF001
+
+
+def _has_half_constants(graph: Any) -> bool:
+    """Return whether a call in a graph takes a tensor in half precision that no other returned."""
+    arguments = [(call.node.arguments.args, call.node.arguments.kwargs) for call in calls(graph)]
+    return any(
+        keras.ops.is_tensor(each)
+        and not isinstance(each, (keras.KerasTensor, keras.Variable))
+        and keras.backend.standardize_dtype(each.dtype) in {"float16", "bfloat16"}
+        for each in keras.tree.flatten(arguments)
+    )
 
 
 def producer(tensor: Any) -> Any:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import random
 import traceback
 from typing import TYPE_CHECKING, Any
 
 import keras
 from keras.src.backend import compute_output_spec, get_keras_mask, set_keras_mask
+from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.backend.common.variables import AutocastScope
 from keras.src.models.functional import Functional
 from keras.src.models.model import functional_init_arguments
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -35,8 +38,11 @@ __all__ = [
     "float16_layers",
     "functional_init_arguments",
     "layers_in_traceback",
+    "mask_of",
     "non_trainable_state",
     "own_variables",
+    "preserve_global_seed",
+    "preserve_names",
     "set_autocast",
     "set_keras_mask",
     "unfiltered_tracebacks",
@@ -59,6 +65,9 @@ UPDATE_METRICS = "_update_metrics_variables"
 # there are only the metrics, which are 0 before they have seen anything.
 RESULT_OR_LOGS = "_get_metrics_result_or_logs"
 
+# Keras's attribute for the counts in the names of layers.
+_NAME_COUNTS = "object_name_uids"
+
 # A subclass that calls super() adds a frame or two; more frames would be another caller's.
 _FRAMES = 8
 
@@ -72,6 +81,44 @@ def copy_mask(tensor: Any, other: Any) -> Any:
     if mask is not None:
         set_keras_mask(other, mask)
     return other
+
+
+def mask_of(tensor: Any) -> Any:
+    """Return the mask that Keras has attached to a tensor, or None."""
+    return get_keras_mask(tensor)
+
+
+@contextlib.contextmanager
+def preserve_names() -> Iterator[None]:
+    """Count the names of new layers and operations from the start, and restore the counts on exit.
+
+    The counts make names unique, and there is no public way to them.
+    """
+    before = global_state.get_global_attribute(_NAME_COUNTS)
+    global_state.set_global_attribute(_NAME_COUNTS, None)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(_NAME_COUNTS, before)
+
+
+@contextlib.contextmanager
+def preserve_global_seed() -> Iterator[Any]:
+    """Yield the state of Keras's global seed generator, and restore the generator on exit.
+
+    Unseeded random functions draw from it, and the first one creates it. Publicly, it can only be
+    set.
+    """
+    before = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
+    drawn = random.getstate()  # a new generator takes its seed from there
+    state = global_seed_generator().state
+    value = keras.ops.copy(state.value)
+    try:
+        yield state
+    finally:
+        state.assign(value)
+        random.setstate(drawn)
+        global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, before)
 
 
 def flatten_layers(model: Any) -> list[Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import keras
@@ -12,7 +14,7 @@ from keras import ops
 from kerasmp.backend.tensors import Tensor, accumulation_dtype, dtype_name, finite_norms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from kerasmp.backend.tensors import Weight
@@ -120,6 +122,10 @@ class Backend(Protocol):
 
         `COMPILED_CALLS` are not covered.
         """
+        return contextlib.nullcontext()
+
+    def probe_scope(self) -> AbstractContextManager[Any]:
+        """Return a scope for running layers once, in which no gradients are recorded."""
         return contextlib.nullcontext()
 
     def is_traced(self) -> bool:
@@ -357,6 +363,21 @@ class Backend(Protocol):
     def compile_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return a pure step, compiled on its first call; if `NEEDS_PURE_STEP`."""
         raise NotImplementedError
+
+    def peek(self, source: Any, steps: int) -> tuple[Any, Any]:  # noqa: ARG002
+        """Return the next batch of a source, and a source that yields the same batches as before.
+
+        Args:
+            source: What Keras passes to a train function: batches, or an iterator over them.
+            steps: The most batches that one call of the train function takes.
+
+        Returns:
+            The batch, or None if it cannot be had without losing it.
+        """
+        if isinstance(source, Sequence):
+            return source[0], source
+        first = list(itertools.islice(source, 1))
+        return (first[0] if first else None), itertools.chain(first, source)
 
     @abstractmethod
     def train_step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from typing import TYPE_CHECKING, Any
@@ -133,6 +134,21 @@ class TensorFlow(Gradients, FusedUpdates, Replicas, Tracing):
             expected="JAX or torch",
             fix="Call optimizer.apply(grads, variables), also inside a tf.function.",
         )
+
+    def peek(self, source: Any, steps: int) -> tuple[Any, Any]:
+        """See `Backend.peek`. The batches come back from an iterator of the same type.
+
+        A train function is compiled for the type of its iterator, and takes no other.
+        """
+        if not isinstance(source, tf.data.Iterator):  # one over several replicas, or its batches
+            return (None if hasattr(source, "__next__") else super().peek(source, steps)[0]), source
+        batches: list[Any] = []
+        with contextlib.suppress(StopIteration, tf.errors.OutOfRangeError):
+            batches.extend(next(source) for _ in range(steps))
+        again = tf.data.Dataset.from_generator(
+            lambda: iter(batches), output_signature=source.element_spec
+        )
+        return (batches[0] if batches else None), iter(again)
 
     def train_step(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from kerasmp.backend.protocol import Backend
 from kerasmp.errors import BackendError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 # The dtypes that many kernels lack, by TensorFlow's numbers.
 _HALVES = {dtype.as_datatype_enum: dtype.name for dtype in (tf.float16, tf.bfloat16)}
@@ -35,6 +36,20 @@ class Tracing(Backend):
                 op_callbacks.remove_op_callback(_refuse_missing_kernel)
 
         compute_output_spec(called, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def probe_scope(self) -> Iterator[None]:
+        """Return a scope without TensorFlow's warnings that a function is traced often.
+
+        Keras compiles some operations, such as a convolution, for each shape and dtype.
+        """
+        logger = tf.get_logger()
+        level = logger.level
+        logger.setLevel("ERROR")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
     def is_traced(self) -> bool:
         """Return whether a graph is being built."""

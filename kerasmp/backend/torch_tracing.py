@@ -60,6 +60,10 @@ class Tracing(Backend):
         """Return a scope that records no gradients; torch runs eagerly anyway."""
         return torch.no_grad()
 
+    def probe_scope(self) -> Any:
+        """Return a scope that records no gradients."""
+        return torch.no_grad()
+
 
 def default_generators() -> list[Any]:
     """Return the default generators of the devices in use; others would be initialized by this."""

@@ -18,8 +18,12 @@ from kerasmp.errors import (
     LossScaleWarning,
     NotCompiledError,
     PolicyWarning,
+    check_bool,
     check_integer,
 )
+from kerasmp.model import Model
+from kerasmp.model.first_batch import look_at_first_batch, look_no_longer
+from kerasmp.probe.finding import lines
 
 if TYPE_CHECKING:
     from kerasmp.diagnosis import Finding
@@ -41,7 +45,8 @@ class OverflowMonitor(keras.callbacks.Callback):
       (int), only if gradients are accumulated. Each skipped step shifts the windows by one.
 
     When training begins, the monitor also warns about the errors and warnings that `kerasmp.lint`
-    finds without data and without tracing the model.
+    finds without data. Before the first step it probes the first batch, as `kerasmp.Model.fit` does
+    with any model of its own, and warns of what that shows.
 
     It reads the device at the end of each epoch and every `check_every` batches, not at every step.
 
@@ -51,10 +56,15 @@ class OverflowMonitor(keras.callbacks.Callback):
             starts high usually skips a few steps until it has come down.
         stalled: Steps skipped in a row before training counts as stalled, default 50. With the
             scale at its floor, `streak` steps are enough.
+        probe: Whether to run the first batch forward twice before the first step, in float32 and
+            under the model's policy, and to warn of layers whose values differ by more than
+            rounding explains. It happens once for a model, and takes as long as two to four
+            predictions of that batch, run eagerly. Default True. With a `kerasmp.Model`, the
+            argument `probe` of `fit` decides.
 
     Raises:
         LossScaleError: If an argument is less than 1, or `streak` is larger than `stalled`.
-        ArgumentTypeError: If an argument is not an integer.
+        ArgumentTypeError: If `probe` is not a bool, or another argument is not an integer.
         NotCompiledError: When training begins, if the model has no optimizer.
 
     The monitor also works with stock Keras's LossScaleOptimizer, but knows less: it infers skipped
@@ -78,8 +88,12 @@ class OverflowMonitor(keras.callbacks.Callback):
     # Lets Keras run `on_train_batch_end` in another thread, as for its progress bar.
     async_safe = True
 
-    def __init__(self, check_every: int = 50, *, streak: int = 10, stalled: int = 50) -> None:
+    def __init__(
+        self, check_every: int = 50, *, streak: int = 10, stalled: int = 50, probe: bool = True
+    ) -> None:
         super().__init__()
+        check_bool("probe", probe)
+        self.probe = probe
         self.check_every = check_integer("check_every", check_every, LossScaleError)
         self.streak = check_integer("streak", streak, LossScaleError)
         self.stalled = check_integer("stalled", stalled, LossScaleError)
@@ -125,6 +139,12 @@ class OverflowMonitor(keras.callbacks.Callback):
         else:
             self._epoch_start = self._source.read(0)
         self._warn_of_findings()
+        if self.probe and not isinstance(self.model, Model):
+            look_at_first_batch(self._model_without_sync)
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+        """Leave the train function as Keras made it, if there was no step."""
+        look_no_longer(self._model_without_sync)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
         """Start counting this epoch's steps."""
@@ -200,9 +220,9 @@ class OverflowMonitor(keras.callbacks.Callback):
         new = [each for each in dict.fromkeys(found) if each not in self._reported]
         self._reported.update(new)
         if new:
-            lines = "\n".join(map(str, new))
+            text = "\n".join(lines(new))
             warnings.warn(
-                f"Before the first step (for more, call kerasmp.lint):\n{lines}",
+                f"Before the first step (for more, call kerasmp.lint):\n{text}",
                 PolicyWarning,
                 stacklevel=2,
             )

@@ -23,7 +23,15 @@ from kerasmp.conversion.order import begin
 from kerasmp.conversion.plan import make_plan
 from kerasmp.conversion.report import ConversionReport
 from kerasmp.conversion.trial import raised
-from kerasmp.errors import ArgumentError, KerasMPError, PolicyError, check_bool, check_model
+from kerasmp.errors import (
+    ArgumentError,
+    KerasMPError,
+    PolicyError,
+    PolicyWarning,
+    check_bool,
+    check_model,
+    first_line,
+)
 from kerasmp.layers.from_stock import apply_swaps
 from kerasmp.model import Model
 from kerasmp.model.float32 import layers_to_widen, widen_activity_regularizers
@@ -34,6 +42,7 @@ from kerasmp.policy import LayerPolicies, Policy
 from kerasmp.policy.apply import set_policies, take_back
 from kerasmp.policy.follow import build_with
 from kerasmp.policy.spec import HALVES
+from kerasmp.probe import probe_findings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -42,6 +51,7 @@ if TYPE_CHECKING:
     from kerasmp.conversion.plan import Plan
     from kerasmp.policy.apply import Undo
     from kerasmp.policy.policy import PolicyLike, RulesLike
+    from kerasmp.probe import Finding
 
 # The compiled steps that a Keras model holds. They would keep computing in the dtypes from before.
 _COMPILED = ("train_function", "test_function", "predict_function")
@@ -83,9 +93,11 @@ def convert(  # noqa: PLR0913 - all but two are keyword-only
             their variables in it, in half the bytes, and the model refuses to be trained. "float32"
             undoes that, except for the rounding, as does any policy with float32 variables. None,
             the default, narrows no variables.
-        sample: A batch of inputs. The converted model is called on it once, eagerly, and the report
-            contains the cost of each layer: multiply-adds, bytes of activations and of casts.
-            Without it these are unknown. A model that is not built is first built with it, before
+        sample: A batch of inputs. The converted model is called on it eagerly, three times. The
+            report contains the cost of each layer: multiply-adds, bytes of activations and of
+            casts. It also contains, as from `kerasmp.lint`, the findings of layers and operations
+            whose values differ from those in float32 by more than rounding explains. Without it
+            these are unknown. A model that is not built is first built with it, before
             anything is checked and in a dry run too, and stays built.
         dry_run: Only report what would be done.
 
@@ -137,16 +149,18 @@ def convert(  # noqa: PLR0913 - all but two are keyword-only
             warnings.warn(text, category, stacklevel=2)
         if not dry_run or measures:
             _carry_out(plan, undo)
-        costs = {}
+        costs, findings = {}, []
         if measures:
             with _calls_on_sample(model):
                 costs = measure(model, sample)
+            findings = _probed(model, sample)
         report = ConversionReport(
             model=model,
             policy=wanted if isinstance(wanted, Policy) else None,
             rows=[row._replace(cost=costs.get(id(row.layer))) for row in plan.rows],
             layer_policies=plan.layer_policies,
             notes=plan.notes,
+            findings=findings,
             undo=undo,
             conversion=None
             if dry_run
@@ -161,6 +175,16 @@ def convert(  # noqa: PLR0913 - all but two are keyword-only
         take_back(undo)
         raise
     return report
+
+
+def _probed(model: Any, sample: Any) -> list[Finding]:
+    """Return what the values of a sample show; a warning if they cannot be compared."""
+    try:
+        return probe_findings(model, sample)
+    except Exception as error:  # noqa: BLE001 - a user's layer may raise anything
+        text = f"The sample was not compared with float32, as this raised {first_line(error)}."
+        warnings.warn(text, PolicyWarning, stacklevel=3)
+        return []
 
 
 def _carry_out(plan: Plan, undo: Undo) -> None:

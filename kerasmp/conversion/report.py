@@ -10,6 +10,7 @@ from kerasmp.conversion.order import refuse_out_of_order
 from kerasmp.errors import PolicyError
 from kerasmp.policy.apply import take_back
 from kerasmp.policy.spec import HALVES
+from kerasmp.probe.finding import lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from kerasmp.policy import Policy
     from kerasmp.policy.apply import Undo
     from kerasmp.policy.layer_policies import LayerPolicies
+    from kerasmp.probe.finding import Finding
 
 _UNKNOWN = "unknown"
 _HEAD = ("layer", "class", "before", "after")
@@ -62,6 +64,7 @@ class ConversionReport:
         rows: One row for the model and for each layer in it, holders before the layers they hold.
         layer_policies: The policies of all layers, as text that can be applied again.
         notes: Further remarks, a sentence each.
+        findings: What the values of the sample show in the converted model; empty without a sample.
         undo: The functions that undo the conversion.
         conversion: Identifies the conversion; None after a dry run.
     """
@@ -74,6 +77,7 @@ class ConversionReport:
         rows: Iterable[ConvertedLayer],
         layer_policies: LayerPolicies,
         notes: Iterable[str] = (),
+        findings: Iterable[Finding] = (),
         undo: Undo | None = None,
         conversion: Conversion | None = None,
     ) -> None:
@@ -82,6 +86,7 @@ class ConversionReport:
         self.rows = tuple(rows)
         self.layer_policies = layer_policies
         self.notes = tuple(notes)
+        self.findings = tuple(findings)
         self._undo = [] if undo is None else undo
         self._conversion = conversion
 
@@ -161,7 +166,8 @@ class ConversionReport:
             for row in self.rows
         ]
         notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
-        return "\n".join([*self._summary(), "", *_aligned([head, *body]), *notes])
+        findings = ["", *lines(self.findings)] if self.findings else []
+        return "\n".join([*self._summary(), "", *_aligned([head, *body]), *notes, *findings])
 
     def _summary(self) -> list[str]:
         counts = Counter(row.after for row in self.rows[1:])

@@ -10,7 +10,6 @@ import numpy as np
 from kerasmp.backend import current
 from kerasmp.backend.keras_graph import calls, children, graph_of
 from kerasmp.backend.keras_internals import flatten_layers
-from kerasmp.diagnosis.finding import Finding
 from kerasmp.policy import Policy
 from kerasmp.policy.assign import assign
 from kerasmp.policy.locations import locations
@@ -26,6 +25,7 @@ from kerasmp.policy.safe import (
     loses_mask_value,
 )
 from kerasmp.policy.spec import HALVES
+from kerasmp.probe.finding import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -211,8 +211,11 @@ def _vanishing_epsilons(model: Any) -> Iterator[Finding]:
     for layer in flatten_layers(model):
         if not is_custom(layer) or layer.compute_dtype != "float16":
             continue
+        # A layer inside that has the same one computes with it.
+        passed_on = {getattr(part, "epsilon", None) for part in children(layer)}
         for name, value in vars(layer).items():
-            if "eps" in name.lower() and isinstance(value, float) and vanishes(value):
+            is_epsilon = "eps" in name.lower() and isinstance(value, float)
+            if is_epsilon and vanishes(value) and value not in passed_on:
                 yield Finding(
                     "warning",
                     layer.path or layer.name,
@@ -304,6 +307,8 @@ def _wider_outputs(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
             continue
         if not current().AUTOCASTS_NESTED_LAYERS and children(layer):
             continue  # there, traced variables ignore the policy, and outputs look like float32
+        if any(part.compute_dtype not in HALVES for part in flatten_layers(layer)):
+            continue  # a layer inside was kept in float32
         wide = {dtypes[id(t)] for t in call.outputs if id(t) in dtypes} & {"float32", "float64"}
         if layer.compute_dtype in HALVES and wide:
             yield Finding(

@@ -8,34 +8,42 @@ import keras
 import numpy as np
 
 from kerasmp.backend.keras_graph import called_parts, dtypes_of_graphs, graph_of, has_call
-from kerasmp.backend.keras_internals import flatten_layers, unfiltered_tracebacks
+from kerasmp.backend.keras_internals import (
+    flatten_layers,
+    preserve_global_seed,
+    unfiltered_tracebacks,
+)
 from kerasmp.backend.side_effects import preserve_layers, preserve_losses
-from kerasmp.conversion.trial import call_attempts, culprits, is_all_stock, trace_call
-from kerasmp.diagnosis import data, dtypes, outputs, sizes, source, traced, training
-from kerasmp.diagnosis.finding import Finding, LintReport, sorted_report
+from kerasmp.conversion.trial import culprits, is_all_stock, trace_call
+from kerasmp.diagnosis import dtypes, outputs, sizes, training
 from kerasmp.errors import ArgumentError, check_model, first_line, with_type
 from kerasmp.policy.spec import HALVES
+from kerasmp.probe.finding import Finding, LintReport, sorted_report
+from kerasmp.probe.findings import CANNOT_COMPUTE, probe_findings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-CANNOT_COMPUTE = "cannot-compute"
+
+# Rules that guess what the probe sees if it happens.
+_ALSO_SHOWN = ("float-ids", "mask-value", "unsafe-layer", "vanishing-epsilon")
 
 
 def lint(model: Any, x: Any = None) -> LintReport:
     """Find what to fix in a model before its first step in half precision.
 
-    This changes nothing and runs no step. With `x`, it also checks the range of the data, and on
-    TensorFlow and JAX it traces the model to find constants that are infinite in float16. A model
-    that is not built yet is first called with `x`. If a model has no `call`, like a GAN, its parts
-    are checked, and `x` is not used.
+    With `x`, it also runs the model forward twice, in float32 and under its policy, and compares
+    what each layer and operation returns. It takes the time of two to four predictions, run
+    eagerly. Weights, seeds, metrics and compiled functions stay as they are. A model that is not
+    built yet is first called with `x`. If a model has no `call`, like a GAN, its parts are checked,
+    with the batch only those whose inputs it fits.
 
     Args:
         model: A Keras or kerasmp model. Compile it first to check its loss and optimizer too.
         x: A batch of inputs, as for `model.predict_on_batch`; default None.
 
     Returns:
-        The findings, the worst first. If you print them, each takes one line. docs/lint.md
+        The findings, the worst first. If you print them, each kind takes one line. docs/lint.md
         describes their rules.
 
     Raises:
@@ -52,16 +60,14 @@ def lint(model: Any, x: Any = None) -> LintReport:
     [('error', 'float16-head')]
     """
     check_model(model, "be checked", fix="Pass the model first, then a batch of its inputs.")
-    if not has_call(model):
-        x = None  # only the train step knows which part receives it
     if x is not None:
         given, x = x, keras.tree.map_structure(np.asarray, x)
         arrays = _in_order(model, x)
-        if not arrays or not all(array.ndim for array in arrays):
+        if not arrays or not all(array.ndim and array.size for array in arrays):
             raise ArgumentError(
                 "`x` is not a batch.",
                 received=with_type(given),
-                expected="arrays whose first axis is the batch",
+                expected="arrays with values, whose first axis is the batch",
                 fix="Pass the same batch as to model.predict_on_batch.",
             )
         _check_inputs(model, arrays)
@@ -108,35 +114,40 @@ def _first_failures(findings: list[Finding]) -> list[Finding]:
 
 
 def _findings(model: Any, x: Any) -> list[Finding]:
-    if x is not None and not model.built:
+    if x is not None and has_call(model) and not model.built:
         _, failed = _try(model, lambda: model(x))
         if failed:
             return [*cheap_findings(model), *failed]
     # Only now, because tensors that a build creates must stay.
     with preserve_layers(model):
-        return _findings_of_built(model, x)
+        found = [*_unbuilt(model), *cheap_findings(model), *training.unscaled(model)]
+        found += sizes.findings(model)
+        if x is None:
+            return found
+        found += sizes.batch_size(model, keras.tree.flatten(x))
+        seen, failed = _try(model, lambda: probe_findings(model, x))
+        # What the values show is said once.
+        shown = {each.place for each in seen or () if each.severity != "hint"}
+        rest = [x for x in found if x.place not in shown or x.rule not in _ALSO_SHOWN]
+        return [*rest, *(seen or []), *failed]
 
 
-def _findings_of_built(model: Any, x: Any) -> list[Finding]:
-    found = [*cheap_findings(model), *training.unscaled(model), *sizes.findings(model)]
-    if x is None:
-        return found
-    in_data, failed = _try(model, lambda: list(data.findings(model, _in_order(model, x))))
-    found += [*(in_data or []), *failed]
-    constants, failed = _try(model, lambda: traced.findings(model, x))
-    found += [*(constants or []), *failed]
-    if not failed and graph_of(model) is None and _may_lack_kernels(model):
-        _, failed = _try(
-            model,
-            lambda: [each(training=False, backwards=False) for each in call_attempts(model, x)],
-        )
-        found += failed
-    if constants is None:
-        return found
-    # The graph shows for certain what the source only suggests.
-    return [each for each in found if each.rule != source.POSSIBLY_INFINITE]
+def _unbuilt(model: Any) -> Iterator[Finding]:
+    """Yield a finding for a model, or a part of one without a `call`, whose layers do not exist."""
+    for part in called_parts(model):
+        if not part.built:
+            yield Finding(
+                "warning",
+                part.path or part.name,
+                "unbuilt",
+                "It is not built, so its layers cannot be checked.",
+                "Pass a batch: kerasmp.lint(model, x)."
+                if part is model
+                else "Call it on a batch first.",
+            )
 
 
+@preserve_global_seed()  # symbolic calls may create the generator, with a seed of Python's
 def cheap_findings(model: Any) -> list[Finding]:
     """Return the findings that need no data, without hints about speed.
 
@@ -147,12 +158,11 @@ def cheap_findings(model: Any) -> list[Finding]:
     if not failed and _may_lack_kernels(model):
         _, failed = _try(model, lambda: dtypes_of_graphs(model, _check_kernels))
     if symbolic is None:
-        return [*failed, *dtypes.findings(model, {}), *source.findings(model)]
+        return [*failed, *dtypes.findings(model, {})]
     return [
         *failed,
         *(each for part in called_parts(model) for each in outputs.findings(part, symbolic)),
         *dtypes.findings(model, symbolic),
-        *source.findings(model),
     ]
 
 

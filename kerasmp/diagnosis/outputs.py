@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp.backend.keras_graph import graph_of
-from kerasmp.diagnosis.finding import Finding
 from kerasmp.policy.locations import final_layers, producers_of
 from kerasmp.policy.safe import PROBABILITIES, activation_name
+from kerasmp.probe.finding import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,6 +46,7 @@ def _heads(model: Any, graph: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
     # The policy of a kerasmp.Model may cast its outputs.
     cast_later = getattr(model, "_output_dtype", None) == "float32"
     trained = {id(layer) for layer in producers_of(graph, _outputs_with_loss(model, graph))}
+    is_compiled = bool(getattr(model, "compiled", False))
     for layer in final_layers(model):
         if layer.compute_dtype != "float16" or _returns_float32(layer, dtypes):
             continue
@@ -59,10 +60,11 @@ def _heads(model: Any, graph: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
                 "are rounded."
             )
             without_loss = (
-                "It returns a model output in float16, so metrics and predictions are rounded. No "
-                "loss is computed from it."
+                "It returns a model output in float16, so metrics and predictions are rounded, and "
+                "a loss would be."
             )
-            is_trained = id(layer) in trained
+            # A model that is not compiled may be trained with any loss, or be part of another.
+            is_trained = id(layer) in trained and (probabilities or is_compiled)
             yield Finding(
                 ("error" if probabilities else "warning") if is_trained else "hint",
                 layer.path or layer.name,

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp.backend.keras_internals import flatten_layers
-from kerasmp.diagnosis.finding import Finding
 from kerasmp.policy.locations import final_layers
 from kerasmp.policy.safe import ATTENTION
 from kerasmp.policy.spec import HALVES
+from kerasmp.probe.finding import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,3 +78,21 @@ def _sizes(layer: Any, *, is_head: bool) -> Iterator[tuple[str, int]]:
         yield "input size", inputs
     if not is_head or units >= _LARGE_HEAD:
         yield "output size", units
+
+
+def batch_size(model: Any, arrays: list[Any]) -> Iterator[Finding]:
+    """Yield a hint if the batch size is not a multiple of 8.
+
+    Args:
+        model: A Keras model.
+        arrays: The arrays of a batch.
+    """
+    size = min(len(array) for array in arrays)
+    if size % MULTIPLE and any(layer.compute_dtype in HALVES for layer in flatten_layers(model)):
+        yield Finding(
+            "hint",
+            model.name,
+            "sizes",
+            f"batch size {size}: Tensor Cores are fastest with multiples of {MULTIPLE}.",
+            "Round it up.",
+        )

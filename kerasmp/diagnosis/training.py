@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kerasmp.diagnosis.finding import Finding
 from kerasmp.model.optimizers import trainable_float16_layers, unscaled_optimizers
 from kerasmp.policy.safe import is_kerasmp_layer
+from kerasmp.probe.finding import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -11,6 +12,7 @@ from kerasmp import backend
 from kerasmp.backend.keras_internals import Functional, functional_init_arguments
 from kerasmp.errors import PolicyError, check_bool, check_model
 from kerasmp.model.adopt import Adopted, adopted_class, functional_class, registered
+from kerasmp.model.first_batch import look_no_longer, with_first_batch
 from kerasmp.model.float32 import at_least_float32, cast, widen_activity_regularizers
 from kerasmp.model.guards import guard_replaced, is_guarded, with_guards
 from kerasmp.model.hints import dtype_hints
@@ -130,6 +132,30 @@ class Model(keras.Model):
         self._apply_rules(*args)
         with dtype_hints():
             return self._in_output_dtype(super().__call__(*args, **kwargs))
+
+    def fit(self, *args: Any, probe: bool = True, **kwargs: Any) -> Any:
+        """Train the model; see `keras.Model.fit` for the arguments.
+
+        Args:
+            *args: As for `keras.Model.fit`.
+            probe: Whether to run the first batch forward twice before the first step, in float32
+                and under the model's policy, and to warn of layers whose values differ by more than
+                rounding explains. It happens once for a model, and takes as long as two to four
+                predictions of that batch, run eagerly. Default True.
+            **kwargs: As for `keras.Model.fit`.
+
+        Returns:
+            A `keras.callbacks.History`.
+        """
+        check_bool("probe", probe)
+        if probe:
+            given = inspect.signature(super().fit).bind(*args, **kwargs)
+            given.arguments["callbacks"] = with_first_batch(given.arguments.get("callbacks"))
+            args, kwargs = given.args, given.kwargs
+        try:
+            return super().fit(*args, **kwargs)
+        finally:
+            look_no_longer(self)
 
     def stateless_call(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return the outputs and the new state; see `keras.Model.stateless_call`."""

@@ -1,6 +1,7 @@
 """Fails if Keras moves a private name of its graphs that kerasmp uses, or changes it."""
 
 import keras
+import numpy as np
 import pytest
 
 import kerasmp as mp
@@ -123,3 +124,61 @@ def test_a_policy_in_a_map_is_read_and_replaced_for_one_layer_only(path):
     assert keras_graph.policy_of(one).name == "bfloat16"
     assert other.compute_dtype == ("float16" if path else "float32")
     assert dict(policies.items()) == {"a": keras.DTypePolicy("mixed_float16")}
+
+
+def test_a_graph_takes_a_batch_in_its_own_dtypes_and_order():
+    second, first = keras.Input((3,), name="second"), keras.Input((2,), name="first", dtype="int32")
+    built = keras.Model([second, first], layers.Concatenate()([second, first]))
+    x = {"first": np.ones((4, 2), "float64"), "second": np.zeros((4, 3), "int64")}
+    found = keras_graph.input_tensors(built, x)
+    dtypes = [keras.backend.standardize_dtype(each.dtype) for each in found]
+    assert [tuple(each.shape) for each in found] == [(4, 3), (4, 2)]
+    assert dtypes == ["float32", "int32"]
+
+
+class Own(layers.Layer):
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.inner = layers.Dense(2, name="inner", dtype=self.dtype_policy)
+
+    def build(self, shape):
+        self.inner.build(shape)
+
+    def call(self, inputs):
+        return keras.ops.sqrt(keras.ops.square(self.inner(inputs)))
+
+
+def test_the_graph_of_a_users_layer_has_its_operations_and_leaves_no_trace():
+    layer = Own(dtype="mixed_float16")
+    x = layer(np.ones((4, 3), "float32"))
+    tensor = keras.ops.cast(np.ones((4, 3)), "float16")
+    names = [layers.Dense(1).name, layers.Dense(1).name]
+    nodes = len(layer.inner._inbound_nodes), len(layer.inner._outbound_nodes)
+    graph, _ = keras_graph.trace_graph(layer, (tensor,), {})
+    found = [call.operation.name for call in keras_graph.calls(graph) if call.inputs]
+    assert found == ["inner", "square", "sqrt"]
+    assert graph.outputs[0].dtype == "float16"
+    assert (len(layer.inner._inbound_nodes), len(layer.inner._outbound_nodes)) == nodes
+    number = int(names[1].rpartition("_")[2])
+    assert layers.Dense(1).name == f"dense_{number + 1}"
+    again = keras.ops.convert_to_numpy(layer(np.ones((4, 3), "float32")))
+    np.testing.assert_array_equal(again, keras.ops.convert_to_numpy(x))
+
+
+def test_a_layer_that_does_more_than_operations_has_no_graph():
+    class Converts(layers.Layer):
+        def call(self, inputs):
+            return inputs + keras.ops.convert_to_numpy(inputs).sum()
+
+    class Draws(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.seed = keras.random.SeedGenerator(1)
+
+        def call(self, inputs):
+            return inputs + keras.random.normal(inputs.shape, seed=self.seed)
+
+    tensor = keras.ops.ones((4, 3))
+    for layer in (Converts(), Draws()):
+        layer(tensor)
+        assert keras_graph.trace_graph(layer, (tensor,), {}) is None

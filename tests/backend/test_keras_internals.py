@@ -1,6 +1,7 @@
 """Fails if Keras moves a private name that kerasmp uses, or changes what it does."""
 
 import ast
+import random
 from pathlib import Path
 
 import keras
@@ -163,6 +164,38 @@ def test_values_of_variables_are_their_tensors_or_those_of_a_scope():
     other = keras.ops.ones((1,))
     with keras.StatelessScope(state_mapping=[(second, other)]):
         assert keras_internals.values_of([first, second])[1] is other
+
+
+def test_names_are_counted_from_the_start_inside_and_go_on_afterwards():
+    def name():
+        return keras.layers.Dense(1).name
+
+    first = name()
+    with keras_internals.preserve_names():
+        assert [name(), name()] == ["dense", "dense_1"]
+    number = int(first.rpartition("_")[2]) if "_" in first else 0
+    assert name() == f"dense_{number + 1}"
+
+
+def test_the_global_seed_generator_is_restored_or_taken_away_again():
+    def draw():
+        return keras.ops.convert_to_numpy(keras.random.normal((2,))).tolist()
+
+    keras.utils.set_random_seed(5)
+    expected = [draw(), draw()]
+    keras.utils.set_random_seed(5)
+    first = draw()
+    with keras_internals.preserve_global_seed() as state:
+        before = keras.ops.convert_to_numpy(state.value).tolist()
+        draw()
+        assert keras.ops.convert_to_numpy(state.value).tolist() != before
+    assert [first, draw()] == expected
+    keras.backend.clear_session(free_memory=False)
+    drawn = random.getstate()
+    with keras_internals.preserve_global_seed():
+        draw()
+    assert random.getstate() == drawn
+    assert keras_internals.global_state.get_global_attribute("global_seed_generator") is None
 
 
 def test_no_other_package_imports_keras_privates():

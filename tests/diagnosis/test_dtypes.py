@@ -334,7 +334,7 @@ def test_an_activation_inside_of_a_layer_is_a_hint():
 
 @pytest.mark.parametrize(("largest", "becomes"), [(2049.0, 2048.0), (7e4, np.inf)])
 def test_stock_keras_computes_what_lint_reports(largest, becomes):
-    model = made(layers.Identity, lambda: layers.Embedding(4000, 4), shape=(1,))
+    model = made(layers.Identity, lambda: layers.Embedding(80000, 4), shape=(1,))
     given = np.full((1, 1), largest, "float32")
     rounded = model.layers[0](given)
     assert float(ops.convert_to_numpy(rounded)[0, 0]) == becomes

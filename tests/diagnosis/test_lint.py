@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.linted import Own, SmallNumber, X, compiled, dense, found, made
+from helpers.linted import Own, X, compiled, dense, found, made
 from keras import ops
 
 import kerasmp as mp
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast:Run
 
 
 def test_the_report_is_sorted_counts_and_reads():
-    model = compiled(made(dense(30), SmallNumber), "mse", keras.optimizers.SGD())
+    model = compiled(made(dense(30), layers.UnitNormalization), "mse", keras.optimizers.SGD())
     report = mp.lint(model)
     assert [each.severity for each in report] == ["error", "warning", "hint", "hint"][: len(report)]
     assert len(report.errors) == len(report.warnings) == 1

@@ -27,11 +27,12 @@ def test_a_float16_softmax_layer_at_the_end_is_an_error():
     assert only(made(dense(), layers.Softmax, bare=True), "float16-head").severity == "error"
 
 
-@pytest.mark.unit
-def test_another_float16_head_is_a_warning():
-    each = only(made(dense(name="head"), bare=True), "float16-head")
-    assert each.severity == "warning"
+def test_another_float16_head_is_a_warning_if_a_loss_is_computed_from_it():
+    model = made(dense(name="head"), bare=True)
+    each = only(model, "float16-head")
+    assert each.severity == "hint"
     assert "DenseHead" in each.remedy
+    assert only(compiled(model, "mse"), "float16-head").severity == "warning"
 
 
 @pytest.mark.parametrize("module", [keras, mp], ids=["stock", "ours"])

@@ -80,7 +80,7 @@ def check(name, *, eager=True):
     keras.utils.set_random_seed(0)
     model, size = build(name)
     x = inputs(name, size)
-    _calibrate(model, x)
+    calibrate(model, x)
     x, y = x[:BATCH], np.arange(BATCH)
     exact, weights = _predict(model, x), model.get_weights()
     model.set_weights([_rounded(each) if each.ndim > 1 else each for each in weights])
@@ -115,7 +115,7 @@ def check(name, *, eager=True):
     )
 
 
-def _calibrate(model, x):
+def calibrate(model, x):
     """Give BatchNormalization the statistics of `x`.
 
     An untrained layer normalises nothing in inference: after a hundred layers the values would be

@@ -36,11 +36,6 @@ def compiled(model, loss, optimizer=None):
     return model
 
 
-class SmallNumber(layers.Layer):
-    def call(self, inputs):
-        return inputs / (keras.ops.max(inputs, -1, keepdims=True) + 1e-9)
-
-
 class Own(keras.Model):
     def __init__(self, **settings):
         super().__init__(**settings)

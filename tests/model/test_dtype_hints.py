@@ -81,7 +81,7 @@ def test_errors_of_fit_and_of_a_graph_have_the_hint():
     model = network(mp, "mixed_float16")
     model.compile("sgd", "mse")
     with pytest.raises(Exception, match="Exception encountered when calling") as error:
-        model.fit(X, TARGETS, verbose=0)
+        model.fit(X, TARGETS, verbose=0, probe=False)
     assert notes(error).count(NAMED) == 1
     with pytest.raises(Exception, match="Exception encountered when calling") as error:
         tf.function(model, autograph=False)(X)
@@ -177,7 +177,7 @@ def test_errors_of_fit_of_a_functional_model_have_the_hint():
     model = connected("mixed_float16")
     model.compile(mp.LossScaleOptimizer("sgd", loss_scale=64.0), "mse")
     with pytest.raises(Exception, match="Exception encountered when calling") as error:
-        model.fit(X, TARGETS, verbose=0)
+        model.fit(X, TARGETS, verbose=0, probe=False)
     hint = notes(error)
     assert NAMED.replace("Unfit", "Sized") in hint
     assert "keras.ops.cast(value, self.compute_dtype)" in hint
@@ -197,7 +197,7 @@ def test_jax_mixes_dtypes_and_trains(build):
     model = mp.Model(model.inputs[0], keras.layers.Dense(1, dtype="float32")(outputs))
     model.compile(mp.LossScaleOptimizer("sgd", loss_scale=64.0), "mse")
     before = [np.asarray(value) for value in model.get_weights()]
-    assert np.isfinite(model.fit(X, TARGETS, verbose=0).history["loss"][0])
+    assert np.isfinite(model.fit(X, TARGETS, verbose=0, probe=False).history["loss"][0])
     assert model.optimizer.applied_steps == 1
     assert all((new != old).any() for new, old in zip(model.get_weights(), before, strict=True))
     model(X)

@@ -7,6 +7,9 @@ import keras
 import pytest
 from helpers import applications
 
+import kerasmp as mp
+from kerasmp.probe import probe_findings
+
 SMALLEST = {
     "convnext": "ConvNeXtTiny",
     "densenet": "DenseNet121",
@@ -53,3 +56,16 @@ def test_an_architecture_is_converted_trained_and_restored(name):
     assert result.moved
     assert result.restored
     assert result.converted_back
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", [_case(*item) for item in SMALLEST.items()])
+def test_the_probe_is_silent_on_an_architecture(name, half):
+    keras.utils.set_random_seed(0)
+    model, size = applications.build(name)
+    x = applications.inputs(name, size)
+    applications.calibrate(model, x)
+    mp.convert(model, f"mixed_{half}")
+    found = probe_findings(model, x[: applications.BATCH])
+    assert not [each for each in found if each.severity != "hint"]

@@ -6,6 +6,7 @@ import pytest
 from helpers.flattened import flatten_layers
 
 import kerasmp as mp
+from kerasmp.probe import probe_findings
 
 pytestmark = [
     pytest.mark.full,
@@ -123,6 +124,25 @@ def test_t5_overflows_in_float16_as_in_stock_keras_and_a_rule_prevents_it():
     model = with_head(backbone)
     mp.convert(model, rules=["safe", {attention: "float32"}])
     assert train(model, x)
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+@pytest.mark.parametrize("build", [bert, gpt2, LLAMA, vit])
+def test_the_probe_is_silent_on_a_backbone(build, half):
+    backbone, x = made(build)
+    mp.convert(backbone, f"mixed_{half}")
+    found = probe_findings(backbone, x)
+    assert not [each for each in found if each.severity != "hint"]
+
+
+@pytest.mark.backend("tensorflow", "jax")  # torch takes the factor as float32
+def test_the_probe_finds_that_t5_overflows_in_float16():
+    backbone, x = made(t5)
+    with np.errstate(over="ignore"):
+        mp.convert(backbone)
+        found = [each for each in mp.lint(backbone, x).errors if each.rule == "not-finite"]
+    assert found
+    assert all("attention" in each.place for each in found)
 
 
 # Their `get_config` leaves out the policies of layers, and a task compiles itself.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from kerasmp.errors import ArgumentError, ArgumentTypeError, with_type
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 Severity: TypeAlias = Literal["error", "warning", "hint"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "hint")
@@ -54,6 +54,8 @@ class Finding:
 @dataclasses.dataclass(frozen=True)
 class LintReport:
     """The findings of `lint`, the worst first. You can iterate over a report and take its length.
+
+    It prints a line for each kind of finding, with the first places and their number.
 
     Args:
         findings: The findings.
@@ -101,7 +103,44 @@ class LintReport:
         return len(self.findings)
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.findings)) or "no findings"
+        return "\n".join(lines(self.findings)) or "no findings"
+
+
+# So many places are named where a finding has several.
+_PLACES = 3
+
+
+def lines(findings: Iterable[Finding]) -> list[str]:
+    """Return a line for each kind of finding: of equal severity, rule and remedy.
+
+    Args:
+        findings: The findings.
+
+    Example:
+
+    >>> same = "Its weights are float16.", "Use float32."
+    >>> two = [Finding("error", each, "half-master", *same) for each in ("a", "b")]
+    >>> lines(two)
+    ['error   a and b (2 places)  [half-master] Its weights are float16. Use float32.']
+    """
+    kinds: dict[tuple[str, str, str], list[Finding]] = {}
+    for each in findings:
+        remedy = each.remedy.replace(each.place, "")  # a remedy may name the place
+        kinds.setdefault((each.severity, each.rule, remedy), []).append(each)
+    return [str(_joined(each)) for each in kinds.values()]
+
+
+def _joined(findings: list[Finding]) -> Finding:
+    first, places = findings[0], [each.place for each in findings]
+    if len(places) == 1:
+        return first
+    named = (
+        ", ".join(places[:_PLACES])
+        if places[_PLACES:]
+        else " and ".join([", ".join(places[:-1]), places[-1]])
+    )
+    rest = f" and {len(places) - _PLACES} more" if places[_PLACES:] else ""
+    return dataclasses.replace(first, place=f"{named}{rest} ({len(places)} places)")
 
 
 def sorted_report(findings: list[Finding]) -> LintReport:

@@ -1,0 +1,94 @@
+"""What a finding proposes mends the model: the probe is silent then."""
+
+import ast
+import re
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import kerasmp as mp
+
+layers = keras.layers
+X = np.random.default_rng(0).normal(size=(4, 8)).astype("float32")
+LARGE = 1e3 * (1 + X**2)
+
+
+def made(*parts, policy="mixed_float16"):
+    """Return a model with functions or layers between two layers."""
+    with mp.policy_scope(policy):
+        x = inputs = keras.Input((8,))
+        for part in (layers.Identity(), *parts):
+            x = part(x)
+        return keras.Model(inputs, layers.Dense(2, dtype="float32")(x))
+
+
+def found(model, x):
+    """Return the errors and warnings of lint."""
+    report = mp.lint(model, x)
+    return report.errors + report.warnings
+
+
+def only(model, x):
+    [each] = found(model, x)
+    return each
+
+
+def by_norm(x):
+    return x / ops.sqrt(ops.sum(ops.square(x), axis=-1, keepdims=True))
+
+
+def test_a_division_by_a_norm_becomes_normalize():
+    finding = only(made(by_norm), LARGE)
+    assert finding.place == "square"
+    axis = ast.literal_eval(re.search(r"kerasmp.ops.normalize\(x, axis=(.+?)\)", finding.remedy)[1])
+    assert not found(made(lambda x: mp.ops.normalize(x, axis=axis)), LARGE)
+
+
+def test_a_cast_around_the_operations_mends_them():
+    finding = only(made(lambda x: ops.sqrt(ops.square(x))), LARGE)
+    assert 'Cast to float32 before it, and back after "sqrt"' in finding.remedy
+    wide = lambda x: ops.cast(ops.sqrt(ops.square(ops.cast(x, "float32"))), "float16")  # noqa: E731 - as the others
+    assert not found(made(wide), LARGE)
+
+
+def test_a_stock_layer_becomes_kerasmps():
+    model = made(layers.UnitNormalization(name="norm", dtype="mixed_float16"))
+    assert "kerasmp.layers.UnitNormalization" in only(model, LARGE).remedy
+    with mp.policy_scope("mixed_float16"):
+        safe = mp.layers.UnitNormalization()
+    assert not found(made(safe), LARGE)
+
+
+def test_a_rule_for_the_layer_mends_it():
+    model = made(layers.UnitNormalization(name="norm", dtype="mixed_float16"))
+    path = model.get_layer("norm").path or "norm"
+    assert f'the rule {{"{path}": "float32"}}' in only(model, LARGE).remedy
+    mp.convert(model, rules=["safe", {path: "float32"}], safe_layers=False)
+    assert not found(model, LARGE)
+
+
+@pytest.mark.parametrize(
+    "x", [np.full((4, 8), 7e4) * (1 + X), 20190 + np.arange(32.0).reshape(4, 8) // 8]
+)
+def test_scaled_data_pass(x):
+    model = made()
+    assert "Scale the data" in only(model, x).remedy
+    assert not found(model, (x - x.mean()) / x.std())
+    scaling = layers.Normalization(dtype="float32")
+    scaling.adapt(x)
+    inputs = keras.Input((8,))
+    assert not found(keras.Model(inputs, model(scaling(inputs))), x)
+
+
+def test_where_nothing_mends_it_the_finding_says_so():
+    finding = only(made(lambda x: ops.sin(5000 * x)), X)
+    assert finding.remedy == "Of what was tried on this batch, nothing mends it."
+
+
+def test_a_remedy_that_flushes_again_is_none():
+    finding = only(made(lambda x: ops.sqrt(ops.square(1e-5 * x)) * 1e4), X)
+    assert finding.rule == "underflow"
+    assert "and its result back" not in finding.remedy
+    assert 'back after "sqrt"' in finding.remedy
