@@ -20,7 +20,7 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.backend.common.variables import AutocastScope
 from keras.src.models.functional import Functional
 from keras.src.models.model import functional_init_arguments
-from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
+from keras.src.random.seed_generator import global_seed_generator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -65,8 +65,9 @@ UPDATE_METRICS = "_update_metrics_variables"
 # there are only the metrics, which are 0 before they have seen anything.
 RESULT_OR_LOGS = "_get_metrics_result_or_logs"
 
-# Keras's attribute for the counts in the names of layers.
+# Keras's attributes for the counts in the names of layers, and for the global seed generator.
 _NAME_COUNTS = "object_name_uids"
+_SEED_GENERATOR = "global_seed_generator"
 
 # A subclass that calls super() adds a frame or two; more frames would be another caller's.
 _FRAMES = 8
@@ -109,7 +110,7 @@ def preserve_global_seed() -> Iterator[Any]:
     Unseeded random functions draw from it, and the first one creates it. Publicly, it can only be
     set.
     """
-    before = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
+    before = global_state.get_global_attribute(_SEED_GENERATOR)
     drawn = random.getstate()  # a new generator takes its seed from there
     state = global_seed_generator().state
     value = keras.ops.copy(state.value)
@@ -118,7 +119,7 @@ def preserve_global_seed() -> Iterator[Any]:
     finally:
         state.assign(value)
         random.setstate(drawn)
-        global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, before)
+        global_state.set_global_attribute(_SEED_GENERATOR, before)
 
 
 def flatten_layers(model: Any) -> list[Any]:
