@@ -143,11 +143,14 @@ class TensorFlow(Gradients, FusedUpdates, Replicas, Tracing):
         if not isinstance(source, tf.data.Iterator):  # one over several replicas, or its batches
             return (None if hasattr(source, "__next__") else super().peek(source, steps)[0]), source
         batches: list[Any] = []
+        try:  # before a batch is taken
+            again = tf.data.Dataset.from_generator(
+                lambda: iter(batches), output_signature=source.element_spec
+            )
+        except (TypeError, ValueError):  # a specification that a generator cannot have
+            return None, source
         with contextlib.suppress(StopIteration, tf.errors.OutOfRangeError):
             batches.extend(next(source) for _ in range(steps))
-        again = tf.data.Dataset.from_generator(
-            lambda: iter(batches), output_signature=source.element_spec
-        )
         return (batches[0] if batches else None), iter(again)
 
     def train_step(
