@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from kerasmp.errors import ArgumentError, ArgumentTypeError, with_type
@@ -125,7 +126,8 @@ def lines(findings: Iterable[Finding]) -> list[str]:
     """
     kinds: dict[tuple[str, str, str], list[Finding]] = {}
     for each in findings:
-        remedy = each.remedy.replace(each.place, "")  # a remedy may name the place
+        # A remedy may name the place, as a whole word: layer "a" is not the "a" of "float32".
+        remedy = re.sub(rf"(?<!\w){re.escape(each.place)}(?!\w)", "", each.remedy)
         kinds.setdefault((each.severity, each.rule, remedy), []).append(each)
     return [str(_joined(each)) for each in kinds.values()]
 
