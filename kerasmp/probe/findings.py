@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 CANNOT_COMPUTE = "cannot-compute"
 _REMEDIES = 2  # the most that a finding names
 _NO_REMEDY = "Of what was tried on this batch, nothing mends it."
+# What the run in float32 shows, which rounds nothing on the way.
+_UNMENDED = {"ids": "Keep the ids integers, or float32, on the whole way from the input."}
 
 
 def probe_findings(model: Any, x: Any, state: Sequence[tuple[Any, Any]] = ()) -> list[Finding]:
@@ -72,7 +74,7 @@ def _finding(trouble: Trouble) -> Finding:
     reason = words(trouble)
     if trouble.until is not None and trouble.kind != "range":
         reason += f' It shows in "{trouble.until}".'
-    remedy = " Or: ".join(trouble.remedies[:_REMEDIES]) or _NO_REMEDY
+    remedy = " Or: ".join(trouble.remedies[:_REMEDIES]) or _UNMENDED.get(kind, _NO_REMEDY)
     return Finding(severity, trouble.place, rule, reason, remedy)
 
 

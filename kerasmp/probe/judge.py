@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 # A step runs again if its error is larger than so many roundings, or than twice that of its inputs.
 _SUSPICIOUS = 8
 # It is at fault if its own error is larger than so many roundings.
-_FAULT = 16
+FAULT = 16
 # Rounding of the inputs explains an error up to this size, or so many times theirs.
 _EXPLAINED = 0.125
 _AMPLIFICATION = 8
 # The share of values that may be flushed to 0.
-_FLUSHED = 0.01
+FLUSHED = 0.01
 
 
 class Verdict(enum.Enum):
@@ -57,7 +57,7 @@ def is_at_fault(alone: Comparison, dtype: str) -> bool:
         alone: The comparison of its output with that in float32.
         dtype: The dtype in which it computes.
     """
-    return alone.nonfinite > 0 or alone.error > _FAULT * EPSILON[dtype]
+    return alone.nonfinite > 0 or alone.error > FAULT * EPSILON[dtype]
 
 
 def judge(  # noqa: PLR0911 - a verdict each
@@ -84,7 +84,7 @@ def judge(  # noqa: PLR0911 - a verdict each
     rounding = EPSILON[dtype]
     if seen.differing:
         return Verdict.CHOICE, seen
-    is_flushed = seen.flushed > _FLUSHED * seen.nonzero
+    is_flushed = seen.flushed > FLUSHED * seen.nonzero
     is_off = seen.error > max(_SUSPICIOUS * rounding, 2 * error)
     if not (is_off or is_flushed or seen.saturated or seen.nonfinite):
         return Verdict.FINE, seen
@@ -97,11 +97,11 @@ def judge(  # noqa: PLR0911 - a verdict each
         return Verdict.OVERFLOW, alone
     if is_at_fault(alone, dtype):
         return Verdict.ERROR, alone
-    grows = seen.error > max(_FAULT * rounding, 4 * error)
+    grows = seen.error > max(FAULT * rounding, 4 * error)
     if has_troubles and (seen.nonfinite or grows):
         return Verdict.EARLIER, seen
     if seen.nonfinite or seen.error > max(_EXPLAINED, _AMPLIFICATION * error):
         return Verdict.SENSITIVE, seen
-    if alone.flushed > _FLUSHED * alone.nonzero:
+    if alone.flushed > FLUSHED * alone.nonzero:
         return Verdict.UNDERFLOW, alone
     return (Verdict.CARRY if has_troubles and seen.saturated else Verdict.FINE), seen

@@ -14,6 +14,7 @@ from kerasmp.policy.apply import take_back
 from kerasmp.policy.spec import HALVES
 from kerasmp.probe.arrays import compare_tensors
 from kerasmp.probe.compare import EPSILON
+from kerasmp.probe.judge import FAULT, FLUSHED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,11 +22,6 @@ if TYPE_CHECKING:
     from kerasmp.backend.keras_graph import Call
     from kerasmp.policy.apply import Undo
     from kerasmp.probe.values import Trouble, Value
-
-# A remedy may leave so many roundings of error.
-_LEFT = 16
-# The share of values that it may flush to 0, as much as a step may.
-_FLUSHED = 0.01
 
 
 def of_layer(layer: Any, run: Callable[[Any], Any] | None, in_float32: Any, wide: Any) -> list[str]:
@@ -41,11 +37,11 @@ def of_layer(layer: Any, run: Callable[[Any], Any] | None, in_float32: Any, wide
     cls = layer_replacements().get(type(layer))
     if run is not None and cls is not None:
         swapped = functools.partial(_swapped, layer, cls, run)
-        if _mends(swapped, wide, half):
+        if mends(swapped, wide, half):
             found.append(
                 f"Use kerasmp.layers.{cls.__name__}, or convert the model with safe_layers=True."
             )
-    if in_float32 is not None and _mends(lambda: in_float32, wide, half):
+    if in_float32 is not None and mends(lambda: in_float32, wide, half):
         found.append(
             'Compute it in float32: pass dtype="float32", or the rule '
             f'{{"{layer.path or layer.name}": "float32"}}.'
@@ -53,8 +49,14 @@ def of_layer(layer: Any, run: Callable[[Any], Any] | None, in_float32: Any, wide
     return found
 
 
-def _mends(outputs: Callable[[], Any], wide: Any, half: str) -> bool:
-    """Return whether outputs are those of float32, and half precision can hold them."""
+def mends(outputs: Callable[[], Any], wide: Any, half: str) -> bool:
+    """Return whether outputs are those of float32, and half precision can hold them.
+
+    Args:
+        outputs: Returns the outputs; if it raises an error, they are not those of float32.
+        wide: The outputs in float32.
+        half: The dtype that has to hold them.
+    """
     half = half if half in HALVES else "float16"
     try:
         pairs = zip(keras.tree.flatten(outputs()), keras.tree.flatten(wide), strict=True)
@@ -71,8 +73,8 @@ def _agrees(one: Any, other: Any, half: str) -> bool:
     seen = compare_tensors(one, other)
     return (
         not (seen.nonfinite or seen.saturated or seen.differing)
-        and seen.error <= _LEFT * EPSILON[half]
-        and seen.flushed <= _FLUSHED * seen.nonzero
+        and seen.error <= FAULT * EPSILON[half]
+        and seen.flushed <= FLUSHED * seen.nonzero
     )
 
 
@@ -84,11 +86,6 @@ def _swapped(layer: Any, cls: type, run: Callable[[Any], Any]) -> Any:
         return run(layer)
     finally:
         take_back(undo)
-
-
-def fits_in(tensor: Any, half: str) -> bool:
-    """Return whether half precision can hold a tensor."""
-    return _agrees(tensor, tensor, half if half in HALVES else "float16")
 
 
 def of_operation(
@@ -105,25 +102,26 @@ def of_operation(
     """
     half = _half_of(given[0].half) if given else "float16"
     found = normalization(graph, operation, given)
-    if in_float32 is not None and _mends(lambda: in_float32, wide, half):
+    if in_float32 is not None and mends(lambda: in_float32, wide, half):
         found.append('Cast its inputs to "float32" with keras.ops.cast, and its result back.')
     return found
 
 
-def float32_until(trouble: Trouble, until: Any) -> str:
+def float32_until(trouble: Trouble, until: Any, place: str) -> str:
     """Return the remedy of computing in float32 until the values fit into half precision again.
 
     Args:
         trouble: Values that half precision cannot hold.
         until: The step that returns such values again.
+        place: The place of that step.
     """
     if isinstance(trouble.operation, keras.Layer) and isinstance(until, keras.Layer):
         return (
-            f'Compute "{trouble.place}", "{until.path or until.name}" and what is between them in '
-            "float32, by rules or dtype=."
+            f'Compute "{trouble.place}", "{place}" and what is between them in float32, by rules '
+            "or dtype=."
         )
     return (
-        f'Cast to float32 before it, and back after "{until.name}", where the values fit '
+        f'Cast to float32 before it, and back after "{place}", where the values fit '
         f"{trouble.half} again."
     )
 

@@ -66,9 +66,9 @@ class Runner:
         """
         return self._run(operation, *side((args, kwargs), "half"), watcher=watcher)
 
-    def wide(self, operation: Any, args: Any, kwargs: Any) -> Any:
-        """Run a step in float32; see `half` for the arguments."""
-        args, kwargs = side((args, kwargs), "wide")
+    def wide(self, operation: Any, args: Any, kwargs: Any, inputs: str = "wide") -> Any:
+        """Run a step in float32; see `half` for the arguments, and `side` for `inputs`."""
+        args, kwargs = side((args, kwargs), inputs)
         if cast_dtype(operation) is not None:
             return keras.ops.cast(keras.tree.flatten(args)[0], "float32")
         with _in_float32(operation):

@@ -12,7 +12,7 @@ import numpy as np
 from kerasmp.backend.keras_graph import input_tensors
 from kerasmp.backend.keras_internals import copy_mask
 from kerasmp.policy.spec import HALVES
-from kerasmp.probe.arrays import is_float, to_numpy
+from kerasmp.probe.arrays import is_float, to_numpy, widen
 from kerasmp.probe.compare import LARGEST, merged
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Trouble:
         numbers: A `Comparison`; for "merged" a `Merge`; for "fails" the error; for "range" the
             largest magnitude.
         remedies: What was tried on this batch and mends it.
-        until: The name of a later operation whose outputs it changes, if it was found there.
+        until: The place of a later step whose outputs it changes, if it was found there.
     """
 
     kind: str
@@ -58,6 +58,7 @@ class Value:
             that float32 has not.
         source: "input NAME", if it comes from this input of the model alone.
         exact: Whether nothing was rounded so far, and nothing comes from weights.
+        repaired: The tensor if all steps since the first of the troubles compute in float32.
     """
 
     half: Any
@@ -66,6 +67,7 @@ class Value:
     troubles: tuple[Trouble, ...] = ()
     source: str | None = None
     exact: bool = False
+    repaired: Any = None
 
 
 def values_in(structure: Any) -> list[Value]:
@@ -74,10 +76,20 @@ def values_in(structure: Any) -> list[Value]:
 
 
 def side(structure: Any, name: str) -> Any:
-    """Return the tensors of one of both runs, "half" or "wide", in the structure of the values."""
-    return keras.tree.map_structure(
-        lambda each: getattr(each, name) if isinstance(each, Value) else each, structure
-    )
+    """Return the tensors of a run in the structure of the values.
+
+    Args:
+        structure: Values in any structure; anything else is returned as it is.
+        name: "half"; "wide"; or "repaired", which is `half` in float32 where there is no trouble.
+    """
+
+    def tensor(each: Any) -> Any:
+        if not isinstance(each, Value):
+            return each
+        found = getattr(each, name)
+        return widen(each.half) if found is None else found
+
+    return keras.tree.map_structure(tensor, structure)
 
 
 def pair(make: Callable[[Any, Any], Any], half: Any, wide: Any) -> Any:

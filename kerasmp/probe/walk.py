@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -33,7 +34,7 @@ from kerasmp.backend.layer_calls import takes_training, watch_calls
 from kerasmp.probe.arrays import compare_tensors, is_float, to_numpy, widen
 from kerasmp.probe.compare import Comparison
 from kerasmp.probe.judge import Verdict, is_at_fault, judge
-from kerasmp.probe.remedies import fits_in, float32_until, of_layer, of_operation
+from kerasmp.probe.remedies import float32_until, mends, of_layer, of_operation
 from kerasmp.probe.steps import (
     Runner,
     cast_dtype,
@@ -96,7 +97,9 @@ class _Walk:
         }
         self._path: tuple[str, ...] = ()  # the models around the step, for names of operations
         self._graph: Any = None
-        self._checked: set[tuple[int, str]] = set()  # data, and the dtype to which it is rounded
+        # For data and the dtype to which it is rounded: the tensor, so that its id stays its own,
+        # and its troubles.
+        self._of_data: dict[tuple[int, str], tuple[Any, list[Trouble]]] = {}
         # Troubles that layers inside a user-defined layer have returned, with the tensor.
         self._returned: dict[int, tuple[Any, tuple[Trouble, ...]]] = {}
 
@@ -164,7 +167,7 @@ class _Walk:
         except Exception as error:  # noqa: BLE001 - a layer may raise anything
             wide = self._runner.wide(operation, args, kwargs)  # if this fails, the model is wrong
             fails = self._trouble("fails", operation, args, kwargs, wide, wide, error)
-            for trouble in earlier or [fails]:  # infinities make it fail
+            for trouble in _pending(earlier) or [fails]:  # infinities make it fail
                 self._report(trouble, operation)
             return pair(follow, wide, wide)
         try:
@@ -247,7 +250,18 @@ class _Walk:
         error = max((value.error for value in given), default=0.0)
         dtype = half_dtype(operation, given, half)
         flat = keras.tree.flatten(half)
+        merges = tuple(trouble for trouble in earlier if trouble.kind == "merged")
+        looks_up = isinstance(operation, keras.layers.Embedding)  # another row is worse
         again: dict[bool, list[Any]] = {}
+
+        @functools.cache
+        def repaired() -> list[Any]:
+            """Return the outputs if it computes in float32, and the troubled steps before it."""
+            try:
+                outputs = self._runner.wide(operation, args, kwargs, "repaired")
+            except Exception:  # noqa: BLE001 - a layer may raise anything
+                return [None] * len(flat)
+            return list(keras.tree.flatten(outputs))
 
         def own(index: int) -> Comparison:
             """Compare an output with that of the step in float32 on the same rounded inputs."""
@@ -283,23 +297,34 @@ class _Walk:
                 continue
             seen = compare_tensors(h, w)
             verdict, numbers = judge(
-                seen, functools.partial(own, index), error, dtype, has_troubles=bool(earlier)
+                seen,
+                functools.partial(own, index),
+                error,
+                dtype,
+                has_troubles=bool(_pending(earlier)),
             )
             if verdict is Verdict.FINE:
-                values.append(Value(h, w, seen.error))
+                values.append(Value(h, w, seen.error, merges))
             elif verdict is Verdict.CARRY:
-                values.append(Value(h, w, seen.error, tuple(earlier)))
+                values.append(
+                    Value(h, w, seen.error, tuple(earlier), repaired=repaired()[index])
+                )
             elif verdict is not Verdict.EARLIER and differs_each_time():
                 values.append(follow(h, w))
             elif verdict is Verdict.EARLIER:
+                fits = mends(functools.partial(operator.getitem, repaired(), index), w, dtype)
                 for each in earlier:
-                    self._report(each, operation, fits=fits_in(w, dtype))
+                    self._report(each, operation, fits=fits)
                 values.append(follow(h, w, tuple(earlier)))
+            elif verdict is Verdict.SENSITIVE and merges and not looks_up:
+                values.append(follow(h, w))  # it shows that values are equal
             elif verdict.waits:
                 waiting = _of_input(given, operation, dtype, numbers) or trouble(
                     verdict.value, numbers
                 )
-                values.append(Value(h, w, seen.error, (waiting, *earlier)))
+                values.append(
+                    Value(h, w, seen.error, (waiting, *earlier), repaired=repaired()[index])
+                )
             else:
                 now = trouble(verdict.value, numbers)
                 self._report(now)
@@ -340,7 +365,7 @@ class _Walk:
         Args:
             trouble: The trouble.
             operation: The step in whose outputs it shows, if it is a later one.
-            fits: Whether half precision can hold what float32 returns there.
+            fits: Whether it mends them to compute in float32 up to that step.
         """
         is_of_data = trouble.kind in OF_DATA
         if trouble in self.troubles or (
@@ -352,9 +377,9 @@ class _Walk:
         ):
             return
         if operation is not None and operation is not trouble.operation and not is_of_data:
-            trouble.until = operation.name
+            trouble.until = self._place(operation)
             if fits:
-                trouble.remedies += (float32_until(trouble, operation),)
+                trouble.remedies += (float32_until(trouble, operation, trouble.until),)
         self.troubles.append(trouble)
 
     def _troubles_of_inputs(self, operation: Any, given: Sequence[Value]) -> list[Trouble]:
@@ -366,20 +391,27 @@ class _Walk:
         for value in given:
             is_rounded = is_float(value.half) or cast_dtype(operation) is not None
             key = id(value.half), half
-            if value.exact and is_rounded and key not in self._checked:
-                self._checked.add(key)
-                place = value.source or self._place(operation)
-                found += troubles_of_data(value, place, operation, half)
+            if value.exact and is_rounded:
+                if key not in self._of_data:
+                    place = value.source or self._place(operation)
+                    troubles = troubles_of_data(value, place, operation, half)
+                    self._of_data[key] = value.half, troubles
+                found += self._of_data[key][1]
         for trouble in found:
             if trouble.kind == "merged":
                 self._report(trouble)
-        return list(dict.fromkeys(x for x in found if x.kind != "merged"))
+        return list(dict.fromkeys(found))
 
     def _place(self, operation: Any) -> str:
         """Return the path of a layer, or the name of an operation after that of its model."""
         if isinstance(operation, keras.Layer):
             return str(operation.path or operation.name)
         return "/".join((*self._path, operation.name))
+
+
+def _pending(troubles: Sequence[Trouble]) -> list[Trouble]:
+    """Return the troubles that count only if a later step shows them."""
+    return [trouble for trouble in troubles if trouble.kind != "merged"]
 
 
 def _compare_masks(half: Any, wide: Any) -> Comparison:

@@ -223,6 +223,14 @@ def test_timesteps_that_a_layer_rounds_are_found_where_it_matters():
     assert is_off(*numbers)
 
 
+def test_merged_data_are_found_once_though_later_steps_show_it():
+    times = 20190 + np.arange(32.0).reshape(4, 8)[:, ::-1].T.reshape(4, 8)
+    with mp.policy_scope("mixed_float16"):
+        model = keras.Sequential([keras.Input((8,)), Position(), layers.Dense(8)])
+    found, _ = only(model, times)
+    assert found.rule == "merged-values"
+
+
 @pytest.mark.backend("tensorflow")  # one is enough: Keras computes it in the same way
 @pytest.mark.parametrize(
     "kind",

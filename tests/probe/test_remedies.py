@@ -53,6 +53,12 @@ def test_a_cast_around_the_operations_mends_them():
     assert not found(made(wide), LARGE)
 
 
+def test_a_cast_that_comes_too_late_is_none():
+    finding = only(made(lambda x: ops.sin(2000 * x)), LARGE)  # `x` is rounded already
+    assert finding.rule == "not-finite"
+    assert "back after" not in finding.remedy
+
+
 def test_a_stock_layer_becomes_kerasmps():
     model = made(layers.UnitNormalization(name="norm", dtype="mixed_float16"))
     assert "kerasmp.layers.UnitNormalization" in only(model, LARGE).remedy
