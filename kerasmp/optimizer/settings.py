@@ -71,8 +71,8 @@ def check_kwargs(kwargs: dict[str, Any]) -> None:
                 f"LossScaleOptimizer does not support `{name}`.",
                 received=f"{name}={value!r}",
                 expected="nothing, or its default",
-                fix=f"For a fixed scale pass loss_scale={value!r}. On the `inner_optimizer`, the "
-                "factor would divide every update once more."
+                fix=f"For a fixed scale pass loss_scale={value!r}; a factor "
+                "on the `inner_optimizer` would divide every update once more."
                 if name == "loss_scale_factor"
                 else f"Set `{name}` on the `inner_optimizer`.",
             )

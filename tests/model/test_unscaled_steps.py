@@ -201,7 +201,7 @@ def test_a_scale_in_a_function_that_was_traced_before_is_not_overlooked(first, t
         full(lambda: keras.optimizers.SGD(0.1, loss_scale_factor=1024.0)),
     ],
 )
-@pytest.mark.filterwarnings("ignore:The inner optimizer's loss_scale_factor")
+@pytest.mark.filterwarnings("ignore:loss_scale_factor=1024.0 of the inner optimizer")
 def test_a_step_traced_with_the_scale_of_keras_is_an_error_until_it_is_traced_again(optimizer):
     import tensorflow as tf
 

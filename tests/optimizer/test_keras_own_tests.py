@@ -33,7 +33,7 @@ def _on_ours():
 
 @pytest.mark.filterwarnings(
     # test_finite_step_with_inner_loss_scale: stock Keras silently drops that factor.
-    "ignore:The inner optimizer's loss_scale_factor:kerasmp.errors.LossScaleWarning"
+    "ignore:loss_scale_factor=100 of the inner optimizer:kerasmp.errors.LossScaleWarning"
 )
 class TestKerasOwn(_on_ours()):
     """Keras's test case."""
