@@ -28,6 +28,7 @@ class Jax(Tracing):
 
     # scale_loss runs inside the differentiated function, and the loss does not leave it.
     LOSS_VISIBLE_IN_APPLY = False
+    DIFFERENTIATES_BY_LOGITS = False
     NEEDS_PURE_STEP = True
     SUMS_IN_COMPUTE_DTYPE = True
     GRU_SUMS_IN_COMPUTE_DTYPE = True
@@ -65,6 +66,40 @@ class Jax(Tracing):
         return isinstance(error, TypeError) and message in str(error)
 
     # ----------------------------------------------------------------------------- gradients
+
+    def vjp(
+        self, function: Callable[..., Sequence[Any]], tensors: Sequence[Any]
+    ) -> tuple[Sequence[Any], Callable[[Sequence[Any]], list[Any]]]:
+        """Call a function eagerly, and return its outputs and its vector-Jacobian product."""
+        outputs, product = jax.vjp(lambda *each: list(function(*each)), *tensors)
+        return outputs, lambda gradients: list(product(list(gradients)))
+
+    def is_concrete(self, tensor: Any) -> bool:
+        """Return whether a tensor has numbers outside of a trace and of differentiation."""
+        return not isinstance(tensor, jax.core.Tracer)
+
+    def run_train_step(self, model: Any, data: Any) -> Any:
+        """Run a model's train step eagerly, and return its logs."""
+        groups = (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.optimizer.variables,
+            model.metrics_variables,
+        )
+        state = tuple([variable.value for variable in group] for group in groups)
+        logs, _ = model.train_step(state, data)
+        return logs
+
+    def tap(self, tensor: Any, callback: Callable[[Any, Any], None]) -> Any:
+        """Return a tensor whose gradient is reported while it is computed eagerly."""
+
+        def gradient(value: Any, upstream: Any) -> Any:
+            callback(value, upstream)
+            return (upstream,)
+
+        identity = jax.custom_vjp(lambda x: x)
+        identity.defvjp(lambda x: (x, x), gradient)
+        return identity(tensor)
 
     def divide(self, values: Any, divisor: Any) -> Any:
         """Divide a tensor by a scalar in float32, or in float64 if the tensor is float64.

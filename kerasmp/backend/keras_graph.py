@@ -118,8 +118,8 @@ def trace_graph(layer: Any, args: Any, kwargs: Any) -> tuple[Any, list[Any]] | N
     Returns:
         A functional model with an input for each tensor of the arguments, and its operations that
         compute masks of Masking layers, as in `mask_operations`; None if `call` does
-        something that has no symbols, such as using the framework's functions, random numbers, or
-        constants in the layer's dtype.
+        something that has no symbols, such as using the framework's functions, random numbers,
+        `add_loss`, or constants in the layer's dtype.
     """
     inside = flatten_layers(layer)
     before = [(each, len(each._inbound_nodes), len(each._outbound_nodes)) for each in inside]  # noqa: SLF001
@@ -134,14 +134,15 @@ def trace_graph(layer: Any, args: Any, kwargs: Any) -> tuple[Any, list[Any]] | N
         return inputs[-1]
 
     try:
-        with preserve_names(), preserve_layers(layer), keras.StatelessScope() as scope:
+        stateless = keras.StatelessScope(collect_losses=True)
+        with preserve_names(), preserve_layers(layer), stateless as scope:
             args, kwargs = keras.tree.map_structure(symbol, (args, kwargs))
             with AutocastScope(layer.compute_dtype):
                 outputs = layer.call(*args, **kwargs)
             graph = Functional(inputs, outputs, name=layer.name)
             # A variable that changes, such as a seed, would do so once; a tensor that was computed
-            # in the layer's dtype would stay in it.
-            if scope.state_mapping or _has_half_constants(graph):
+            # in the layer's dtype would stay in it; a loss would be no output.
+            if scope.state_mapping or scope.losses or _has_half_constants(graph):
                 return None
             return graph, [x for each in inside for _, x in mask_operations(each)]
     except Exception:  # noqa: BLE001 - a user's code may raise anything on symbols

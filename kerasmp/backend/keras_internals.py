@@ -69,6 +69,8 @@ RESULT_OR_LOGS = "_get_metrics_result_or_logs"
 _NAME_COUNTS = "object_name_uids"
 _SEED_GENERATOR = "global_seed_generator"
 
+_LOGITS = "_keras_logits"
+
 # A subclass that calls super() adds a frame or two; more frames would be another caller's.
 _FRAMES = 8
 
@@ -87,6 +89,19 @@ def copy_mask(tensor: Any, other: Any) -> Any:
 def mask_of(tensor: Any) -> Any:
     """Return the mask that Keras has attached to a tensor, or None."""
     return get_keras_mask(tensor)
+
+
+def logits_of(tensor: Any) -> Any:
+    """Return the logits that Keras has attached to probabilities, or None.
+
+    A loss on float32 probabilities is computed from these, which is more accurate.
+    """
+    return getattr(tensor, _LOGITS, None)
+
+
+def attach_logits(tensor: Any, logits: Any) -> None:
+    """Attach logits to probabilities, as Keras's activations do."""
+    setattr(tensor, _LOGITS, logits)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 _LOCK = threading.Lock()
 _users = 0
-_original: Callable[..., Any] | None = None
+_originals: list[Any] = []  # the methods of keras.Layer, while any thread watches
 
 
 @contextlib.contextmanager
@@ -54,24 +54,48 @@ def watch_calls(watcher: Watcher | None) -> Iterator[None]:
 
 
 def _install() -> None:
-    global _users, _original  # noqa: PLW0603 - one patch for all threads
+    global _users, _originals  # noqa: PLW0603 - one patch for all threads
     with _LOCK:
         if not _users:
-            original = _original = keras.Layer.__call__
-
-            @functools.wraps(original)
-            def call(layer: Any, /, *args: Any, **kwargs: Any) -> Any:
-                watcher = _WATCHER.get()
-                if watcher is None:
-                    return original(layer, *args, **kwargs)
-                token = _WATCHER.set(None)
-                try:
-                    return watcher(original, layer, args, kwargs)
-                finally:
-                    _WATCHER.reset(token)
-
-            keras.Layer.__call__ = call
+            _originals = [keras.Layer.__call__, keras.Layer.stateless_call]
+            keras.Layer.__call__ = _watched(keras.Layer.__call__)
+            keras.Layer.stateless_call = _watched_stateless(keras.Layer.stateless_call)
         _users += 1
+
+
+def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(layer: Any, /, *args: Any, **kwargs: Any) -> Any:
+        watcher = _WATCHER.get()
+        if watcher is None:
+            return original(layer, *args, **kwargs)
+        token = _WATCHER.set(None)
+        try:
+            return watcher(original, layer, args, kwargs)
+        finally:
+            _WATCHER.reset(token)
+
+    return call
+
+
+def _watched_stateless(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a `stateless_call` that is watched as `__call__` is, which it does not call."""
+
+    @functools.wraps(original)
+    def stateless_call(
+        layer: Any, trainable: Any, others: Any, /, *args: Any, **kwargs: Any
+    ) -> Any:
+        rest: tuple[Any, ...] = ()
+
+        def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal rest
+            outputs, *rest = original(layer, trainable, others, *args, **kwargs)
+            return outputs
+
+        outputs = _watched(call)(layer, *args, **kwargs)
+        return (outputs, *rest)
+
+    return stateless_call
 
 
 def _remove() -> None:
@@ -79,7 +103,7 @@ def _remove() -> None:
     with _LOCK:
         _users -= 1
         if not _users:
-            keras.Layer.__call__ = _original
+            keras.Layer.__call__, keras.Layer.stateless_call = _originals
 
 
 def takes_training(layer: Any) -> bool:

@@ -26,6 +26,10 @@ class Backend(Protocol):
     LOSS_VISIBLE_IN_APPLY: bool = True
     """Whether the loss given to `scale_loss` can still be read when the gradients are applied."""
 
+    DIFFERENTIATES_BY_LOGITS: bool = True
+    """Whether a loss on probabilities is differentiated by the logits that Keras attaches to them.
+    This needs tensors that take attributes while they are differentiated."""
+
     NEEDS_PURE_STEP: bool = False
     """Whether a step must be a pure function, which is then compiled."""
 
@@ -142,8 +146,45 @@ class Backend(Protocol):
 
     # ----------------------------------------------------------------------------- gradients
 
+    @abstractmethod
+    def vjp(
+        self, function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Callable[[Sequence[Tensor]], list[Any]]]:
+        """Call a function eagerly, and return its outputs and its vector-Jacobian product.
+
+        Args:
+            function: Called as `function(*tensors)`; returns float tensors.
+            tensors: Float tensors.
+
+        Returns:
+            The outputs, and a function that can be called once: it takes a gradient for each
+            output, in its dtype, and returns one for each of `tensors`, or None where the outputs
+            do not depend on it.
+        """
+
+    def is_concrete(self, tensor: Tensor) -> bool:  # noqa: ARG002
+        """Return whether a tensor has numbers outside of a trace and of differentiation."""
+        return True
+
+    def run_train_step(self, model: Any, data: Any) -> Any:
+        """Run a model's train step eagerly, and return its logs."""
+        return model.train_step(data)
+
+    @abstractmethod
+    def tap(self, tensor: Tensor, callback: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """Return a tensor whose gradient is reported while it is computed eagerly.
+
+        Args:
+            tensor: A float tensor.
+            callback: Called as `callback(tensor, gradient)`, if there is a gradient.
+        """
+
     def dense_values(self, gradient: Any) -> Tensor:
         """Return the values of a gradient as a tensor; a sparse gradient is not made dense."""
+        return gradient
+
+    def to_dense(self, gradient: Any) -> Tensor:
+        """Return a gradient as a tensor of the shape of its variable."""
         return gradient
 
     def replace_values(self, gradient: Any, values: Tensor) -> Any:  # noqa: ARG002

@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+from kerasmp.backend.keras_internals import copy_mask
 from kerasmp.backend.protocol import Backend
 from kerasmp.backend.tensors import accumulation_dtype
 
@@ -28,9 +29,42 @@ def compiled_by_xla() -> bool:
 class Gradients(Backend):
     """The methods of `Backend` that read gradients."""
 
+    def vjp(
+        self, function: Callable[..., Sequence[Any]], tensors: Sequence[Any]
+    ) -> tuple[Sequence[Any], Callable[[Sequence[Any]], list[Any]]]:
+        """Call a function eagerly, and return its outputs and its vector-Jacobian product."""
+        # Other tensors: Keras attaches logits to probabilities, and a loss would use these instead.
+        leaves = [copy_mask(each, tf.identity(each)) for each in tensors]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(leaves)
+            outputs = function(*leaves)
+
+        def product(gradients: Sequence[Any]) -> list[Any]:
+            found: list[Any] = tape.gradient(outputs, leaves, output_gradients=gradients)
+            return found
+
+        return outputs, product
+
+    def tap(self, tensor: Any, callback: Callable[[Any, Any], None]) -> Any:
+        """Return a tensor whose gradient is reported while it is computed eagerly."""
+
+        @tf.custom_gradient
+        def identity(x: Any) -> Any:
+            def gradient(upstream: Any) -> Any:
+                callback(x, upstream)
+                return upstream
+
+            return tf.identity(x), gradient
+
+        return identity(tensor)
+
     def dense_values(self, gradient: Any) -> Any:
         """Return the values of a gradient as a tensor; `IndexedSlices` are not made dense."""
         return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+
+    def to_dense(self, gradient: Any) -> Any:
+        """Return a gradient as a tensor of the shape of its variable."""
+        return tf.convert_to_tensor(gradient)
 
     def replace_values(self, gradient: Any, values: Any) -> Any:
         """Return a gradient like `gradient` with other values."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import torch
 
-from kerasmp.backend.keras_internals import non_trainable_state, values_of
+from kerasmp.backend.keras_internals import copy_mask, non_trainable_state, values_of
 from kerasmp.backend.tensors import chunks, dtype_name, finite_norms
 from kerasmp.backend.torch_fused import FusedUpdates
 from kerasmp.backend.torch_tracing import Tracing, default_generators
@@ -68,6 +68,43 @@ class Torch(FusedUpdates, Tracing):
         return isinstance(error, RuntimeError) and _MIXED_DTYPES.search(str(error)) is not None
 
     # ----------------------------------------------------------------------------- gradients
+
+    def vjp(
+        self, function: Callable[..., Sequence[Any]], tensors: Sequence[Any]
+    ) -> tuple[Sequence[Any], Callable[[Sequence[Any]], list[Any]]]:
+        """Call a function eagerly, and return its outputs and its vector-Jacobian product."""
+        leaves = [copy_mask(each, each.detach().requires_grad_()) for each in tensors]
+        with torch.enable_grad():
+            outputs = function(*leaves)
+
+        def product(gradients: Sequence[Any]) -> list[Any]:
+            pairs = zip(outputs, gradients, strict=True)
+            depend = [(output, each) for output, each in pairs if output.requires_grad]
+            if not depend:
+                return [None] * len(leaves)
+            ends, given = zip(*depend, strict=True)
+            return list(torch.autograd.grad(ends, leaves, given, allow_unused=True))
+
+        return [output.detach() for output in outputs], product
+
+    def run_train_step(self, model: Any, data: Any) -> Any:
+        """Run a model's train step eagerly, and return its logs. Gradients of weights stay."""
+        held = [variable.value for variable in model.trainable_variables]
+        before = [value.grad for value in held]
+        try:
+            with torch.enable_grad():
+                return super().run_train_step(model, data)
+        finally:
+            for value, gradient in zip(held, before, strict=True):
+                value.grad = gradient
+
+    def tap(self, tensor: Any, callback: Callable[[Any, Any], None]) -> Any:
+        """Return a tensor whose gradient is reported while it is computed eagerly."""
+        if not tensor.requires_grad:
+            return tensor
+        tapped = tensor.view_as(tensor)
+        tapped.register_hook(lambda gradient: callback(tensor.detach(), gradient))
+        return tapped
 
     def dtypes_of(self, variables: Sequence[Any]) -> list[str]:
         """Return Keras's name for the dtype of each variable."""

@@ -14,10 +14,16 @@ if TYPE_CHECKING:
     from kerasmp.probe.compare import Comparison
 
 
-def compare_tensors(half: Any, wide: Any) -> Comparison:
-    """Compare a tensor with the same tensor in float32; see `compare`."""
-    dtype = str(keras.backend.standardize_dtype(half.dtype))
-    return compare(to_numpy(half), to_numpy(wide), dtype if dtype in HALVES else "float32")
+def compare_tensors(half: Any, wide: Any, dtype: str | None = None) -> Comparison:
+    """Compare a tensor with the same tensor in float32; see `compare`.
+
+    Args:
+        half: The tensor.
+        wide: The tensor in float32.
+        dtype: The dtype in which `half` was computed; None for its own dtype.
+    """
+    own = dtype or str(keras.backend.standardize_dtype(half.dtype))
+    return compare(to_numpy(half), to_numpy(wide), own if own in HALVES else "float32")
 
 
 def to_numpy(tensor: Any) -> Any:

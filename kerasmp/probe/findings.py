@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 CANNOT_COMPUTE = "cannot-compute"
 _REMEDIES = 2  # the most that a finding names
-_NO_REMEDY = "Of what was tried on this batch, nothing mends it."
+NO_REMEDY = "Of what was tried on this batch, nothing mends it."
 # What the run in float32 shows, which rounds nothing on the way.
 _UNMENDED = {"ids": "Keep the ids integers, or float32, on the whole way from the input."}
 
@@ -48,7 +48,7 @@ def probe_findings(model: Any, x: Any, state: Sequence[tuple[Any, Any]] = ()) ->
     found = []
     for part in parts:
         with preserve_layers(part), probe_scope():
-            found += [_finding(trouble) for trouble in probe(part, x, state)]
+            found += [finding(trouble) for trouble in probe(part, x, state)]
     return found
 
 
@@ -66,7 +66,8 @@ def _fits(part: Any, x: Any) -> bool:
     )
 
 
-def _finding(trouble: Trouble) -> Finding:
+def finding(trouble: Trouble) -> Finding:
+    """Put a trouble into words."""
     kind = trouble.kind
     if isinstance(trouble.operation, keras.layers.Embedding) and kind in {"error", "sensitive"}:
         kind = "ids"
@@ -74,11 +75,12 @@ def _finding(trouble: Trouble) -> Finding:
     reason = words(trouble)
     if trouble.until is not None and trouble.kind != "range":
         reason += f' It shows in "{trouble.until}".'
-    remedy = " Or: ".join(trouble.remedies[:_REMEDIES]) or _UNMENDED.get(kind, _NO_REMEDY)
+    remedy = " Or: ".join(trouble.remedies[:_REMEDIES]) or _UNMENDED.get(kind, NO_REMEDY)
     return Finding(severity, trouble.place, rule, reason, remedy)
 
 
-def _count(number: int, size: int) -> str:
+def count(number: int, size: int) -> str:
+    """Return the number of values as a part of all."""
     return f"{number} of {size} values" if size > 1 else "its only value"
 
 
@@ -87,7 +89,7 @@ def _nonfinite(trouble: Trouble) -> str:
     half, wide = numbers.worst
     return (
         f"In {trouble.half} it returns {half:g}, in float32 {wide:g} "
-        f"({_count(numbers.saturated + numbers.nonfinite, numbers.size)})."
+        f"({count(numbers.saturated + numbers.nonfinite, numbers.size)})."
     )
 
 

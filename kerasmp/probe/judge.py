@@ -104,4 +104,5 @@ def judge(  # noqa: PLR0911 - a verdict each
         return Verdict.SENSITIVE, seen
     if alone.flushed > FLUSHED * alone.nonzero:
         return Verdict.UNDERFLOW, alone
-    return (Verdict.CARRY if has_troubles and seen.saturated else Verdict.FINE), seen
+    carries = has_troubles and (seen.saturated or is_flushed)
+    return (Verdict.CARRY if carries else Verdict.FINE), seen

@@ -16,6 +16,8 @@ from kerasmp.probe.arrays import compare_tensors
 from kerasmp.probe.compare import EPSILON
 from kerasmp.probe.judge import FAULT, FLUSHED
 
+CAST = 'Cast its inputs to "float32" with keras.ops.cast, and its result back.'
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -24,7 +26,14 @@ if TYPE_CHECKING:
     from kerasmp.probe.values import Trouble, Value
 
 
-def of_layer(layer: Any, run: Callable[[Any], Any] | None, in_float32: Any, wide: Any) -> list[str]:
+def of_layer(
+    layer: Any,
+    run: Callable[[Any], Any] | None,
+    in_float32: Any,
+    wide: Any,
+    *,
+    holds: bool = True,
+) -> list[str]:
     """Return what mends a layer.
 
     Args:
@@ -32,16 +41,17 @@ def of_layer(layer: Any, run: Callable[[Any], Any] | None, in_float32: Any, wide
         run: Calls a layer on the inputs as half precision rounds them. None: float32 only.
         in_float32: The outputs of the layer in float32 on these inputs, or None if it fails.
         wide: Its outputs in float32, on inputs that were never rounded.
+        holds: Whether half precision has to hold them.
     """
     found, half = [], layer.compute_dtype
     cls = layer_replacements().get(type(layer))
     if run is not None and cls is not None:
         swapped = functools.partial(_swapped, layer, cls, run)
-        if mends(swapped, wide, half):
+        if mends(swapped, wide, half, holds=holds):
             found.append(
                 f"Use kerasmp.layers.{cls.__name__}, or convert the model with safe_layers=True."
             )
-    if in_float32 is not None and mends(lambda: in_float32, wide, half):
+    if in_float32 is not None and mends(lambda: in_float32, wide, half, holds=holds):
         found.append(
             'Compute it in float32: pass dtype="float32", or the rule '
             f'{{"{layer.path or layer.name}": "float32"}}.'
@@ -49,26 +59,27 @@ def of_layer(layer: Any, run: Callable[[Any], Any] | None, in_float32: Any, wide
     return found
 
 
-def mends(outputs: Callable[[], Any], wide: Any, half: str) -> bool:
+def mends(outputs: Callable[[], Any], wide: Any, half: str, *, holds: bool = True) -> bool:
     """Return whether outputs are those of float32, and half precision can hold them.
 
     Args:
         outputs: Returns the outputs; if it raises an error, they are not those of float32.
         wide: The outputs in float32.
-        half: The dtype that has to hold them.
+        half: The dtype in whose roundings errors count.
+        holds: Whether this dtype has to hold them.
     """
     half = half if half in HALVES else "float16"
     try:
         pairs = zip(keras.tree.flatten(outputs()), keras.tree.flatten(wide), strict=True)
-        return all(_agrees(one, other, half) for one, other in pairs)
+        return all(_agrees(one, other, half, holds=holds) for one, other in pairs)
     except Exception:  # noqa: BLE001 - a layer may raise anything
         return False
 
 
-def _agrees(one: Any, other: Any, half: str) -> bool:
+def _agrees(one: Any, other: Any, half: str, *, holds: bool = True) -> bool:
     if not keras.ops.is_tensor(one):
         return True
-    if keras.backend.is_float_dtype(keras.backend.standardize_dtype(one.dtype)):
+    if holds and keras.backend.is_float_dtype(keras.backend.standardize_dtype(one.dtype)):
         one = keras.ops.cast(one, half)
     seen = compare_tensors(one, other)
     return (
@@ -103,7 +114,7 @@ def of_operation(
     half = _half_of(given[0].half) if given else "float16"
     found = normalization(graph, operation, given)
     if in_float32 is not None and mends(lambda: in_float32, wide, half):
-        found.append('Cast its inputs to "float32" with keras.ops.cast, and its result back.')
+        found.append(CAST)
     return found
 
 

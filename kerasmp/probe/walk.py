@@ -9,9 +9,8 @@ with float32's values, so that each step is judged by itself.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import inspect
-import operator
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -31,13 +30,15 @@ from kerasmp.backend.keras_internals import (
     unfiltered_tracebacks,
 )
 from kerasmp.backend.layer_calls import takes_training, watch_calls
-from kerasmp.probe.arrays import compare_tensors, is_float, to_numpy, widen
+from kerasmp.probe.arrays import is_float, widen
 from kerasmp.probe.compare import Comparison
-from kerasmp.probe.judge import Verdict, is_at_fault, judge
-from kerasmp.probe.remedies import float32_until, mends, of_layer, of_operation
+from kerasmp.probe.judge import Verdict
+from kerasmp.probe.outcome import Outcome
+from kerasmp.probe.remedies import float32_until, of_layer
 from kerasmp.probe.steps import (
     Runner,
     cast_dtype,
+    draws,
     half_dtype,
     halves,
     has_weights,
@@ -45,6 +46,7 @@ from kerasmp.probe.steps import (
     is_user_defined,
     rounds_to,
 )
+from kerasmp.probe.tape import Step, Tape, look
 from kerasmp.probe.values import (
     OF_DATA,
     Trouble,
@@ -61,7 +63,7 @@ from kerasmp.probe.values import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from kerasmp.backend.layer_calls import Watcher
 
@@ -80,15 +82,24 @@ def probe(model: Any, x: Any, state: Sequence[tuple[Any, Any]] = ()) -> list[Tro
         The troubles, in the order of the steps.
     """
     with preserve_global_seed() as seed, unfiltered_tracebacks(), np.errstate(over="ignore"):
-        walk = _Walk(model, Runner(model, seed, state))
+        walk = Walk(model, Runner(model, seed, state))
         walk.run(model, x)
     return walk.troubles
 
 
-class _Walk:
-    def __init__(self, model: Any, runner: Runner) -> None:
+class Walk:
+    """Passes a batch through a model in both runs.
+
+    Args:
+        model: A built model.
+        runner: Runs its steps.
+        tape: Remembers the steps, if they are to be taken backwards, too.
+    """
+
+    def __init__(self, model: Any, runner: Runner, tape: Tape | None = None) -> None:
         self.troubles: list[Trouble] = []
         self._runner = runner
+        self._tape = tape
         # What computes the mask of a Masking in a graph; the layer itself is judged.
         self._of_masks = {
             id(operation)
@@ -103,8 +114,8 @@ class _Walk:
         # Troubles that layers inside a user-defined layer have returned, with the tensor.
         self._returned: dict[int, tuple[Any, tuple[Trouble, ...]]] = {}
 
-    def run(self, model: Any, x: Any) -> None:
-        """Pass a batch through the model."""
+    def run(self, model: Any, x: Any) -> Any:
+        """Pass a batch through the model, and return its outputs as values."""
         graph = graph_of(model)
         if graph is not None and not has_own_call(model):
             outputs = self._run_graph(graph, graph_values(graph, x))
@@ -113,6 +124,19 @@ class _Walk:
         for value in values_in(outputs):
             for trouble in value.troubles:
                 self._report(trouble)
+        return outputs
+
+    def has_gradient(self, value: Value) -> bool:
+        """Return whether weights have an influence on a value."""
+        return self._tape is not None and self._tape.has_gradient(value)
+
+    def step(self, operation: Any, args: Any, kwargs: Any) -> Any:
+        """Call a layer or operation on values, report what is wrong, and return values."""
+        outputs = self._step(operation, args, kwargs)
+        for value in values_in(outputs):
+            for trouble in value.troubles:
+                self._report(trouble)
+        return outputs
 
     # ------------------------------------------------------------------------------- steps
 
@@ -138,46 +162,58 @@ class _Walk:
                     known.pop(id(symbol), None)
         return keras.tree.map_structure(lambda symbol: known[id(symbol)], graph.output)
 
-    def _step(  # noqa: PLR0911 - one for each way to run a step
-        self, operation: Any, args: Any, kwargs: Any
-    ) -> Any:
+    def _step(self, operation: Any, args: Any, kwargs: Any) -> Any:
         """Call a layer or operation on values, and return values."""
         given = values_in((args, kwargs))
         graph = graph_of(operation)
         if graph is not None and not has_own_call(operation):
             self._path = (*self._path, operation.name)
             try:
-                return self._run_graph(graph, given)
+                return self._run_graph(graph, _in_order(graph, args, given))
             finally:
                 self._path = self._path[:-1]
         if is_user_defined(operation):
+            first = len(self.troubles)
             outputs = self._trace(operation, args, kwargs)
             if outputs is not None:
+                self._check_mask(operation, given, outputs)
+                self._try_float32(operation, args, kwargs, outputs, self.troubles[first:])
                 return outputs
+        step = Step(
+            self._place(operation), operation, args, kwargs, self._graph, self._runner.dtype
+        )
         is_same = all(value.half is value.wide and not value.troubles for value in given)
         if is_same and not halves(operation) and cast_dtype(operation) is None:
             outputs, _ = self._runner.half(operation, args, kwargs)
             exact = all(value.exact for value in given) and not has_weights(operation)
-            return keras.tree.map_structure(lambda t: same(t, given, exact=exact), outputs)
-        earlier = self._troubles_of_inputs(operation, given)
+            values = keras.tree.map_structure(lambda t: same(t, given, exact=exact), outputs)
+            return self._record(step, values, "both")
+        return self._compare(step, self._troubles_of_inputs(operation, given))
+
+    def _compare(self, step: Step, earlier: list[Trouble]) -> Any:
+        """Run a step both ways, and return its outputs as values."""
+        operation, args, kwargs = step.operation, step.args, step.kwargs
         reported = len(self.troubles)
         watcher = self._watcher(operation) if is_container(operation) else None
         try:
-            half, is_random = self._runner.half(operation, args, kwargs, watcher)
+            with self._inside(operation) if watcher else contextlib.nullcontext():
+                half, is_random = self._runner.half(operation, args, kwargs, watcher)
         except Exception as error:  # noqa: BLE001 - a layer may raise anything
             wide = self._runner.wide(operation, args, kwargs)  # if this fails, the model is wrong
-            fails = self._trouble("fails", operation, args, kwargs, wide, wide, error)
+            step = step._replace(dtype=half_dtype(operation, step.given, wide))
+            fails = Outcome(self._runner, step, wide, wide, ()).trouble("fails", error)
             for trouble in _pending(earlier) or [fails]:  # infinities make it fail
-                self._report(trouble, operation)
-            return pair(follow, wide, wide)
+                self._report(trouble, step)
+            return self._record(step, pair(follow, wide, wide), "float32")
+        step = step._replace(dtype=half_dtype(operation, step.given, half))
         try:
             wide = self._runner.wide(operation, args, kwargs)
         except Exception:  # noqa: BLE001 - code that is written for half precision only
             return keras.tree.map_structure(self._value, half)
         # The layers in it have reported already.
         if is_random or len(self.troubles) > reported or id(operation) in self._of_masks:
-            return pair(follow, half, wide)
-        return self._judge(operation, args, kwargs, half, wide, earlier)
+            return self._record(step, pair(follow, half, wide), "float32" if is_random else "both")
+        return self._judge(Outcome(self._runner, step, half, wide, earlier), half)
 
     def _trace(self, layer: Any, args: Any, kwargs: Any) -> Any:
         """Run what a user-defined layer calls, step by step; None if that cannot be traced."""
@@ -185,17 +221,28 @@ class _Walk:
         takes_mask = "mask" in inspect.signature(layer.call).parameters
         if takes_mask and any(mask_of(value.half) is not None for value in given):
             return None
-        first = len(self.troubles)
         earlier = self._troubles_of_inputs(layer, given)
         inputs = [cast_value(value, rounds_to(layer), earlier) for value in given]
         cast = {id(one): other.half for one, other in zip(given, inputs, strict=True)}
         tensors = keras.tree.map_structure(lambda x: cast.get(id(x), x), (args, kwargs))
         if takes_training(layer):
-            tensors[1].setdefault("training", False)
+            tensors[1].setdefault("training", self._runner.training)
         traced = trace_graph(layer, *tensors)
-        if traced is None:
-            return None
+        return None if traced is None else self._run_traced(layer, traced, given, inputs)
+
+    def _run_traced(
+        self,
+        layer: Any,
+        traced: tuple[Any, list[Any]],
+        given: Sequence[Value],
+        inputs: Sequence[Value],
+    ) -> Any:
+        """Run the graph of a user-defined layer, step by step; None if that fails."""
         graph, of_masks = traced
+        first, mark = len(self.troubles), self._tape.mark() if self._tape else (0, 0)
+        for one, other in zip(given, inputs, strict=True):
+            if one is not other and self._tape is not None:
+                self._tape.record(Step("", layer, (one,), {}, outputs=other, kind="cast"))
         self._of_masks.update(map(id, of_masks))
         outer = self._path, self._runner.dtype
         self._path, self._runner.dtype = (layer.path or layer.name,), str(layer.compute_dtype)
@@ -207,13 +254,25 @@ class _Walk:
         operations = [x for x in self.troubles[first:] if not isinstance(x.operation, keras.Layer)]
         if outputs is None or any(trouble.kind == "fails" for trouble in operations):
             del self.troubles[first:]
+            if self._tape:
+                self._tape.rewind(mark)
             return None
-        if operations and halves(layer):
-            again = self._again(layer, args, kwargs)
-            found = of_layer(layer, None, again, side(outputs, "wide"))
-            for trouble in operations:
-                trouble.remedies += tuple(found)
         return outputs
+
+    def _try_float32(
+        self, layer: Any, args: Any, kwargs: Any, outputs: Any, troubles: Sequence[Trouble]
+    ) -> None:
+        """Add float32 for a user-defined layer to the remedies of its operations, if it is one."""
+        operations = [x for x in troubles if not isinstance(x.operation, keras.Layer)]
+        if not operations or not halves(layer):
+            return
+        try:
+            again = self._runner.again(layer, args, kwargs)
+        except Exception:  # noqa: BLE001 - then float32 is no remedy
+            return
+        found = of_layer(layer, None, again, side(outputs, "wide"))
+        for trouble in operations:
+            trouble.remedies += tuple(found)
 
     def _watcher(self, container: Any) -> Watcher:
         """Return a function that compares each layer when a user-defined layer calls it."""
@@ -240,131 +299,118 @@ class _Walk:
         _, troubles = self._returned.get(id(each), (None, ()))
         return Value(each, widen(each), troubles=troubles)
 
-    # ----------------------------------------------------------------------------- judging
+    # ----------------------------------------------------------------------------- the tape
 
-    def _judge(  # noqa: C901, PLR0913, PLR0917 - a step with its two results, and each verdict
-        self, operation: Any, args: Any, kwargs: Any, half: Any, wide: Any, earlier: list[Trouble]
-    ) -> Any:
-        """Compare the outputs of a step, report what is wrong, and return them as values."""
-        given = values_in((args, kwargs))
-        error = max((value.error for value in given), default=0.0)
-        dtype = half_dtype(operation, given, half)
-        flat = keras.tree.flatten(half)
-        merges = tuple(trouble for trouble in earlier if trouble.kind == "merged")
-        looks_up = isinstance(operation, keras.layers.Embedding)  # another row is worse
-        again: dict[bool, list[Any]] = {}
+    @contextlib.contextmanager
+    def _inside(self, container: Any) -> Iterator[None]:
+        """Keep steps off the tape that are part of one, and let them run as its other runs do."""
+        runner, tape = self._runner, self._tape or Tape()
+        before = runner.training, tape.is_paused
+        runner.training, tape.is_paused = runner.training and not draws(container), True
+        try:
+            yield
+        finally:
+            runner.training, tape.is_paused = before
 
-        @functools.cache
-        def repaired() -> list[Any]:
-            """Return the outputs if it computes in float32, and the troubled steps before it."""
-            try:
-                outputs = self._runner.wide(operation, args, kwargs, "repaired")
-            except Exception:  # noqa: BLE001 - a layer may raise anything
-                return [None] * len(flat)
-            return list(keras.tree.flatten(outputs))
+    def _record(self, step: Step, outputs: Any, kind: str) -> Any:
+        """Put a step on the tape that is not judged, and return its outputs."""
+        for value in values_in(outputs):
+            self._look(step, value.half, value.wide)
+        return self._keep(step, outputs, kind)
 
-        def own(index: int) -> Comparison:
-            """Compare an output with that of the step in float32 on the same rounded inputs."""
-            found = []
-            for every in (False, True):  # some layers round weights themselves
-                if every not in again:
-                    outputs = self._runner.again(operation, args, kwargs, every=every)
-                    again[every] = keras.tree.flatten(outputs)
-                found.append(compare_tensors(flat[index], again[every][index]))
-                if not is_at_fault(found[-1], dtype):
-                    break
-            return min(found, key=lambda each: each.error)
+    def _keep(self, step: Step, outputs: Any, kind: str) -> Any:
+        """Put a step on the tape, and return its outputs."""
+        if self._tape is not None:
+            adds_losses = bool(self._runner.losses)
+            self._tape.record(step._replace(outputs=outputs, kind=kind, adds_losses=adds_losses))
+            self._check_mask(step.operation, step.given, outputs)
+        return outputs
 
-        def trouble(kind: str, numbers: Comparison) -> Trouble:
-            return self._trouble(kind, operation, args, kwargs, half, wide, numbers)
+    def _check_mask(self, operation: Any, given: Sequence[Value], outputs: Any) -> None:
+        """Note a layer that does not know masks and is given one."""
+        if self._tape is None or not isinstance(operation, keras.Layer):
+            return
+        masks = [mask_of(value.wide) for value in given]
+        if operation.supports_masking or all(mask is None for mask in masks):
+            return
+        if all(mask_of(value.wide) is None for value in values_in(outputs)):
+            self._tape.lost_masks.append(self._place(operation))
 
-        def differs_each_time() -> bool:
-            """Return whether the step draws random numbers in a way that Keras does not know."""
-            second, _ = self._runner.half(operation, args, kwargs)
-            pairs = zip(flat, keras.tree.flatten(second), strict=True)
-            seen = [compare_tensors(a, b) for a, b in pairs if keras.ops.is_tensor(a)]
-            return any(each.error or each.differing for each in seen)
-
-        values = []
-        for index, (h, w) in enumerate(zip(flat, keras.tree.flatten(wide), strict=True)):
-            if not keras.ops.is_tensor(h):
-                values.append(h)
-                continue
-            masks = _compare_masks(h, w)
-            if masks.differing:
-                self._report(trouble("mask", masks))
-                values.append(follow(h, w))
-                continue
-            seen = compare_tensors(h, w)
-            verdict, numbers = judge(
-                seen,
-                functools.partial(own, index),
-                error,
-                dtype,
-                has_troubles=bool(_pending(earlier)),
-            )
-            if verdict is Verdict.FINE:
-                values.append(Value(h, w, seen.error, merges))
-            elif verdict is Verdict.CARRY:
-                values.append(
-                    Value(h, w, seen.error, tuple(earlier), repaired=repaired()[index])
-                )
-            elif verdict is not Verdict.EARLIER and differs_each_time():
-                values.append(follow(h, w))
-            elif verdict is Verdict.EARLIER:
-                fits = mends(functools.partial(operator.getitem, repaired(), index), w, dtype)
-                for each in earlier:
-                    self._report(each, operation, fits=fits)
-                values.append(follow(h, w, tuple(earlier)))
-            elif verdict is Verdict.SENSITIVE and merges and not looks_up:
-                values.append(follow(h, w))  # it shows that values are equal
-            elif verdict.waits:
-                waiting = _of_input(given, operation, dtype, numbers) or trouble(
-                    verdict.value, numbers
-                )
-                values.append(
-                    Value(h, w, seen.error, (waiting, *earlier), repaired=repaired()[index])
-                )
-            else:
-                now = trouble(verdict.value, numbers)
-                self._report(now)
-                values.append(follow(h, w, (now,)))
-        return keras.tree.pack_sequence_as(half, values)
-
-    def _trouble(  # noqa: PLR0913, PLR0917 - a step with its results
+    def _look(
         self,
-        kind: str,
-        operation: Any,
-        args: Any,
-        kwargs: Any,
+        step: Step,
         half: Any,
         wide: Any,
-        numbers: Any,
-    ) -> Trouble:
-        """Return what is wrong with a step, with the remedies that mend it."""
-        given = values_in((args, kwargs))
-        again = self._again(operation, args, kwargs)
-        if isinstance(operation, keras.Layer):
-            found = of_layer(
-                operation, lambda layer: self._runner.half(layer, args, kwargs)[0], again, wide
-            )
-        else:
-            found = of_operation(self._graph, operation, given, again, wide)
-        dtype = half_dtype(operation, given, half)
-        return Trouble(kind, self._place(operation), operation, dtype, numbers, tuple(found))
+        seen: Comparison = Comparison(),  # noqa: B008 - a frozen value
+        began_here: float = 0.0,
+    ) -> None:
+        """Note what a tensor looks like that a step returns."""
+        if self._tape is not None and is_float(wide):
+            tensor = look(step.place, "forward", step.dtype, half, wide, seen, began_here)
+            self._tape.tensors.append(tensor)
 
-    def _again(self, operation: Any, args: Any, kwargs: Any) -> Any:
-        try:
-            return self._runner.again(operation, args, kwargs)
-        except Exception:  # noqa: BLE001 - then float32 is no remedy
-            return None
+    # ----------------------------------------------------------------------------- judging
 
-    def _report(self, trouble: Trouble, operation: Any = None, *, fits: bool = False) -> None:
+    def _judge(self, outcome: Outcome, structure: Any) -> Any:
+        """Report what is wrong with the outputs of a step, and return them as values.
+
+        Args:
+            outcome: What it returned.
+            structure: Outputs, in the structure to return.
+        """
+        values, is_right = [], True
+        for index, (half, wide) in enumerate(outcome.pairs):
+            if not keras.ops.is_tensor(half):
+                values.append(half)
+                continue
+            masks = outcome.masks(index)
+            if masks.differing:
+                self._look(outcome.step, half, wide)
+                self._report(outcome.trouble("mask", masks))
+                values.append(follow(half, wide))
+                is_right = False
+                continue
+            verdict, numbers, seen = outcome.judge(index)
+            self._look(outcome.step, half, wide, seen, outcome.began_here(index, seen))
+            values.append(self._judged(outcome, index, verdict, numbers, seen.error))
+            is_right &= verdict.waits or verdict in {Verdict.FINE, Verdict.CARRY}
+        outputs = keras.tree.pack_sequence_as(structure, values)
+        # If they are wrong, the gradients are too.
+        return self._keep(outcome.step, outputs, "both" if is_right else "float32")
+
+    def _judged(
+        self, outcome: Outcome, index: int, verdict: Verdict, numbers: Comparison, error: float
+    ) -> Any:
+        """Report what a verdict says about an output, and return it as a value."""
+        step, earlier = outcome.step, outcome.earlier
+        half, wide = outcome.pairs[index]
+        if verdict is Verdict.FINE:
+            return Value(half, wide, error, outcome.merged)
+        if verdict is Verdict.CARRY:
+            return Value(half, wide, error, earlier, repaired=outcome.repaired(index))
+        if verdict is Verdict.EARLIER:
+            fits = outcome.is_repaired(index)
+            for each in earlier:
+                self._report(each, step, fits=fits)
+            return follow(half, wide, earlier)
+        looks_up = isinstance(step.operation, keras.layers.Embedding)  # another row is worse
+        shows_merge = verdict is Verdict.SENSITIVE and outcome.merged and not looks_up
+        if shows_merge or outcome.differs_each_time():
+            return follow(half, wide)
+        if verdict.waits:
+            waiting = outcome.trouble_of_input(numbers) or outcome.trouble(verdict.value, numbers)
+            repaired = outcome.repaired(index)
+            return Value(half, wide, error, (waiting, *earlier), repaired=repaired)
+        now = outcome.trouble(verdict.value, numbers)
+        self._report(now)
+        return follow(half, wide, (now,))
+
+    def _report(self, trouble: Trouble, until: Step | None = None, *, fits: bool = False) -> None:
         """Add a trouble, unless its step has one already.
 
         Args:
             trouble: The trouble.
-            operation: The step in whose outputs it shows, if it is a later one.
+            until: The step in whose outputs it shows, if it is a later one.
             fits: Whether it mends them to compute in float32 up to that step.
         """
         is_of_data = trouble.kind in OF_DATA
@@ -376,10 +422,10 @@ class _Walk:
             )
         ):
             return
-        if operation is not None and operation is not trouble.operation and not is_of_data:
-            trouble.until = self._place(operation)
+        if until is not None and until.operation is not trouble.operation and not is_of_data:
+            trouble.until = until.place
             if fits:
-                trouble.remedies += (float32_until(trouble, operation, trouble.until),)
+                trouble.remedies += (float32_until(trouble, until.operation, until.place),)
         self.troubles.append(trouble)
 
     def _troubles_of_inputs(self, operation: Any, given: Sequence[Value]) -> list[Trouble]:
@@ -409,23 +455,13 @@ class _Walk:
         return "/".join((*self._path, operation.name))
 
 
+def _in_order(graph: Any, args: Any, given: Sequence[Value]) -> Sequence[Value]:
+    """Return the values that a graph is called with in the order of its inputs."""
+    if len(args) == 1 and isinstance(args[0], dict) and not isinstance(graph.input, dict):
+        return [args[0][tensor.name] for tensor in graph.inputs]
+    return given
+
+
 def _pending(troubles: Sequence[Trouble]) -> list[Trouble]:
     """Return the troubles that count only if a later step shows them."""
     return [trouble for trouble in troubles if trouble.kind != "merged"]
-
-
-def _compare_masks(half: Any, wide: Any) -> Comparison:
-    """Compare the masks of two tensors; equal if one has none."""
-    masks = mask_of(half), mask_of(wide)
-    return Comparison() if any(mask is None for mask in masks) else compare_tensors(*masks)
-
-
-def _of_input(
-    given: Sequence[Value], operation: Any, dtype: str, numbers: Comparison
-) -> Trouble | None:
-    """Return the trouble of an input outside the range whose values a step hands on, or None."""
-    is_input = len(given) == 1 and given[0].exact and given[0].source is not None
-    if not is_input or not np.any(to_numpy(given[0].wide) == numbers.worst[1]):
-        return None
-    found = troubles_of_data(given[0], str(given[0].source), operation, dtype)
-    return next((trouble for trouble in found if trouble.kind == "range"), None)

@@ -48,6 +48,17 @@ def test_a_watcher_that_asks_for_it_sees_layers_inside():
     assert seen == [("inner", "float32")]
 
 
+def test_a_stateless_call_is_seen_once_and_returns_its_state():
+    seen, layer = [], layers.BatchNormalization(name="norm")
+    layer.build(X.shape)
+    state = [[v.value for v in group] for group in (layer.weights[:2], layer.weights[2:])]
+    with watch_calls(watching(seen)):
+        outputs, others = layer.stateless_call(*state, keras.ops.convert_to_tensor(X))
+    assert seen == [("norm", "float32")]
+    assert keras.ops.shape(outputs) == (2, 3)
+    assert len(others) == 2
+
+
 def test_what_the_watcher_returns_is_what_the_caller_gets():
     with watch_calls(lambda *_: "another"):
         assert layers.Identity()(X) == "another"

@@ -119,24 +119,33 @@ def state_of(model):
     }
 
 
+def diagnose(model, x):
+    return mp.diagnose(model, x, x[:, :1]).findings
+
+
+LOOKS = pytest.mark.parametrize("look", [mp.lint, diagnose])
+
+
+@LOOKS
 @pytest.mark.parametrize("kind", ["sequential", "subclass"])
-def test_a_model_is_as_before(kind):
+def test_a_model_is_as_before(kind, look):
     model = trained(kind)
     before = state_of(model)
-    assert any(each.rule == "inaccurate" for each in mp.lint(model, X))
+    assert any(each.rule == "inaccurate" for each in look(model, X))
     after = state_of(model)
     assert [name for name in before if before[name] != after[name]] == []
     model.train_on_batch(X, X[:, :1])
 
 
+@LOOKS
 @pytest.mark.parametrize("kind", ["sequential", "subclass"])
-def test_random_numbers_afterwards_are_those_without_the_probe(kind):
+def test_random_numbers_afterwards_are_those_without_the_probe(kind, look):
     drawn = []
     for with_probe in (False, True):
         model = trained(kind)
         keras.utils.set_random_seed(3)
         if with_probe:
-            mp.lint(model, X)
+            look(model, X)
         numbers = [random.random(), np.random.random()]  # noqa: NPY002 - the global states
         drawn.append(numbers + read([keras.random.normal((3,)), model(X, training=True)]))
         keras.backend.clear_session(free_memory=False)
