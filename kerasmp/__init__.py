@@ -3,7 +3,7 @@
 from kerasmp import errors, layers, loss_scale, ops
 from kerasmp.callbacks import OverflowMonitor
 from kerasmp.conversion import convert, save_for_stock_keras
-from kerasmp.diagnosis import Finding, LintReport, lint
+from kerasmp.diagnosis import Calibration, Diagnosis, Finding, LintReport, calibrate, diagnose, lint
 from kerasmp.loss_scale import (
     DynamicLossScale,
     FixedLossScale,
@@ -26,6 +26,8 @@ from kerasmp.policy import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
+    "Diagnosis",
     "DynamicLossScale",
     "Finding",
     "FixedLossScale",
@@ -40,7 +42,9 @@ __all__ = [
     "Policy",
     "Sequential",
     "UnderflowLossScale",
+    "calibrate",
     "convert",
+    "diagnose",
     "errors",
     "global_policy",
     "layers",

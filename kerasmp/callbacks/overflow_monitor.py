@@ -11,6 +11,7 @@ import keras
 from kerasmp import backend
 from kerasmp.backend.keras_graph import graph_of
 from kerasmp.backend.keras_internals import enclosing_callback_list, float16_layers
+from kerasmp.callbacks.last_batch import LastBatch, keep_last_batch, stop_keeping
 from kerasmp.callbacks.readings import Reading, source_of
 from kerasmp.diagnosis.lint import cheap_findings
 from kerasmp.errors import (
@@ -61,10 +62,19 @@ class OverflowMonitor(keras.callbacks.Callback):
             rounding explains. It happens once for a model, and takes as long as two to four
             predictions of that batch, run eagerly. Default True. With a `kerasmp.Model`, the
             argument `probe` of `fit` decides.
+        keep_batch: Whether to keep the batch of the first skipped step of a series, in `bad_batch`.
+            The monitor then reads the device at every step. Default False.
+
+    Attributes:
+        bad_batch: With `keep_batch`, the batch of the first skipped step of the last series: a dict
+            of `x`, `y` and `sample_weight` for `kerasmp.diagnose(model, **monitor.bad_batch)`.
+            None before that, and if batches are spread over replicas. With `steps_per_execution`,
+            it is the first batch of that execution.
 
     Raises:
         LossScaleError: If an argument is less than 1, or `streak` is larger than `stalled`.
-        ArgumentTypeError: If `probe` is not a bool, or another argument is not an integer.
+        ArgumentTypeError: If `probe` or `keep_batch` is not a bool, or another argument is not an
+            integer.
         NotCompiledError: When training begins, if the model has no optimizer.
 
     The monitor also works with stock Keras's LossScaleOptimizer, but knows less: it infers skipped
@@ -89,11 +99,21 @@ class OverflowMonitor(keras.callbacks.Callback):
     async_safe = True
 
     def __init__(
-        self, check_every: int = 50, *, streak: int = 10, stalled: int = 50, probe: bool = True
+        self,
+        check_every: int = 50,
+        *,
+        streak: int = 10,
+        stalled: int = 50,
+        probe: bool = True,
+        keep_batch: bool = False,
     ) -> None:
         super().__init__()
         check_bool("probe", probe)
+        check_bool("keep_batch", keep_batch)
         self.probe = probe
+        self.keep_batch = keep_batch
+        self.bad_batch: dict[str, Any] | None = None
+        self._last_batch: LastBatch | None = None
         self.check_every = check_integer("check_every", check_every, LossScaleError)
         self.streak = check_integer("streak", streak, LossScaleError)
         self.stalled = check_integer("stalled", stalled, LossScaleError)
@@ -141,9 +161,12 @@ class OverflowMonitor(keras.callbacks.Callback):
         self._warn_of_findings()
         if self.probe and not isinstance(self.model, Model):
             look_at_first_batch(self._model_without_sync)
+        if self.keep_batch and self._source is not None:
+            self._last_batch = keep_last_batch(self._model_without_sync)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
-        """Leave the train function as Keras made it, if there was no step."""
+        """Leave the train function as Keras made it."""
+        stop_keeping(self._model_without_sync)
         look_no_longer(self._model_without_sync)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
@@ -158,6 +181,9 @@ class OverflowMonitor(keras.callbacks.Callback):
         The end of a batch would be too late, since Keras may report it later, in another thread.
         """
         self._steps = self._epoch_first_step + batch
+        if self._last_batch is not None and batch:
+            with backend.current().current_optimizer_state(self._model_without_sync):
+                self._keep_if_bad(self._source.read(self._steps))
         if self._source is not None and batch >= self._next_check:
             self._next_check = batch + self.check_every
             with backend.current().current_optimizer_state(self._model_without_sync):
@@ -173,6 +199,7 @@ class OverflowMonitor(keras.callbacks.Callback):
             return
         self._steps = self._steps_at_epoch_end()
         now, start = self._source.read(self._steps), self._epoch_start
+        self._keep_if_bad(now)
         skipped = now.skipped - start.skipped
         steps = skipped + now.applied - start.applied
         if logs is not None:
@@ -192,6 +219,11 @@ class OverflowMonitor(keras.callbacks.Callback):
         # If an execution runs several steps, the data may have ended before the last of them.
         known = (self.params or {}).get("steps")
         return self._epoch_first_step + (ended if known is None else min(ended, known))
+
+    def _keep_if_bad(self, now: Reading) -> None:
+        """Keep the last batch if its step was the first one of a series to be skipped."""
+        if self._last_batch is not None and now.in_a_row == 1:
+            self.bad_batch = self._last_batch.arguments()
 
     def _warn_if_losing_steps(self, now: Reading) -> None:
         if now.in_a_row < self.streak:
@@ -278,6 +310,7 @@ def _skips_message(
         )
         if now.at_floor:
             parts.append("Or give the schedule a lower min_scale.")
+    parts.append("kerasmp.diagnose(model, x, y) names the layer and the cause for a batch.")
     if suspect and not stalled:
         parts.append("If that does not help, look for inf and NaN in the data.")
         return " ".join(parts)

@@ -22,7 +22,7 @@ from kerasmp.probe.finding import Finding, LintReport, sorted_report
 from kerasmp.probe.findings import CANNOT_COMPUTE, probe_findings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 
 # Rules that guess what the probe sees if it happens.
@@ -61,18 +61,32 @@ def lint(model: Any, x: Any = None) -> LintReport:
     """
     check_model(model, "be checked", fix="Pass the model first, then a batch of its inputs.")
     if x is not None:
-        given, x = x, keras.tree.map_structure(np.asarray, x)
-        arrays = _in_order(model, x)
-        if not arrays or not all(array.ndim and array.size for array in arrays):
-            raise ArgumentError(
-                "`x` is not a batch.",
-                received=with_type(given),
-                expected="arrays with values, whose first axis is the batch",
-                fix="Pass the same batch as to model.predict_on_batch.",
-            )
-        _check_inputs(model, arrays)
+        x = check_batch(model, x)
     with preserve_losses(model):
         return sorted_report(_first_failures(_findings(model, x)))
+
+
+def check_batch(model: Any, x: Any) -> Any:
+    """Return a batch with arrays in place of tensors and lists.
+
+    Args:
+        model: The model.
+        x: The batch.
+
+    Raises:
+        ArgumentError: If it is not a batch, or does not fit the inputs of the model.
+    """
+    given, x = x, keras.tree.map_structure(np.asarray, x)
+    arrays = _in_order(model, x)
+    if not arrays or not all(array.ndim and array.size for array in arrays):
+        raise ArgumentError(
+            "`x` is not a batch.",
+            received=with_type(given),
+            expected="arrays with values, whose first axis is the batch",
+            fix="Pass the same batch as to model.predict_on_batch.",
+        )
+    _check_inputs(model, arrays)
+    return x
 
 
 def _in_order(model: Any, x: Any) -> list[Any]:
@@ -126,10 +140,7 @@ def _findings(model: Any, x: Any) -> list[Finding]:
             return found
         found += sizes.batch_size(model, keras.tree.flatten(x))
         seen, failed = _try(model, lambda: probe_findings(model, x))
-        # What the values show is said once.
-        shown = {each.place for each in seen or () if each.severity != "hint"}
-        rest = [x for x in found if x.place not in shown or x.rule not in _ALSO_SHOWN]
-        return [*rest, *(seen or []), *failed]
+        return [*not_shown(found, seen or ()), *(seen or []), *failed]
 
 
 def _unbuilt(model: Any) -> Iterator[Finding]:
@@ -145,6 +156,27 @@ def _unbuilt(model: Any) -> Iterator[Finding]:
                 if part is model
                 else "Call it on a batch first.",
             )
+
+
+def static_findings(model: Any) -> list[Finding]:
+    """Return the errors and warnings that need no data.
+
+    Args:
+        model: A Keras model.
+    """
+    found = [*cheap_findings(model), *training.unscaled(model)]
+    return [each for each in found if each.severity != "hint"]
+
+
+def not_shown(findings: Iterable[Finding], seen: Iterable[Finding]) -> list[Finding]:
+    """Return the findings without those that guess what values have shown.
+
+    Args:
+        findings: Findings that need no data.
+        seen: What values show.
+    """
+    shown = {each.place for each in seen if each.severity != "hint"}
+    return [x for x in findings if x.place not in shown or x.rule not in _ALSO_SHOWN]
 
 
 @preserve_global_seed()  # symbolic calls may create the generator, with a seed of Python's

@@ -71,11 +71,15 @@ class _Look:
         self._model = model
         self.function = model.train_function
         self._policies = policies
+        self._is_first = True
 
     def __call__(self, *arguments: Any) -> Any:
-        model = self._model
+        model, is_first = self._model, self._is_first
+        self._is_first = False  # another function may stand for this one, and call it again
         if model.train_function is self:
             model.train_function = self.function
+        if not is_first:
+            return self.function(*arguments)
         *state, source = arguments
         batch, source = current().peek(source, model.steps_per_execution)
         object.__setattr__(model, "_probed", self._policies)

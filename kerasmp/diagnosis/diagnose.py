@@ -1,0 +1,334 @@
+"""Runs a training step in float32 and under a model's policy, and says where they differ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+
+from kerasmp.backend import current, probe_scope
+from kerasmp.backend.keras_internals import (
+    flatten_layers,
+    own_variables,
+    preserve_global_seed,
+    unfiltered_tracebacks,
+)
+from kerasmp.backend.side_effects import preserve_layers
+from kerasmp.diagnosis.causes import (
+    advice,
+    data_findings,
+    diverging,
+    float32_finding,
+    gradient_finding,
+    lost_mask,
+    weight_findings,
+)
+from kerasmp.diagnosis.lint import check_batch, not_shown, static_findings
+from kerasmp.diagnosis.own_step import has_own_step, is_stock, run_own_step
+from kerasmp.diagnosis.result import Diagnosis, underflow
+from kerasmp.errors import ArgumentError, NotCompiledError, check_model, first_line, with_type
+from kerasmp.loss_scale import FixedLossScale, NoLossScale
+from kerasmp.optimizer import LossScaleOptimizer
+from kerasmp.probe.arrays import is_float, to_numpy
+from kerasmp.probe.backward import Gradient, backward
+from kerasmp.probe.finding import sorted_report
+from kerasmp.probe.findings import finding
+from kerasmp.probe.magnitudes import Magnitudes
+from kerasmp.probe.steps import Runner, in_float32
+from kerasmp.probe.tape import Tape
+from kerasmp.probe.values import values_in
+from kerasmp.probe.walk import Walk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+
+def diagnose(
+    model: Any,
+    x: Any,
+    y: Any = None,
+    *,
+    sample_weight: Any = None,
+    loss_scale: float | None = None,
+) -> Diagnosis:
+    """Run a training step in float32 and under a model's policy, and say where they differ and why.
+
+    Each layer and operation runs forward and backward on one batch, in both ways side by side. Each
+    is judged by itself: after a finding, both runs go on with float32's values. Layers run as in
+    training, except for those that draw random numbers, such as dropout. Weights, optimizer, seeds
+    and metrics stay as they are; what is not built yet is built.
+
+    Args:
+        model: A compiled Keras or kerasmp model.
+        x: A batch of inputs, as for `model.train_on_batch`.
+        y: The targets; default None.
+        sample_weight: The weights of the samples; default None.
+        loss_scale: What the loss is multiplied by. Default: the present scale of the model's
+            optimizer, or 1 if it does not scale the loss.
+
+    Returns:
+        A `Diagnosis`. Print it for a table and the findings; docs/diagnose.md explains both.
+
+    Raises:
+        ArgumentTypeError: If `model` is not a Keras model.
+        NotCompiledError: If it is not compiled, or was converted for inference only.
+        ArgumentError: If `x`, `y` and `sample_weight` are not a batch that fits the model, or
+            `loss_scale` is not a positive number.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1, dtype="mixed_float16")])
+    >>> model.compile("sgd", "mse")
+    >>> diagnosis = diagnose(model, np.full((4, 8), 7e4), np.ones((4, 1)))
+    >>> diagnosis.findings[0].rule
+    'input-range'
+    """
+    check_model(model, "be diagnosed", kind=keras.Model, fix="Pass the model first, then a batch.")
+    _check_compiled(model)
+    scale = _scale_of(model) if loss_scale is None else _positive(loss_scale)
+    x, y, sample_weight = (
+        keras.tree.map_structure(_array, each) for each in (check_batch(model, x), y, sample_weight)
+    )
+    _check_rows(x, y, sample_weight)
+    if not model.built:
+        model(x)
+    tape = Tape()
+    with (
+        preserve_layers(model),
+        probe_scope(),
+        preserve_global_seed() as seed,
+        unfiltered_tracebacks(),
+        np.errstate(over="ignore"),
+    ):
+        runner = Runner(model, seed, (), training=True)
+        walk = Walk(model, runner, tape)
+        after = None
+        if has_own_step(model):
+            half, wide, start = _own_step(model, walk, (x, y, sample_weight), scale)
+            back, _ = backward(runner, tape, start, scale)
+        else:
+            objective = _Loss(model, x, y, sample_weight)
+            outputs = walk.run(model, x)
+            try:
+                [loss] = values_in(walk.step(objective, (outputs,), {}))
+            except Exception as error:
+                raise ArgumentError(
+                    "The loss of the model cannot be computed, not in float32 either.",
+                    received=f"y = {with_type(y)}, which raises {first_line(error)}",
+                    expected="targets and sample weights, as for model.train_on_batch",
+                    fix="Check the shapes of y and sample_weight.",
+                ) from error
+            half, wide = (float(to_numpy(each)) for each in (loss.half, loss.wide))
+            ones = [keras.ops.full_like(each, scale) for each in (loss.half, loss.wide)]
+            back, gradients = backward(runner, tape, {id(loss): Gradient(*ones)}, scale)
+            after = _losses_around_a_step(objective, runner, gradients, scale)
+    in_float16 = [
+        x.magnitudes for x in tape.tensors if x.direction != "forward" and x.dtype == "float16"
+    ]
+    scales = underflow(sum(in_float16, Magnitudes()), scale)
+    found = [
+        *data_findings(_named(x=x, y=y, sample_weight=sample_weight)),
+        *weight_findings(_weights(model)),
+    ]
+    if not found:
+        found += filter(None, [float32_finding(tape.tensors)])
+    blamed = {each.place.rpartition("/")[0] for each in found if each.rule == "weight-range"}
+    found += [finding(each) for each in walk.troubles if each.place not in blamed]
+    least = _least_scale(model, scale)
+    found += [gradient_finding(each, tape.tensors, scales, least) for each in back]
+    if after is not None:
+        found += filter(None, [diverging(*after, model.optimizer.name)])
+    found += [*map(lost_mask, tape.lost_masks), *not_shown(static_findings(model), found)]
+    findings = sorted_report(found).findings
+    return Diagnosis(findings, tuple(tape.tensors), scales, advice(findings, scales), half, wide)
+
+
+def _own_step(
+    model: Any, walk: Walk, data: Any, scale: float
+) -> tuple[float, float, dict[int, Gradient]]:
+    """Run a train step of the user's own, and pass what it gives to layers through both runs.
+
+    Args:
+        model: The model.
+        walk: The walk, which then has the steps on its tape.
+        data: The batch.
+        scale: The loss scale.
+
+    Returns:
+        The loss under the policy and in float32, and the gradients of values that layers return.
+    """
+    tensors = keras.tree.map_structure(
+        lambda each: None if each is None else keras.ops.convert_to_tensor(each), data
+    )
+    data = keras.utils.pack_x_y_sample_weight(*tensors)
+    half, _ = run_own_step(model, data)
+    with in_float32(model):
+        wide, entries = run_own_step(model, data)
+    factor = scale / _scale_of(model)
+    start = {}
+    for entry in entries:
+        arguments = entry.arguments()
+        if arguments is None:
+            continue
+        outputs = values_in(walk.step(entry.layer, *arguments))
+        for value, gradient in zip(
+            filter(lambda v: is_float(v.wide), outputs), entry.gradients, strict=True
+        ):
+            if gradient is not None and walk.has_gradient(value):
+                wide_gradient = keras.ops.cast(gradient, "float32") * factor
+                start[id(value)] = Gradient(
+                    keras.ops.cast(wide_gradient, value.half.dtype), wide_gradient
+                )
+    return half, wide, start
+
+
+class _Loss:
+    """The loss of a model on a batch, as a step that takes the outputs."""
+
+    name = "loss"
+
+    def __init__(self, model: Any, x: Any, y: Any, sample_weight: Any) -> None:
+        self.model = model
+        self._data = x, y
+        self._sample_weight = sample_weight
+        self.weights = [v for v in model.trainable_variables if v.regularizer is not None]
+
+    def __call__(self, outputs: Any) -> Any:
+        x, y = self._data
+        if self.model.loss is None and y is None and is_stock(self.model.compute_loss):
+            # Only those that layers add, which Keras does not see here, and regularizers.
+            return sum(self.model.losses, start=keras.ops.zeros(()))
+        return self.model.compute_loss(x, y, outputs, self._sample_weight, training=True)
+
+    def in_float32(self, runner: Runner, state: Sequence[tuple[Any, Any]]) -> float:
+        """Return the loss in float32, with other values of variables."""
+
+        def call() -> Any:
+            return self(self.model(self._data[0], training=True))
+
+        return float(to_numpy(runner.call_in_float32(self.model, call, state)))
+
+
+def _losses_around_a_step(
+    loss: _Loss, runner: Runner, gradients: Mapping[int, Any], scale: float
+) -> tuple[float, float] | None:
+    """Return the loss in float32 before and after a step of a copy of the optimizer.
+
+    None if the optimizer cannot be copied.
+
+    Args:
+        loss: The loss.
+        runner: Runs the model.
+        gradients: The gradients in float32, by the ids of variables, multiplied by the scale.
+        scale: The scale.
+    """
+    optimizer = getattr(loss.model.optimizer, "inner_optimizer", loss.model.optimizer)
+    variables = loss.model.trainable_variables
+    try:
+        copy = type(optimizer).from_config(optimizer.get_config())
+        # From an array, since a variable may share the memory of a tensor.
+        copies = [keras.Variable(to_numpy(v.value), name=v.name) for v in variables]
+        copy.build(copies)
+        if optimizer.built:
+            for own, other in zip(copy.variables, optimizer.variables, strict=True):
+                own.assign(other.value)
+        grads = [
+            keras.ops.zeros_like(v.value)
+            if gradients.get(id(v)) is None
+            else current().to_dense(gradients[id(v)]) / scale
+            for v in variables
+        ]
+        copy.apply(grads, copies)
+    except Exception:  # noqa: BLE001 - an optimizer of the user may raise anything
+        return None
+    stepped = [(v, other.value) for v, other in zip(variables, copies, strict=True)]
+    return loss.in_float32(runner, []), loss.in_float32(runner, stepped)
+
+
+def _weights(model: Any) -> Iterator[tuple[str, str, Any]]:
+    for layer in flatten_layers(model):
+        for variable in own_variables(layer):
+            if keras.backend.is_float_dtype(variable.dtype):
+                yield variable.path, layer.compute_dtype, to_numpy(variable.value)
+
+
+def _named(**data: Any) -> dict[str, Any]:
+    """Return the arrays of a batch by what they are called."""
+    found = {}
+    for name, part in data.items():
+        flat = keras.tree.flatten_with_path(part)
+        for path, array in flat:
+            if array is not None:
+                found["/".join([name, *map(str, path)])] = array
+    return found
+
+
+def _array(each: Any) -> Any:
+    """Return an array as `fit` takes it: Keras turns float64 into its default float dtype."""
+    if each is None:
+        return None
+    array = np.asarray(each)
+    return array.astype(keras.config.floatx()) if array.dtype == "float64" else array
+
+
+def _check_rows(*data: Any) -> None:
+    """Raise an error unless all arrays of a batch have the same first axis."""
+    arrays = [each for each in keras.tree.flatten(data) if each is not None]
+    rows = {each.shape[:1] for each in arrays}
+    if len(rows) > 1:
+        raise ArgumentError(
+            "The parts of the batch do not have the same number of rows.",
+            received=", ".join(str(each.shape) for each in arrays),
+            expected="x, y and sample_weight with an equal first axis",
+            fix="Pass the same batch as to model.train_on_batch.",
+        )
+
+
+def _check_compiled(model: Any) -> None:
+    if model.compiled and model.optimizer is not None:
+        return
+    inference = getattr(model, "_for_inference", False)
+    raise NotCompiledError(
+        "diagnose needs a compiled model.",
+        received=f'model "{model.name}", '
+        + ("which was converted for inference only" if inference else "which is not compiled"),
+        expected="a model with an optimizer and a loss",
+        fix="Convert it without variables=, to train it."
+        if inference
+        else "Call model.compile(...) first.",
+    )
+
+
+def _scale_of(model: Any) -> float:
+    """Return the present loss scale of a model's optimizer, kerasmp's or stock Keras's, or 1."""
+    optimizer = model.optimizer
+    if isinstance(optimizer, LossScaleOptimizer):
+        return float(optimizer.loss_scale)
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return (
+            float(to_numpy(optimizer.dynamic_scale.value))
+            if optimizer.built
+            else float(optimizer.initial_scale)
+        )
+    return 1.0
+
+
+def _least_scale(model: Any, scale: float) -> float:
+    """Return how far the loss scale may fall by itself."""
+    optimizer = model.optimizer
+    if isinstance(optimizer, LossScaleOptimizer):
+        is_fixed = isinstance(optimizer.schedule, (FixedLossScale, NoLossScale))
+        return scale if is_fixed else float(optimizer.schedule.min_scale)
+    return 0.0 if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) else scale
+
+
+def _positive(scale: Any) -> float:
+    if isinstance(scale, (int, float)) and not isinstance(scale, bool) and 0 < scale < np.inf:
+        return float(scale)
+    raise ArgumentError(
+        "`loss_scale` is not a loss scale.",
+        received=with_type(scale),
+        expected="a positive number",
+        fix="Leave it out to use the optimizer's.",
+    )
