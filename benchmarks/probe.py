@@ -1,17 +1,22 @@
 """Measures the probe of a batch beside two predictions: one in half precision, one in float32.
 
-The probe and both predictions run eagerly, in turns, in one process for each network. Times are
-medians of wall / CPU seconds. The first `predict` of a new model, which compiles, is beside them.
+With `--diagnose`, it measures `diagnose` beside two training steps instead.
+
+The probe and both predictions or steps run eagerly, in turns, in one process for each network.
+Times are medians of wall / CPU seconds. The first `predict` of a new model, which compiles, is
+beside them.
 
     KERAS_BACKEND=tensorflow python benchmarks/probe.py
     KERAS_BACKEND=torch python benchmarks/probe.py mlp "ResNet50, 64" --dtype bfloat16
 
-With `--memory` it shows the peak memory of one prediction in float32 and of the probe instead,
-each in a new process, on Linux: that of the whole process, and in brackets what it adds to the
-memory after the model was built. Targets: the time of 2 predictions, 1.5 times the memory of one.
+With `--memory` it shows the peak memory of one prediction or step in float32 and of the probe
+instead, each in a new process, on Linux: that of the whole process, and in brackets what it adds to
+the memory after the model was built. Targets: the time of 2 predictions, 1.5 times the memory of
+one; for `diagnose` 3 times the time of both steps, 2.5 times the memory of one.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -27,7 +32,7 @@ import keras
 import numpy as np
 from overhead import transformer
 
-from kerasmp import policy_scope
+from kerasmp import LossScaleOptimizer, diagnose, policy_scope
 from kerasmp.probe import probe_findings
 
 
@@ -48,8 +53,8 @@ CASES = {
     "ResNet50, 224": (resnet(224), (224, 224, 3), None, 8, "bfloat16"),
 }
 ROUNDS = 5
-TIMES = ("network", "dtype", "2 predictions", "probe", "ratio", "first predict", "findings")
-MEMORY = ("network", "dtype", "prediction, float32", "probe", "ratio")
+TIMES = ("network", "dtype", "both", "probe", "ratio", "first predict", "findings")
+MEMORY = ("network", "dtype", "one in float32", "probe", "ratio")
 
 
 def built(name, policy):
@@ -73,6 +78,26 @@ def predicting(model, x):
     return run
 
 
+def stepping(model, x):
+    """Return a function that takes a training step eagerly."""
+    y = targets(model, x)
+    return lambda: model.train_on_batch(x, y)
+
+
+def targets(model, x):
+    """Compile a model, and return targets."""
+    model.compile(LossScaleOptimizer("adam"), "mse", run_eagerly=True)
+    return np.zeros((len(x), *model.output_shape[1:]), "float32")
+
+
+def probing(model, x, *, steps):
+    """Return a function that probes a batch, or diagnoses a step, and returns the findings."""
+    if not steps:
+        return lambda: probe_findings(model, x)
+    y = targets(model, x)
+    return lambda: diagnose(model, x, y).findings
+
+
 def no_gradients():
     from contextlib import nullcontext
 
@@ -83,16 +108,16 @@ def no_gradients():
     return torch.no_grad()
 
 
-def timed(name, half):
-    """Return the cells of a row: the probe beside two predictions."""
-    model, x = built(name, f"mixed_{half}")
-    in_half = predicting(model, x)
-    in_float32 = predicting(built(name, "float32")[0], x)
-    found = probe_findings(model, x)
-    compared = {"2 predictions": lambda: (in_half(), in_float32())}
-    compared["probe"] = lambda: probe_findings(model, x)
+def timed(name, half, *, steps):
+    """Return the cells of a row: the probe beside two predictions or steps."""
+    run = stepping if steps else predicting
+    in_half = run(*built(name, f"mixed_{half}"))
+    in_float32 = run(*built(name, "float32"))
+    probe = probing(*built(name, f"mixed_{half}"), steps=steps)
+    found = probe()
+    compared = {"both": lambda: (in_half(), in_float32()), "probe": probe}
     times = interleaved.measure(compared, ROUNDS)
-    start = time.perf_counter()
+    x, start = built(name, "float32")[1], time.perf_counter()
     built(name, f"mixed_{half}")[0].predict(x, batch_size=len(x), verbose=0)
     first = time.perf_counter() - start
     ratio = interleaved.ratios(times)["probe"]
@@ -108,10 +133,12 @@ def _pair(wall, cpu):
     return f"{wall:.2f} / {cpu:.2f}"
 
 
-def peak(name, half, action):
+def peak(name, half, action, *, steps):
     """Return this process's peak memory in megabytes, and what an action adds to what it held."""
-    model, x = built(name, "float32" if action == "prediction" else f"mixed_{half}")
-    run = predicting(model, x) if action == "prediction" else lambda: probe_findings(model, x)
+    if action == "probe":
+        run = probing(*built(name, f"mixed_{half}"), steps=steps)
+    else:
+        run = (stepping if steps else predicting)(*built(name, "float32"))
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
     before = _status("VmRSS")
     run()
@@ -124,20 +151,21 @@ def _status(key):
     return int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
-def remembered(name, half):
-    """Return the cells of a row: the memory of the probe beside that of a prediction."""
-    found = [in_new_process(name, half, each) for each in ("prediction", "probe")]
+def remembered(name, half, *, steps):
+    """Return the cells of a row: the memory of the probe beside that of a prediction or step."""
+    found = [in_new_process(name, half, each, steps=steps) for each in ("one", "probe")]
     (one, added), (probe, probe_added) = found
     cells = [f"{total:.0f} ({more:.0f}) MB" for total, more in found]
     return [*cells, f"{probe / one:.2f} ({probe_added / added:.2f})"]
 
 
-def in_new_process(name, half, action):
+def in_new_process(name, half, action, *, steps):
     """Return the result of an action in a new process."""
     # oneDNN is slow in float16, and may hang. Without it TensorFlow sums bfloat16 in bfloat16.
     onednn = "0" if half == "float16" else "1"
     done = subprocess.run(  # noqa: S603 - this file
-        [sys.executable, __file__, name, "--dtype", half, "--in-process", action],
+        [sys.executable, __file__, name, "--dtype", half, "--in-process", action]
+        + ["--diagnose"] * steps,
         env={"TF_ENABLE_ONEDNN_OPTS": onednn} | os.environ,
         stdout=subprocess.PIPE,
         text=True,
@@ -151,18 +179,23 @@ def main():
     parser.add_argument("names", nargs="*", help=f"default: all of {', '.join(CASES)}")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="of all networks")
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--in-process", choices=("time", "prediction", "probe"), help="internal")
+    parser.add_argument("--diagnose", action="store_true")
+    parser.add_argument("--in-process", choices=("time", "one", "probe"), help="internal")
     arguments = parser.parse_args()
     if arguments.in_process:
         action, (name,), half = arguments.in_process, arguments.names, arguments.dtype
-        print(json.dumps(timed(name, half) if action == "time" else peak(name, half, action)))
+        steps = arguments.diagnose
+        is_time = action == "time"
+        cells = timed(name, half, steps=steps) if is_time else peak(name, half, action, steps=steps)
+        print(json.dumps(cells))
         return
     columns = MEMORY if arguments.memory else TIMES
     print(f"{keras.backend.backend()}, Keras {keras.__version__}, {os.cpu_count()} cores")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in arguments.names or CASES:
         half = arguments.dtype or CASES[name][4]
-        cells = remembered(name, half) if arguments.memory else in_new_process(name, half, "time")
+        run = remembered if arguments.memory else functools.partial(in_new_process, action="time")
+        cells = run(name, half, steps=arguments.diagnose)
         print(f"| {' | '.join([name, half, *cells])} |", flush=True)
 
 
