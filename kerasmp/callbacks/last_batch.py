@@ -45,6 +45,7 @@ def _array(each: Any) -> Any:
 
 def keep_last_batch(model: Any) -> LastBatch | None:
     """Let a model's train function note its batches; None if the model has no train function."""
+    stop_keeping(model)  # after a `fit` that an error has ended
     if not callable(model.train_function):  # a user's own `fit`
         return None
     kept = model.train_function = LastBatch(model)
