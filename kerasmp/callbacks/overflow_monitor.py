@@ -11,6 +11,7 @@ import keras
 from kerasmp import backend
 from kerasmp.backend.keras_graph import graph_of
 from kerasmp.backend.keras_internals import enclosing_callback_list, float16_layers
+from kerasmp.callbacks.bad_layers import count_by_layer, explain
 from kerasmp.callbacks.last_batch import LastBatch, keep_last_batch, stop_keeping
 from kerasmp.callbacks.readings import Reading, source_of
 from kerasmp.diagnosis.lint import cheap_findings
@@ -27,6 +28,7 @@ from kerasmp.model.first_batch import look_at_first_batch, look_no_longer
 from kerasmp.probe.finding import lines
 
 if TYPE_CHECKING:
+    from kerasmp.callbacks.bad_layers import LayerCount
     from kerasmp.diagnosis import Finding
 
 
@@ -157,7 +159,7 @@ class OverflowMonitor(keras.callbacks.Callback):
         if self._source is None:
             self._warn_if_unscaled()
         else:
-            self._epoch_start = self._source.read(0)
+            self._start_epoch(self._source.read(0))
         self._warn_of_findings()
         if self.probe and not isinstance(self.model, Model):
             look_at_first_batch(self._model_without_sync)
@@ -212,7 +214,10 @@ class OverflowMonitor(keras.callbacks.Callback):
             if now.accumulated is not None:
                 logs["accumulated_steps"] = now.accumulated
         self._warn_if_losing_steps(now)
-        self._epoch_start = now
+        self._start_epoch(now)
+
+    def _start_epoch(self, now: Reading) -> None:
+        self._epoch_start, self._gradients_start = now, self._source.gradient_counts()
 
     def _steps_at_epoch_end(self) -> int:
         ended = max(self._ends, default=-1) + 1
@@ -229,10 +234,26 @@ class OverflowMonitor(keras.callbacks.Callback):
         if now.in_a_row < self.streak:
             return
         kind = "stalled" if now.in_a_row >= self.stalled or now.at_floor else "streak"
+        if kind in self._warned:
+            return
         by_loss = now.causes.get("loss", 0) - self._epoch_start.causes.get("loss", 0)
         suspect = _loss_on_float16(self._model_without_sync) if by_loss else ""
-        variables = self._source.worst_variables()
-        self._warn_once(kind, _skips_message(kind, now, variables, by_loss, suspect))
+        batch = "x, y" if self.bad_batch is None else "**monitor.bad_batch"
+        where = [
+            *explain(self._layer_counts(), by_loss=by_loss > 0),
+            f"kerasmp.diagnose(model, {batch}) names the operation and the cause.",
+        ]
+        self._warn_once(kind, _skips_message(kind, now, where, by_loss, suspect))
+
+    def _layer_counts(self) -> list[LayerCount]:
+        """Return the counts of this epoch for each layer; none if the optimizer has none."""
+        counts, before = self._source.gradient_counts(), self._gradients_start
+        if counts is None:
+            return []
+        if before is not None:  # else the optimizer was built after the epoch had begun
+            counts = counts - before
+        variables = self._source.optimizer.target_variables
+        return count_by_layer(self._model_without_sync, variables, *counts)
 
     def _warn_if_unscaled(self) -> None:
         float16 = [layer.name for layer in float16_layers(self.model)]
@@ -279,9 +300,7 @@ def _loss_on_float16(model: Any) -> str:
     return _few([f'"{name}"' for name in dict.fromkeys(names)])
 
 
-def _skips_message(
-    kind: str, now: Reading, variables: list[str], by_loss: int, suspect: str
-) -> str:
+def _skips_message(kind: str, now: Reading, where: list[str], by_loss: int, suspect: str) -> str:
     at_floor = ", and its schedule does not let it fall further" if now.at_floor else ""
     stalled = kind == "stalled"
     parts = [
@@ -291,8 +310,7 @@ def _skips_message(
         else f"The last {now.in_a_row} training steps were skipped, because gradients were inf or "
         f"NaN; the loss scale is now {now.loss_scale:g}."
     ]
-    if variables:
-        parts.append(f"The gradients of {_few(variables)} were inf or NaN most often.")
+    parts += where
     if by_loss:
         parts.append(
             f"In {by_loss} steps of this epoch the loss itself was inf or NaN: no scale helps then."
@@ -310,7 +328,6 @@ def _skips_message(
         )
         if now.at_floor:
             parts.append("Or give the schedule a lower min_scale.")
-    parts.append("kerasmp.diagnose(model, x, y) names the layer and the cause for a batch.")
     if suspect and not stalled:
         parts.append("If that does not help, look for inf and NaN in the data.")
         return " ".join(parts)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from kerasmp.optimizer import LossScaleOptimizer
@@ -60,12 +61,15 @@ class Source:
             accumulated=optimizer.accumulated_steps,
         )
 
-    def worst_variables(self) -> list[str]:
-        """Return the paths of the variables whose gradients were most often not finite."""
-        counts = self.optimizer.nonfinite_counts
-        worst = sorted(range(len(counts)), key=lambda i: -counts[i])[:3]
-        variables = self.optimizer.target_variables
-        return [getattr(variables[i], "path", variables[i].name) for i in worst if counts[i]]
+    def gradient_counts(self) -> Any:
+        """Return `nonfinite_counts` and `nan_counts` as the rows of an array.
+
+        None if the optimizer does not know them, or is not built.
+        """
+        optimizer = self.optimizer
+        if not optimizer.built:
+            return None
+        return np.stack([optimizer.nonfinite_counts, optimizer.nan_counts])
 
 
 class StockSource(Source):
@@ -106,9 +110,9 @@ class StockSource(Source):
             at_floor=False,  # stock Keras has no floor
         )
 
-    def worst_variables(self) -> list[str]:
-        """Return no variables, since stock Keras does not count them."""
-        return []
+    def gradient_counts(self) -> Any:
+        """Return None, since stock Keras does not count them."""
+        return None
 
 
 def source_of(optimizer: Any) -> Source | None:

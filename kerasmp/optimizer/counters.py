@@ -1,4 +1,4 @@
-"""The counters of the wrapped optimizer, all in one variable, and the causes of skipped steps."""
+"""The counters of the wrapped optimizer, and the causes of skipped steps."""
 
 from __future__ import annotations
 
@@ -75,3 +75,29 @@ def last_step_skipped(counts: Any) -> Any:
 def skipped_steps(counts: Any) -> Any:
     """Return how many steps were skipped in all."""
     return ops.convert_to_tensor(counts)[COUNTERS.index("skipped_steps")]
+
+
+# One number for each variable counts two kinds of steps: those whose gradient was not finite, and
+# NAN times those whose gradient had a NaN. A second variable would be missing in the files and the
+# TensorFlow checkpoints of earlier versions, and would move others to another place in them.
+NAN = 2**16
+_MOST_NAN = 2**15 - 1  # the largest that still fits int32
+
+
+def count_nonfinite(numbers: Any, nonfinite: Any, nan: Any) -> Any:
+    """Return the numbers of all variables after a skipped step.
+
+    A count that has reached its largest value, 65535 or 32767, stays there.
+
+    Args:
+        numbers: Integer vector, a number for each variable.
+        nonfinite: For each variable, 1 if its gradient was not finite, else 0.
+        nan: The same for NaN.
+    """
+    before, before_nan = split_nonfinite(numbers)
+    return ops.minimum(before + nonfinite, NAN - 1) + ops.minimum(before_nan + nan, _MOST_NAN) * NAN
+
+
+def split_nonfinite(numbers: Any) -> tuple[Any, Any]:
+    """Return how many steps had a gradient that was not finite, and one with a NaN."""
+    return numbers % NAN, numbers // NAN

@@ -275,6 +275,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     consecutive_skips = property(properties.consecutive_skips)
     last_step_skipped = property(properties.last_step_skipped)
     nonfinite_counts = property(properties.nonfinite_counts)
+    nan_counts = property(properties.nan_counts)
     skip_causes = property(properties.skip_causes)
     skipped_last = properties.skipped_last
     skips = properties.skips

@@ -128,8 +128,25 @@ def nonfinite_counts(optimizer: LossScaleOptimizer) -> Any:
     Returns:
         Integer NumPy array of shape `(number of trainable variables,)`, empty before `build`.
     """
+    return _nonfinite_and_nan(optimizer)[0]
+
+
+def nan_counts(optimizer: LossScaleOptimizer) -> Any:
+    """For each trainable variable, the number of steps in which its gradient had a NaN.
+
+    These steps are among those of `nonfinite_counts`. In the others, the gradient had an inf and no
+    NaN, or it was too large for float16 or for the norm that clips it.
+
+    Returns:
+        Integer NumPy array of shape `(number of trainable variables,)`, empty before `build`.
+    """
+    return _nonfinite_and_nan(optimizer)[1]
+
+
+def _nonfinite_and_nan(optimizer: LossScaleOptimizer) -> tuple[Any, Any]:
     built = optimizer.built
-    return _read(optimizer, "nonfinite_counts_variable") if built else np.zeros(0, "int64")
+    numbers = _read(optimizer, "nonfinite_counts_variable") if built else np.zeros(0, "int64")
+    return counters.split_nonfinite(numbers)
 
 
 def skip_causes(optimizer: LossScaleOptimizer) -> dict[str, int]:

@@ -9,7 +9,13 @@ from keras import ops
 
 from kerasmp import backend
 from kerasmp.backend.tensors import accumulation_dtype
-from kerasmp.optimizer.counters import APPLIED, cause_of, count_skip, last_step_skipped
+from kerasmp.optimizer.counters import (
+    APPLIED,
+    cause_of,
+    count_nonfinite,
+    count_skip,
+    last_step_skipped,
+)
 from kerasmp.optimizer.gradient_statistics import STATISTICS
 
 if TYPE_CHECKING:
@@ -57,7 +63,8 @@ class State(NamedTuple):
     Attributes:
         schedule: The state of the schedule, by its own keys.
         counts: The counters of `kerasmp.optimizer.counters`.
-        nonfinite_counts: For each variable, in how many steps its gradient was not finite.
+        nonfinite_counts: For each variable, in how many steps its gradient was not finite or NaN,
+            see `count_nonfinite`.
     """
 
     schedule: dict[str, Any]
@@ -117,15 +124,25 @@ def all_gradients_finite(step: Step) -> tuple[Any, Callable[[], Any]]:
 
 
 def _check_finite(step: Step, check: Callable[..., Any]) -> Any:
-    framework = backend.current()
-    values = [framework.dense_values(g) for g in step.grads if g is not None]
-    kept = [d for g, d in zip(step.grads, step.dtypes, strict=True) if g is not None]
-    if not values:  # the model has no trainable variables
-        values, kept = [ops.zeros((1,))], ["float32"]
+    values = _gradient_values(step)
+    # A model without trainable variables has one value and no dtype.
+    kept = [d for g, d in zip(step.grads, step.dtypes, strict=True) if g is not None] or ["float32"]
     dtypes = [
         k if k == "float16" else accumulation_dtype(g) for g, k in zip(values, kept, strict=True)
     ]
     return check(values, dtypes, step.scale, norm=step.clip_norm)
+
+
+def _gradient_values(step: Step) -> list[Any]:
+    """Return the values of all gradients that are not None, or a zero if there are none."""
+    framework = backend.current()
+    values = [framework.dense_values(g) for g in step.grads if g is not None]
+    return values or [ops.zeros((1,))]
+
+
+def _has_nan(step: Step) -> Any:
+    """Return for each gradient that is not None whether it has a NaN, as a bool vector."""
+    return ops.stack([ops.any(ops.isnan(v)) for v in _gradient_values(step)])
 
 
 def all_finite(tensors: Sequence[Any]) -> Any:
@@ -176,13 +193,16 @@ def _after_skip(schedule: LossScale, state: State, step: Step, finite: Any) -> S
     if loss_finite is not None:
         after = _unless_loss_is_to_blame(loss_finite, before, after)
     cause = cause_of(loss_finite, before["scale"], schedule.min_scale)
-    hit = ops.cast(ops.logical_not(finite), state.nonfinite_counts.dtype)
+    numbers = state.nonfinite_counts
+    hits = [ops.cast(each, numbers.dtype) for each in (ops.logical_not(finite), _has_nan(step))]
     checked = [i for i, g in zip(step.indices, step.grads, strict=True) if g is not None]
-    if checked != list(range(state.nonfinite_counts.shape[0])):
+    if checked != list(range(numbers.shape[0])):
         indices = ops.array(checked)[:, None]
-        hit = ops.scatter(indices, hit, tuple(state.nonfinite_counts.shape))
+        hits = [ops.scatter(indices, hit, tuple(numbers.shape)) for hit in hits]
     return State(
-        _cast_like(before, after), count_skip(state.counts, cause), state.nonfinite_counts + hit
+        _cast_like(before, after),
+        count_skip(state.counts, cause),
+        count_nonfinite(numbers, *hits),
     )
 
 

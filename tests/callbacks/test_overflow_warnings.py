@@ -28,9 +28,9 @@ def test_a_streak_and_then_a_stall_give_one_warning_each(warned):
     assert streak.startswith("The last 14 training steps were skipped")
     assert "the loss scale is now 8." in streak
     assert stalled.startswith("Training has stalled: the last 54 steps were skipped")
-    kernel, bias = (variable.path for variable in model.trainable_variables)
     for message in (streak, stalled):
-        assert f"The gradients of {kernel}, {bias} were inf or NaN most often." in message
+        assert "Gradients were inf or NaN in 1 of 1 layers: " in message
+        assert 'only" (' in message
     assert "min_scale" not in stalled
 
 
@@ -92,7 +92,7 @@ def test_each_fit_warns_anew(warned):
     assert len(warned()) == 2
 
 
-def test_only_the_variable_at_fault_is_named(warned):
+def test_only_the_layer_at_fault_is_named(warned):
     keras.utils.set_random_seed(2)
     inputs = [keras.Input((3,)), keras.Input((3,))]
     dense = keras.layers.Dense
@@ -103,15 +103,14 @@ def test_only_the_variable_at_fault_is_named(warned):
     huge = np.full_like(good, 1e30)  # its own gradient overflows, the other's does not
     model.fit([good, huge], [y, y], 1, verbose=0, callbacks=[OverflowMonitor(streak=4)])
     (message,) = warned()
-    (name,) = (v.path for v in model.trainable_variables if "q" in v.path)
-    assert f"The gradients of {name} were inf" in message
+    assert 'Gradients were inf or NaN in 1 of 2 layers: "q" (' in message
 
 
-def test_the_stock_optimizer_names_no_variable(warned):
+def test_the_stock_optimizer_names_no_layer(warned):
     fit(make(STOCK(keras.optimizers.SGD())), "g" + "b" * 12, [OverflowMonitor(1)])
     (message,) = warned()
     assert message.startswith("The last 10 training steps were skipped")
-    assert "The gradients of" not in message
+    assert "Gradients were inf" not in message
 
 
 @pytest.mark.parametrize("optimizer", [LossScaleOptimizer, full(STOCK)])

@@ -35,6 +35,7 @@ def test_a_bad_value_is_found_among_many_gradients_and_huge_values_are_not(step)
     step(optimizer, gradients({3: 3e38, 7: np.nan}), variables)
     counts[7] += 1
     assert list(optimizer.nonfinite_counts) == list(counts)
+    assert [optimizer.nan_counts[i] for i in (0, 3, 7, 11, NUMBER - 1)] == [1, 0, 1, 1, 1]
     assert optimizer.applied_steps == 0
     # The finite one alone is not bad.
     step(optimizer, gradients({3: 3e38, 7: -2e30}), variables)

@@ -46,7 +46,7 @@ def numpy_of(values):
 
 @each_of(WAYS, WAYS[:2])
 def test_one_bad_element_anywhere_skips_and_is_counted_for_its_variable(step):
-    variables, counts = variables_of(*START), [0, 0]
+    variables, counts, nan = variables_of(*START), [0, 0], [0, 0]
     optimizer = LossScaleOptimizer("sgd")
     for value in (np.inf, -np.inf, np.nan):
         for position in (0, 1):
@@ -56,7 +56,9 @@ def test_one_bad_element_anywhere_skips_and_is_counted_for_its_variable(step):
             step(optimizer, tensors(*grads), variables)
             assert_same_bits(numpy(variables), numpy(variables_of(*START)))
             counts[position] += 1
+            nan[position] += np.isnan(value)
             assert optimizer.nonfinite_counts.tolist() == counts
+            assert optimizer.nan_counts.tolist() == nan
             assert optimizer.loss_scale == before / 2
 
 
@@ -82,6 +84,7 @@ def test_one_bad_element_among_thousands_skips(step, dtype, gradients, scale):
             step(optimizer, [ops.cast(gradient, gradients)], variables)
     assert_same_bits(numpy(variables), start)
     assert optimizer.nonfinite_counts.tolist() == [9]
+    assert optimizer.nan_counts.tolist() == [3]
 
 
 @each_of(WAYS)
@@ -111,8 +114,9 @@ def test_a_call_with_all_variables_in_another_order_finds_each_state():
     optimizer.apply(tensors([1.0], [2.0], [4.0]), variables)
     optimizer.apply(tensors([4.0], [2.0], [1.0]), variables[::-1])
     assert np.concatenate(numpy(variables)).tolist() == [1 - 2.5, 2 - 5, 3 - 10]
-    optimizer.apply(tensors([np.inf], [2.0], [1.0]), variables[::-1])
+    optimizer.apply(tensors([np.nan], [2.0], [1.0]), variables[::-1])
     assert optimizer.nonfinite_counts.tolist() == [0, 0, 1]
+    assert optimizer.nan_counts.tolist() == [0, 0, 1]
 
 
 class Recorder(keras.optimizers.SGD):
