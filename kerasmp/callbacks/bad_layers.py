@@ -54,6 +54,11 @@ def count_by_layer(
     return list(found.values())
 
 
+def in_every_layer(counts: Sequence[LayerCount]) -> bool:
+    """Return whether the gradients of all layers were not finite in equally many steps."""
+    return len({each.nonfinite for each in counts}) == 1 and counts[0].nonfinite > 0
+
+
 def explain(counts: Sequence[LayerCount], *, by_loss: bool) -> list[str]:
     """Return sentences that name the layers, where it begins, and what to try next.
 
@@ -71,7 +76,7 @@ def explain(counts: Sequence[LayerCount], *, by_loss: bool) -> list[str]:
     first = bad[-1]
     names = ", ".join(map(str, reversed(bad[-3:]))) + (", ..." if bad[3:] else "")
     sentences = [f"Gradients were inf or NaN in {len(bad)} of {len(counts)} layers: {names}."]
-    if len(bad) == len(counts) > 1:
+    if in_every_layer(counts) and len(counts) > 1:
         sentences.append(
             f'As "{first.layer}" is the last layer, they come from the loss or from its outputs.'
         )

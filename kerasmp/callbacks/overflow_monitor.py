@@ -11,7 +11,7 @@ import keras
 from kerasmp import backend
 from kerasmp.backend.keras_graph import graph_of
 from kerasmp.backend.keras_internals import enclosing_callback_list, float16_layers
-from kerasmp.callbacks.bad_layers import count_by_layer, explain
+from kerasmp.callbacks.bad_layers import count_by_layer, explain, in_every_layer
 from kerasmp.callbacks.last_batch import LastBatch, keep_last_batch, stop_keeping
 from kerasmp.callbacks.readings import Reading, source_of
 from kerasmp.diagnosis.lint import cheap_findings
@@ -236,11 +236,17 @@ class OverflowMonitor(keras.callbacks.Callback):
         kind = "stalled" if now.in_a_row >= self.stalled or now.at_floor else "streak"
         if kind in self._warned:
             return
-        by_loss = now.causes.get("loss", 0) - self._epoch_start.causes.get("loss", 0)
-        suspect = _loss_on_float16(self._model_without_sync) if by_loss else ""
+        before = self._epoch_start.causes
+        by_loss, unknown = (
+            now.causes.get(cause, 0) - before.get(cause, 0) for cause in ("loss", "unknown")
+        )
+        counts = self._layer_counts()
+        # A loss that is not known is suspect too if no layer is without inf or NaN.
+        suspected = by_loss or (unknown and in_every_layer(counts))
+        suspect = _loss_on_float16(self._model_without_sync) if suspected else ""
         batch = "x, y" if self.bad_batch is None else "**monitor.bad_batch"
         where = [
-            *explain(self._layer_counts(), by_loss=by_loss > 0),
+            *explain(counts, by_loss=by_loss > 0),
             f"kerasmp.diagnose(model, {batch}) names the operation and the cause.",
         ]
         self._warn_once(kind, _skips_message(kind, now, where, by_loss, suspect))
