@@ -18,7 +18,7 @@ from keras.optimizers.schedules import LearningRateSchedule
 from kerasmp.backend.nested import optimizer_chain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 
 def is_built_with(optimizer: Any, variables: Sequence[Any]) -> bool:
@@ -133,7 +133,17 @@ def learning_rate_functions(optimizer: Any) -> list[tuple[Any, Any]]:
 
 @contextlib.contextmanager
 def restore_on_error(optimizers: Sequence[Any]) -> Iterator[None]:
-    """Remove everything that building optimizers has created if the building fails.
+    """Remove everything that building optimizers has created if the building fails."""
+    undo = undo_building(optimizers)
+    try:
+        yield
+    except BaseException:  # includes an interrupt
+        undo()
+        raise
+
+
+def undo_building(optimizers: Sequence[Any]) -> Callable[[], None]:
+    """Return a function that removes everything that optimizers create from now on.
 
     Publicly, variables can be added to an optimizer, but not removed.
     """
@@ -141,9 +151,8 @@ def restore_on_error(optimizers: Sequence[Any]) -> Iterator[None]:
         (each, dict(vars(each)), len(each._variables), dict(each._trainable_variables_indices))  # noqa: SLF001
         for each in optimizers
     ]
-    try:
-        yield
-    except BaseException:  # includes an interrupt
+
+    def undo() -> None:
         for each, attributes, number, indices in before:
             for variable in each._variables[number:]:  # noqa: SLF001
                 each._untrack_variable(variable)  # noqa: SLF001
@@ -152,4 +161,5 @@ def restore_on_error(optimizers: Sequence[Any]) -> Iterator[None]:
             vars(each).update(attributes)
             each._trainable_variables_indices.clear()  # noqa: SLF001
             each._trainable_variables_indices.update(indices)  # noqa: SLF001
-        raise
+
+    return undo

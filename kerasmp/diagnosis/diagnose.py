@@ -29,6 +29,7 @@ from kerasmp.diagnosis.own_step import has_own_step, is_stock, run_own_step
 from kerasmp.diagnosis.result import Diagnosis, underflow
 from kerasmp.errors import ArgumentError, NotCompiledError, check_model, first_line, with_type
 from kerasmp.loss_scale import FixedLossScale, NoLossScale
+from kerasmp.model.optimizers import all_optimizers
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.probe.arrays import is_float, to_numpy
 from kerasmp.probe.backward import Gradient, backward
@@ -135,7 +136,7 @@ def diagnose(
         found += filter(None, [float32_finding(tape.tensors)])
     blamed = {each.place.rpartition("/")[0] for each in found if each.rule == "weight-range"}
     found += [finding(each) for each in walk.troubles if each.place not in blamed]
-    least = _least_scale(model, scale)
+    least = max(_least_scale(each, scale) for each in _optimizers(model))
     found += [gradient_finding(each, tape.tensors, scales, least) for each in back]
     if after is not None:
         found += filter(None, [diverging(*after, model.optimizer.name)])
@@ -146,7 +147,7 @@ def diagnose(
 
 def _own_step(
     model: Any, walk: Walk, data: Any, scale: float
-) -> tuple[float, float, dict[int, Gradient]]:
+) -> tuple[float | None, float | None, dict[int, Gradient]]:
     """Run a train step of the user's own, and pass what it gives to layers through both runs.
 
     Args:
@@ -156,7 +157,8 @@ def _own_step(
         scale: The loss scale.
 
     Returns:
-        The loss under the policy and in float32, and the gradients of values that layers return.
+        The loss under the policy and in float32, if it reports one, and the gradients of values
+        that layers return.
     """
     tensors = keras.tree.map_structure(
         lambda each: None if each is None else keras.ops.convert_to_tensor(each), data
@@ -301,8 +303,16 @@ def _check_compiled(model: Any) -> None:
 
 
 def _scale_of(model: Any) -> float:
-    """Return the present loss scale of a model's optimizer, kerasmp's or stock Keras's, or 1."""
-    optimizer = model.optimizer
+    """Return the present loss scale of a model, 1 if none, the largest if there are several."""
+    return max(map(_scale, _optimizers(model)))
+
+
+def _optimizers(model: Any) -> list[Any]:
+    """Return the optimizers that the train step of a model may use."""
+    return list(all_optimizers(model).values()) if has_own_step(model) else [model.optimizer]
+
+
+def _scale(optimizer: Any) -> float:
     if isinstance(optimizer, LossScaleOptimizer):
         return float(optimizer.loss_scale)
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
@@ -314,9 +324,8 @@ def _scale_of(model: Any) -> float:
     return 1.0
 
 
-def _least_scale(model: Any, scale: float) -> float:
-    """Return how far the loss scale may fall by itself."""
-    optimizer = model.optimizer
+def _least_scale(optimizer: Any, scale: float) -> float:
+    """Return how far the loss scale of an optimizer may fall by itself."""
     if isinstance(optimizer, LossScaleOptimizer):
         is_fixed = isinstance(optimizer.schedule, (FixedLossScale, NoLossScale))
         return scale if is_fixed else float(optimizer.schedule.min_scale)

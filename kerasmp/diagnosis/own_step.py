@@ -10,7 +10,9 @@ import keras
 from kerasmp.backend import current
 from kerasmp.backend.keras_internals import copy_mask, flatten_layers
 from kerasmp.backend.layer_calls import takes_training, watch_calls
-from kerasmp.model.optimizers import find_optimizers, optimizers_inside
+from kerasmp.backend.nested import optimizer_chain
+from kerasmp.backend.optimizer_internals import undo_building
+from kerasmp.model.optimizers import all_optimizers
 from kerasmp.probe.arrays import is_float, to_numpy
 from kerasmp.probe.steps import draws
 from kerasmp.probe.values import Value
@@ -83,7 +85,7 @@ def _tapped(tensor: Any, callback: Callable[[Any, Any], None]) -> Any:
     return copy_mask(tensor, current().tap(tensor, callback))
 
 
-def run_own_step(model: Any, data: Any) -> tuple[float, list[Entry]]:
+def run_own_step(model: Any, data: Any) -> tuple[float | None, list[Entry]]:
     """Run the train step of a model eagerly, and put back what it changes.
 
     Args:
@@ -91,7 +93,7 @@ def run_own_step(model: Any, data: Any) -> tuple[float, list[Entry]]:
         data: The batch, as for `train_step`.
 
     Returns:
-        The loss that it reports, or NaN; and the outermost calls of layers, in order.
+        The loss that it reports, or None; and the outermost calls of layers, in order.
     """
     entries: list[Entry] = []
     own = {id(layer) for layer in flatten_layers(model)}
@@ -105,21 +107,24 @@ def run_own_step(model: Any, data: Any) -> tuple[float, list[Entry]]:
     with _variables_restored(model), watch_calls(watcher):
         logs = current().run_train_step(model, data)
     loss = logs.get("loss") if isinstance(logs, dict) else None
-    return float("nan") if loss is None else float(to_numpy(loss)), entries
+    return None if loss is None else float(to_numpy(loss)), entries
 
 
 @contextlib.contextmanager
 def _variables_restored(model: Any) -> Iterator[None]:
     """Restore the variables of a model, its optimizers and metrics on exit."""
-    optimizers = {**find_optimizers(model), **optimizers_inside(model)}.values()
-    for optimizer in optimizers:
-        if optimizer is not None and not optimizer.built:
-            optimizer.build(model.trainable_variables)
-    held = [model.variables, *(o.variables for o in optimizers if o is not None)]
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    optimizers = [each for each in all_optimizers(model).values() if each is not None]
+    # Only the train step knows the variables of its other optimizers.
+    unbuilt = [part for each in optimizers if not each.built for part in optimizer_chain(each)]
+    undo = undo_building(unbuilt)
+    held = [model.variables, *(each.variables for each in optimizers)]
     held.append(model.metrics_variables)
     before = {id(v): (v, keras.ops.copy(v.value)) for group in held for v in group}
     try:
         yield
     finally:
+        undo()
         for variable, value in before.values():
             variable.assign(value)

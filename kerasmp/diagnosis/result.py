@@ -85,8 +85,8 @@ class Diagnosis:
         layers: What the tensors look like, from the inputs to the loss and back.
         underflow: What float16 does to the gradients, by the loss scale.
         advice: What to do, the most important first.
-        loss: The loss under the policy.
-        loss_in_float32: The loss in float32.
+        loss: The loss under the policy; None if a train step of the user's own reports none.
+        loss_in_float32: The loss in float32, likewise.
 
     Example:
 
@@ -99,8 +99,8 @@ class Diagnosis:
     layers: tuple[TensorSummary, ...]
     underflow: Underflow
     advice: tuple[str, ...]
-    loss: float
-    loss_in_float32: float
+    loss: float | None
+    loss_in_float32: float | None
 
     def first_nonfinite(self, direction: Literal["forward", "backward"]) -> str | None:
         """Return the first place with inf or NaN under the policy, or None.
@@ -116,7 +116,11 @@ class Diagnosis:
     def __str__(self) -> str:
         width = shutil.get_terminal_size((100, 24)).columns
         scale = self.underflow
-        head = f"loss {self.loss:.6g}, in float32 {self.loss_in_float32:.6g}"
+        head = (
+            "the train step reports no loss"
+            if self.loss is None
+            else f"loss {self.loss:.6g}, in float32 {self.loss_in_float32:.6g}"
+        )
         if scale.scale is not None:
             head += (
                 f"\nloss scale {scale.loss_scale:g}, at which {scale.share:.2%} of the gradients "

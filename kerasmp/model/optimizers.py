@@ -71,6 +71,24 @@ def optimizers_inside(model: Any) -> dict[str, Any]:
     return found
 
 
+def all_optimizers(model: Any) -> dict[str, Any]:
+    """Return the optimizers of `find_optimizers` and `optimizers_inside`, by attribute.
+
+    Without the one that Keras makes in a `compile()` that names none, if there are others: the
+    train step of a GAN uses only its own two.
+    """
+    found = optimizers_inside(model) | find_optimizers(model)
+    if len(found) > 1 and _is_default(found["optimizer"]):
+        del found["optimizer"]
+    return found
+
+
+def _is_default(optimizer: Any) -> bool:
+    default = keras.optimizers.RMSprop
+    unused = type(optimizer) is default and not optimizer.built
+    return unused and optimizer.get_config() == default().get_config()
+
+
 def _held(value: Any, name: str) -> dict[str, Any]:
     """Return the optimizers in a value: itself, or those in lists and dicts."""
     if isinstance(value, keras.optimizers.Optimizer):
@@ -92,8 +110,8 @@ def unscaled_optimizers(model: Any, *, inside: bool = False) -> list[str]:
         model: The model.
         inside: Whether to include those of `optimizers_inside`.
     """
-    every = optimizers_inside(model) if inside else {}
-    every |= {name: each for name, each in find_optimizers(model).items() if each is not None}
+    every = all_optimizers(model) if inside else find_optimizers(model)
+    every = {name: each for name, each in every.items() if each is not None}
     scaled = {
         id(inner)
         for each in every.values()

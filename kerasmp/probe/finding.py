@@ -133,7 +133,8 @@ def lines(findings: Iterable[Finding]) -> list[str]:
 
 
 def _joined(findings: list[Finding]) -> Finding:
-    first, places = findings[0], [each.place for each in findings]
+    # A layer that is called twice has one place.
+    first, places = findings[0], list(dict.fromkeys(each.place for each in findings))
     if len(places) == 1:
         return first
     named = (

@@ -240,6 +240,83 @@ def test_a_train_step_of_the_users_own():
         np.testing.assert_array_equal(one, ops.convert_to_numpy(other))
 
 
+def gradients(loss_of, optimizer, variables):
+    """Return the gradients of the scaled loss that a function returns, as in a train step."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            scaled = optimizer.scale_loss(loss_of())
+        return tape.gradient(scaled, variables)
+    for variable in variables:
+        variable.value.grad = None
+    optimizer.scale_loss(loss_of()).backward()
+    return [variable.value.grad for variable in variables]
+
+
+class Adversaries(keras.Model):
+    """A GAN: two models, each with an optimizer, in one step, which reports no "loss"."""
+
+    def __init__(self):
+        super().__init__()
+        head = mp.layers.DenseHead(1, name="head")
+        parts = [layers.Dense(8, name="judge"), Fault(steep), head]
+        self.critic = keras.Sequential([keras.Input((8,)), *parts], name="critic")
+        self.generator = keras.Sequential(
+            [keras.Input((4,)), layers.Dense(8, name="maker")], name="generator"
+        )
+        self.built = True
+
+    def compile(self, of_critic, of_generator):
+        super().compile()
+        self.of_critic, self.of_generator = of_critic, of_generator
+        self.judged = keras.losses.BinaryCrossentropy(from_logits=True)
+
+    def train_step(self, data):
+        real = data[0] if isinstance(data, tuple) else data
+        noise, (ones, zeros) = real[:, :4], (ops.ones((8, 1)), ops.zeros((8, 1)))
+
+        def of_critic():
+            fake = self.generator(noise)
+            return self.judged(ones, self.critic(real)) + self.judged(zeros, self.critic(fake))
+
+        def of_generator():
+            return self.judged(ones, self.critic(self.generator(noise)))
+
+        for optimizer, model, loss in (
+            (self.of_critic, self.critic, of_critic),
+            (self.of_generator, self.generator, of_generator),
+        ):
+            grads = gradients(loss, optimizer, model.trainable_variables)
+            optimizer.apply(grads, model.trainable_variables)
+        return {"fooled": ops.ones(())}
+
+
+@pytest.mark.backend("tensorflow", "torch")  # Keras's JAX trainer has one optimizer
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_step_of_two_models_with_two_optimizers(trained):
+    with mp.policy_scope("mixed_float16"):
+        model = Adversaries()
+    both = fixed(2.0**15), fixed(2.0**15)
+    model.compile(*both)
+    if trained:
+        model.fit(X, batch_size=8, verbose=0)
+    before = [o.built and o.skipped_steps for o in both], model.get_weights()
+    diagnosis = mp.diagnose(model, X)
+    place = "critic/fault/multiply_1"
+    assert {(x.place, x.rule) for x in diagnosis.findings if x.severity == "error"} == {
+        (place, "gradient-not-finite")
+    }
+    assert f"at a loss scale of {2**15}" in diagnosis.findings[0].reason
+    assert f"error   {place} " in str(diagnosis)
+    assert str(diagnosis).startswith("the train step reports no loss\n")
+    assert [o.built and o.skipped_steps for o in both] == before[0]
+    for one, other in zip(before[1], model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    model.fit(X, batch_size=8, verbose=0)  # each optimizer has its own variables still
+    assert [len(o.target_variables) for o in both] == [4, 2]
+
+
 def test_dropout_does_nothing_in_a_train_step_of_the_users_own():
     diagnosis = mp.diagnose(own_step(function=layers.Dropout(0.5)), X, Y)
     assert diagnosis.loss == pytest.approx(diagnosis.loss_in_float32, rel=0.01)
