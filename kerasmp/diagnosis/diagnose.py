@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from kerasmp.backend import current, probe_scope
+from kerasmp.backend.keras_graph import graph_of
 from kerasmp.backend.keras_internals import (
     flatten_layers,
     own_variables,
@@ -25,6 +26,7 @@ from kerasmp.diagnosis.causes import (
     weight_findings,
 )
 from kerasmp.diagnosis.lint import check_batch, not_shown, static_findings
+from kerasmp.diagnosis.outputs import heads_that_ran
 from kerasmp.diagnosis.own_step import has_own_step, is_stock, run_own_step
 from kerasmp.diagnosis.result import Diagnosis, underflow
 from kerasmp.errors import ArgumentError, NotCompiledError, check_model, first_line, with_type
@@ -104,13 +106,15 @@ def diagnose(
     ):
         runner = Runner(model, seed, (), training=True)
         walk = Walk(model, runner, tape)
-        after = None
+        after, heads = None, []
         if has_own_step(model):
             half, wide, start = _own_step(model, walk, (x, y, sample_weight), scale)
             back, _ = backward(runner, tape, start, scale)
         else:
             objective = _Loss(model, x, y, sample_weight)
             outputs = walk.run(model, x)
+            if graph_of(model) is None and model.loss is not None:
+                heads = [*heads_that_ran(tape.steps, [v.half for v in values_in(outputs)])]
             try:
                 [loss] = values_in(walk.step(objective, (outputs,), {}))
             except Exception as error:
@@ -140,7 +144,7 @@ def diagnose(
     found += [gradient_finding(each, tape.tensors, scales, least) for each in back]
     if after is not None:
         found += filter(None, [diverging(*after, model.optimizer.name)])
-    found += [*map(lost_mask, tape.lost_masks), *not_shown(static_findings(model), found)]
+    found += [*heads, *map(lost_mask, tape.lost_masks), *not_shown(static_findings(model), found)]
     findings = sorted_report(found).findings
     return Diagnosis(findings, tuple(tape.tensors), scales, advice(findings, scales), half, wide)
 

@@ -10,9 +10,10 @@ from kerasmp.backend.keras_graph import graph_of
 from kerasmp.policy.locations import final_layers, producers_of
 from kerasmp.policy.safe import PROBABILITIES, activation_name
 from kerasmp.probe.finding import Finding
+from kerasmp.probe.values import values_in
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 _REMEDY = (
     'Compute it in float32: use a kerasmp.layers.DenseHead, or pass dtype="float32". '
@@ -52,26 +53,44 @@ def _heads(model: Any, graph: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
             continue
         probabilities = _returns_probabilities(layer)
         if probabilities or not cast_later:
-            reason = (
-                "Its probabilities are float16: small ones become 0, and the gradient of their "
-                "logarithm may overflow."
-                if probabilities
-                else "It returns a model output in float16, so losses, metrics and predictions "
-                "are rounded."
-            )
-            without_loss = (
-                "It returns a model output in float16, so metrics and predictions are rounded, and "
-                "a loss would be."
-            )
             # A model that is not compiled may be trained with any loss, or be part of another.
             is_trained = id(layer) in trained and (probabilities or is_compiled)
-            yield Finding(
-                ("error" if probabilities else "warning") if is_trained else "hint",
-                layer.path or layer.name,
-                "float16-head",
-                reason if is_trained else without_loss,
-                _REMEDY,
-            )
+            place = layer.path or layer.name
+            yield _head(place, probabilities=probabilities, is_trained=is_trained)
+
+
+def heads_that_ran(steps: Iterable[Any], outputs: Iterable[Any]) -> Iterator[Finding]:
+    """Yield findings for the heads of a compiled model that no graph shows, from a run of it.
+
+    Args:
+        steps: The steps that have run.
+        outputs: The tensors that the model has returned.
+    """
+    half = {id(x) for x in outputs if keras.backend.standardize_dtype(x.dtype) == "float16"}
+    for step in steps:
+        if half & {id(value.half) for value in values_in(step.outputs)}:
+            probabilities = _returns_probabilities(step.operation)
+            yield _head(step.place, probabilities=probabilities, is_trained=True)
+
+
+def _head(place: str, *, probabilities: bool, is_trained: bool) -> Finding:
+    reason = (
+        "Its probabilities are float16: small ones become 0, and the gradient of their logarithm "
+        "may overflow."
+        if probabilities
+        else "It returns a model output in float16, so losses, metrics and predictions are rounded."
+    )
+    without_loss = (
+        "It returns a model output in float16, so metrics and predictions are rounded, and a loss "
+        "would be."
+    )
+    return Finding(
+        ("error" if probabilities else "warning") if is_trained else "hint",
+        place,
+        "float16-head",
+        reason if is_trained else without_loss,
+        _REMEDY,
+    )
 
 
 def _outputs_with_loss(model: Any, graph: Any) -> list[Any]:

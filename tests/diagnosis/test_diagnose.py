@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import full
 from helpers.train_steps import OwnStep
 from keras import ops
 
@@ -67,6 +68,8 @@ class Subclass(mp.Model):
 
 
 KINDS = pytest.mark.parametrize("kind", [functional, nested, Subclass])
+# For faults that are found in the same way in each kind.
+ONE_OF_KINDS = pytest.mark.parametrize("kind", [functional, full(nested), full(Subclass)])
 
 
 def diagnosed(kind, function, *, x=X, y=Y, half="float16", optimizer="sgd", **kwargs):
@@ -129,48 +132,59 @@ DATA = {
 }
 
 
+@ONE_OF_KINDS
 @pytest.mark.parametrize("name", DATA)
-def test_data_that_are_not_finite(name):
+def test_data_that_are_not_finite(name, kind):
     where, index, value = DATA[name]
     arrays = {"x": X.copy(), "y": Y.copy()}
     arrays[where][index] = value
-    diagnosis = diagnosed(functional, ops.tanh, **arrays)
+    diagnosis = diagnosed(kind, ops.tanh, **arrays)
     assert serious(diagnosis) == [(where, "nonfinite-data")], str(diagnosis)
     assert "not to blame" in diagnosis.advice[0]
 
 
+@ONE_OF_KINDS
 @pytest.mark.parametrize(("value", "rule"), [(1e5, "weight-range"), (np.nan, "nonfinite-weights")])
-def test_weights_that_do_not_fit(value, rule):
+def test_weights_that_do_not_fit(value, rule, kind):
     with mp.policy_scope("mixed_float16"):
-        model = functional([layers.Dense(8, name="first"), mp.layers.DenseHead(2, name="head")])
+        parts = [layers.Dense(8, name=name) for name in ("first", "second")]
+        model = kind([*parts, mp.layers.DenseHead(2, name="head")])
     model.compile("sgd", "mse")
-    kernel, bias = model.get_layer("first").get_weights()
+    model(X)
+    kernel, bias = parts[1].get_weights()
     kernel[2, 2] = value
-    model.get_layer("first").set_weights([kernel, bias])
+    parts[1].set_weights([kernel, bias])
     diagnosis = mp.diagnose(model, X, Y)
     assert serious(diagnosis)[0] == ("kernel", rule), str(diagnosis)
+    assert diagnosis.findings[0].place.endswith("second/kernel")
 
 
-def test_a_learning_rate_that_diverges():
-    diagnosis = diagnosed(functional, ops.tanh, optimizer=keras.optimizers.SGD(1e3))
+@ONE_OF_KINDS
+def test_a_learning_rate_that_diverges(kind):
+    diagnosis = diagnosed(kind, ops.tanh, optimizer=keras.optimizers.SGD(1e3))
     assert ("loss_scale_optimizer", "diverging") in serious(diagnosis)
     assert "not to blame" in diagnosis.advice[0]
 
 
-def test_a_head_in_float16():
+@ONE_OF_KINDS
+def test_a_head_in_float16(kind):
     with mp.policy_scope("mixed_float16"):
-        model = functional([layers.Dense(2, name="first")])
+        model = kind([layers.Dense(8, name="first"), layers.Dense(2, name="last")])
     model.compile("sgd", "mse")
-    assert serious(mp.diagnose(model, X, Y)) == [("first", "float16-head")]
+    assert serious(mp.diagnose(model, X, Y)) == [("last", "float16-head")]
 
 
-@pytest.mark.filterwarnings("ignore:Layer 'fault'")  # Keras says it at each call
-def test_a_mask_that_a_layer_loses():
+@ONE_OF_KINDS
+@pytest.mark.filterwarnings("ignore:Layer '(fault|inner)'")  # Keras says it at each call
+def test_a_mask_that_a_layer_loses(kind):
     with mp.policy_scope("mixed_float16"):
-        inputs = keras.Input((8,), dtype="int32")
-        x = layers.Embedding(8, 4, mask_zero=True)(inputs)
-        x = layers.LSTM(4)(Fault(ops.tanh)(x))
-        model = mp.Model(inputs, mp.layers.DenseHead(2)(x))
+        words = layers.Embedding(8, 4, mask_zero=True)
+        parts = [Fault(ops.tanh), layers.LSTM(4), mp.layers.DenseHead(2)]
+        if kind is nested:
+            inner = keras.Sequential([keras.Input((None, 4)), *parts], name="inner")
+            parts = [inner]
+        kind = Subclass if kind is Subclass else functional
+        model = kind([words, *parts])
     model.compile("sgd", "mse")
     assert ("fault", "lost-mask") in serious(mp.diagnose(model, np.abs(X).astype("int32"), Y))
 
