@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import numpy as np
@@ -45,6 +45,9 @@ from kerasmp.probe.walk import Walk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from kerasmp.diagnosis.result import Underflow
+    from kerasmp.probe.finding import Finding
 
 
 def diagnose(
@@ -104,65 +107,100 @@ def diagnose(
         unfiltered_tracebacks(),
         np.errstate(over="ignore"),
     ):
-        runner = Runner(model, seed, (), training=True)
-        walk = Walk(model, runner, tape)
-        after, heads = None, []
-        if has_own_step(model):
-            half, wide, start = _own_step(model, walk, (x, y, sample_weight), scale)
-            back, _ = backward(runner, tape, start, scale)
-        else:
-            objective = _Loss(model, x, y, sample_weight)
-            outputs = walk.run(model, x)
-            if graph_of(model) is None and model.loss is not None:
-                heads = [*heads_that_ran(tape.steps, [v.half for v in values_in(outputs)])]
-            try:
-                [loss] = values_in(walk.step(objective, (outputs,), {}))
-            except Exception as error:
-                raise ArgumentError(
-                    "The loss of the model cannot be computed, not in float32 either.",
-                    received=f"y = {with_type(y)}, which raises {first_line(error)}",
-                    expected="targets and sample weights, as for model.train_on_batch",
-                    fix="Check the shapes of y and sample_weight.",
-                ) from error
-            half, wide = (float(to_numpy(each)) for each in (loss.half, loss.wide))
-            ones = [keras.ops.full_like(each, scale) for each in (loss.half, loss.wide)]
-            back, gradients = backward(runner, tape, {id(loss): Gradient(*ones)}, scale)
-            after = _losses_around_a_step(objective, runner, gradients, scale)
-    in_float16 = [
-        x.magnitudes for x in tape.tensors if x.direction != "forward" and x.dtype == "float16"
-    ]
-    scales = underflow(sum(in_float16, Magnitudes()), scale)
-    found = [
-        *data_findings(_named(x=x, y=y, sample_weight=sample_weight)),
-        *weight_findings(_weights(model)),
-    ]
+        walk = Walk(model, Runner(model, seed, (), training=True), tape)
+        run = (_own_step if has_own_step(model) else _stock_step)(
+            model, walk, tape, (x, y, sample_weight), scale
+        )
+    scales = _underflow(tape, scale)
+    findings = _findings(model, _named(x=x, y=y, sample_weight=sample_weight), tape, run, scales)
+    return Diagnosis(
+        findings, tuple(tape.tensors), scales, advice(findings, scales), run.half, run.wide
+    )
+
+
+class _Run(NamedTuple):
+    """What a training step in both runs has shown, beside what is on its tape.
+
+    Attributes:
+        half: The loss under the policy, None if the step reports none.
+        wide: The loss in float32, likewise.
+        troubles: What is wrong on the way forward.
+        gradient_troubles: What is wrong on the way back.
+        heads: Findings about the outputs.
+        around: The loss in float32 before and after a step of the optimizer, or None.
+    """
+
+    half: float | None
+    wide: float | None
+    troubles: Sequence[Any]
+    gradient_troubles: Sequence[Any]
+    heads: Sequence[Finding] = ()
+    around: tuple[float, float] | None = None
+
+
+def _underflow(tape: Tape, scale: float) -> Underflow:
+    """Return what float16 does to the gradients on a tape."""
+    gradients = (each for each in tape.tensors if each.direction != "forward")
+    in_float16 = [each.magnitudes for each in gradients if each.dtype == "float16"]
+    return underflow(sum(in_float16, Magnitudes()), scale)
+
+
+def _findings(
+    model: Any, data: Mapping[str, Any], tape: Tape, run: _Run, scales: Underflow
+) -> tuple[Finding, ...]:
+    found = [*data_findings(data), *weight_findings(_weights(model))]
     if not found:
         found += filter(None, [float32_finding(tape.tensors)])
     blamed = {each.place.rpartition("/")[0] for each in found if each.rule == "weight-range"}
-    found += [finding(each) for each in walk.troubles if each.place not in blamed]
-    least = max(_least_scale(each, scale) for each in _optimizers(model))
-    found += [gradient_finding(each, tape.tensors, scales, least) for each in back]
-    if after is not None:
-        found += filter(None, [diverging(*after, model.optimizer.name)])
-    found += [*heads, *map(lost_mask, tape.lost_masks), *not_shown(static_findings(model), found)]
-    findings = sorted_report(found).findings
-    return Diagnosis(findings, tuple(tape.tensors), scales, advice(findings, scales), half, wide)
+    found += [finding(each) for each in run.troubles if each.place not in blamed]
+    least = max(_least_scale(each, scales.loss_scale) for each in _optimizers(model))
+    found += [gradient_finding(each, tape.tensors, scales, least) for each in run.gradient_troubles]
+    if run.around is not None:
+        found += filter(None, [diverging(*run.around, model.optimizer.name)])
+    found += [*run.heads, *map(lost_mask, tape.lost_masks)]
+    found += not_shown(static_findings(model), found)
+    return sorted_report(found).findings
 
 
-def _own_step(
-    model: Any, walk: Walk, data: Any, scale: float
-) -> tuple[float | None, float | None, dict[int, Gradient]]:
-    """Run a train step of the user's own, and pass what it gives to layers through both runs.
+def _stock_step(model: Any, walk: Walk, tape: Tape, data: Any, scale: float) -> _Run:
+    """Pass a batch through the model and its loss in both runs, and the gradients back.
 
     Args:
         model: The model.
         walk: The walk, which then has the steps on its tape.
-        data: The batch.
+        tape: The tape.
+        data: The inputs, the targets and the weights of the samples.
         scale: The loss scale.
 
-    Returns:
-        The loss under the policy and in float32, if it reports one, and the gradients of values
-        that layers return.
+    Raises:
+        ArgumentError: If the loss cannot be computed.
+    """
+    x, y, sample_weight = data
+    objective = _Loss(model, x, y, sample_weight)
+    outputs = walk.run(model, x)
+    heads: list[Finding] = []
+    if graph_of(model) is None and model.loss is not None:
+        heads += heads_that_ran(tape.steps, [each.half for each in values_in(outputs)])
+    try:
+        [loss] = values_in(walk.step(objective, (outputs,), {}))
+    except Exception as error:
+        raise ArgumentError(
+            "The loss of the model cannot be computed, not in float32 either.",
+            received=f"y = {with_type(y)}, which raises {first_line(error)}",
+            expected="targets and sample weights, as for model.train_on_batch",
+            fix="Check the shapes of y and sample_weight.",
+        ) from error
+    half, wide = (float(to_numpy(each)) for each in (loss.half, loss.wide))
+    ones = [keras.ops.full_like(each, scale) for each in (loss.half, loss.wide)]
+    back, gradients = backward(walk.runner, tape, {id(loss): Gradient(*ones)}, scale)
+    around = _losses_around_a_step(objective, walk.runner, gradients, scale)
+    return _Run(half, wide, walk.troubles, back, heads, around)
+
+
+def _own_step(model: Any, walk: Walk, tape: Tape, data: Any, scale: float) -> _Run:
+    """Run a train step of the user's own, and pass what it gives to layers through both runs.
+
+    See `_stock_step` for the arguments.
     """
     tensors = keras.tree.map_structure(
         lambda each: None if each is None else keras.ops.convert_to_tensor(each), data
@@ -186,7 +224,8 @@ def _own_step(
                 start[id(value)] = Gradient(
                     keras.ops.cast(wide_gradient, value.half.dtype), wide_gradient
                 )
-    return half, wide, start
+    back, _ = backward(walk.runner, tape, start, scale)
+    return _Run(half, wide, walk.troubles, back)
 
 
 class _Loss:

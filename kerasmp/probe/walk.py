@@ -98,7 +98,7 @@ class Walk:
 
     def __init__(self, model: Any, runner: Runner, tape: Tape | None = None) -> None:
         self.troubles: list[Trouble] = []
-        self._runner = runner
+        self.runner = runner
         self._tape = tape
         # What computes the mask of a Masking in a graph; the layer itself is judged.
         self._of_masks = {
@@ -179,12 +179,10 @@ class Walk:
                 self._check_mask(operation, given, outputs)
                 self._try_float32(operation, args, kwargs, outputs, self.troubles[first:])
                 return outputs
-        step = Step(
-            self._place(operation), operation, args, kwargs, self._graph, self._runner.dtype
-        )
+        step = Step(self._place(operation), operation, args, kwargs, self._graph, self.runner.dtype)
         is_same = all(value.half is value.wide and not value.troubles for value in given)
         if is_same and not halves(operation) and cast_dtype(operation) is None:
-            outputs, _ = self._runner.half(operation, args, kwargs)
+            outputs, _ = self.runner.half(operation, args, kwargs)
             exact = all(value.exact for value in given) and not has_weights(operation)
             values = keras.tree.map_structure(lambda t: same(t, given, exact=exact), outputs)
             return self._record(step, values, "both")
@@ -197,23 +195,23 @@ class Walk:
         watcher = self._watcher(operation) if is_container(operation) else None
         try:
             with self._inside(operation) if watcher else contextlib.nullcontext():
-                half, is_random = self._runner.half(operation, args, kwargs, watcher)
+                half, is_random = self.runner.half(operation, args, kwargs, watcher)
         except Exception as error:  # noqa: BLE001 - a layer may raise anything
-            wide = self._runner.wide(operation, args, kwargs)  # if this fails, the model is wrong
+            wide = self.runner.wide(operation, args, kwargs)  # if this fails, the model is wrong
             step = step._replace(dtype=half_dtype(operation, step.given, wide))
-            fails = Outcome(self._runner, step, wide, wide, ()).trouble("fails", error)
+            fails = Outcome(self.runner, step, wide, wide, ()).trouble("fails", error)
             for trouble in _pending(earlier) or [fails]:  # infinities make it fail
                 self._report(trouble, step)
             return self._record(step, pair(follow, wide, wide), "float32")
         step = step._replace(dtype=half_dtype(operation, step.given, half))
         try:
-            wide = self._runner.wide(operation, args, kwargs)
+            wide = self.runner.wide(operation, args, kwargs)
         except Exception:  # noqa: BLE001 - code that is written for half precision only
             return keras.tree.map_structure(self._value, half)
         # The layers in it have reported already.
         if is_random or len(self.troubles) > reported or id(operation) in self._of_masks:
             return self._record(step, pair(follow, half, wide), "float32" if is_random else "both")
-        return self._judge(Outcome(self._runner, step, half, wide, earlier), half)
+        return self._judge(Outcome(self.runner, step, half, wide, earlier), half)
 
     def _trace(self, layer: Any, args: Any, kwargs: Any) -> Any:
         """Run what a user-defined layer calls, step by step; None if that cannot be traced."""
@@ -226,7 +224,7 @@ class Walk:
         cast = {id(one): other.half for one, other in zip(given, inputs, strict=True)}
         tensors = keras.tree.map_structure(lambda x: cast.get(id(x), x), (args, kwargs))
         if takes_training(layer):
-            tensors[1].setdefault("training", self._runner.training)
+            tensors[1].setdefault("training", self.runner.training)
         traced = trace_graph(layer, *tensors)
         return None if traced is None else self._run_traced(layer, traced, given, inputs)
 
@@ -244,13 +242,13 @@ class Walk:
             if one is not other and self._tape is not None:
                 self._tape.record(Step("", layer, (one,), {}, outputs=other, kind="cast"))
         self._of_masks.update(map(id, of_masks))
-        outer = self._path, self._runner.dtype
-        self._path, self._runner.dtype = (layer.path or layer.name,), str(layer.compute_dtype)
+        outer = self._path, self.runner.dtype
+        self._path, self.runner.dtype = (layer.path or layer.name,), str(layer.compute_dtype)
         try:
             outputs = self._run_graph(graph, inputs)
         except Exception:  # noqa: BLE001 - then the layer is called as a whole
             outputs = None
-        self._path, self._runner.dtype = outer
+        self._path, self.runner.dtype = outer
         operations = [x for x in self.troubles[first:] if not isinstance(x.operation, keras.Layer)]
         if outputs is None or any(trouble.kind == "fails" for trouble in operations):
             del self.troubles[first:]
@@ -267,7 +265,7 @@ class Walk:
         if not operations or not halves(layer):
             return
         try:
-            again = self._runner.again(layer, args, kwargs)
+            again = self.runner.again(layer, args, kwargs)
         except Exception:  # noqa: BLE001 - then float32 is no remedy
             return
         found = of_layer(layer, None, again, side(outputs, "wide"))
@@ -304,7 +302,7 @@ class Walk:
     @contextlib.contextmanager
     def _inside(self, container: Any) -> Iterator[None]:
         """Keep steps off the tape that are part of one, and let them run as its other runs do."""
-        runner, tape = self._runner, self._tape or Tape()
+        runner, tape = self.runner, self._tape or Tape()
         before = runner.training, tape.is_paused
         runner.training, tape.is_paused = runner.training and not draws(container), True
         try:
@@ -321,7 +319,7 @@ class Walk:
     def _keep(self, step: Step, outputs: Any, kind: str) -> Any:
         """Put a step on the tape, and return its outputs."""
         if self._tape is not None:
-            adds_losses = bool(self._runner.losses)
+            adds_losses = bool(self.runner.losses)
             self._tape.record(step._replace(outputs=outputs, kind=kind, adds_losses=adds_losses))
             self._check_mask(step.operation, step.given, outputs)
         return outputs
