@@ -25,6 +25,14 @@ def bert(models):
     return backbone, {**WORDS, "segment_ids": 0 * ONES}
 
 
+def distil_bert(models):
+    return models.DistilBertBackbone(50, 2, 2, 16, 32, dropout=0.0, max_sequence_length=8), WORDS
+
+
+def roberta(models):
+    return models.RobertaBackbone(50, 2, 2, 16, 32, dropout=0.0, max_sequence_length=8), WORDS
+
+
 def gpt2(models):
     return models.GPT2Backbone(50, 2, 2, 16, 32, dropout=0.0, max_sequence_length=8), WORDS
 
@@ -127,7 +135,7 @@ def test_t5_overflows_in_float16_as_in_stock_keras_and_a_rule_prevents_it():
 
 
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
-@pytest.mark.parametrize("build", [bert, gpt2, LLAMA, vit])
+@pytest.mark.parametrize("build", [bert, distil_bert, roberta, gpt2, LLAMA, vit])
 def test_the_probe_is_silent_on_a_backbone(build, half):
     backbone, x = made(build)
     mp.convert(backbone, f"mixed_{half}")
