@@ -3,7 +3,9 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import full
 
+import kerasmp as mp
 from kerasmp.demo.model import ImageSpec, activation_bytes, build_cnn, weight_bytes
 from kerasmp.policy import policy_scope
 
@@ -50,3 +52,15 @@ def test_bytes_follow_from_shapes_and_dtypes():
         half = build_cnn(spec)
     assert activation_bytes(half, 5) == 5 * (4 * 4 + 2 * (3 * 64 + 16 + 16) + 4 * 3)
     assert weight_bytes(half) == weight_bytes(model)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", full("mixed_bfloat16")])
+def test_nothing_is_wrong_with_the_network_before_and_after_training(policy, images):
+    with policy_scope(policy):
+        model = build_cnn(images.spec)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(mp.LossScaleOptimizer("adam"), loss)
+    x, y = images.train
+    for _ in range(2):
+        assert not mp.diagnose(model, x.astype("float32"), y).findings
+        model.fit(x.astype("float32"), y, batch_size=8, verbose=0)
