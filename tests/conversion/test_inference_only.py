@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers import converted
 from helpers.flattened import flatten_layers
-from helpers.marks import few, full, marks_on
+from helpers.marks import few, full, full_on, marks_on
 
 import kerasmp as mp
 
@@ -86,6 +86,7 @@ def test_layers_that_the_safe_rules_keep_in_float32_keep_their_variables(kind):
 FILES = [(kind, safe) for kind in converted.KINDS for safe in (False, True)]
 
 
+@full_on("torch")
 @pytest.mark.parametrize(("kind", "safe_layers"), few(FILES, [("nested", True)]))
 def test_a_file_gives_the_same_model_in_another_process(
     kind, safe_layers, tmp_path, another_process

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import converted, processes, stock_only
-from helpers.marks import full, marks_on
+from helpers.marks import full, full_on, marks_on
 
 import kerasmp as mp
 
@@ -22,6 +22,7 @@ def stock_process():
     kept.close()
 
 
+@full_on("torch")
 @pytest.mark.parametrize(
     ("kind", "policy"),
     [

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers.marks import full_on
 
 import kerasmp as mp
 from kerasmp.diagnosis.calibrate import calibration
@@ -38,6 +39,7 @@ def test_a_range_that_needs_bfloat16():
     assert "float16 needs a scale of 512" in found.reason
 
 
+@full_on("jax")
 def test_the_predictions_hold():
     found = mp.calibrate(model(), (1e-3 * X, 1e-3 * Y), verbose=False)
     scales = {each.scale: each for each in found.predictions}

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.marks import full
+from helpers.marks import full, full_on
 from helpers.train_steps import OwnStep
 from keras import ops
 
@@ -174,6 +174,7 @@ def test_a_head_in_float16(kind):
     assert serious(mp.diagnose(model, X, Y)) == [("last", "float16-head")]
 
 
+@full_on("jax")
 @ONE_OF_KINDS
 @pytest.mark.filterwarnings("ignore:Layer '(fault|inner)'")  # Keras says it at each call
 def test_a_mask_that_a_layer_loses(kind):

@@ -91,7 +91,7 @@ def test_a_loaded_model_refuses_training_and_evaluates(kind, module, tmp_path):
     refuses(keras.models.load_model(tmp_path / "again.keras"))
 
 
-@full_on("jax")
+@full_on("jax", "torch")
 def test_an_adopted_user_class_loads_and_refuses_training_in_another_process(
     tmp_path, another_process
 ):
