@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +151,7 @@ class TensorFlow(Gradients, FusedUpdates, Replicas, Tracing):
         except (TypeError, ValueError):  # a specification that a generator cannot have
             return None, source
         with contextlib.suppress(StopIteration, tf.errors.OutOfRangeError):
-            batches.extend(next(source) for _ in range(steps))
+            batches.extend(itertools.islice(source, steps))
         return (batches[0] if batches else None), iter(again)
 
     def train_step(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kerasmp.backend.keras_internals import own_variables
-from kerasmp.policy.locations import locations
+from kerasmp.policy.locations import paths
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,54 +40,61 @@ def count_by_layer(
         nonfinite: For each variable, the number of steps in which its gradient was not finite.
         nan: The same for a gradient with a NaN.
     """
-    found: dict[str, LayerCount] = {}
+    found: list[LayerCount] = []
     counts = {id(v): pair for v, *pair in zip(variables, nonfinite, nan, strict=True)}
-    for layer, location in locations(model):
+    for layer, path in paths(model):
         held = [counts.pop(id(v)) for v in own_variables(layer) if id(v) in counts]
         if held:
             most = [max(int(count) for count in each) for each in zip(*held, strict=True)]
-            found[location.path] = LayerCount(location.path, *most)
+            found.append(LayerCount(path, *most))
     for variable in variables:
         if id(variable) in counts:
             path = getattr(variable, "path", variable.name)
-            found[path] = LayerCount(path, *map(int, counts[id(variable)]))
-    return list(found.values())
+            found.append(LayerCount(path, *map(int, counts[id(variable)])))
+    return found
 
 
 def in_every_layer(counts: Sequence[LayerCount]) -> bool:
-    """Return whether the gradients of all layers were not finite in equally many steps."""
-    return len({each.nonfinite for each in counts}) == 1 and counts[0].nonfinite > 0
+    """Return whether the gradients of all layers were often not finite."""
+    return bool(counts) and len(_often(counts)) == len(counts)
 
 
-def explain(counts: Sequence[LayerCount], *, by_loss: bool) -> list[str]:
+def _often(counts: Sequence[LayerCount]) -> list[LayerCount]:
+    """Return the layers with more than half of the most steps. Others had a few steps of their own.
+
+    So had a layer that is hit before the loss scale has come down.
+    """
+    most = max((each.nonfinite for each in counts), default=0)
+    return [each for each in counts if 2 * each.nonfinite > most]
+
+
+def explain(counts: Sequence[LayerCount], *, in_order: bool, by_loss: bool) -> list[str]:
     """Return sentences that name the layers, where it begins, and what to try next.
 
-    Gradients flow from the last layer to the first, and so does an inf. The layer where it begins
-    is therefore the last one of those whose gradients were most often not finite.
+    Gradients flow from the last layer to the first, and so does an inf. It therefore begins at the
+    last one of the layers whose gradients were often not finite, or in operations after that.
 
     Args:
         counts: The counts of all layers, in the order of the model.
+        in_order: Whether this is the order in which the model calls them.
         by_loss: Whether the loss was not finite either, which explains the gradients.
     """
-    most = max((each.nonfinite for each in counts), default=0)
-    if not most:
+    bad = _often(counts)
+    if not bad:
         return []
-    bad = [each for each in counts if each.nonfinite == most]
-    first = bad[-1]
     names = ", ".join(map(str, reversed(bad[-3:]))) + (", ..." if bad[3:] else "")
     sentences = [f"Gradients were inf or NaN in {len(bad)} of {len(counts)} layers: {names}."]
-    if in_every_layer(counts) and len(counts) > 1:
-        sentences.append(
-            f'As "{first.layer}" is the last layer, they come from the loss or from its outputs.'
-        )
-    elif first is not counts[-1]:
-        sentences.append(f'They begin at "{first.layer}": those of later layers were finite.')
     if by_loss:
         return sentences
-    sentences.append(
-        f'NaN in "{first.layer}" comes from a division by 0, a root or logarithm of 0, or an inf '
-        "before it."
-        if first.nan
-        else f'If a lower scale does not help, let "{first.layer}" compute in float32.'
+    place = "in these layers, or between them and the loss"
+    if len(bad) == len(counts):
+        place = "in the loss, in the outputs, or in the last layer"
+    elif in_order:
+        place = f'in "{bad[-1].layer}", or in what follows it'
+        sentences.append(f"They begin {place}: in later layers they were finite.")
+    cause = (
+        "a division by 0, or a root or logarithm of 0"
+        if any(each.nan for each in bad)
+        else "an operation with large gradients, and compute it in float32"
     )
-    return sentences
+    return [*sentences, f"If a lower loss scale does not help, look {place} for {cause}."]

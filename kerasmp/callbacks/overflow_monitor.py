@@ -10,7 +10,11 @@ import keras
 
 from kerasmp import backend
 from kerasmp.backend.keras_graph import graph_of
-from kerasmp.backend.keras_internals import enclosing_callback_list, float16_layers
+from kerasmp.backend.keras_internals import (
+    enclosing_callback_list,
+    flatten_layers,
+    float16_layers,
+)
 from kerasmp.callbacks.bad_layers import count_by_layer, explain, in_every_layer
 from kerasmp.callbacks.last_batch import LastBatch, keep_last_batch, stop_keeping
 from kerasmp.callbacks.readings import Reading, source_of
@@ -25,6 +29,7 @@ from kerasmp.errors import (
 )
 from kerasmp.model import Model
 from kerasmp.model.first_batch import look_at_first_batch, look_no_longer
+from kerasmp.policy.spec import HALVES
 from kerasmp.probe.finding import lines
 
 if TYPE_CHECKING:
@@ -80,7 +85,7 @@ class OverflowMonitor(keras.callbacks.Callback):
         NotCompiledError: When training begins, if the model has no optimizer.
 
     The monitor also works with stock Keras's LossScaleOptimizer, but knows less: it infers skipped
-    steps from `iterations`, counts their total from the start of this `fit`, and names no variable.
+    steps from `iterations`, counts their total from the start of this `fit`, and names no layer.
     (If `steps_per_execution` does not divide a number of batches that Keras does not know, the
     missing batches of the last execution count as skipped.) Without a loss-scale optimizer it
     writes nothing, and warns if a layer computes in float16.
@@ -165,6 +170,7 @@ class OverflowMonitor(keras.callbacks.Callback):
             look_at_first_batch(self._model_without_sync)
         if self.keep_batch and self._source is not None:
             self._last_batch = keep_last_batch(self._model_without_sync)
+            self._last_reading = self._epoch_start
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
         """Leave the train function as Keras made it."""
@@ -227,7 +233,11 @@ class OverflowMonitor(keras.callbacks.Callback):
 
     def _keep_if_bad(self, now: Reading) -> None:
         """Keep the last batch if its step was the first one of a series to be skipped."""
-        if self._last_batch is not None and now.in_a_row == 1:
+        if self._last_batch is None:
+            return
+        skipped, self._last_reading = now.skipped - self._last_reading.skipped, now
+        # One execution may run several steps.
+        if skipped and 0 < now.in_a_row <= skipped:
             self.bad_batch = self._last_batch.arguments()
 
     def _warn_if_losing_steps(self, now: Reading) -> None:
@@ -244,9 +254,10 @@ class OverflowMonitor(keras.callbacks.Callback):
         # A loss that is not known is suspect too if no layer is without inf or NaN.
         suspected = by_loss or (unknown and in_every_layer(counts))
         suspect = _loss_on_float16(self._model_without_sync) if suspected else ""
+        has_graph = graph_of(self._model_without_sync) is not None
         batch = "x, y" if self.bad_batch is None else "**monitor.bad_batch"
         where = [
-            *explain(counts, by_loss=by_loss > 0),
+            *explain(counts, in_order=has_graph, by_loss=by_loss > 0),
             f"kerasmp.diagnose(model, {batch}) names the operation and the cause.",
         ]
         self._warn_once(kind, _skips_message(kind, now, where, by_loss, suspect))
@@ -273,7 +284,7 @@ class OverflowMonitor(keras.callbacks.Callback):
 
     def _warn_of_findings(self) -> None:
         """Warn of what `kerasmp.lint` finds without data. Each finding is reported only once."""
-        if not float16_layers(self.model):
+        if not any(layer.compute_dtype in HALVES for layer in flatten_layers(self.model)):
             return
         found = [each for each in cheap_findings(self.model) if each.severity != "hint"]
         new = [each for each in dict.fromkeys(found) if each not in self._reported]
@@ -336,6 +347,9 @@ def _skips_message(kind: str, now: Reading, where: list[str], by_loss: int, susp
             parts.append("Or give the schedule a lower min_scale.")
     if suspect and not stalled:
         parts.append("If that does not help, look for inf and NaN in the data.")
+        return " ".join(parts)
+    if by_loss >= now.in_a_row and not stalled:
+        parts.append("Look for inf and NaN in the data, and for an overflow in the forward pass.")
         return " ".join(parts)
     parts.append(
         "Check the inputs and labels for inf and NaN, lower the learning rate, and run the layers "

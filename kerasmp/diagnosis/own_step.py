@@ -113,9 +113,9 @@ def run_own_step(model: Any, data: Any) -> tuple[float | None, list[Entry]]:
 @contextlib.contextmanager
 def _variables_restored(model: Any) -> Iterator[None]:
     """Restore the variables of a model, its optimizers and metrics on exit."""
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
     optimizers = [each for each in all_optimizers(model).values() if each is not None]
+    if not model.optimizer.built and any(each is model.optimizer for each in optimizers):
+        model.optimizer.build(model.trainable_variables)
     # Only the train step knows the variables of its other optimizers.
     unbuilt = [part for each in optimizers if not each.built for part in optimizer_chain(each)]
     undo = undo_building(unbuilt)

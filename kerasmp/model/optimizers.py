@@ -10,6 +10,7 @@ import keras
 from kerasmp.backend.by_identity import ByIdentity
 from kerasmp.backend.keras_internals import float16_layers
 from kerasmp.backend.nested import optimizer_chain
+from kerasmp.backend.optimizer_internals import step_count
 from kerasmp.errors import LossScaleWarning
 from kerasmp.loss_scale import FixedLossScale
 from kerasmp.optimizer import LossScaleOptimizer
@@ -84,9 +85,15 @@ def all_optimizers(model: Any) -> dict[str, Any]:
 
 
 def _is_default(optimizer: Any) -> bool:
-    default = keras.optimizers.RMSprop
-    unused = type(optimizer) is default and not optimizer.built
-    return unused and optimizer.get_config() == default().get_config()
+    """Return whether an optimizer is Keras's default, built or not, and was never used."""
+    # Under "mixed_float16" Keras wraps it in its own wrapper.
+    if type(optimizer) is keras.optimizers.LossScaleOptimizer:
+        optimizer = optimizer.inner_optimizer
+    default = keras.optimizers.RMSprop()
+    if type(optimizer) is not type(default) or step_count(optimizer):
+        return False
+    name = {"name": optimizer.name}  # Keras numbers the names
+    return bool(optimizer.get_config() == default.get_config() | name)
 
 
 def _held(value: Any, name: str) -> dict[str, Any]:

@@ -113,6 +113,11 @@ def locations(model: Any) -> list[tuple[Any, Location]]:
     ]
 
 
+def paths(model: Any) -> list[tuple[Any, str]]:
+    """Return the model and each layer in it, at any depth, once, with its path in `locations`."""
+    return [(layer, each.path) for layer, each in _walk(model, Location(model.name), set())]
+
+
 def final_layers(model: Any) -> list[Any]:
     """Return the layers that make the model's outputs; none if no graph shows them.
 

@@ -14,11 +14,12 @@ X[FIRST * BATCH : (SECOND + 1) * BATCH] = np.inf
 X[SECOND * BATCH] = np.nan
 
 
-def trained(data, *, module=mp, **arguments):
+def trained(data, *, module=mp, steps_per_execution=1, **arguments):
     with mp.policy_scope("mixed_float16"):
         hidden = keras.layers.Dense(8)
         model = module.Sequential([keras.Input((8,)), hidden, mp.layers.DenseHead(1)])
-    model.compile(mp.LossScaleOptimizer("sgd", loss_scale=mp.FixedLossScale(1.0)), "mse")
+    optimizer = mp.LossScaleOptimizer("sgd", loss_scale=mp.FixedLossScale(1.0))
+    model.compile(optimizer, "mse", steps_per_execution=steps_per_execution)
     monitor = mp.OverflowMonitor(keep_batch=True, probe=False)
     settings = {"shuffle": False, "verbose": 0, "callbacks": [monitor], **arguments}
     history = model.fit(*data, **settings).history
@@ -65,6 +66,13 @@ def test_the_first_bad_batch_is_kept_and_diagnosed(name, module):
     np.testing.assert_array_equal(monitor.bad_batch["y"], Y[:BATCH])
     first = mp.diagnose(model, **monitor.bad_batch).findings[0]
     assert (first.place, first.rule) == ("x", "nonfinite-data")
+
+
+@pytest.mark.backend("tensorflow", "jax")  # torch runs one step at a time
+def test_the_batch_of_an_execution_of_several_steps_is_its_first():
+    x = np.concatenate([X[:BATCH], X])  # both bad batches are in the third execution
+    _, monitor = trained((x, np.ones((len(x), 1))), batch_size=BATCH, steps_per_execution=2)
+    np.testing.assert_array_equal(monitor.bad_batch["x"], x[4 * BATCH : 5 * BATCH])
 
 
 def test_training_is_the_same_and_the_train_function_is_back():
