@@ -43,6 +43,7 @@ from kerasmp.policy.apply import set_policies, take_back
 from kerasmp.policy.follow import build_with
 from kerasmp.policy.spec import HALVES
 from kerasmp.probe import probe_findings
+from kerasmp.probe.batch import check_batch, data_findings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -110,7 +111,7 @@ def convert(  # noqa: PLR0913 - all but two are keyword-only
             become inf in it, a policy would quantize a layer, or a rule wants a layer in half
             precision that cannot compute in it.
         ArgumentTypeError: If `model` is not a Keras model, or a switch is not a bool.
-        ArgumentError: If the model cannot be called on `sample`.
+        ArgumentError: If `sample` is not a batch, or the model cannot be called on it.
 
     Warns:
         LossScaleWarning: If float16 layers are trained and an attribute of the model holds an
@@ -138,6 +139,9 @@ def convert(  # noqa: PLR0913 - all but two are keyword-only
         base = over_float32(Policy(policy), variables)
         wanted = Policy(base, rules=[rules, base.rules, "safe" if base.safe else None])
         name = f'"{wanted}"'
+    arrays = None
+    if sample is not None:
+        arrays = check_batch(model, sample, "sample")
     _build(model, sample)
     measures = sample is not None and has_call(model)
     undo: Undo = []
@@ -153,7 +157,7 @@ def convert(  # noqa: PLR0913 - all but two are keyword-only
         if measures:
             with _calls_on_sample(model):
                 costs = measure(model, sample)
-            findings = _probed(model, sample)
+            findings = [*data_findings(sample=arrays), *_probed(model, sample)]
         report = ConversionReport(
             model=model,
             policy=wanted if isinstance(wanted, Policy) else None,

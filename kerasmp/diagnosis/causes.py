@@ -9,13 +9,14 @@ import numpy as np
 from kerasmp.diagnosis.result import Underflow, underflow
 from kerasmp.errors import first_line
 from kerasmp.policy.spec import HALVES
+from kerasmp.probe.arrays import nonfinite
 from kerasmp.probe.compare import EPSILON, LARGEST
 from kerasmp.probe.finding import Finding, Severity
 from kerasmp.probe.findings import NO_REMEDY, count
 from kerasmp.probe.magnitudes import Magnitudes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from kerasmp.probe.tape import TensorSummary
     from kerasmp.probe.values import Trouble
@@ -26,24 +27,6 @@ _DIVERGES = 1000.0
 _ADVICE = 3
 
 
-def data_findings(data: Mapping[str, Any]) -> Iterator[Finding]:
-    """Yield a finding for each part of a batch that has inf or NaN.
-
-    Args:
-        data: Arrays, by what they are called.
-    """
-    for place, array in data.items():
-        lost = _nonfinite(array)
-        if lost:
-            yield Finding(
-                "error",
-                place,
-                "nonfinite-data",
-                f"{count(lost, array.size)} are inf or NaN. Precision is not to blame.",
-                "Find where they come from, and replace them or leave out these rows.",
-            )
-
-
 def weight_findings(weights: Iterable[tuple[str, str, Any]]) -> Iterator[Finding]:
     """Yield findings for weights that are not finite, or not in half precision.
 
@@ -51,7 +34,7 @@ def weight_findings(weights: Iterable[tuple[str, str, Any]]) -> Iterator[Finding
         weights: For each, its path, the compute dtype of its layer, and its value as an array.
     """
     for path, dtype, array in weights:
-        lost = _nonfinite(array)
+        lost = nonfinite(array)
         largest = float(np.max(np.abs(array), initial=0.0, where=np.isfinite(array)))
         if lost:
             yield Finding(
@@ -71,12 +54,6 @@ def weight_findings(weights: Iterable[tuple[str, str, Any]]) -> Iterator[Finding
                 f"Check where the weights come from, or compute its layer in float32: the rule "
                 f'{{"{path.rpartition("/")[0]}": "float32"}}.',
             )
-
-
-def _nonfinite(array: Any) -> int:
-    if array.dtype.kind not in "fV":
-        return 0
-    return int(array.size - np.count_nonzero(np.isfinite(array.astype("float32"))))
 
 
 def float32_finding(tensors: Sequence[TensorSummary]) -> Finding | None:

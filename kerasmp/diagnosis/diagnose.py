@@ -18,14 +18,13 @@ from kerasmp.backend.keras_internals import (
 from kerasmp.backend.side_effects import preserve_layers
 from kerasmp.diagnosis.causes import (
     advice,
-    data_findings,
     diverging,
     float32_finding,
     gradient_finding,
     lost_mask,
     weight_findings,
 )
-from kerasmp.diagnosis.lint import check_batch, not_shown, static_findings
+from kerasmp.diagnosis.lint import not_shown, static_findings
 from kerasmp.diagnosis.outputs import heads_that_ran
 from kerasmp.diagnosis.own_step import has_own_step, is_stock, run_own_step
 from kerasmp.diagnosis.result import Diagnosis, underflow
@@ -35,6 +34,7 @@ from kerasmp.model.optimizers import all_optimizers
 from kerasmp.optimizer import LossScaleOptimizer
 from kerasmp.probe.arrays import is_float, to_numpy
 from kerasmp.probe.backward import Gradient, backward
+from kerasmp.probe.batch import check_batch, data_findings
 from kerasmp.probe.finding import sorted_report
 from kerasmp.probe.findings import finding
 from kerasmp.probe.magnitudes import Magnitudes
@@ -112,7 +112,7 @@ def diagnose(
             model, walk, tape, (x, y, sample_weight), scale
         )
     scales = _underflow(tape, scale)
-    findings = _findings(model, _named(x=x, y=y, sample_weight=sample_weight), tape, run, scales)
+    findings = _findings(model, {"x": x, "y": y, "sample_weight": sample_weight}, tape, run, scales)
     return Diagnosis(
         findings, tuple(tape.tensors), scales, advice(findings, scales), run.half, run.wide
     )
@@ -148,7 +148,7 @@ def _underflow(tape: Tape, scale: float) -> Underflow:
 def _findings(
     model: Any, data: Mapping[str, Any], tape: Tape, run: _Run, scales: Underflow
 ) -> tuple[Finding, ...]:
-    found = [*data_findings(data), *weight_findings(_weights(model))]
+    found = [*data_findings(**data), *weight_findings(_weights(model))]
     if not found:
         found += filter(None, [float32_finding(tape.tensors)])
     blamed = {each.place.rpartition("/")[0] for each in found if each.rule == "weight-range"}
@@ -180,7 +180,8 @@ def _stock_step(model: Any, walk: Walk, tape: Tape, data: Any, scale: float) -> 
     outputs = walk.run(model, x)
     heads: list[Finding] = []
     if graph_of(model) is None and model.loss is not None:
-        heads += heads_that_ran(tape.steps, [each.half for each in values_in(outputs)])
+        returned = [each.half for each in values_in(outputs)]
+        heads += heads_that_ran(model.loss, tape.steps, returned)
     try:
         [loss] = values_in(walk.step(objective, (outputs,), {}))
     except Exception as error:
@@ -296,17 +297,6 @@ def _weights(model: Any) -> Iterator[tuple[str, str, Any]]:
         for variable in own_variables(layer):
             if keras.backend.is_float_dtype(variable.dtype):
                 yield variable.path, layer.compute_dtype, to_numpy(variable.value)
-
-
-def _named(**data: Any) -> dict[str, Any]:
-    """Return the arrays of a batch by what they are called."""
-    found = {}
-    for name, part in data.items():
-        flat = keras.tree.flatten_with_path(part)
-        for path, array in flat:
-            if array is not None:
-                found["/".join([name, *map(str, path)])] = array
-    return found
 
 
 def _array(each: Any) -> Any:

@@ -12,7 +12,7 @@ from kerasmp.backend.keras_graph import calls, children, graph_of
 from kerasmp.backend.keras_internals import flatten_layers
 from kerasmp.policy import Policy
 from kerasmp.policy.assign import assign
-from kerasmp.policy.locations import locations
+from kerasmp.policy.locations import locations, paths
 from kerasmp.policy.safe import (
     ATTENTION,
     PROBABILITIES,
@@ -115,7 +115,7 @@ def _unsafe_layers(model: Any) -> Iterator[Finding]:
 
 
 def _unsafe_activations(model: Any) -> Iterator[Finding]:
-    for layer in flatten_layers(model):
+    for layer, path in paths(model):
         name = activation_name(layer)
         if (
             isinstance(layer, WITH_ACTIVATION)
@@ -125,7 +125,7 @@ def _unsafe_activations(model: Any) -> Iterator[Finding]:
         ):
             yield Finding(
                 "hint",
-                layer.path or layer.name,
+                path,
                 "unsafe-activation",
                 f'In float16, the gradient of "{name}" overflows or is computed from rounded '
                 "outputs.",
@@ -208,7 +208,7 @@ def _half_precision_weights(model: Any) -> Iterator[Finding]:
 
 
 def _vanishing_epsilons(model: Any) -> Iterator[Finding]:
-    for layer in flatten_layers(model):
+    for layer, path in paths(model):
         if not is_custom(layer) or layer.compute_dtype != "float16":
             continue
         # A layer inside that has the same one computes with it.
@@ -218,7 +218,7 @@ def _vanishing_epsilons(model: Any) -> Iterator[Finding]:
             if is_epsilon and vanishes(value) and value not in passed_on:
                 yield Finding(
                     "warning",
-                    layer.path or layer.name,
+                    path,
                     "vanishing-epsilon",
                     f"`{name}` = {value:g} is 0 in float16 and has no effect.",
                     "Use 1e-6 or more, or compute this part in float32.",
@@ -239,7 +239,9 @@ def vanishes(value: float) -> bool:
 def _float_ids(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
     # The compute dtypes of the layers that pass ids on. A nested model may cast them afterwards.
     passed_on: dict[int, set[str]] = {}
-    for layer, location in locations(model):
+    located = locations(model)
+    path_of = {id(layer): location.path for layer, location in located}
+    for layer, location in located:
         for consumer in location.feeds:
             passed_on.setdefault(id(consumer), set()).add(str(layer.compute_dtype))
     for call in _all_calls(model):
@@ -254,7 +256,7 @@ def _float_ids(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
         if half is not None:
             yield Finding(
                 "error",
-                layer.path or layer.name,
+                path_of[id(layer)],
                 "float-ids",
                 f"Its ids are rounded to {half}, so ids above {LARGEST_EXACT_INTEGER[half]} become "
                 "other ids.",
@@ -301,6 +303,7 @@ def _would_convert(model: Any, layers: list[Any], compute: str) -> bool:
 
 
 def _wider_outputs(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
+    path_of = {id(layer): path for layer, path in paths(model)}
     for call in _all_calls(model):
         layer = call.operation
         if not isinstance(layer, keras.Layer) or not is_custom(layer):
@@ -313,7 +316,7 @@ def _wider_outputs(model: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
         if layer.compute_dtype in HALVES and wide:
             yield Finding(
                 "warning",
-                layer.path or layer.name,
+                path_of[id(layer)],
                 "ignores-policy",
                 f"Its policy computes in {layer.compute_dtype}, but its output is "
                 f"{' and '.join(sorted(wide))}.",

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import keras
-import numpy as np
 
-from kerasmp.backend.keras_graph import called_parts, dtypes_of_graphs, graph_of, has_call
+from kerasmp.backend.keras_graph import called_parts, dtypes_of_graphs, has_call
 from kerasmp.backend.keras_internals import (
     flatten_layers,
     preserve_global_seed,
@@ -16,8 +15,10 @@ from kerasmp.backend.keras_internals import (
 from kerasmp.backend.side_effects import preserve_layers, preserve_losses
 from kerasmp.conversion.trial import culprits, is_all_stock, trace_call
 from kerasmp.diagnosis import dtypes, outputs, sizes, training
-from kerasmp.errors import ArgumentError, check_model, first_line, with_type
+from kerasmp.errors import check_model, first_line
+from kerasmp.policy.locations import paths
 from kerasmp.policy.spec import HALVES
+from kerasmp.probe.batch import check_batch, data_findings
 from kerasmp.probe.finding import Finding, LintReport, sorted_report
 from kerasmp.probe.findings import CANNOT_COMPUTE, probe_findings
 
@@ -66,61 +67,6 @@ def lint(model: Any, x: Any = None) -> LintReport:
         return sorted_report(_first_failures(_findings(model, x)))
 
 
-def check_batch(model: Any, x: Any) -> Any:
-    """Return a batch with arrays in place of tensors and lists.
-
-    Args:
-        model: The model.
-        x: The batch.
-
-    Raises:
-        ArgumentError: If it is not a batch, or does not fit the inputs of the model.
-    """
-    given, x = x, keras.tree.map_structure(np.asarray, x)
-    arrays = _in_order(model, x)
-    if not arrays or not all(array.ndim and array.size for array in arrays):
-        raise ArgumentError(
-            "`x` is not a batch.",
-            received=with_type(given),
-            expected="arrays with values, whose first axis is the batch",
-            fix="Pass the same batch as to model.predict_on_batch.",
-        )
-    _check_inputs(model, arrays)
-    return x
-
-
-def _in_order(model: Any, x: Any) -> list[Any]:
-    """Return the arrays of a batch in the order of the model's inputs."""
-    graph = graph_of(model)
-    if isinstance(x, dict) and graph is not None and not isinstance(graph.input, dict):
-        names = [tensor.name for tensor in graph.inputs]
-        if x.keys() >= set(names):  # like Keras, which ignores further names
-            x = [x[name] for name in names]
-    return list(keras.tree.flatten(x))
-
-
-def _check_inputs(model: Any, arrays: list[Any]) -> None:
-    """Raise an error if a batch does not fit the model's inputs."""
-    graph = graph_of(model)
-    expected = [tuple(tensor.shape) for tensor in graph.inputs] if graph is not None else None
-    received = [array.shape for array in arrays]
-    fits = expected is None or (
-        len(expected) == len(received)
-        and all(
-            len(one) != len(other)  # Keras may add or drop an axis
-            or all(a in {None, b} for a, b in zip(one, other, strict=True))
-            for one, other in zip(expected, received, strict=True)
-        )
-    )
-    if not fits or any(array.dtype.kind == "c" for array in arrays):
-        raise ArgumentError(
-            "`x` does not fit the inputs of this model.",
-            received=", ".join(f"{array.dtype} of shape {array.shape}" for array in arrays),
-            expected="real numbers" if fits else f"arrays of the shapes {expected}",
-            fix="Pass the same batch as to model.predict_on_batch.",
-        )
-
-
 def _first_failures(findings: list[Finding]) -> list[Finding]:
     """Drop repeated failures of a layer: each way to call it fails with another message."""
     first = {each.place: each for each in reversed(findings) if each.rule == CANNOT_COMPUTE}
@@ -138,7 +84,7 @@ def _findings(model: Any, x: Any) -> list[Finding]:
         found += sizes.findings(model)
         if x is None:
             return found
-        found += sizes.batch_size(model, keras.tree.flatten(x))
+        found += [*sizes.batch_size(model, keras.tree.flatten(x)), *data_findings(x=x)]
         seen, failed = _try(model, lambda: probe_findings(model, x))
         return [*not_shown(found, seen or ()), *(seen or []), *failed]
 
@@ -216,7 +162,8 @@ def _try(model: Any, action: Callable[[], Any]) -> tuple[Any, list[Finding]]:
             return action(), []
     except Exception as error:  # noqa: BLE001 - a layer may raise anything
         layers = culprits(error, model)
-        place = (layers[0].path or layers[0].name) if layers else model.name
+        path_of = {id(layer): path for layer, path in paths(model)}
+        place = path_of[id(layers[0])] if layers else model.name
         return None, [
             Finding(
                 "error",

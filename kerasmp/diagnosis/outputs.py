@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp.backend.keras_graph import graph_of
-from kerasmp.policy.locations import final_layers, producers_of
+from kerasmp.policy.locations import final_layers, paths, producers_of
 from kerasmp.policy.safe import PROBABILITIES, activation_name
 from kerasmp.probe.finding import Finding
+from kerasmp.probe.remedies import CAST
 from kerasmp.probe.values import values_in
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 _REMEDY = (
     'Compute it in float32: use a kerasmp.layers.DenseHead, or pass dtype="float32". '
@@ -48,6 +49,7 @@ def _heads(model: Any, graph: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
     cast_later = getattr(model, "_output_dtype", None) == "float32"
     trained = {id(layer) for layer in producers_of(graph, _outputs_with_loss(model, graph))}
     is_compiled = bool(getattr(model, "compiled", False))
+    path_of = {id(layer): path for layer, path in paths(model)}
     for layer in final_layers(model):
         if layer.compute_dtype != "float16" or _returns_float32(layer, dtypes):
             continue
@@ -55,25 +57,41 @@ def _heads(model: Any, graph: Any, dtypes: dict[int, str]) -> Iterator[Finding]:
         if probabilities or not cast_later:
             # A model that is not compiled may be trained with any loss, or be part of another.
             is_trained = id(layer) in trained and (probabilities or is_compiled)
-            place = layer.path or layer.name
+            place = path_of[id(layer)]
             yield _head(place, probabilities=probabilities, is_trained=is_trained)
 
 
-def heads_that_ran(steps: Iterable[Any], outputs: Iterable[Any]) -> Iterator[Finding]:
+def heads_that_ran(loss: Any, steps: Iterable[Any], outputs: Sequence[Any]) -> Iterator[Finding]:
     """Yield findings for the heads of a compiled model that no graph shows, from a run of it.
 
     Args:
+        loss: The loss of the model, or its losses in the structure of the outputs.
         steps: The steps that have run.
         outputs: The tensors that the model has returned.
     """
-    half = {id(x) for x in outputs if keras.backend.standardize_dtype(x.dtype) == "float16"}
+    losses = keras.tree.flatten(loss)
+    if len(losses) != len(outputs):
+        losses = [loss] * len(outputs)
+    half = {
+        id(x): is_trained is not None
+        for x, is_trained in zip(outputs, losses, strict=True)
+        if keras.backend.standardize_dtype(x.dtype) == "float16"
+    }
     for step in steps:
-        if half & {id(value.half) for value in values_in(step.outputs)}:
-            probabilities = _returns_probabilities(step.operation)
-            yield _head(step.place, probabilities=probabilities, is_trained=True)
+        for returned in half.keys() & {id(value.half) for value in values_in(step.outputs)}:
+            name = type(step.operation).__name__.lower()
+            is_layer = isinstance(step.operation, keras.Layer)
+            yield _head(
+                step.place,
+                probabilities=_returns_probabilities(step.operation)
+                if is_layer
+                else name in PROBABILITIES,
+                is_trained=half[returned],
+                remedy=_REMEDY if is_layer else CAST,
+            )
 
 
-def _head(place: str, *, probabilities: bool, is_trained: bool) -> Finding:
+def _head(place: str, *, probabilities: bool, is_trained: bool, remedy: str = _REMEDY) -> Finding:
     reason = (
         "Its probabilities are float16: small ones become 0, and the gradient of their logarithm "
         "may overflow."
@@ -89,7 +107,7 @@ def _head(place: str, *, probabilities: bool, is_trained: bool) -> Finding:
         place,
         "float16-head",
         reason if is_trained else without_loss,
-        _REMEDY,
+        remedy,
     )
 
 

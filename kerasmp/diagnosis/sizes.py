@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kerasmp.backend.keras_internals import flatten_layers
-from kerasmp.policy.locations import final_layers
+from kerasmp.policy.locations import final_layers, paths
 from kerasmp.policy.safe import ATTENTION
 from kerasmp.policy.spec import HALVES
 from kerasmp.probe.finding import Finding
@@ -40,7 +40,7 @@ def findings(model: Any) -> Iterator[Finding]:
         model: A Keras model.
     """
     heads = {id(layer) for layer in final_layers(model)}
-    for layer in flatten_layers(model):
+    for layer, path in paths(model):
         if layer.compute_dtype not in HALVES:
             continue
         misaligned = [
@@ -51,7 +51,7 @@ def findings(model: Any) -> Iterator[Finding]:
         if misaligned:
             yield Finding(
                 "hint",
-                layer.path or layer.name,
+                path,
                 "sizes",
                 f"{' and '.join(misaligned)}: Tensor Cores are fastest with multiples of "
                 f"{MULTIPLE}.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import keras
+import numpy as np
 
 from kerasmp.backend.keras_internals import copy_mask
 from kerasmp.policy.spec import HALVES
@@ -45,3 +46,10 @@ def widen(each: Any) -> Any:
     if not is_float(each) or keras.backend.standardize_dtype(each.dtype) not in HALVES:
         return each
     return copy_mask(each, keras.ops.cast(each, "float32"))
+
+
+def nonfinite(array: Any) -> int:
+    """Return how many values of an array are inf or NaN."""
+    if array.dtype.kind not in "fV":
+        return 0
+    return int(array.size - np.count_nonzero(np.isfinite(array.astype("float32"))))

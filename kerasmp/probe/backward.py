@@ -297,7 +297,7 @@ class _Gradients:
             def run(_: Any) -> Any:
                 return values(self._in_half()[index])
 
-            return tuple(of_layer(operation, run, again, wide, holds=holds))
+            return tuple(of_layer(operation, self.step.place, run, again, wide, holds=holds))
         return (CAST,) if mends(lambda: again, wide, self.step.dtype) else ()
 
 

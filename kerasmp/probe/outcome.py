@@ -123,7 +123,7 @@ class Outcome:
             def run(layer: Any) -> Any:
                 return self._runner.half(layer, step.args, step.kwargs)[0]
 
-            found = of_layer(step.operation, run, again, self.wide)
+            found = of_layer(step.operation, step.place, run, again, self.wide)
         else:
             found = of_operation(step.graph, step.operation, step.given, again, self.wide)
         return Trouble(kind, step.place, step.operation, step.dtype, numbers, tuple(found))

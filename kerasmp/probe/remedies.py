@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from kerasmp.probe.values import Trouble, Value
 
 
-def of_layer(
+def of_layer(  # noqa: PLR0913 - a layer, where it is, and what its runs return
     layer: Any,
+    place: str,
     run: Callable[[Any], Any] | None,
     in_float32: Any,
     wide: Any,
@@ -38,6 +39,7 @@ def of_layer(
 
     Args:
         layer: The layer.
+        place: Its path, as rules know it.
         run: Calls a layer on the inputs as half precision rounds them. None: float32 only.
         in_float32: The outputs of the layer in float32 on these inputs, or None if it fails.
         wide: Its outputs in float32, on inputs that were never rounded.
@@ -53,8 +55,7 @@ def of_layer(
             )
     if in_float32 is not None and mends(lambda: in_float32, wide, half, holds=holds):
         found.append(
-            'Compute it in float32: pass dtype="float32", or the rule '
-            f'{{"{layer.path or layer.name}": "float32"}}.'
+            f'Compute it in float32: pass dtype="float32", or the rule {{"{place}": "float32"}}.'
         )
     return found
 

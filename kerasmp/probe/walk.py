@@ -30,6 +30,7 @@ from kerasmp.backend.keras_internals import (
     unfiltered_tracebacks,
 )
 from kerasmp.backend.layer_calls import takes_training, watch_calls
+from kerasmp.policy.locations import paths
 from kerasmp.probe.arrays import is_float, widen
 from kerasmp.probe.compare import Comparison
 from kerasmp.probe.judge import Verdict
@@ -106,6 +107,7 @@ class Walk:
             for layer in flatten_layers(model)
             for _, operation in mask_operations(layer)
         }
+        self._paths = {id(layer): path for layer, path in paths(model)}
         self._path: tuple[str, ...] = ()  # the models around the step, for names of operations
         self._graph: Any = None
         # For data and the dtype to which it is rounded: the tensor, so that its id stays its own,
@@ -243,7 +245,7 @@ class Walk:
                 self._tape.record(Step("", layer, (one,), {}, outputs=other, kind="cast"))
         self._of_masks.update(map(id, of_masks))
         outer = self._path, self.runner.dtype
-        self._path, self.runner.dtype = (layer.path or layer.name,), str(layer.compute_dtype)
+        self._path, self.runner.dtype = (self._place(layer),), str(layer.compute_dtype)
         try:
             outputs = self._run_graph(graph, inputs)
         except Exception:  # noqa: BLE001 - then the layer is called as a whole
@@ -268,7 +270,7 @@ class Walk:
             again = self.runner.again(layer, args, kwargs)
         except Exception:  # noqa: BLE001 - then float32 is no remedy
             return
-        found = of_layer(layer, None, again, side(outputs, "wide"))
+        found = of_layer(layer, self._place(layer), None, again, side(outputs, "wide"))
         for trouble in operations:
             trouble.remedies += tuple(found)
 
@@ -449,7 +451,7 @@ class Walk:
     def _place(self, operation: Any) -> str:
         """Return the path of a layer, or the name of an operation after that of its model."""
         if isinstance(operation, keras.Layer):
-            return str(operation.path or operation.name)
+            return self._paths.get(id(operation)) or str(operation.path or operation.name)
         return "/".join((*self._path, operation.name))
 
 

@@ -33,19 +33,26 @@ def made():
 def test_what_is_no_batch_of_the_model_is_an_error(x, received):
     model = made()
     weights = model.get_weights()
-    with pytest.raises(mp.errors.ArgumentError, match=r"`x`") as caught:
-        mp.lint(model, x)
-    assert received in str(caught.value)
-    assert "model.predict_on_batch" in str(caught.value)
+    calls = {"x": lambda: mp.lint(model, x), "sample": lambda: mp.convert(model, sample=x)}
+    for name, call in calls.items():
+        with pytest.raises(mp.errors.ArgumentError, match=f"`{name}`") as caught:
+            call()
+        assert received in str(caught.value)
+        assert "model.predict_on_batch" in str(caught.value)
+    assert model.layers[0].compute_dtype == "float16"
+    assert model.layers[1].compute_dtype == "float32"
     for now, before in zip(model.get_weights(), weights, strict=True):
         np.testing.assert_array_equal(now, before)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite_in_float32_either_are_no_finding(value):
+def test_values_that_are_not_finite_are_a_finding_about_the_data_alone(value):
     model, x = made(), X.copy()
     x[1, 2] = value
-    report = mp.lint(model, x)
-    assert not report.errors + report.warnings, str(report)
+    for report in (mp.lint(model, x), mp.convert(model, sample=x)):
+        [each] = [each for each in report.findings if each.severity != "hint"]
+        assert (each.rule, each.severity) == ("nonfinite-data", "error")
+    assert each.place == "sample"
     x[2, 3] = 7e4
-    assert {each.rule for each in mp.lint(model, x).errors} == {"input-range"}
+    rules = {each.rule for each in mp.lint(model, x).errors}
+    assert rules == {"input-range", "nonfinite-data"}

@@ -98,3 +98,32 @@ def test_a_remedy_that_flushes_again_is_none():
     assert finding.rule == "underflow"
     assert "and its result back" not in finding.remedy
     assert 'back after "sqrt"' in finding.remedy
+
+
+class Holder(layers.Layer):
+    """A layer without weights, inside another one."""
+
+    def __init__(self):
+        super().__init__(name="holder")
+        self.inner = layers.UnitNormalization(name="unit")
+
+    def call(self, x):
+        return self.inner(x)
+
+
+# Tracing warns of the constants of stock layers in float16.
+@pytest.mark.filterwarnings("ignore:.*overflow encountered in cast:RuntimeWarning")
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_rule_that_is_proposed_fits_a_layer_inside_another(nested):
+    def part():
+        inner = layers.UnitNormalization(name="unit")
+        return keras.Sequential([keras.Input((8,)), inner], name="holder") if nested else Holder()
+
+    with mp.policy_scope("mixed_float16"):
+        finding = only(made(part()), LARGE)
+    assert finding.place == "holder/unit"
+    rule = ast.literal_eval(re.search(r"the rule (\{.+?\})", finding.remedy)[1])
+    with mp.policy_scope("float32"):
+        model = made(part(), policy="float32")
+    mp.convert(model, mp.Policy("mixed_float16", rules=rule))
+    assert not found(model, LARGE)
