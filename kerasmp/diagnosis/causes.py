@@ -41,16 +41,17 @@ def weight_findings(weights: Iterable[tuple[str, str, Any]]) -> Iterator[Finding
                 "error",
                 path,
                 "nonfinite-weights",
-                f"{count(lost, array.size)} are inf or NaN, in float32. The batch is not to blame.",
-                "Load weights from before they became so, and lower the learning rate.",
+                f"{count(lost, array.size)} are inf or NaN, in float32. The batch is not the "
+                "cause.",
+                "Load weights that were saved before that, and lower the learning rate.",
             )
         elif dtype in HALVES and largest > LARGEST[dtype]:
             yield Finding(
                 "error",
                 path,
                 "weight-range",
-                f"Its largest weight is {largest:g}. {dtype} ends at {LARGEST[dtype]:g}, and makes "
-                "it inf.",
+                f"Its largest weight is {largest:g}. The largest number in {dtype} is "
+                f"{LARGEST[dtype]:g}, so it becomes inf.",
                 f"Check where the weights come from, or compute its layer in float32: the rule "
                 f'{{"{path.rpartition("/")[0]}": "float32"}}.',
             )
@@ -71,7 +72,7 @@ def float32_finding(tensors: Sequence[TensorSummary]) -> Finding | None:
         first.place,
         "nonfinite-float32",
         f"It {what} inf or NaN in float32, too ({first.nonfinite_in_float32:.2g} of the values), "
-        "and is the first to do so. Precision is not to blame.",
+        "and is the first to do so. Half precision is not the cause.",
         "Keep it away from where it is not defined: a division by 0, the logarithm or root of 0, "
         "or an exponential of a large number.",
     )
@@ -92,7 +93,7 @@ def diverging(before: float, after: float, optimizer: str) -> Finding | None:
         optimizer,
         "diverging",
         f"One step in float32 takes the loss of this batch from {before:.3g} to {after:.3g}. "
-        "Precision is not to blame.",
+        "Half precision is not the cause.",
         "Lower the learning rate, warm it up, or clip the gradients with global_clipnorm.",
     )
 
@@ -107,7 +108,7 @@ def lost_mask(place: str) -> Finding:
         "warning",
         place,
         "lost-mask",
-        "Its inputs have a mask, and its outputs have none. Precision is not to blame.",
+        "Its inputs have a mask, and its outputs have none. Half precision is not the cause.",
         "If later layers or the loss need the mask, set supports_masking = True in the layer, or "
         "return a mask from its compute_mask.",
     )
@@ -154,11 +155,11 @@ def gradient_finding(
             falls = max(least, 1.0) <= limit < scales.loss_scale
             severity = "hint" if falls else "error"
             remedy = (
-                "They are too large without a scale, too: take means where the loss takes sums, or "
+                "They overflow even without a scale: take means where the loss takes sums, or "
                 "scale the targets."
                 if limit < 1
                 else f"Use a loss scale of {limit:g} at most."
-                + (" The present one comes down to it by itself." if falls else "")
+                + (" A dynamic scale comes down to it by itself." if falls else "")
             )
     return Finding(severity, trouble.place, rule, reason + shows, remedy)
 
@@ -194,7 +195,7 @@ def advice(findings: Sequence[Finding], scales: Underflow) -> tuple[str, ...]:
     }
     found = []
     if serious and all(each.rule in blameless for each in serious):
-        found.append("float32 has this fault, too: half precision is not to blame.")
+        found.append("float32 has this problem, too: half precision is not the cause.")
     found += [f"{each.place}: {each.remedy}" for each in serious[:_ADVICE]]
     if scales.scale is not None and scales.largest_scale is not None:
         if scales.scale > scales.largest_scale:

@@ -186,7 +186,7 @@ def _stock_step(model: Any, walk: Walk, tape: Tape, data: Any, scale: float) -> 
         [loss] = values_in(walk.step(objective, (outputs,), {}))
     except Exception as error:
         raise ArgumentError(
-            "The loss of the model cannot be computed, not in float32 either.",
+            "The loss of the model cannot be computed, even in float32.",
             received=f"y = {with_type(y)}, which raises {first_line(error)}",
             expected="targets and sample weights, as for model.train_on_batch",
             fix="Check the shapes of y and sample_weight.",

@@ -99,7 +99,7 @@ def _probe(model: Any, batch: Any, state: Any) -> None:
     try:
         found = probe_findings(model, x, values)
     except Exception as error:  # noqa: BLE001 - the step itself says it better, if it fails, too
-        _warn([f"The first batch was not probed, which raised {first_line(error)}."])
+        _warn([f"The first batch was not probed: the probe raised {first_line(error)}."])
         return
     texts = lines(each for each in found if each.severity != "hint")
     if texts:

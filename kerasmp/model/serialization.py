@@ -156,7 +156,7 @@ def warn_of_lost_values(model: Any, state_tree: Mapping[str, Any]) -> None:
         warnings.warn(
             f'"{model.name}" has no variables for {len(lost)} values of its saved state, and left '
             f"them out, {lost[0]} for example. Keras finds variables by path here, and paths have "
-            "changed. Save the model as `.keras` instead, which goes by structure.",
+            "changed. Save the model as `.keras` instead, where variables are found by structure.",
             KerasMPWarning,
             stacklevel=3,
         )

@@ -125,6 +125,8 @@ def skips(self: LossScaleOptimizer) -> Any:
 def nonfinite_counts(optimizer: LossScaleOptimizer) -> Any:
     """For each trainable variable, the number of steps in which its gradient was not finite.
 
+    A count stops at 65535.
+
     Returns:
         Integer NumPy array of shape `(number of trainable variables,)`, empty before `build`.
     """
@@ -135,7 +137,7 @@ def nan_counts(optimizer: LossScaleOptimizer) -> Any:
     """For each trainable variable, the number of steps in which its gradient had a NaN.
 
     These steps are among those of `nonfinite_counts`. In the others, the gradient had an inf and no
-    NaN, or it was too large for float16 or for the norm that clips it.
+    NaN, or it was too large for float16 or for the norm that clips it. A count stops at 32767.
 
     Returns:
         Integer NumPy array of shape `(number of trainable variables,)`, empty before `build`.

@@ -87,6 +87,6 @@ def data_findings(**data: Any) -> Iterator[Finding]:
                     "error",
                     "/".join([name, *map(str, path)]),
                     "nonfinite-data",
-                    f"{count(lost, array.size)} are inf or NaN. Precision is not to blame.",
+                    f"{count(lost, array.size)} are inf or NaN. Half precision is not the cause.",
                     "Find the cause, and replace these values or drop their rows.",
                 )

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 CANNOT_COMPUTE = "cannot-compute"
 _REMEDIES = 2  # the most that a finding names
-NO_REMEDY = "Of what was tried on this batch, nothing mends it."
+NO_REMEDY = "No remedy that was tried on this batch fixes it."
 # What the run in float32 shows, which rounds nothing on the way.
-_UNMENDED = {"ids": "Keep the ids integers, or float32, on the whole way from the input."}
+_UNMENDED = {"ids": "Keep ids as integers or float32, from the input on."}
 
 
 def probe_findings(model: Any, x: Any, state: Sequence[tuple[Any, Any]] = ()) -> list[Finding]:
@@ -114,8 +114,8 @@ def _sensitive(trouble: Trouble) -> str:
     numbers = trouble.numbers
     half, wide = numbers.worst
     return (
-        f"With inputs rounded to {trouble.half} it returns {half:g}, in float32 {wide:g}: it makes "
-        f"their rounding errors large ({numbers.error:.2g})."
+        f"With inputs rounded to {trouble.half} it returns {half:g}, in float32 {wide:g}: it "
+        f"amplifies their rounding errors ({numbers.error:.2g})."
     )
 
 

@@ -129,8 +129,8 @@ def float32_until(trouble: Trouble, until: Any, place: str) -> str:
     """
     if isinstance(trouble.operation, keras.Layer) and isinstance(until, keras.Layer):
         return (
-            f'Compute "{trouble.place}", "{place}" and what is between them in float32, by rules '
-            "or dtype=."
+            f'Compute "{trouble.place}", "{place}" and the layers between them in float32, '
+            "with rules or dtype=."
         )
     return (
         f'Cast to float32 before it, and back after "{place}", where the values fit '

@@ -90,7 +90,7 @@ def test_scaled_data_pass(x):
 
 def test_where_nothing_mends_it_the_finding_says_so():
     finding = only(made(lambda x: ops.sin(5000 * x)), X)
-    assert finding.remedy == "Of what was tried on this batch, nothing mends it."
+    assert finding.remedy == "No remedy that was tried on this batch fixes it."
 
 
 def test_a_remedy_that_flushes_again_is_none():
