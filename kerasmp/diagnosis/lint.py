@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -86,7 +87,7 @@ def _findings(model: Any, x: Any) -> list[Finding]:
             return found
         found += [*sizes.batch_size(model, keras.tree.flatten(x)), *data_findings(x=x)]
         seen, failed = _try(model, lambda: probe_findings(model, x))
-        return [*not_shown(found, seen or ()), *(seen or []), *failed]
+        return found + failed if seen is None else [*not_shown(found, seen), *seen, *failed]
 
 
 def _unbuilt(model: Any) -> Iterator[Finding]:
@@ -117,12 +118,18 @@ def static_findings(model: Any) -> list[Finding]:
 def not_shown(findings: Iterable[Finding], seen: Iterable[Finding]) -> list[Finding]:
     """Return the findings without those that guess what values have shown.
 
+    The class of a layer alone, whose values show nothing, is worth a hint.
+
     Args:
         findings: Findings that need no data.
         seen: What values show.
     """
     shown = {each.place for each in seen if each.severity != "hint"}
-    return [x for x in findings if x.place not in shown or x.rule not in _ALSO_SHOWN]
+    return [
+        dataclasses.replace(x, severity="hint") if x.rule == "unsafe-layer" else x
+        for x in findings
+        if x.place not in shown or x.rule not in _ALSO_SHOWN
+    ]
 
 
 @preserve_global_seed()  # symbolic calls may create the generator, with a seed of Python's
