@@ -235,9 +235,10 @@ class OverflowMonitor(keras.callbacks.Callback):
         """Keep the last batch if its step was the first one of a series to be skipped."""
         if self._last_batch is None:
             return
-        skipped, self._last_reading = now.skipped - self._last_reading.skipped, now
-        # One execution may run several steps.
-        if skipped and 0 < now.in_a_row <= skipped:
+        before, self._last_reading = self._last_reading, now
+        skipped = now.skipped - before.skipped
+        # One execution may run several steps, and end after a series that began in it.
+        if skipped and (before.in_a_row == 0 or 0 < now.in_a_row <= skipped):
             self.bad_batch = self._last_batch.arguments()
 
     def _warn_if_losing_steps(self, now: Reading) -> None:
@@ -352,8 +353,9 @@ def _skips_message(kind: str, now: Reading, where: list[str], by_loss: int, susp
         parts.append("Look for inf and NaN in the data, and for an overflow in the forward pass.")
         return " ".join(parts)
     parts.append(
-        "Check the inputs and labels for inf and NaN, lower the learning rate, and run the layers "
-        'that overflow in float32, with dtype="float32" or kerasmp.layers.WithDtype.'
+        "Check the inputs and labels for inf and NaN, lower the learning rate and a fixed loss "
+        'scale, and run the layers that overflow in float32, with dtype="float32" or '
+        "kerasmp.layers.WithDtype."
         if stalled
         else "A dynamic scale that starts too high comes down in a few steps; in that case lower "
         "its initial_scale. A fixed scale does not come down: lower it yourself. Otherwise look "

@@ -31,6 +31,7 @@ from kerasmp.errors import (
     check_bool,
     check_model,
     first_line,
+    with_type,
 )
 from kerasmp.layers.from_stock import apply_swaps
 from kerasmp.model import Model
@@ -43,7 +44,7 @@ from kerasmp.policy.apply import set_policies, take_back
 from kerasmp.policy.follow import build_with
 from kerasmp.policy.spec import HALVES
 from kerasmp.probe import probe_findings
-from kerasmp.probe.batch import check_batch, data_findings
+from kerasmp.probe.batch import data_findings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -139,9 +140,7 @@ def convert(  # noqa: PLR0913 - all but two are keyword-only
         base = over_float32(Policy(policy), variables)
         wanted = Policy(base, rules=[rules, base.rules, "safe" if base.safe else None])
         name = f'"{wanted}"'
-    arrays = None
-    if sample is not None:
-        arrays = check_batch(model, sample, "sample")
+    _check_sample(sample)
     _build(model, sample)
     measures = sample is not None and has_call(model)
     undo: Undo = []
@@ -155,9 +154,9 @@ def convert(  # noqa: PLR0913 - all but two are keyword-only
             _carry_out(plan, undo)
         costs, findings = {}, []
         if measures:
-            with _calls_on_sample(model):
+            with _calls_on_sample(model, sample):
                 costs = measure(model, sample)
-            findings = [*data_findings(sample=arrays), *_probed(model, sample)]
+            findings = _probed(model, sample)
         report = ConversionReport(
             model=model,
             policy=wanted if isinstance(wanted, Policy) else None,
@@ -184,7 +183,7 @@ def convert(  # noqa: PLR0913 - all but two are keyword-only
 def _probed(model: Any, sample: Any) -> list[Finding]:
     """Return what the values of a sample show; a warning if they cannot be compared."""
     try:
-        return probe_findings(model, sample)
+        return [*data_findings(sample=sample), *probe_findings(model, sample)]
     except Exception as error:  # noqa: BLE001 - a user's layer may raise anything
         text = f"The sample was not compared with float32, as this raised {first_line(error)}."
         warnings.warn(text, PolicyWarning, stacklevel=3)
@@ -307,6 +306,19 @@ def _refuse_other_choices(rules: object, *, safe_layers: bool) -> None:
         )
 
 
+def _check_sample(sample: Any) -> None:
+    """Raise an error about a sample without rows, which shows nothing."""
+    leaves = keras.tree.flatten(sample)
+    shapes = [tuple(each.shape) for each in leaves if hasattr(each, "shape")]
+    if sample is not None and (not leaves or any(shape[:1] == (0,) for shape in shapes)):
+        raise ArgumentError(
+            "`sample` is not a batch.",
+            received=f"{with_type(sample)} without rows",
+            expected="a batch as model.predict_on_batch takes it",
+            fix="Pass such a batch, or leave `sample` out.",
+        )
+
+
 def _build(model: Any, sample: Any) -> None:
     """Build a model with a sample if it is not built.
 
@@ -318,7 +330,7 @@ def _build(model: Any, sample: Any) -> None:
     if is_callable and not model.built and sample is not None:
         build_with(model, sample)
         if not model.built:
-            with _calls_on_sample(model), preserve_losses(model):
+            with _calls_on_sample(model, sample), preserve_losses(model):
                 model(sample, training=False)
     if not any(part.built for part in parts):
         reason = "" if is_callable else ", which has no call, and none of its parts is built"
@@ -334,12 +346,16 @@ def _build(model: Any, sample: Any) -> None:
 
 
 @contextlib.contextmanager
-def _calls_on_sample(model: Any) -> Iterator[None]:
+def _calls_on_sample(model: Any, sample: Any) -> Iterator[None]:
     """Raise an error about the sample if calling a model on it raises.
 
     Raises:
         ArgumentError: If so.
     """
+    described = ", ".join(
+        f"{each.dtype} of shape {tuple(each.shape)}" if hasattr(each, "shape") else with_type(each)
+        for each in keras.tree.flatten(sample)
+    )
     try:
         yield
     except KerasMPError:
@@ -347,7 +363,7 @@ def _calls_on_sample(model: Any) -> Iterator[None]:
     except Exception as error:
         raise ArgumentError(
             "The model cannot be called on `sample`.",
-            received=raised(model, error),
+            received=f"{described}, for {raised(model, error)}",
             expected="a batch as model.predict_on_batch takes it",
             fix="Pass such a batch, or leave `sample` out.",
         ) from error

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from kerasmp.backend import current, probe_scope
-from kerasmp.backend.keras_graph import graph_of
+from kerasmp.backend.keras_graph import graph_of, has_call
 from kerasmp.backend.keras_internals import (
     flatten_layers,
     own_variables,
@@ -97,7 +97,7 @@ def diagnose(
         keras.tree.map_structure(_array, each) for each in (check_batch(model, x), y, sample_weight)
     )
     _check_rows(x, y, sample_weight)
-    if not model.built:
+    if not model.built and has_call(model):
         model(x)
     tape = Tape()
     with (

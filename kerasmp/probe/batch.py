@@ -9,7 +9,7 @@ import numpy as np
 
 from kerasmp.backend.keras_graph import graph_of
 from kerasmp.errors import ArgumentError, with_type
-from kerasmp.probe.arrays import nonfinite
+from kerasmp.probe.arrays import is_float, nonfinite, to_numpy
 from kerasmp.probe.finding import Finding
 from kerasmp.probe.findings import count
 
@@ -81,12 +81,13 @@ def data_findings(**data: Any) -> Iterator[Finding]:
     """
     for name, part in data.items():
         for path, array in keras.tree.flatten_with_path(part):
-            lost = 0 if array is None else nonfinite(array)
+            on_host = to_numpy(array) if is_float(array) else array
+            lost = nonfinite(on_host) if isinstance(on_host, np.ndarray) else 0
             if lost:
                 yield Finding(
                     "error",
                     "/".join([name, *map(str, path)]),
                     "nonfinite-data",
-                    f"{count(lost, array.size)} are inf or NaN. Half precision is not the cause.",
+                    f"{count(lost, on_host.size)} are inf or NaN. Half precision is not the cause.",
                     "Find the cause, and replace these values or drop their rows.",
                 )

@@ -131,12 +131,15 @@ def follow(half: Any, wide: Any, troubles: tuple[Trouble, ...] = ()) -> Any:
     return Value(copy_mask(wide, rounded), wide, troubles=troubles if is_outside else ())
 
 
-def cast_value(value: Value, half: str | None, troubles: Sequence[Trouble]) -> Value:
-    """Return a value as a layer's code receives it, after the layer has cast it to `half`."""
-    if half is None or not is_float(value.half):
+def cast_value(value: Value, dtype: str | None, troubles: Sequence[Trouble]) -> Value:
+    """Return a value as a layer's code receives it, after the layer has cast it to `dtype`."""
+    if dtype is None or not is_float(value.half):
         return value
-    cast = copy_mask(value.half, keras.ops.cast(value.half, half))
-    return dataclasses.replace(value, half=cast, troubles=tuple(troubles), exact=False)
+    if dtype not in HALVES and keras.backend.standardize_dtype(value.half.dtype) == dtype:
+        return value
+    cast = copy_mask(value.half, keras.ops.cast(value.half, dtype))
+    exact = value.exact and dtype not in HALVES
+    return dataclasses.replace(value, half=cast, troubles=tuple(troubles), exact=exact)
 
 
 def batch_values(x: Any) -> Any:

@@ -222,7 +222,9 @@ class Walk:
         if takes_mask and any(mask_of(value.half) is not None for value in given):
             return None
         earlier = self._troubles_of_inputs(layer, given)
-        inputs = [cast_value(value, rounds_to(layer), earlier) for value in given]
+        # A layer in float32 widens what half precision gives it.
+        dtype = str(layer.compute_dtype) if layer.autocast else None
+        inputs = [cast_value(value, dtype, earlier) for value in given]
         cast = {id(one): other.half for one, other in zip(given, inputs, strict=True)}
         tensors = keras.tree.map_structure(lambda x: cast.get(id(x), x), (args, kwargs))
         if takes_training(layer):

@@ -234,9 +234,7 @@ def test_stock_layers_that_the_safe_rules_know_are_found():
 def test_a_stock_layer_whose_values_show_nothing_is_a_hint():
     x = np.ones((2, 8), "float32")
     assert only(made(layers.UnitNormalization), "unsafe-layer", x).severity == "hint"
-    assert not found(
-        made(layers.UnitNormalization), "unsafe-layer", 1e4 * x
-    )
+    assert not found(made(layers.UnitNormalization), "unsafe-layer", 1e4 * x)
 
 
 # By the severity in bfloat16: layers that `convert` keeps in float32.

@@ -127,3 +127,14 @@ def test_a_rule_that_is_proposed_fits_a_layer_inside_another(nested):
         model = made(part(), policy="float32")
     mp.convert(model, mp.Policy("mixed_float16", rules=rule))
     assert not found(model, LARGE)
+
+
+class Squares(layers.Layer):
+    def call(self, x):
+        return ops.square(x * 1e3) * 1e-6
+
+
+def test_a_layer_of_the_user_in_float32_is_judged_in_float32():
+    """It widens what the layer before it returns in float16."""
+    assert only(made(Squares(dtype="mixed_float16")), X).rule == "not-finite"
+    assert not found(made(Squares(dtype="float32")), X)
