@@ -129,7 +129,7 @@ def calibrate(model: Any, data: Any, *, batches: int = 4, verbose: bool = True) 
 def _batches(data: Any) -> Iterator[Any]:
     if isinstance(data, Iterator) or not isinstance(data, (Iterable, keras.utils.PyDataset)):
         raise ArgumentError(
-            "`data` can be iterated over only once.",
+            "`data` is neither a batch nor batches that can be iterated over twice.",
             received=with_type(data),
             expected="a batch (x, y), or batches that can be iterated over more than once",
             fix="Take a batch out of it, and pass that.",
