@@ -182,6 +182,23 @@ class Jax(Tracing):
 
         return jnp.all(fine) & jnp.all(found), per_tensor
 
+    def nan_per_tensor(self, values: Sequence[Any]) -> Any:
+        """Return for each tensor whether it has a NaN, as a bool vector.
+
+        A large tensor is looked at row by row: XLA would hold what `isnan` returns for it, which
+        takes a quarter of the tensor, and for all tensors together.
+        """
+
+        def has_nan(value: Any) -> Any:
+            return jnp.any(jnp.isnan(value))
+
+        return jnp.stack(
+            [
+                jnp.any(jax.lax.map(has_nan, v)) if v.ndim > 1 and v.size > _SMALL else has_nan(v)
+                for v in values
+            ]
+        )
+
     def finite_norm_per_tensor(self, values: Sequence[Any], scale: Any, norm: str) -> Any:
         """Return for each tensor whether it keeps the norm of the quotients finite.
 

@@ -248,6 +248,10 @@ class Backend(Protocol):
             A bool vector.
         """
 
+    def nan_per_tensor(self, values: Sequence[Tensor]) -> Tensor:
+        """Return for each tensor whether it has a NaN, as a bool vector."""
+        return keras.ops.stack([keras.ops.any(keras.ops.isnan(value)) for value in values])
+
     def all_finite(
         self,
         values: Sequence[Tensor],

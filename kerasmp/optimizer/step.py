@@ -142,7 +142,7 @@ def _gradient_values(step: Step) -> list[Any]:
 
 def _has_nan(step: Step) -> Any:
     """Return for each gradient that is not None whether it has a NaN, as a bool vector."""
-    return ops.stack([ops.any(ops.isnan(v)) for v in _gradient_values(step)])
+    return backend.current().nan_per_tensor(_gradient_values(step))
 
 
 def all_finite(tensors: Sequence[Any]) -> Any:
