@@ -113,8 +113,10 @@ def _error(trouble: Trouble) -> str:
 def _sensitive(trouble: Trouble) -> str:
     numbers = trouble.numbers
     half, wide = numbers.worst
+    # A layer in float32 is given what half precision has rounded.
+    rounded = trouble.half if trouble.half in HALVES else "half precision"
     return (
-        f"With inputs rounded to {trouble.half} it returns {half:g}, in float32 {wide:g}: it "
+        f"With inputs rounded to {rounded} it returns {half:g}, in float32 {wide:g}: it "
         f"amplifies their rounding errors ({numbers.error:.2g})."
     )
 
